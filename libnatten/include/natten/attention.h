@@ -1,0 +1,57 @@
+#pragma once
+
+#include <natten/context.h>
+#include <natten/error.h>
+#include <natten/problem.h>
+
+#include <cstddef>
+#include <vector>
+
+namespace natten {
+
+/// Checks a call and describes it. Reads shapes, types and devices, never data: data pointers may
+/// be null, and outputs may be missing. Throws Error.
+NATTEN_EXPORT Problem describe(const Call& call);
+
+/// Scratch memory that the call needs in `Context::workspace`. Throws Error.
+NATTEN_EXPORT std::size_t workspace_bytes(const Call& call, const Context& context = {});
+
+/// Checks the call, selects a backend and runs it. On the CPU it returns when the outputs are
+/// written. Throws Error; then no output has been written.
+NATTEN_EXPORT void run(const Call& call, const Context& context = {});
+
+/// Runs independent calls in one parallel region, for example a batch of images of different
+/// sizes. Their workspaces are laid out one after another (`workspace_bytes` of the list).
+NATTEN_EXPORT void run(const std::vector<Call>& calls, const Context& context = {});
+NATTEN_EXPORT std::size_t workspace_bytes(const std::vector<Call>& calls,
+                                          const Context& context = {});
+
+/// The shape that `describe` expects of a tensor of the call, for example
+/// `expected_shape(call, &Tensors::output)`. Data and outputs may be missing in the call.
+NATTEN_EXPORT std::vector<std::int64_t> expected_shape(const Call& call,
+                                                       TensorView Tensors::*tensor);
+
+/// Softmax attention over all keys: query [B, S, H, D], key [B, Skv, Hkv, D], value
+/// [B, Skv, Hkv, Dv] -> output [B, S, H, Dv] and, where given, logsumexp [B, S, H]. `is_causal`
+/// lets query i see keys 0..i, as PyTorch's scaled_dot_product_attention aligns it.
+NATTEN_EXPORT Call attention_call(const Tensors& tensors, bool is_causal = false,
+                                  std::optional<double> scale = {});
+
+/// Combines results of attention over disjoint sets of keys into the result over their union:
+/// logsumexp = log sum_i exp(logsumexps[i]), output = sum_i exp(logsumexps[i] - logsumexp) *
+/// outputs[i]. outputs[i], output [..., H, Dv]; logsumexps[i], logsumexp [..., H]. CPU only.
+NATTEN_EXPORT void merge_attentions(const std::vector<TensorView>& outputs,
+                                    const std::vector<TensorView>& logsumexps,
+                                    const TensorView& output, const TensorView& logsumexp,
+                                    const Context& context = {});
+
+/// Gradients of `merge_attentions`. `grad_logsumexp` may be a missing view (taken as 0).
+NATTEN_EXPORT void merge_attentions_backward(const std::vector<TensorView>& outputs,
+                                             const std::vector<TensorView>& logsumexps,
+                                             const TensorView& grad_output,
+                                             const TensorView& grad_logsumexp,
+                                             const std::vector<TensorView>& grad_outputs,
+                                             const std::vector<TensorView>& grad_logsumexps,
+                                             const Context& context = {});
+
+}  // namespace natten

@@ -1,0 +1,42 @@
+#pragma once
+
+#include <natten/export.h>
+
+#include <cstddef>
+#include <functional>
+
+namespace natten {
+
+/// Runs CPU work. Implement it to run kernels on a pool of your own.
+class NATTEN_EXPORT Executor {
+ public:
+  virtual ~Executor();
+  /// How many threads may work at once, the caller's among them.
+  virtual int concurrency() const = 0;
+  /// Runs `task` now or later on any thread. The caller of a kernel always takes part in its work,
+  /// so a task that runs late, or waits for a busy pool, only costs speed.
+  virtual void schedule(std::function<void()> task) = 0;
+};
+
+/// The library's own pool, used where a context names no executor. Survives fork().
+NATTEN_EXPORT Executor& default_executor();
+/// Threads of the default pool. Initially NATTEN_NUM_THREADS, else OMP_NUM_THREADS, else the
+/// number of processors this process may use. Results do not depend on it.
+NATTEN_EXPORT int num_threads();
+/// Throws Error (invalid_value) unless count >= 1.
+NATTEN_EXPORT void set_num_threads(int count);
+
+/// Where and how a call runs. The default context is right for the CPU.
+struct Context {
+  Executor* executor = nullptr;  ///< null: default_executor()
+  void* stream = nullptr;        ///< CUDA stream of the call
+  /// Forces a backend by name; null or "" lets the registry choose, after the environment variable
+  /// NATTEN_BACKEND.
+  const char* backend = nullptr;
+  /// Scratch of at least `workspace_bytes`, aligned to 64 bytes. Null on the CPU: allocated for the
+  /// duration of the call.
+  void* workspace = nullptr;
+  std::size_t workspace_size = 0;
+};
+
+}  // namespace natten

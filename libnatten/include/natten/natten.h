@@ -1,0 +1,11 @@
+#pragma once
+
+/// Everything libnatten offers.
+#include <natten/attention.h>
+#include <natten/backends.h>
+#include <natten/context.h>
+#include <natten/error.h>
+#include <natten/neighborhood.h>
+#include <natten/operations.h>
+#include <natten/problem.h>
+#include <natten/types.h>

@@ -1,0 +1,120 @@
+#include <natten/attention.h>
+#include <natten/operations.h>
+
+#include <algorithm>
+#include <string>
+
+#include "registry.h"
+#include "roles.h"
+#include "validate.h"
+
+namespace natten {
+namespace {
+
+constexpr std::size_t kAlignment = 64;
+
+std::size_t aligned(std::size_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+/// A checked call and the backend that runs it.
+struct Selected {
+  detail::Job job;
+  const detail::Backend* backend;
+  std::size_t workspace_bytes;
+};
+
+std::vector<Selected> select_all(const Call* calls, std::size_t count, const Context& context,
+                                 bool for_execution) {
+  std::vector<Selected> selected;
+  selected.reserve(count);
+  for (std::size_t i = 0; i < count; ++i) {
+    const Problem problem = detail::check(calls[i], for_execution);
+    const detail::Backend& backend = detail::select(problem, context);
+    selected.push_back({{problem, calls[i].tensors, nullptr},
+                        &backend,
+                        aligned(backend.workspace_bytes(problem))});
+  }
+  return selected;
+}
+
+std::size_t total_workspace(const std::vector<Selected>& selected) {
+  std::size_t bytes = 0;
+  for (const Selected& s : selected) bytes += s.workspace_bytes;
+  return bytes;
+}
+
+void run_all(const Call* calls, std::size_t count, const Context& context) {
+  std::vector<Selected> selected = select_all(calls, count, context, true);
+  const std::size_t needed = total_workspace(selected);
+  std::vector<char> own;
+  char* workspace = static_cast<char*>(context.workspace);
+  if (!workspace && needed > 0) {
+    own.resize(needed + kAlignment);
+    const auto address = reinterpret_cast<std::uintptr_t>(own.data());
+    workspace = own.data() + (aligned(address) - address);
+  } else if (workspace && context.workspace_size < needed) {
+    throw Error(ErrorKind::invalid_value,
+                "workspace: got " + std::to_string(context.workspace_size) +
+                    " bytes; must hold at least " + std::to_string(needed));
+  }
+  // Jobs of the same backend run together; in a list of similar problems that is all of them.
+  std::vector<detail::Job> jobs;
+  for (std::size_t i = 0; i < selected.size(); ++i) {
+    selected[i].job.workspace = workspace;
+    workspace += selected[i].workspace_bytes;
+    jobs.push_back(selected[i].job);
+    if (i + 1 < selected.size() && selected[i + 1].backend == selected[i].backend) continue;
+    selected[i].backend->run(jobs, context);
+    jobs.clear();
+  }
+}
+
+}  // namespace
+
+Problem describe(const Call& call) { return detail::check(call, false); }
+
+std::size_t workspace_bytes(const Call& call, const Context& context) {
+  return total_workspace(select_all(&call, 1, context, false));
+}
+std::size_t workspace_bytes(const std::vector<Call>& calls, const Context& context) {
+  return total_workspace(select_all(calls.data(), calls.size(), context, false));
+}
+
+void run(const Call& call, const Context& context) { run_all(&call, 1, context); }
+void run(const std::vector<Call>& calls, const Context& context) {
+  run_all(calls.data(), calls.size(), context);
+}
+
+std::vector<std::int64_t> expected_shape(const Call& call, TensorView Tensors::*tensor) {
+  const char* dims = detail::dims_of(call.op, tensor);
+  if (!dims)
+    throw Error(ErrorKind::invalid_value,
+                std::string("tensor: ") + name_of(call.op) + " does not have this tensor");
+  return detail::shape_of(describe(call), dims);
+}
+
+Call attention_call(const Tensors& tensors, bool is_causal, std::optional<double> scale) {
+  Call call;
+  call.op = Op::attention_forward;
+  call.tensors = tensors;
+  // One window that spans all keys. A key without dimensions is reported when the call is checked.
+  call.neighborhood.kernel_size = {tensors.key.ndim > 1 ? tensors.key.shape[1] : 1};
+  call.neighborhood.is_causal = {is_causal};
+  call.options.separate_key_grid = true;
+  call.options.scale = scale;
+  return call;
+}
+
+void detail::run_of_rank(int rank, const Call& call, const Context& context) {
+  const Tuple& kernel_size = call.neighborhood.kernel_size;
+  if (kernel_size.size != rank)
+    throw Error(
+        ErrorKind::invalid_value,
+        "kernel_size: got " +
+            detail::to_string(kernel_size.values.data(), std::min(kernel_size.size, kMaxDims)) +
+            "; must have " + std::to_string(rank) + " elements");
+  run(call, context);
+}
+
+}  // namespace natten

@@ -1,0 +1,490 @@
+#include "naive.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "../dispatch.h"
+#include "operand.h"
+#include "parallel.h"
+
+// Sums are kept in float64 whatever the element type, so that their length does not matter and
+// other backends can be judged by this one. Every work item writes its own results, so nothing
+// depends on the number of threads.
+
+namespace natten::detail::cpu {
+namespace {
+
+constexpr double kEmpty = -std::numeric_limits<double>::infinity();
+
+template <class T>
+double dot(const T* a, const T* b, std::int64_t n) {
+  constexpr int kLanes = 8;  // independent sums, which the compiler turns into vectors
+  double sums[kLanes] = {};
+  std::int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int lane = 0; lane < kLanes; ++lane)
+      sums[lane] += static_cast<double>(a[i + lane]) * static_cast<double>(b[i + lane]);
+  double sum = 0;
+  for (; i < n; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  for (double lane : sums) sum += lane;
+  return sum;
+}
+
+template <class T>
+void add_scaled(std::vector<double>& sum, double factor, const T* x) {
+  for (std::size_t i = 0; i < sum.size(); ++i) sum[i] += factor * static_cast<double>(x[i]);
+}
+
+template <class T>
+void store(T* to, const std::vector<double>& from) {
+  for (std::size_t i = 0; i < from.size(); ++i) to[i] = static_cast<T>(from[i]);
+}
+
+/// One key of a query's window: its slot, its token and its offset in relative positions.
+struct Neighbor {
+  std::int64_t slot;
+  Coordinate token;
+  Coordinate offset;
+};
+
+/// The pair (query, key) seen from either side; positions count inside the dilation group.
+Neighbor neighbor(const Problem& p, const Coordinate& query, const Coordinate& key_position) {
+  Neighbor n{0, {}, {}};
+  for (int i = 0; i < kMaxRank; ++i) {
+    const Axis& axis = p.axes[i];
+    const std::int64_t group = group_of(axis, query[i]), position = position_of(axis, query[i]);
+    const std::int64_t begin = window(axis, group, position).begin;
+    n.slot = n.slot * axis.kernel_size + key_position[i] - begin;
+    n.token[i] = token_at(axis, group, key_position[i]);
+    n.offset[i] = key_position[i] - position + axis.kernel_size - 1;
+  }
+  return n;
+}
+
+/// Visits a box of positions in row-major order.
+template <class F>
+void for_each_position(const Interval (&box)[kMaxRank], F&& f) {
+  Coordinate at;
+  for (at[0] = box[0].begin; at[0] < box[0].end; ++at[0])
+    for (at[1] = box[1].begin; at[1] < box[1].end; ++at[1])
+      for (at[2] = box[2].begin; at[2] < box[2].end; ++at[2]) f(at);
+}
+
+/// Visits the keys that a query sees: `f(Neighbor)`.
+template <class F>
+void for_each_key(const Problem& p, const Coordinate& query, F&& f) {
+  Interval box[kMaxRank];
+  for (int i = 0; i < kMaxRank; ++i)
+    box[i] = window(p.axes[i], group_of(p.axes[i], query[i]), position_of(p.axes[i], query[i]));
+  for_each_position(box, [&](const Coordinate& key) { f(neighbor(p, query, key)); });
+}
+
+/// Visits the queries that see a key: `f(query token, Neighbor)`.
+template <class F>
+void for_each_query(const Problem& p, const Coordinate& key, F&& f) {
+  Interval box[kMaxRank];
+  Coordinate key_position;
+  for (int i = 0; i < kMaxRank; ++i) {
+    key_position[i] = position_of(p.axes[i], key[i]);
+    box[i] = inverse_window(p.axes[i], group_of(p.axes[i], key[i]), key_position[i]);
+  }
+  for_each_position(box, [&](const Coordinate& position) {
+    Coordinate query;
+    for (int i = 0; i < kMaxRank; ++i)
+      query[i] = token_at(p.axes[i], group_of(p.axes[i], key[i]), position[i]);
+    f(query, neighbor(p, query, key_position));
+  });
+}
+
+/// One row of a phase: batch entry, head and token of a grid.
+struct Row {
+  std::int64_t batch, head;
+  Coordinate token;
+};
+
+/// A phase with one item per batch entry, head and token. `make_body()` is called once per chunk
+/// of work and returns what handles a row, so that its buffers are reused.
+template <class MakeBody>
+Phase row_phase(const Problem& p, std::int64_t heads, const Coordinate& lengths,
+                MakeBody make_body) {
+  const std::int64_t tokens = lengths[0] * lengths[1] * lengths[2];
+  return {p.batch * heads * tokens, [=](std::int64_t begin, std::int64_t end) {
+            auto body = make_body();
+            for (std::int64_t i = begin; i < end; ++i)
+              body(Row{i / tokens / heads, i / tokens % heads, unravel(i % tokens, lengths)});
+          }};
+}
+
+/// Sums `value(row, neighbor)` over batch and all (query, key) pairs, per head and offset.
+template <class T, class Value>
+Phase rpb_phase(const Problem& p, const Operand<T>& grad_rpb, Value value) {
+  const Coordinate offsets{2 * p.axes[0].kernel_size - 1, 2 * p.axes[1].kernel_size - 1,
+                           2 * p.axes[2].kernel_size - 1};
+  const std::int64_t count = offsets[0] * offsets[1] * offsets[2];
+  return {p.heads * count, [=](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t item = begin; item < end; ++item) {
+              const std::int64_t head = item / count;
+              const Coordinate offset = unravel(item % count, offsets);
+              double sum = 0;
+              for (std::int64_t batch = 0; batch < p.batch; ++batch)
+                for (std::int64_t i = 0; i < p.queries(); ++i) {
+                  const Row row{batch, head, unravel(i, query_lengths(p))};
+                  Coordinate key;
+                  bool sees = true;
+                  for (int d = 0; d < kMaxRank && sees; ++d) {
+                    const Axis& axis = p.axes[d];
+                    const std::int64_t position = position_of(axis, row.token[d]);
+                    key[d] = position + offset[d] - (axis.kernel_size - 1);
+                    sees = window(axis, group_of(axis, row.token[d]), position).contains(key[d]);
+                  }
+                  if (sees) sum += value(row, neighbor(p, row.token, key));
+                }
+              *grad_rpb.at(0, head, offset) = static_cast<T>(sum);
+            }
+          }};
+}
+
+template <class T>
+using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
+
+/// Fused attention: what forward and backward share.
+template <class T>
+struct Attention {
+  using In = Operand<const T>;
+  Problem p;
+  In query, key, value, rpb, additional_keys, additional_values;
+
+  Attention(const Job& job)
+      : p(job.problem),
+        query(operand<const T>(p, job.tensors, &Tensors::query)),
+        key(operand<const T>(p, job.tensors, &Tensors::key)),
+        value(operand<const T>(p, job.tensors, &Tensors::value)),
+        rpb(operand<const T>(p, job.tensors, &Tensors::rpb)),
+        additional_keys(operand<const T>(p, job.tensors, &Tensors::additional_keys)),
+        additional_values(operand<const T>(p, job.tensors, &Tensors::additional_values)) {}
+
+  std::int64_t heads_per_kv_head() const { return p.heads / p.kv_heads; }
+
+  double score(const T* q, const T* k) const { return p.scale * dot(q, k, p.head_dim); }
+  double score(const Row& row, const T* q, const Neighbor& n) const {
+    const double bias = rpb ? static_cast<double>(*rpb.at(0, row.head, n.offset)) : 0.0;
+    return score(q, key.at(row.batch, row.head / heads_per_kv_head(), n.token)) + bias;
+  }
+
+  /// Visits all a query attends to, `f(score, key, value, slot)`: window, then additional tokens.
+  template <class F>
+  void for_each_score(const Row& row, F&& f) const {
+    const T* q = query.at(row.batch, row.head, row.token);
+    const std::int64_t kv_head = row.head / heads_per_kv_head();
+    for_each_key(p, row.token, [&](const Neighbor& n) {
+      f(score(row, q, n), key.at(row.batch, kv_head, n.token),
+        value.at(row.batch, kv_head, n.token), n.slot);
+    });
+    for (std::int64_t i = 0; i < p.additional; ++i) {
+      const T* k = additional_keys.at(row.batch, kv_head, i);
+      f(score(q, k), k, additional_values.at(row.batch, kv_head, i), p.window_size() + i);
+    }
+  }
+};
+
+template <class T>
+std::vector<Phase> attention_forward(const Job& job) {
+  const Attention<T> a(job);
+  const auto output = operand<T>(a.p, job.tensors, &Tensors::output);
+  const auto logsumexp = operand<Statistic<T>>(a.p, job.tensors, &Tensors::logsumexp);
+  return {row_phase(a.p, a.p.heads, query_lengths(a.p), [=] {
+    return [=, scores = std::vector<double>(size(a.p.slots())),
+            sum = std::vector<double>(size(a.p.value_dim))](const Row& row) mutable {
+      double largest = kEmpty;
+      a.for_each_score(row, [&](double score, const T*, const T*, std::int64_t slot) {
+        scores[size(slot)] = score;
+        largest = std::max(largest, score);  // a NaN stays in scores and reaches the sums
+      });
+      double total = 0;
+      std::fill(sum.begin(), sum.end(), 0.0);
+      a.for_each_score(row, [&](double, const T*, const T* v, std::int64_t slot) {
+        const double weight = std::exp(scores[size(slot)] - largest);
+        total += weight;
+        add_scaled(sum, weight, v);
+      });
+      for (double& x : sum) x /= total;
+      store(output.at(row.batch, row.head, row.token), sum);
+      if (logsumexp)
+        *logsumexp.at(row.batch, row.head, row.token) =
+            static_cast<Statistic<T>>(largest + std::log(total));
+    };
+  })};
+}
+
+/// With P = exp(score - logsumexp) and dP = <grad_output, value>, the gradient of a score is
+/// dS = P * (dP - sum of P * dP over the row + grad_logsumexp).
+template <class T>
+std::vector<Phase> attention_backward(const Job& job) {
+  using Stat = Statistic<T>;
+  const Attention<T> a(job);
+  const Tensors& t = job.tensors;
+  const Problem& p = a.p;
+  const auto logsumexp = operand<const Stat>(p, t, &Tensors::logsumexp);
+  const auto grad_output = operand<const T>(p, t, &Tensors::grad_output);
+  const auto grad_logsumexp = operand<const Stat>(p, t, &Tensors::grad_logsumexp);
+  const auto grad_query = operand<T>(p, t, &Tensors::grad_query);
+  const auto grad_key = operand<T>(p, t, &Tensors::grad_key);
+  const auto grad_value = operand<T>(p, t, &Tensors::grad_value);
+  const auto grad_rpb = operand<T>(p, t, &Tensors::grad_rpb);
+  const auto grad_additional_keys = operand<T>(p, t, &Tensors::grad_additional_keys);
+  const auto grad_additional_values = operand<T>(p, t, &Tensors::grad_additional_values);
+
+  // Per query and head: sum of P * dP, minus grad_logsumexp. Contiguous [B, H, queries].
+  Operand<Stat> row_term;
+  row_term.data = static_cast<Stat*>(job.workspace);
+  row_term.grid = {p.axes[1].query_length * p.axes[2].query_length, p.axes[2].query_length, 1};
+  row_term.head = p.queries();
+  row_term.batch = p.heads * p.queries();
+
+  // P and dS of one pair. Needs row_term, so it serves the phases after the first.
+  struct Pair {
+    double weight, grad_score;
+  };
+  const auto pair = [=](const Row& row, double score, const T* v) {
+    const double weight =
+        std::exp(score - static_cast<double>(*logsumexp.at(row.batch, row.head, row.token)));
+    const double grad_weight =
+        dot(grad_output.at(row.batch, row.head, row.token), v, a.p.value_dim);
+    const double term = static_cast<double>(*row_term.at(row.batch, row.head, row.token));
+    return Pair{weight, weight * (grad_weight - term)};
+  };
+
+  std::vector<Phase> phases;
+  phases.push_back(row_phase(p, p.heads, query_lengths(p), [=] {
+    return [=, weights = std::vector<double>(size(a.p.slots())),
+            grad_weights = std::vector<double>(size(a.p.slots())),
+            sum = std::vector<double>(size(a.p.head_dim))](const Row& row) mutable {
+      const double lse = static_cast<double>(*logsumexp.at(row.batch, row.head, row.token));
+      const T* g = grad_output.at(row.batch, row.head, row.token);
+      double term = 0;
+      a.for_each_score(row, [&](double score, const T*, const T* v, std::int64_t slot) {
+        weights[size(slot)] = std::exp(score - lse);
+        grad_weights[size(slot)] = dot(g, v, a.p.value_dim);
+        term += weights[size(slot)] * grad_weights[size(slot)];
+      });
+      if (grad_logsumexp)
+        term -= static_cast<double>(*grad_logsumexp.at(row.batch, row.head, row.token));
+      *row_term.at(row.batch, row.head, row.token) = static_cast<Stat>(term);
+      if (!grad_query) return;
+      std::fill(sum.begin(), sum.end(), 0.0);
+      a.for_each_score(row, [&](double, const T* k, const T*, std::int64_t slot) {
+        add_scaled(sum, a.p.scale * weights[size(slot)] * (grad_weights[size(slot)] - term), k);
+      });
+      store(grad_query.at(row.batch, row.head, row.token), sum);
+    };
+  }));
+
+  if (grad_key || grad_value)
+    phases.push_back(row_phase(p, p.kv_heads, key_lengths(p), [=] {
+      return [=, key_sum = std::vector<double>(size(a.p.head_dim)),
+              value_sum = std::vector<double>(size(a.p.value_dim))](const Row& at) mutable {
+        std::fill(key_sum.begin(), key_sum.end(), 0.0);
+        std::fill(value_sum.begin(), value_sum.end(), 0.0);
+        const T* v = a.value.at(at.batch, at.head, at.token);
+        for (std::int64_t i = 0; i < a.heads_per_kv_head(); ++i)
+          for_each_query(a.p, at.token, [&](const Coordinate& token, const Neighbor& n) {
+            const Row row{at.batch, at.head * a.heads_per_kv_head() + i, token};
+            const T* q = a.query.at(row.batch, row.head, row.token);
+            const Pair x = pair(row, a.score(row, q, n), v);
+            add_scaled(key_sum, a.p.scale * x.grad_score, q);
+            add_scaled(value_sum, x.weight, grad_output.at(row.batch, row.head, row.token));
+          });
+        if (grad_key) store(grad_key.at(at.batch, at.head, at.token), key_sum);
+        if (grad_value) store(grad_value.at(at.batch, at.head, at.token), value_sum);
+      };
+    }));
+
+  if (grad_additional_keys || grad_additional_values)
+    phases.push_back(row_phase(p, p.kv_heads, {1, 1, p.additional}, [=] {
+      return [=, key_sum = std::vector<double>(size(a.p.head_dim)),
+              value_sum = std::vector<double>(size(a.p.value_dim))](const Row& at) mutable {
+        const std::int64_t n = at.token[2];
+        std::fill(key_sum.begin(), key_sum.end(), 0.0);
+        std::fill(value_sum.begin(), value_sum.end(), 0.0);
+        const T* k = a.additional_keys.at(at.batch, at.head, n);
+        const T* v = a.additional_values.at(at.batch, at.head, n);
+        for (std::int64_t i = 0; i < a.heads_per_kv_head(); ++i)
+          for (std::int64_t token = 0; token < a.p.queries(); ++token) {
+            const Row row{at.batch, at.head * a.heads_per_kv_head() + i,
+                          unravel(token, query_lengths(a.p))};
+            const T* q = a.query.at(row.batch, row.head, row.token);
+            const Pair x = pair(row, a.score(q, k), v);
+            add_scaled(key_sum, a.p.scale * x.grad_score, q);
+            add_scaled(value_sum, x.weight, grad_output.at(row.batch, row.head, row.token));
+          }
+        if (grad_additional_keys) store(grad_additional_keys.at(at.batch, at.head, n), key_sum);
+        if (grad_additional_values)
+          store(grad_additional_values.at(at.batch, at.head, n), value_sum);
+      };
+    }));
+
+  if (grad_rpb)
+    phases.push_back(rpb_phase(p, grad_rpb, [=](const Row& row, const Neighbor& n) {
+      const T* q = a.query.at(row.batch, row.head, row.token);
+      const T* v = a.value.at(row.batch, row.head / a.heads_per_kv_head(), n.token);
+      return pair(row, a.score(row, q, n), v).grad_score;
+    }));
+  return phases;
+}
+
+/// Fills the slots of one query's weights that hold nothing.
+template <class T>
+void clear_slots(const Problem& p, T* attn, std::int64_t count) {
+  const double fill = p.empty_slots == EmptySlots::zero ? 0.0 : kEmpty;
+  std::fill(attn, attn + count, static_cast<T>(fill));
+}
+
+template <class T>
+std::vector<Phase> qk(const Job& job) {
+  const Problem p = job.problem;
+  const auto query = operand<const T>(p, job.tensors, &Tensors::query);
+  const auto key = operand<const T>(p, job.tensors, &Tensors::key);
+  const auto rpb = operand<const T>(p, job.tensors, &Tensors::rpb);
+  const auto additional_keys = operand<const T>(p, job.tensors, &Tensors::additional_keys);
+  const auto attn = operand<T>(p, job.tensors, &Tensors::attn);
+  return {row_phase(p, p.heads, query_lengths(p), [=] {
+    return [=](const Row& row) {
+      const T* q = query.at(row.batch, row.head, row.token);
+      T* slots = attn.at(row.batch, row.head, row.token);
+      clear_slots(p, slots, p.window_size());
+      for_each_key(p, row.token, [&](const Neighbor& n) {
+        const double bias = rpb ? static_cast<double>(*rpb.at(0, row.head, n.offset)) : 0.0;
+        slots[n.slot] =
+            static_cast<T>(dot(q, key.at(row.batch, row.head, n.token), p.head_dim) + bias);
+      });
+      for (std::int64_t i = 0; i < p.additional; ++i)
+        slots[p.window_size() + i] =
+            static_cast<T>(dot(q, additional_keys.at(row.batch, row.head, i), p.head_dim));
+    };
+  })};
+}
+
+template <class T>
+std::vector<Phase> av(const Job& job) {
+  const Problem p = job.problem;
+  const auto attn = operand<const T>(p, job.tensors, &Tensors::attn);
+  const auto value = operand<const T>(p, job.tensors, &Tensors::value);
+  const auto additional_values = operand<const T>(p, job.tensors, &Tensors::additional_values);
+  const auto output = operand<T>(p, job.tensors, &Tensors::output);
+  return {row_phase(p, p.heads, query_lengths(p), [=] {
+    return [=, sum = std::vector<double>(size(p.head_dim))](const Row& row) mutable {
+      const T* slots = attn.at(row.batch, row.head, row.token);
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for_each_key(p, row.token, [&](const Neighbor& n) {
+        add_scaled(sum, static_cast<double>(slots[n.slot]), value.at(row.batch, row.head, n.token));
+      });
+      for (std::int64_t i = 0; i < p.additional; ++i)
+        add_scaled(sum, static_cast<double>(slots[p.window_size() + i]),
+                   additional_values.at(row.batch, row.head, i));
+      store(output.at(row.batch, row.head, row.token), sum);
+    };
+  })};
+}
+
+template <class T>
+std::vector<Phase> av_transpose(const Job& job) {
+  const Problem p = job.problem;
+  const auto attn = operand<const T>(p, job.tensors, &Tensors::attn);
+  const auto query = operand<const T>(p, job.tensors, &Tensors::query);
+  const auto key = operand<T>(p, job.tensors, &Tensors::key);
+  const auto additional_keys = operand<T>(p, job.tensors, &Tensors::additional_keys);
+  std::vector<Phase> phases;
+  phases.push_back(row_phase(p, p.heads, key_lengths(p), [=] {
+    return [=, sum = std::vector<double>(size(p.head_dim))](const Row& at) mutable {
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for_each_query(p, at.token, [&](const Coordinate& token, const Neighbor& n) {
+        add_scaled(sum, static_cast<double>(attn.at(at.batch, at.head, token)[n.slot]),
+                   query.at(at.batch, at.head, token));
+      });
+      store(key.at(at.batch, at.head, at.token), sum);
+    };
+  }));
+  if (additional_keys)
+    phases.push_back(row_phase(p, p.heads, {1, 1, p.additional}, [=] {
+      return [=, sum = std::vector<double>(size(p.head_dim))](const Row& at) mutable {
+        const std::int64_t n = at.token[2];
+        std::fill(sum.begin(), sum.end(), 0.0);
+        for (std::int64_t i = 0; i < p.queries(); ++i) {
+          const Coordinate token = unravel(i, query_lengths(p));
+          add_scaled(sum,
+                     static_cast<double>(attn.at(at.batch, at.head, token)[p.window_size() + n]),
+                     query.at(at.batch, at.head, token));
+        }
+        store(additional_keys.at(at.batch, at.head, n), sum);
+      };
+    }));
+  return phases;
+}
+
+template <class T>
+std::vector<Phase> rpb_gather(const Job& job) {
+  const Problem p = job.problem;
+  const auto rpb = operand<const T>(p, job.tensors, &Tensors::rpb);
+  const auto attn = operand<T>(p, job.tensors, &Tensors::attn);
+  return {row_phase(p, p.heads, query_lengths(p), [=] {
+    return [=](const Row& row) {
+      T* slots = attn.at(row.batch, row.head, row.token);
+      clear_slots(p, slots, p.window_size());
+      std::fill(slots + p.window_size(), slots + p.slots(), T(0.0));
+      for_each_key(p, row.token,
+                   [&](const Neighbor& n) { slots[n.slot] = *rpb.at(0, row.head, n.offset); });
+    };
+  })};
+}
+
+template <class T>
+std::vector<Phase> rpb_scatter(const Job& job) {
+  const Problem p = job.problem;
+  const auto attn = operand<const T>(p, job.tensors, &Tensors::attn);
+  const auto grad_rpb = operand<T>(p, job.tensors, &Tensors::grad_rpb);
+  return {rpb_phase(p, grad_rpb, [=](const Row& row, const Neighbor& n) {
+    return static_cast<double>(attn.at(row.batch, row.head, row.token)[n.slot]);
+  })};
+}
+
+template <class T>
+std::vector<Phase> phases_of(const Job& job) {
+  switch (job.problem.op) {
+    case Op::attention_forward: return attention_forward<T>(job);
+    case Op::attention_backward: return attention_backward<T>(job);
+    case Op::qk: return qk<T>(job);
+    case Op::av: return av<T>(job);
+    case Op::av_transpose: return av_transpose<T>(job);
+    case Op::rpb_gather: return rpb_gather<T>(job);
+    case Op::rpb_scatter: return rpb_scatter<T>(job);
+  }
+  return {};
+}
+
+std::string refuse_reason(const Problem&) { return {}; }
+
+std::size_t workspace_bytes(const Problem& p) {
+  if (p.op != Op::attention_backward) return 0;
+  const std::size_t rows = size(p.batch * p.heads * p.queries());
+  return rows * (p.dtype == DType::float64 ? sizeof(double) : sizeof(float));
+}
+
+void run(const std::vector<Job>& jobs, const Context& context) {
+  std::vector<std::vector<Phase>> phases;
+  for (const Job& job : jobs)
+    phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
+      return phases_of<typename decltype(type)::type>(job);
+    }));
+  run_phases(phases, context.executor);
+}
+
+}  // namespace
+
+const Backend naive = {"naive", DeviceType::cpu, refuse_reason, workspace_bytes, run};
+
+}  // namespace natten::detail::cpu

@@ -1,0 +1,71 @@
+#pragma once
+
+#include <natten/problem.h>
+
+#include <array>
+#include <cstring>
+#include <type_traits>
+
+#include "../roles.h"
+
+namespace natten::detail::cpu {
+
+using Coordinate = std::array<std::int64_t, kMaxRank>;
+
+/// Token number `index` of a grid, row-major.
+inline Coordinate unravel(std::int64_t index, const Coordinate& lengths) {
+  Coordinate at;
+  for (int i = kMaxRank - 1; i >= 0; --i) {
+    at[i] = index % lengths[i];
+    index /= lengths[i];
+  }
+  return at;
+}
+
+inline Coordinate query_lengths(const Problem& p) {
+  return {p.axes[0].query_length, p.axes[1].query_length, p.axes[2].query_length};
+}
+inline Coordinate key_lengths(const Problem& p) {
+  return {p.axes[0].key_length, p.axes[1].key_length, p.axes[2].key_length};
+}
+
+/// A tensor of an operation by what its dimensions mean, so that one kernel serves heads-first and
+/// heads-last tensors of every rank. Elements along the innermost dimension are adjacent.
+template <class T>
+struct Operand {
+  T* data = nullptr;
+  std::int64_t batch = 0, head = 0, token = 0;  // strides; token: of additional tokens
+  Coordinate grid{};                            // strides, of a token grid or relative positions
+
+  explicit operator bool() const { return data != nullptr; }
+  T* at(std::int64_t b, std::int64_t h, const Coordinate& c) const {
+    return data + b * batch + h * head + c[0] * grid[0] + c[1] * grid[1] + c[2] * grid[2];
+  }
+  T* at(std::int64_t b, std::int64_t h, std::int64_t n) const {
+    return data + b * batch + h * head + n * token;
+  }
+};
+
+/// `T` is const for inputs.
+template <class T>
+Operand<T> operand(const Problem& p, const Tensors& tensors, TensorView Tensors::*member) {
+  Operand<T> o;
+  const TensorView& view = tensors.*member;
+  const char* dims = dims_of(p.op, member);
+  if (!view || !dims) return o;
+  o.data = static_cast<T*>(view.data);
+  int at = 0;
+  for (const char* d = dims; *d; ++d) {
+    if (std::strchr("QKR", *d)) {
+      for (int i = kMaxRank - p.rank; i < kMaxRank; ++i) o.grid[i] = view.strides[at++];
+      continue;
+    }
+    const std::int64_t stride = view.strides[at++];
+    if (*d == 'B') o.batch = stride;
+    if (*d == 'H' || *d == 'G') o.head = stride;
+    if (*d == 'N') o.token = stride;
+  }
+  return o;
+}
+
+}  // namespace natten::detail::cpu

@@ -1,0 +1,22 @@
+#pragma once
+
+#include <natten/context.h>
+
+#include <cstdint>
+#include <functional>
+#include <vector>
+
+namespace natten::detail::cpu {
+
+/// Independent work items 0 .. items - 1. `body(begin, end)` runs some of them; which thread runs
+/// which never changes a result.
+struct Phase {
+  std::int64_t items;
+  std::function<void(std::int64_t begin, std::int64_t end)> body;
+};
+
+/// Runs phase 0 of all jobs in one parallel region, then phase 1 of all jobs, and so on.
+/// Kernels run with the default floating-point environment, whatever the caller's is.
+void run_phases(const std::vector<std::vector<Phase>>& jobs, Executor* executor);
+
+}  // namespace natten::detail::cpu

@@ -1,0 +1,24 @@
+#pragma once
+
+#include <natten/types.h>
+
+namespace natten::detail {
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+/// Calls `f(Type<T>{})` with the C++ type of an element type.
+template <class F>
+decltype(auto) dispatch_dtype(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float64: return f(Type<double>{});
+    case DType::float32: return f(Type<float>{});
+    case DType::bfloat16: return f(Type<bfloat16>{});
+    case DType::float16: break;
+  }
+  return f(Type<float16>{});
+}
+
+}  // namespace natten::detail

@@ -1,0 +1,88 @@
+#include "registry.h"
+
+#include <natten/error.h>
+
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/naive.h"
+
+namespace natten {
+namespace detail {
+namespace {
+
+/// Best first for each device; the readable reference comes last.
+const Backend* const kBackends[] = {
+    &cpu::naive,
+};
+
+std::vector<const Backend*> backends_of(DeviceType device) {
+  std::vector<const Backend*> found;
+  for (const Backend* backend : kBackends)
+    if (backend->device == device) found.push_back(backend);
+  return found;
+}
+
+std::string forced_name(const Context& context) {
+  if (context.backend && *context.backend) return context.backend;
+  const char* from_environment = std::getenv("NATTEN_BACKEND");
+  return from_environment ? from_environment : "";
+}
+
+void require_device(DeviceType device) {
+  if (built_for(device)) return;
+  throw Error(ErrorKind::invalid_value,
+              std::string("device: the tensors are on ") + name_of(device) +
+                  ", for which this build of libnatten has no kernels; rebuild it with "
+                  "-DNATTEN_WITH_CUDA=ON (pip install . -Ccmake.define.NATTEN_WITH_CUDA=ON) or "
+                  "move the tensors to the CPU");
+}
+
+}  // namespace
+
+const Backend& select(const Problem& problem, const Context& context) {
+  require_device(problem.device.type);
+  const std::string forced = forced_name(context);
+  std::string refusals, names;
+  bool known = false;
+  for (const Backend* backend : backends_of(problem.device.type)) {
+    names += std::string(names.empty() ? "" : ", ") + backend->name;
+    if (!forced.empty() && forced != backend->name) continue;
+    known = true;
+    const std::string refusal = backend->refuse_reason(problem);
+    if (refusal.empty()) return *backend;
+    refusals += std::string(backend->name) + ": " + refusal + "; ";
+  }
+  if (!known)
+    throw Error(ErrorKind::invalid_value, "backend: got \"" + forced + "\"; must be one of " +
+                                              names + " for tensors on " +
+                                              name_of(problem.device.type));
+  throw Error(ErrorKind::invalid_value,
+              "backend: none runs this problem: " + refusals + "see natten::explain");
+}
+
+}  // namespace detail
+
+std::vector<std::string> backends(DeviceType device) {
+  std::vector<std::string> names;
+  for (const detail::Backend* backend : detail::backends_of(device)) names.push_back(backend->name);
+  return names;
+}
+
+std::vector<Verdict> explain(const Problem& problem, const Context& context) {
+  const std::string forced = detail::forced_name(context);
+  std::vector<Verdict> verdicts;
+  bool chosen = false;
+  for (const detail::Backend* backend : detail::backends_of(problem.device.type)) {
+    Verdict verdict{backend->name, backend->refuse_reason(problem), false};
+    verdict.chosen =
+        !chosen && verdict.refusal.empty() && (forced.empty() || forced == backend->name);
+    chosen = chosen || verdict.chosen;
+    verdicts.push_back(verdict);
+  }
+  return verdicts;
+}
+
+bool built_for(DeviceType device) { return !detail::backends_of(device).empty(); }
+
+}  // namespace natten

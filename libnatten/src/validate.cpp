@@ -1,0 +1,336 @@
+#include "validate.h"
+
+#include <natten/error.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <sstream>
+
+#include "roles.h"
+
+namespace natten::detail {
+
+std::string to_string(const std::int64_t* values, int count) {
+  std::ostringstream s;
+  s << '[';
+  for (int i = 0; i < count; ++i) s << (i ? ", " : "") << values[i];
+  s << ']';
+  return s.str();
+}
+
+std::vector<std::int64_t> shape_of(const Problem& p, const char* dims) {
+  std::vector<std::int64_t> shape;
+  for (const char* d = dims; *d; ++d) {
+    switch (*d) {
+      case 'B': shape.push_back(p.batch); break;
+      case 'H': shape.push_back(p.heads); break;
+      case 'G': shape.push_back(p.kv_heads); break;
+      case 'D': shape.push_back(p.head_dim); break;
+      case 'V': shape.push_back(p.value_dim); break;
+      case 'N': shape.push_back(p.additional); break;
+      case 'W':
+      case 'X': shape.push_back(p.slots()); break;
+      default:
+        for (int i = kMaxRank - p.rank; i < kMaxRank; ++i)
+          shape.push_back(*d == 'Q'   ? p.axes[i].query_length
+                          : *d == 'K' ? p.axes[i].key_length
+                                      : 2 * p.axes[i].kernel_size - 1);
+    }
+  }
+  return shape;
+}
+
+namespace {
+
+template <class... Parts>
+[[noreturn]] void fail(ErrorKind kind, const Parts&... parts) {
+  std::ostringstream s;
+  (s << ... << parts);
+  throw Error(kind, s.str());
+}
+template <class... Parts>
+[[noreturn]] void bad_value(const Parts&... parts) {
+  fail(ErrorKind::invalid_value, parts...);
+}
+
+std::string to_string(const Tuple& tuple) {
+  return detail::to_string(tuple.values.data(), std::min(tuple.size, kMaxDims));
+}
+std::string shape_text(const TensorView& view) {
+  return detail::to_string(view.shape.data(), std::min(view.ndim, kMaxDims));
+}
+
+struct DimNames {
+  const char* meaning;
+  const char* in_layout;
+};
+DimNames names_of(char dim) {
+  switch (dim) {
+    case 'B': return {"batch", "batch"};
+    case 'H': return {"the number of heads", "heads"};
+    case 'G': return {"the number of key-value heads", "kv_heads"};
+    case 'D': return {"the head dim", "head_dim"};
+    case 'V': return {"the head dim", "value_head_dim"};
+    case 'N': return {"the number of additional tokens", "additional"};
+    case 'Q':
+    case 'K': return {"the spatial shape", "*spatial"};
+    case 'R':
+      return {"the relative positions, 2 * kernel_size - 1 per axis,", "*(2 * kernel_size - 1)"};
+    default: return {"the number of slots", "slots"};
+  }
+}
+
+bool is_grid(char dim) { return std::strchr("QKR", dim) != nullptr; }
+
+std::string layout_of(const Role& role) {
+  std::string text = "[";
+  for (const char* d = role.dims; *d; ++d) {
+    if (d != role.dims) text += ", ";
+    text += names_of(*d).in_layout;
+  }
+  return text + "]";
+}
+
+/// What a symbol of `Role::dims` stands for in this call, and the argument that said so.
+struct Extent {
+  Tuple values;
+  const char* source = nullptr;
+};
+
+class Checker {
+ public:
+  Checker(const Call& call, bool for_execution) : call_(call), for_execution_(for_execution) {}
+
+  Problem check() {
+    check_neighborhood();
+    check_options();
+    for (const Role& role : roles_of(call_.op)) check_tensor(role);
+    check_pairs();
+    check_grids();
+    check_slots();
+    return make_problem();
+  }
+
+ private:
+  Extent& extent(char dim) { return extents_[dim - 'A']; }
+  std::int64_t number(char dim) { return extent(dim).source ? extent(dim).values[0] : 0; }
+
+  void check_tuple(const char* name, const Tuple& tuple, std::int64_t minimum) const {
+    if (tuple.size == 0) return;
+    if (tuple.size != rank_)
+      bad_value(name, ": got ", to_string(tuple), ", ", tuple.size,
+                " elements; must have one per spatial axis, ", rank_, " here");
+    for (int i = 0; i < rank_; ++i)
+      if (tuple[i] < minimum)
+        bad_value(name, ": got ", to_string(tuple), "; must be at least ", minimum,
+                  " on every axis");
+  }
+
+  void check_neighborhood() {
+    const Neighborhood& n = call_.neighborhood;
+    rank_ = n.kernel_size.size;
+    if (rank_ < 1 || rank_ > kMaxRank)
+      bad_value("kernel_size: got ", to_string(n.kernel_size), ", ", rank_,
+                " elements; there must be 1, 2 or 3 spatial axes");
+    check_tuple("kernel_size", n.kernel_size, 1);
+    check_tuple("dilation", n.dilation, 1);
+    check_tuple("stride", n.stride, 1);
+    check_tuple("is_causal", n.is_causal, 0);
+    for (int i = 0; i < n.stride.size; ++i)
+      if (n.stride[i] > n.kernel_size[i])
+        bad_value("stride: got ", to_string(n.stride), "; must not exceed kernel_size, ",
+                  to_string(n.kernel_size), ", on any axis");
+    Tuple relative = n.kernel_size;
+    for (int i = 0; i < rank_; ++i) relative.values[i] = 2 * relative[i] - 1;
+    extent('R') = {relative, "kernel_size"};
+  }
+
+  void check_options() const {
+    const Options& o = call_.options;
+    check_tuple("q_tile_shape", o.query_tile, 1);
+    check_tuple("kv_tile_shape", o.key_tile, 1);
+    check_tuple("backward_q_tile_shape", o.backward_query_tile, 1);
+    check_tuple("backward_kv_tile_shape", o.backward_key_tile, 1);
+    check_tuple("backward_kv_splits", o.key_splits, 1);
+    if (o.scale && !std::isfinite(*o.scale)) bad_value("scale: got ", *o.scale, "; must be finite");
+  }
+
+  void check_tensor(const Role& role) {
+    const TensorView& v = call_.tensors.*role.tensor;
+    if (!v) {
+      if (role.is_required && (for_execution_ || !role.is_output))
+        bad_value(role.name, ": missing; ", name_of(call_.op), " needs it");
+      return;
+    }
+    check_type(role, v);
+    int ndim = 0;
+    for (const char* d = role.dims; *d; ++d) ndim += is_grid(*d) ? rank_ : 1;
+    if (v.ndim != ndim)
+      bad_value(role.name, ": got ", v.ndim, " dimensions, shape ", shape_text(v), "; must have ",
+                ndim, ", ", layout_of(role), ", for ", rank_, " spatial ",
+                rank_ == 1 ? "axis" : "axes", ", as many as kernel_size has elements");
+    int at = 0;
+    for (const char* d = role.dims; *d; ++d) {
+      const Tuple values(v.shape.begin() + at, is_grid(*d) ? rank_ : 1);
+      check_extent(role, v, *d, values);
+      at += values.size;
+    }
+    if (v.size() == 0) return;
+    if (v.shape[ndim - 1] > 1 && v.strides[ndim - 1] != 1)
+      bad_value(role.name, ": got ", v.strides[ndim - 1],
+                " as innermost stride; must be 1 (make the tensor contiguous)");
+    if (for_execution_ && !v.data)
+      bad_value(role.name, ": has no memory (null data pointer), shape ", shape_text(v));
+  }
+
+  void check_type(const Role& role, const TensorView& v) {
+    if (!first_) {
+      first_ = &role;
+      dtype_ = v.dtype;
+      device_ = v.device;
+    }
+    const DType statistic = dtype_ == DType::float64 ? DType::float64 : DType::float32;
+    const DType expected = role.is_statistic ? statistic : dtype_;
+    if (v.dtype != expected)
+      fail(ErrorKind::invalid_type, role.name, ": got dtype ", name_of(v.dtype), "; must be ",
+           name_of(expected), ", as ", first_->name, " is ", name_of(dtype_));
+    if (v.device != device_)
+      bad_value(role.name, ": is on ", name_of(v.device.type), ":", v.device.index,
+                "; must be on the device of ", first_->name, ", ", name_of(device_.type), ":",
+                device_.index);
+  }
+
+  void check_extent(const Role& role, const TensorView& v, char dim, const Tuple& values) {
+    if (dim == 'K' && !call_.options.separate_key_grid) dim = 'Q';
+    // The slots depend on tensors that may come later in the table.
+    if (dim == 'W' || dim == 'X') {
+      extent(dim) = {values, role.name};
+      return;
+    }
+    if (!extent(dim).source) {
+      const bool may_be_zero =
+          dim == 'B' || dim == 'N' || (dim == 'Q' && call_.options.separate_key_grid);
+      for (int i = 0; i < values.size; ++i)
+        if (values[i] < (may_be_zero ? 0 : 1))
+          bad_value(role.name, ": got shape ", shape_text(v), "; ", names_of(dim).meaning,
+                    " must be at least 1");
+      extent(dim) = {values, role.name};
+      return;
+    }
+    const Tuple& known = extent(dim).values;
+    if (!std::equal(known.values.begin(), known.values.begin() + known.size, values.values.begin()))
+      bad_value(role.name, ": got shape ", shape_text(v), "; ", names_of(dim).meaning, " must be ",
+                known.size == 1 ? std::to_string(known[0]) : to_string(known), ", to match ",
+                extent(dim).source);
+  }
+
+  /// Tensors that come together, and heads that share keys.
+  void check_pairs() {
+    const Tensors& t = call_.tensors;
+    if (!is_fused()) return;
+    if (bool(t.additional_keys) != bool(t.additional_values))
+      bad_value(t.additional_keys ? "additional_values" : "additional_keys",
+                ": missing; additional_keys and additional_values must be given together");
+    if (number('H') % number('G') != 0)
+      bad_value("key: got ", number('G'), " key-value heads; must divide the ", number('H'),
+                " heads of query");
+    const auto check_gradient = [&](const char* name, const TensorView& wanted,
+                                    const TensorView& given) {
+      if (wanted && !given) bad_value(name, ": its tensor was not given, so it has no gradient");
+    };
+    check_gradient("grad_rpb", t.grad_rpb, t.rpb);
+    check_gradient("grad_additional_keys", t.grad_additional_keys, t.additional_keys);
+    check_gradient("grad_additional_values", t.grad_additional_values, t.additional_values);
+  }
+
+  void check_grids() {
+    if (!extent('Q').source)
+      bad_value("attn: missing; ", name_of(call_.op), " takes batch and spatial shape from it");
+    if (!call_.options.separate_key_grid) extent('K') = extent('Q');
+    const Neighborhood& n = call_.neighborhood;
+    for (int i = 0; i < rank_; ++i) {
+      const std::int64_t length = extent('K').values[i], dilation = value_or(n.dilation, i, 1);
+      if (n.kernel_size[i] > length / dilation)
+        bad_value("kernel_size: got ", to_string(n.kernel_size), " with dilation ", dilation,
+                  " on axis ", i, "; kernel_size * dilation must not exceed the axis, ", length,
+                  length == 1 ? " token" : " tokens", " here");
+    }
+  }
+
+  void check_slots() {
+    std::int64_t window = 1;
+    for (int i = 0; i < rank_; ++i) window *= call_.neighborhood.kernel_size[i];
+    if (extent('X').source) {
+      const std::int64_t slots = number('X');
+      if (slots < window)
+        bad_value(extent('X').source, ": got ", slots, " slots in its last dimension; must be ",
+                  "at least ", window, ", the product of kernel_size");
+      extent('N') = {{slots - window}, extent('X').source};
+    } else if (extent('W').source && number('W') != window + number('N')) {
+      bad_value(extent('W').source, ": got ", number('W'), " slots in its last dimension; must be ",
+                window + number('N'), ", ", window,
+                " for the window (the product of kernel_size) and ", number('N'),
+                " for additional tokens");
+    }
+  }
+
+  bool is_fused() const {
+    return call_.op == Op::attention_forward || call_.op == Op::attention_backward;
+  }
+
+  static std::int64_t value_or(const Tuple& tuple, int i, std::int64_t missing) {
+    return tuple.size ? tuple[i] : missing;
+  }
+
+  Problem make_problem() {
+    const Neighborhood& n = call_.neighborhood;
+    const Options& o = call_.options;
+    const Tensors& t = call_.tensors;
+    Problem p;
+    p.op = call_.op;
+    p.dtype = dtype_;
+    p.device = device_;
+    p.rank = rank_;
+    for (int i = 0; i < rank_; ++i)
+      p.axes[kMaxRank - rank_ + i] = {extent('Q').values[i],      extent('K').values[i],
+                                      n.kernel_size[i],           value_or(n.stride, i, 1),
+                                      value_or(n.dilation, i, 1), value_or(n.is_causal, i, 0) != 0};
+    p.batch = number('B');
+    p.heads = number('H');
+    p.kv_heads = extent('G').source ? number('G') : p.heads;
+    p.head_dim = number('D');
+    p.value_dim = extent('V').source ? number('V') : p.head_dim;
+    p.additional = number('N');
+    p.scale = is_fused() ? o.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim))) : 1.0;
+    p.has_rpb = bool(t.rpb);
+    p.has_logsumexp = bool(t.logsumexp);
+    p.has_grad_logsumexp = bool(t.grad_logsumexp);
+    p.wants_grad_query = bool(t.grad_query);
+    p.wants_grad_key = bool(t.grad_key);
+    p.wants_grad_value = bool(t.grad_value);
+    p.wants_grad_rpb = bool(t.grad_rpb);
+    p.wants_grad_additional = bool(t.grad_additional_keys) || bool(t.grad_additional_values);
+    p.empty_slots = o.empty_slots;
+    p.deterministic = o.deterministic;
+    const bool is_backward = call_.op == Op::attention_backward;
+    p.query_tile = is_backward ? o.backward_query_tile : o.query_tile;
+    p.key_tile = is_backward ? o.backward_key_tile : o.key_tile;
+    p.key_splits = o.key_splits;
+    return p;
+  }
+
+  const Call& call_;
+  const bool for_execution_;
+  int rank_ = 0;
+  const Role* first_ = nullptr;
+  DType dtype_ = DType::float32;
+  Device device_;
+  Extent extents_['Z' - 'A'];
+};
+
+}  // namespace
+
+Problem check(const Call& call, bool for_execution) { return Checker(call, for_execution).check(); }
+
+}  // namespace natten::detail

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <natten/problem.h>
+
+#include <string>
+#include <vector>
+
+namespace natten::detail {
+
+/// The only place that checks arguments. Throws Error. `for_execution` also demands the required
+/// outputs, and memory behind the tensors.
+Problem check(const Call& call, bool for_execution);
+
+/// The shape of a tensor whose dimensions are spelled as in `Role::dims`.
+std::vector<std::int64_t> shape_of(const Problem& problem, const char* dims);
+
+/// "[2, 8, 8]", for messages.
+std::string to_string(const std::int64_t* values, int count);
+
+}  // namespace natten::detail
