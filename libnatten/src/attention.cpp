@@ -1,11 +1,11 @@
 #include <natten/attention.h>
 #include <natten/operations.h>
+#include <natten/roles.h>
 
 #include <algorithm>
 #include <string>
 
 #include "registry.h"
-#include "roles.h"
 #include "validate.h"
 
 namespace natten {
@@ -86,12 +86,17 @@ void run(const std::vector<Call>& calls, const Context& context) {
   run_all(calls.data(), calls.size(), context);
 }
 
-std::vector<std::int64_t> expected_shape(const Call& call, TensorView Tensors::*tensor) {
-  const char* dims = detail::dims_of(call.op, tensor);
-  if (!dims)
-    throw Error(ErrorKind::invalid_value,
-                std::string("tensor: ") + name_of(call.op) + " does not have this tensor");
-  return detail::shape_of(describe(call), dims);
+TensorView expected(const Call& call, TensorView Tensors::*tensor) {
+  const Problem problem = describe(call);
+  for (const Role& role : roles_of(call.op))
+    if (role.tensor == tensor) {
+      const std::vector<std::int64_t> shape = detail::shape_of(problem, role.dims);
+      const DType dtype = role.is_statistic ? statistic_dtype(problem.dtype) : problem.dtype;
+      return contiguous_view(nullptr, dtype, problem.device, shape.data(),
+                             static_cast<int>(shape.size()));
+    }
+  throw Error(ErrorKind::invalid_value,
+              std::string("tensor: ") + name_of(call.op) + " does not have this tensor");
 }
 
 Call attention_call(const Tensors& tensors, bool is_causal, std::optional<double> scale) {

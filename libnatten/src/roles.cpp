@@ -1,6 +1,6 @@
-#include "roles.h"
+#include <natten/roles.h>
 
-namespace natten::detail {
+namespace natten {
 namespace {
 
 constexpr Role input(const char* name, TensorView Tensors::*t, const char* dims) {
@@ -101,4 +101,10 @@ Roles roles_of(Op op) {
   return {nullptr, nullptr};
 }
 
-}  // namespace natten::detail
+const char* dims_of(Op op, TensorView Tensors::*tensor) {
+  for (const Role& role : roles_of(op))
+    if (role.tensor == tensor) return role.dims;
+  return nullptr;
+}
+
+}  // namespace natten

@@ -1,13 +1,12 @@
 #include "validate.h"
 
 #include <natten/error.h>
+#include <natten/roles.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <sstream>
-
-#include "roles.h"
 
 namespace natten::detail {
 
@@ -190,8 +189,7 @@ class Checker {
       dtype_ = v.dtype;
       device_ = v.device;
     }
-    const DType statistic = dtype_ == DType::float64 ? DType::float64 : DType::float32;
-    const DType expected = role.is_statistic ? statistic : dtype_;
+    const DType expected = role.is_statistic ? statistic_dtype(dtype_) : dtype_;
     if (v.dtype != expected)
       fail(ErrorKind::invalid_type, role.name, ": got dtype ", name_of(v.dtype), "; must be ",
            name_of(expected), ", as ", first_->name, " is ", name_of(dtype_));

@@ -26,10 +26,9 @@ NATTEN_EXPORT void run(const std::vector<Call>& calls, const Context& context = 
 NATTEN_EXPORT std::size_t workspace_bytes(const std::vector<Call>& calls,
                                           const Context& context = {});
 
-/// The shape that `describe` expects of a tensor of the call, for example
-/// `expected_shape(call, &Tensors::output)`. Data and outputs may be missing in the call.
-NATTEN_EXPORT std::vector<std::int64_t> expected_shape(const Call& call,
-                                                       TensorView Tensors::*tensor);
+/// What the call's other tensors demand of one of its tensors, as a row-major view without memory:
+/// `expected(call, &Tensors::output)` tells what to allocate. Throws Error.
+NATTEN_EXPORT TensorView expected(const Call& call, TensorView Tensors::*tensor);
 
 /// Softmax attention over all keys: query [B, S, H, D], key [B, Skv, Hkv, D], value
 /// [B, Skv, Hkv, Dv] -> output [B, S, H, Dv] and, where given, logsumexp [B, S, H]. `is_causal`

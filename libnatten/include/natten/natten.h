@@ -8,4 +8,5 @@
 #include <natten/neighborhood.h>
 #include <natten/operations.h>
 #include <natten/problem.h>
+#include <natten/roles.h>
 #include <natten/types.h>

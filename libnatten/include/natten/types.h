@@ -27,6 +27,10 @@ struct Device {
 NATTEN_EXPORT const char* name_of(DType);
 NATTEN_EXPORT const char* name_of(DeviceType);
 NATTEN_EXPORT std::size_t size_of(DType);
+/// Element type of logsumexp for inputs of a type: float64 for float64, else float32.
+constexpr DType statistic_dtype(DType dtype) {
+  return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
 
 template <class T>
 struct DTypeOf;
@@ -66,23 +70,29 @@ struct TensorView {
   }
 };
 
-/// A row-major (C-contiguous) view of CPU memory: `view(ptr, {batch, height, width, heads, dim})`.
+/// A row-major (C-contiguous) view.
+inline TensorView contiguous_view(void* data, DType dtype, Device device, const std::int64_t* shape,
+                                  int ndim) {
+  TensorView v;
+  v.data = data;
+  v.dtype = dtype;
+  v.device = device;
+  v.ndim = ndim;
+  std::int64_t stride = 1;
+  for (int i = (ndim < kMaxDims ? ndim : kMaxDims) - 1; i >= 0; --i) {
+    v.shape[i] = shape[i];
+    v.strides[i] = stride;
+    stride *= shape[i];
+  }
+  return v;
+}
+
+/// A row-major view of CPU memory: `view(pointer, {batch, height, width, heads, dim})`.
 template <class T>
 TensorView view(T* data, std::initializer_list<std::int64_t> shape) {
   using Element = std::remove_const_t<T>;
-  TensorView v;
-  v.data = const_cast<Element*>(data);
-  v.dtype = DTypeOf<Element>::value;
-  v.ndim = static_cast<int>(shape.size());
-  int i = 0;
-  for (std::int64_t n : shape)
-    if (i < kMaxDims) v.shape[i++] = n;
-  std::int64_t stride = 1;
-  for (i = (v.ndim < kMaxDims ? v.ndim : kMaxDims) - 1; i >= 0; --i) {
-    v.strides[i] = stride;
-    stride *= v.shape[i];
-  }
-  return v;
+  return contiguous_view(const_cast<Element*>(data), DTypeOf<Element>::value, {}, shape.begin(),
+                         static_cast<int>(shape.size()));
 }
 
 /// One integer per spatial axis. Holds its own length so that a tuple of the wrong length can be

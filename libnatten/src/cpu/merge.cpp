@@ -36,7 +36,7 @@ struct Rows {
 Rows check(const Views& like_output, const Views& like_logsumexp) {
   const TensorView& first = like_output.at(0);
   if (first.ndim < 1) fail("outputs: got a tensor without dimensions; must be [..., heads, dim]");
-  const DType statistic = first.dtype == DType::float64 ? DType::float64 : DType::float32;
+  const DType statistic = statistic_dtype(first.dtype);
   const auto check_one = [&](const TensorView& v, bool is_output) {
     const std::string name = is_output ? "outputs: " : "lse_tensors: ";
     const DType dtype = is_output ? first.dtype : statistic;

@@ -2,11 +2,9 @@
 
 #include <natten/problem.h>
 
-#include <cstring>
+namespace natten {
 
-namespace natten::detail {
-
-/// The part a tensor plays in an operation. The binding passes tensors in the order of this table,
+/// The part a tensor plays in an operation. Bindings pass tensors in the order of this table,
 /// validation checks them by it and backends take their strides from it.
 ///
 /// `dims` spells the tensor's dimensions:
@@ -29,13 +27,9 @@ struct Roles {
   const Role* end() const { return last; }
 };
 
-Roles roles_of(Op op);
+/// The tensors of an operation: inputs first, then outputs.
+NATTEN_EXPORT Roles roles_of(Op op);
+/// `Role::dims` of one tensor; null where the operation does not have it.
+NATTEN_EXPORT const char* dims_of(Op op, TensorView Tensors::*tensor);
 
-/// The dims of one tensor of an operation; null where the operation does not have it.
-inline const char* dims_of(Op op, TensorView Tensors::*tensor) {
-  for (const Role& role : roles_of(op))
-    if (role.tensor == tensor) return role.dims;
-  return nullptr;
-}
-
-}  // namespace natten::detail
+}  // namespace natten

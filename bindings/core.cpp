@@ -1,0 +1,190 @@
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
+#include <nanobind/stl/vector.h>
+#include <natten/natten.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "call.h"
+#include "views.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace natten::bindings {
+#if NATTEN_WITH_XLA
+void register_xla(nb::module_& module);
+#endif
+
+namespace {
+
+using Config = std::vector<std::int64_t>;
+using Scale = std::optional<double>;
+using Spec = std::tuple<std::vector<std::int64_t>, std::string>;
+
+/// Binds the inputs or the outputs of a call, one entry per role in table order.
+template <class Bind>
+void bind_tensors(Call& call, const nb::sequence& tensors, bool outputs, Bind&& bind) {
+  const std::size_t given = nb::len(tensors);
+  std::size_t at = 0;
+  for (const Role& role : roles_of(call.op)) {
+    if (role.is_output != outputs) continue;
+    if (at < given) bind(role, nb::object(tensors[at]));
+    ++at;
+  }
+  if (at != given)
+    throw Error(ErrorKind::invalid_value,
+                std::string(name_of(call.op)) + ": got " + std::to_string(given) +
+                    (outputs ? " outputs" : " inputs") + "; must be " + std::to_string(at));
+}
+
+/// A call with its inputs bound. The views live as long as `views`.
+Call call_of(Views& views, const std::string& op, const Config& config, Scale scale,
+             const nb::sequence& inputs) {
+  Call call = decode_call(op, config.data(), config.size(), scale.value_or(0.0));
+  bind_tensors(call, inputs, false, [&](const Role& role, const nb::object& object) {
+    call.tensors.*role.tensor = views.view(object, role.name);
+  });
+  return call;
+}
+
+std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(const std::string& op,
+                                                              const Config& config, Scale scale,
+                                                              const std::string& backend,
+                                                              const nb::sequence& inputs,
+                                                              const nb::sequence& outputs) {
+  Views views;
+  Call call = call_of(views, op, config, scale, inputs);
+  std::vector<TensorView Tensors::*> wanted;
+  bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
+    if (object.is(nb::handle(Py_True)))
+      wanted.push_back(role.tensor);
+    else
+      call.tensors.*role.tensor = views.view(object, role.name);
+  });
+  const Call given = call;
+  for (TensorView Tensors::*tensor : wanted) call.tensors.*tensor = expected(given, tensor);
+
+  std::vector<std::optional<Spec>> specs;
+  for (const Role& role : roles_of(call.op)) {
+    if (!role.is_output) continue;
+    const TensorView& v = call.tensors.*role.tensor;
+    specs.emplace_back();
+    if (v) specs.back() = Spec{{v.shape.begin(), v.shape.begin() + v.ndim}, name_of(v.dtype)};
+  }
+  Context context;
+  context.backend = backend.c_str();
+  return {std::move(specs), workspace_bytes(call, context)};
+}
+
+void run_call(const std::string& op, const Config& config, Scale scale, const std::string& backend,
+              const nb::sequence& inputs, const nb::sequence& outputs) {
+  Views views;
+  Call call = call_of(views, op, config, scale, inputs);
+  bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
+    call.tensors.*role.tensor = views.view(object, role.name);
+  });
+  Context context;
+  context.backend = backend.c_str();
+  nb::gil_scoped_release unlocked;
+  run(call, context);
+}
+
+std::vector<std::tuple<std::string, std::string, bool>> explain_call(const std::string& op,
+                                                                     const Config& config,
+                                                                     Scale scale,
+                                                                     const std::string& backend,
+                                                                     const nb::sequence& inputs) {
+  Views views;
+  const Call call = call_of(views, op, config, scale, inputs);
+  Context context;
+  context.backend = backend.c_str();
+  std::vector<std::tuple<std::string, std::string, bool>> rows;
+  for (const Verdict& v : explain(describe(call), context))
+    rows.emplace_back(v.backend, v.refusal, v.chosen);
+  return rows;
+}
+
+/// Tokens of one axis that a query attends to, or that attend to a key.
+std::vector<std::int64_t> tokens_of(bool inverse, std::int64_t token, std::int64_t length,
+                                    std::int64_t kernel_size, std::int64_t stride,
+                                    std::int64_t dilation, bool is_causal) {
+  Call call;  // borrows the core's checks
+  call.op = Op::rpb_scatter;
+  call.neighborhood = {{kernel_size}, {dilation}, {is_causal}, {stride}};
+  const std::int64_t shape[] = {1, 1, length, kernel_size};
+  call.tensors.attn = contiguous_view(nullptr, DType::float32, {}, shape, 4);
+  const Axis axis = describe(call).axes[kMaxRank - 1];
+  if (token < 0 || token >= length)
+    throw Error(ErrorKind::invalid_value, "token: got " + std::to_string(token) +
+                                              "; must lie in [0, " + std::to_string(length) + ")");
+  const std::int64_t group = group_of(axis, token), position = position_of(axis, token);
+  const Interval seen =
+      inverse ? inverse_window(axis, group, position) : window(axis, group, position);
+  std::vector<std::int64_t> tokens;
+  for (std::int64_t i = seen.begin; i < seen.end; ++i) tokens.push_back(token_at(axis, group, i));
+  return tokens;
+}
+
+DeviceType device_type_of(const std::string& name) {
+  for (DeviceType type : {DeviceType::cpu, DeviceType::cuda})
+    if (name == name_of(type)) return type;
+  throw Error(ErrorKind::invalid_value, "device: got \"" + name + "\"; must be cpu or cuda");
+}
+
+PyObject* exception_of(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::invalid_value: return PyExc_ValueError;
+    case ErrorKind::invalid_type: return PyExc_TypeError;
+    case ErrorKind::unsupported: return PyExc_NotImplementedError;
+    case ErrorKind::runtime: break;
+  }
+  return PyExc_RuntimeError;
+}
+
+}  // namespace
+}  // namespace natten::bindings
+
+NB_MODULE(_core, m) {
+  using namespace natten::bindings;
+  m.doc() = "libnatten over DLPack. The adapters in natten.torch and natten.jax are its callers.";
+
+  nb::register_exception_translator([](const std::exception_ptr& p, void*) {
+    try {
+      std::rethrow_exception(p);
+    } catch (const natten::Error& e) {
+      PyErr_SetString(exception_of(e.kind()), e.what());
+    }
+  });
+
+  m.def(
+      "plan", &plan, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a, "outputs"_a,
+      "Checks a call and returns (outputs, workspace bytes). inputs: arrays, (shape, dtype name)\n"
+      "tuples or None; outputs: True (wanted, described in the result), None, or as inputs. Each\n"
+      "described output is (shape, dtype name), or None where it is not wanted.");
+  m.def("run", &run_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
+        "outputs"_a,
+        "Checks a call, runs it and writes the outputs, which the caller has allocated.");
+  m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
+        "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
+  m.def("window", &tokens_of, "inverse"_a, "token"_a, "length"_a, "kernel_size"_a, "stride"_a = 1,
+        "dilation"_a = 1, "is_causal"_a = false,
+        "The tokens of one axis that a query token attends to, in slot order; with inverse=True\n"
+        "the query tokens that attend to a key token.");
+  m.def(
+      "backends",
+      [](const std::string& device) { return natten::backends(device_type_of(device)); },
+      "device"_a, "Names of the backends built for \"cpu\" or \"cuda\", best first.");
+  m.def("num_threads", &natten::num_threads, "Threads of the library's pool.");
+  m.def("set_num_threads", &natten::set_num_threads, "count"_a);
+#if NATTEN_WITH_XLA
+  register_xla(m);
+#endif
+}

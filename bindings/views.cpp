@@ -1,0 +1,154 @@
+#include "views.h"
+
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <string>
+
+namespace nb = nanobind;
+
+namespace natten::bindings {
+namespace {
+
+/// DLPack's tensor and C exchange API, by the layouts that DLPack 1.2 fixes.
+struct DLTensor {
+  void* data;
+  struct {
+    std::int32_t type, id;
+  } device;
+  std::int32_t ndim;
+  struct {
+    std::uint8_t code, bits;
+    std::uint16_t lanes;
+  } dtype;
+  std::int64_t* shape;
+  std::int64_t* strides;
+  std::uint64_t byte_offset;
+};
+struct ExchangeApi {
+  struct {
+    std::uint32_t major, minor;
+  } version;
+  void* previous;
+  void* allocate;
+  void* managed_from_object;
+  void* managed_to_object;
+  int (*borrow)(void* object, DLTensor* out);
+  int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** out);
+};
+
+/// The exchange API of a type, or null. Remembers the last type; the GIL guards it.
+const ExchangeApi* exchange_api(PyTypeObject* type) {
+  static PyTypeObject* last_type = nullptr;
+  static const ExchangeApi* last_api = nullptr;
+  if (type == last_type) return last_api;
+  const ExchangeApi* api = nullptr;
+  if (PyObject* capsule =
+          PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__")) {
+    api = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    Py_DECREF(capsule);
+    if (api && api->version.major != 1) api = nullptr;
+  }
+  PyErr_Clear();
+  if (api) {
+    Py_INCREF(type);  // the address must not be reused by another type
+    last_type = type;
+    last_api = api;
+  }
+  return api;
+}
+
+[[noreturn]] void fail(ErrorKind kind, const char* name, const std::string& message) {
+  throw Error(kind, std::string(name) + ": " + message);
+}
+
+[[noreturn]] void bad_dtype(const char* name, const std::string& got) {
+  fail(ErrorKind::invalid_type, name,
+       "got dtype " + got + "; must be float64, float32, bfloat16 or float16");
+}
+
+DType dtype_of(int code, int bits, int lanes, const char* name) {
+  constexpr const char* kCodes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  if (lanes == 1 && code == 2) {
+    if (bits == 64) return DType::float64;
+    if (bits == 32) return DType::float32;
+    if (bits == 16) return DType::float16;
+  }
+  if (lanes == 1 && code == 4 && bits == 16) return DType::bfloat16;
+  bad_dtype(name, code <= 6 ? std::string(kCodes[code]) + std::to_string(bits) : "unknown");
+}
+
+DType dtype_of(const std::string& dtype, const char* name) {
+  for (DType d : {DType::float64, DType::float32, DType::bfloat16, DType::float16})
+    if (dtype == name_of(d)) return d;
+  bad_dtype(name, dtype);
+}
+
+Device device_of(int type, int id, const char* name) {
+  if (type == 1) return {DeviceType::cpu, 0};
+  if (type == 2) return {DeviceType::cuda, id};
+  fail(ErrorKind::invalid_value, name,
+       "is on a device of DLPack type " + std::to_string(type) + "; must be on CPU or CUDA");
+}
+
+void check_ndim(std::int64_t ndim, const char* name) {
+  if (ndim > kMaxDims)
+    fail(ErrorKind::invalid_value, name,
+         "got " + std::to_string(ndim) + " dimensions; must have at most " +
+             std::to_string(kMaxDims));
+}
+
+TensorView view_of(const DLTensor& t, const char* name) {
+  TensorView v;
+  v.dtype = dtype_of(t.dtype.code, t.dtype.bits, t.dtype.lanes, name);
+  v.device = device_of(t.device.type, t.device.id, name);
+  v.data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
+  check_ndim(t.ndim, name);
+  v.ndim = t.ndim;
+  std::int64_t contiguous = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    v.shape[i] = t.shape[i];
+    v.strides[i] = t.strides ? t.strides[i] : contiguous;
+    contiguous *= t.shape[i];
+  }
+  return v;
+}
+
+/// `(shape, dtype name)`: no memory, on the CPU.
+TensorView view_of(const nb::tuple& spec, const char* name) {
+  const auto shape = nb::cast<std::vector<std::int64_t>>(spec[0]);
+  check_ndim(static_cast<std::int64_t>(shape.size()), name);
+  return contiguous_view(nullptr, dtype_of(nb::cast<std::string>(spec[1]), name), {}, shape.data(),
+                         static_cast<int>(shape.size()));
+}
+
+}  // namespace
+
+TensorView Views::view(nb::handle object, const char* name) {
+  if (object.is_none()) return {};
+  if (const ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
+    DLTensor t;
+    if (api->borrow(object.ptr(), &t) != 0) {
+      PyErr_Clear();
+      fail(ErrorKind::invalid_type, name, "this kind of tensor has no memory to read");
+    }
+    return view_of(t, name);
+  }
+  if (nb::isinstance<nb::tuple>(object)) return view_of(nb::borrow<nb::tuple>(object), name);
+  nb::ndarray<nb::ro> array;
+  if (!nb::try_cast(object, array))
+    fail(ErrorKind::invalid_type, name,
+         "got " + nb::cast<std::string>(nb::repr(object.type())) +
+             "; must be an array that supports DLPack");
+  kept_.push_back(array);
+  DLTensor t{};
+  t.data = const_cast<void*>(static_cast<const void*>(array.data()));
+  t.device = {array.device_type(), array.device_id()};
+  t.ndim = static_cast<std::int32_t>(array.ndim());
+  t.dtype = {array.dtype().code, array.dtype().bits, array.dtype().lanes};
+  t.shape = const_cast<std::int64_t*>(array.shape_ptr());
+  t.strides = const_cast<std::int64_t*>(array.stride_ptr());
+  return view_of(t, name);
+}
+
+}  // namespace natten::bindings

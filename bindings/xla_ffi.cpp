@@ -1,0 +1,124 @@
+#include <nanobind/nanobind.h>
+#include <natten/natten.h>
+
+#include <exception>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include "call.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace nb = nanobind;
+namespace ffi = xla::ffi;
+
+namespace natten::bindings {
+namespace {
+
+/// Runs the library's work on XLA's own thread pool.
+class XlaExecutor final : public Executor {
+ public:
+  explicit XlaExecutor(ffi::ThreadPool& pool) : pool_(pool) {}
+  int concurrency() const override {
+    const auto threads = static_cast<int>(pool_.num_threads());
+    return threads < 1 ? 1 : threads;
+  }
+  void schedule(std::function<void()> task) override { pool_.Schedule(std::move(task)); }
+
+ private:
+  ffi::ThreadPool& pool_;
+};
+
+TensorView view_of(const ffi::AnyBuffer& buffer, const char* name) {
+  const auto dtype = [&] {
+    switch (buffer.element_type()) {
+      case ffi::F64: return DType::float64;
+      case ffi::F32: return DType::float32;
+      case ffi::BF16: return DType::bfloat16;
+      case ffi::F16: return DType::float16;
+      default:
+        throw Error(ErrorKind::invalid_type,
+                    std::string(name) + ": dtype must be float64, float32, bfloat16 or float16");
+    }
+  }();
+  const auto shape = buffer.dimensions();
+  if (shape.size() > static_cast<std::size_t>(kMaxDims))
+    throw Error(ErrorKind::invalid_value, std::string(name) + ": too many dimensions");
+  return contiguous_view(buffer.untyped_data(), dtype, {}, shape.begin(),
+                         static_cast<int>(shape.size()));
+}
+
+/// The one handler. `inputs` and `outputs` have one bit per role, in table order, set where a
+/// buffer is passed. Where `has_workspace`, the last result is scratch.
+ffi::Error run_on_cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
+                      std::string_view op, ffi::Span<const std::int64_t> config, double scale,
+                      std::string_view backend, std::int64_t inputs, std::int64_t outputs,
+                      bool has_workspace) {
+  // Nothing may be thrown across XLA's boundary.
+  try {
+    Call call = decode_call(op, config.begin(), config.size(), scale);
+    std::size_t next_arg = 0, next_result = 0;
+    for (const Role& role : roles_of(call.op)) {
+      std::int64_t& left = role.is_output ? outputs : inputs;
+      const bool given = left & 1;
+      left >>= 1;
+      if (!given) continue;
+      if (role.is_output) {
+        auto buffer = results.get<ffi::AnyBuffer>(next_result++);
+        if (buffer.has_error()) return buffer.error();
+        call.tensors.*role.tensor = view_of(*buffer.value(), role.name);
+      } else {
+        auto buffer = args.get<ffi::AnyBuffer>(next_arg++);
+        if (buffer.has_error()) return buffer.error();
+        call.tensors.*role.tensor = view_of(buffer.value(), role.name);
+      }
+    }
+    XlaExecutor executor(pool);
+    const std::string backend_name(backend);
+    Context context;
+    context.executor = &executor;
+    context.backend = backend_name.c_str();
+    if (has_workspace) {
+      auto buffer = results.get<ffi::AnyBuffer>(next_result);
+      if (buffer.has_error()) return buffer.error();
+      context.workspace = buffer.value()->untyped_data();
+      context.workspace_size = buffer.value()->size_bytes();
+    }
+    run(call, context);
+    return ffi::Error::Success();
+  } catch (const Error& e) {
+    return e.kind() == ErrorKind::runtime ? ffi::Error::Internal(e.what())
+                                          : ffi::Error::InvalidArgument(e.what());
+  } catch (const std::exception& e) {
+    return ffi::Error::Internal(e.what());
+  }
+}
+
+XLA_FFI_DEFINE_HANDLER(handler_on_cpu, run_on_cpu,
+                       ffi::Ffi::Bind()
+                           .Ctx<ffi::ThreadPool>()
+                           .RemainingArgs()
+                           .RemainingRets()
+                           .Attr<std::string_view>("op")
+                           .Attr<ffi::Span<const std::int64_t>>("config")
+                           .Attr<double>("scale")
+                           .Attr<std::string_view>("backend")
+                           .Attr<std::int64_t>("inputs")
+                           .Attr<std::int64_t>("outputs")
+                           .Attr<bool>("has_workspace"));
+
+}  // namespace
+
+void register_xla(nb::module_& m) {
+  m.def(
+      "xla_ffi_handlers",
+      [] {
+        nb::dict handlers;
+        handlers["cpu"] = nb::capsule(reinterpret_cast<void*>(handler_on_cpu));
+        return handlers;
+      },
+      "The XLA FFI handler of `run` for each platform, as capsules for jax.ffi.");
+  m.attr("xla_ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
+}
+
+}  // namespace natten::bindings

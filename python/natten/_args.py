@@ -1,0 +1,98 @@
+"""Arguments that the PyTorch and JAX adapters share, and the flat form in which they travel.
+
+Only what C++ cannot see is checked here: that an argument is an integer or a sequence of them, one
+per spatial axis. All else is checked by libnatten.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Sequence
+from typing import TypeAlias
+
+Ints: TypeAlias = int | Sequence[int]
+Bools: TypeAlias = bool | Sequence[bool]
+Config: TypeAlias = tuple[int, ...]
+
+# Bits of the last integer of a config; mirrors natten::bindings::Flag.
+HAS_SCALE = 1
+EMPTY_SLOTS_ZERO = 2
+SEPARATE_KEY_GRID = 4
+NONDETERMINISTIC = 8
+
+
+def per_axis(name: str, value: Ints | Bools, rank: int) -> tuple[int, ...]:
+    """`value` for every axis, or one value per axis, as a tuple of `rank` ints."""
+    try:
+        if not isinstance(value, Sequence):
+            return (operator.index(value),) * rank
+        values = tuple(operator.index(v) for v in value)
+    except TypeError:
+        raise TypeError(
+            f"{name}: got {value!r}; must be an integer or {rank} integers, one per spatial axis"
+        ) from None
+    if len(values) != rank:
+        raise ValueError(
+            f"{name}: got {value!r}, {len(values)} elements; must be an integer or {rank}, "
+            "one per spatial axis"
+        )
+    return values
+
+
+def make_config(
+    rank: int,
+    kernel_size: Ints,
+    dilation: Ints = 1,
+    is_causal: Bools = False,
+    stride: Ints = 1,
+    *,
+    q_tile_shape: Ints | None = None,
+    kv_tile_shape: Ints | None = None,
+    backward_q_tile_shape: Ints | None = None,
+    backward_kv_tile_shape: Ints | None = None,
+    backward_kv_splits: Ints | None = None,
+    flags: int = 0,
+) -> Config:
+    """The flat list of integers that `natten._core` takes (bindings/call.h)."""
+    config: list[int] = []
+    for name, value in (
+        ("kernel_size", kernel_size),
+        ("dilation", dilation),
+        ("is_causal", is_causal),
+        ("stride", stride),
+        ("q_tile_shape", q_tile_shape),
+        ("kv_tile_shape", kv_tile_shape),
+        ("backward_q_tile_shape", backward_q_tile_shape),
+        ("backward_kv_tile_shape", backward_kv_tile_shape),
+        ("backward_kv_splits", backward_kv_splits),
+    ):
+        if value is None:
+            config.append(0)
+        else:
+            config.append(rank)
+            config.extend(per_axis(name, value, rank))
+    config.append(flags)
+    return tuple(config)
+
+
+def with_flags(config: Config, flags: int) -> Config:
+    return (*config[:-1], config[-1] | flags)
+
+
+def real_scale(scale: float | None) -> float | None:
+    """`scale` as a float; libnatten checks that it is finite."""
+    if scale is None:
+        return None
+    try:
+        return float(scale)
+    except (TypeError, ValueError):
+        raise TypeError(f"scale: got {scale!r}; must be a real number or None") from None
+
+
+def spelled_is_causal(is_causal: Bools, is_casual: Bools | None) -> Bools:
+    """Accepts the misspelling `is_casual`, which widely copied examples contain."""
+    if is_casual is None:
+        return is_causal
+    warnings.warn("is_casual is a misspelling of is_causal; it is taken as is_causal", stacklevel=4)
+    return is_casual
