@@ -1,0 +1,152 @@
+"""Neighborhood attention in 1, 2 and 3 dimensions.
+
+`import natten` loads neither PyTorch nor JAX. PyTorch names (`natten.na2d`,
+`natten.NeighborhoodAttention2D`, ...) load PyTorch when they are first used; JAX functions are in
+`natten.jax`, Flax modules in `natten.flax`.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from natten.context import (
+    are_deterministic_algorithms_enabled,
+    disable_autotuner,
+    disable_fused_na,
+    disable_gemm_na,
+    disable_tf32,
+    disable_tiled_na,
+    enable_fused_na,
+    enable_gemm_na,
+    enable_tf32,
+    enable_tiled_na,
+    get_memory_usage_preference,
+    has_bfloat,
+    has_cuda,
+    has_fna,
+    has_fp32_gemm,
+    has_fp64_gemm,
+    has_fused_na,
+    has_gemm,
+    has_half,
+    has_tf32_gemm,
+    is_autotuner_enabled,
+    is_autotuner_enabled_for_backward,
+    is_autotuner_enabled_for_forward,
+    is_autotuner_thorough_for_backward,
+    is_autotuner_thorough_for_forward,
+    is_fna_enabled,
+    is_fused_na_enabled,
+    is_gemm_na_enabled,
+    is_kv_parallelism_in_fused_na_enabled,
+    is_memory_usage_default,
+    is_memory_usage_strict,
+    is_memory_usage_unrestricted,
+    is_tf32_in_gemm_na_enabled,
+    is_tiled_na_enabled,
+    set_memory_usage_preference,
+    use_autotuner,
+    use_deterministic_algorithms,
+    use_fna,
+    use_fused_na,
+    use_gemm_na,
+    use_kv_parallelism_in_fused_na,
+    use_tf32_in_gemm_na,
+    use_tiled_na,
+)
+
+if TYPE_CHECKING:
+    from natten.torch import (
+        NeighborhoodAttention1D,
+        NeighborhoodAttention2D,
+        NeighborhoodAttention3D,
+        attention,
+        merge_attentions,
+        na1d,
+        na2d,
+        na3d,
+    )
+
+__version__ = metadata.version("natten")
+
+_TORCH_NAMES = (
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "attention",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _TORCH_NAMES:
+        raise AttributeError(f"module 'natten' has no attribute {name!r}")
+    import natten.torch
+
+    value = getattr(natten.torch, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_TORCH_NAMES})
+
+
+__all__ = [
+    "NeighborhoodAttention1D",
+    "NeighborhoodAttention2D",
+    "NeighborhoodAttention3D",
+    "__version__",
+    "are_deterministic_algorithms_enabled",
+    "attention",
+    "disable_autotuner",
+    "disable_fused_na",
+    "disable_gemm_na",
+    "disable_tf32",
+    "disable_tiled_na",
+    "enable_fused_na",
+    "enable_gemm_na",
+    "enable_tf32",
+    "enable_tiled_na",
+    "get_memory_usage_preference",
+    "has_bfloat",
+    "has_cuda",
+    "has_fna",
+    "has_fp32_gemm",
+    "has_fp64_gemm",
+    "has_fused_na",
+    "has_gemm",
+    "has_half",
+    "has_tf32_gemm",
+    "is_autotuner_enabled",
+    "is_autotuner_enabled_for_backward",
+    "is_autotuner_enabled_for_forward",
+    "is_autotuner_thorough_for_backward",
+    "is_autotuner_thorough_for_forward",
+    "is_fna_enabled",
+    "is_fused_na_enabled",
+    "is_gemm_na_enabled",
+    "is_kv_parallelism_in_fused_na_enabled",
+    "is_memory_usage_default",
+    "is_memory_usage_strict",
+    "is_memory_usage_unrestricted",
+    "is_tf32_in_gemm_na_enabled",
+    "is_tiled_na_enabled",
+    "merge_attentions",
+    "na1d",
+    "na2d",
+    "na3d",
+    "set_memory_usage_preference",
+    "use_autotuner",
+    "use_deterministic_algorithms",
+    "use_fna",
+    "use_fused_na",
+    "use_gemm_na",
+    "use_kv_parallelism_in_fused_na",
+    "use_tf32_in_gemm_na",
+    "use_tiled_na",
+]

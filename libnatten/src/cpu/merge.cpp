@@ -75,7 +75,8 @@ template <class S>
 double merged_logsumexp(const Views& logsumexps, std::int64_t index) {
   double largest = -std::numeric_limits<double>::infinity(), total = 0;
   for (const TensorView& v : logsumexps)
-    largest = std::max(largest, static_cast<double>(*row<S>(v, index, 0)));
+    largest = std::isnan(largest) ? largest
+                                  : std::max(static_cast<double>(*row<S>(v, index, 0)), largest);
   if (largest == -std::numeric_limits<double>::infinity()) return largest;
   for (const TensorView& v : logsumexps)
     total += std::exp(static_cast<double>(*row<S>(v, index, 0)) - largest);

@@ -1,0 +1,275 @@
+"""The functions of `natten.functional`, on PyTorch tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from natten._args import (
+    HAS_SCALE,
+    SEPARATE_KEY_GRID,
+    Bools,
+    Ints,
+    make_config,
+    real_scale,
+    spelled_is_causal,
+)
+from natten.torch import _autograd
+
+
+def _named(rank: int, suffix: str = "") -> Callable[[Callable], Callable]:
+    """Names the function that a factory made for one rank, and fills the rank into its doc."""
+
+    def name(function: Callable) -> Callable:
+        function.__name__ = function.__qualname__ = f"na{rank}d{suffix}"
+        function.__module__ = "natten.functional"
+        function.__doc__ = (function.__doc__ or "").replace("{rank}", str(rank))
+        return function
+
+    return name
+
+
+def _make_fused(rank: int):
+    @_named(rank)
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: Ints,
+        dilation: Ints = 1,
+        is_causal: Bools = False,
+        rpb: Tensor | None = None,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        *,
+        stride: Ints = 1,
+        return_lse: bool = False,
+        backend: str | None = None,
+        q_tile_shape: Ints | None = None,
+        kv_tile_shape: Ints | None = None,
+        backward_q_tile_shape: Ints | None = None,
+        backward_kv_tile_shape: Ints | None = None,
+        backward_kv_splits: Ints | None = None,
+        is_casual: Bools | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Fused {rank}-D neighborhood attention, heads-last.
+
+        Every token attends to a window of `kernel_size` tokens around it; the weights are never
+        stored. `spatial` below stands for {rank} axes.
+
+        Args:
+            query: [batch, *spatial, heads, head_dim], float64, float32, bfloat16 or float16.
+            key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
+            value: [batch, *spatial, kv_heads, value_head_dim].
+            kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
+                not exceed the axis.
+            dilation: distance between neighbors.
+            is_causal: whether a token sees only itself and those before it, per axis.
+            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
+            scale: factor on the scores; head_dim ** -0.5 by default.
+            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
+            additional_values: [batch, n, kv_heads, value_head_dim].
+            stride: that many neighboring queries share one window; 1 to kernel_size.
+            return_lse: also return logsumexp.
+            backend: name of the implementation to use; by default the first that can.
+            q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
+            backward_kv_splits: hints for backends that work on tiles; CPU backends only check them.
+
+        Returns:
+            output [batch, *spatial, heads, value_head_dim]; with return_lse also logsumexp
+            [batch, *spatial, heads], float32 (float64 for float64), the natural logarithm of the
+            sum of exp(score), differentiable too (`merge_attentions` uses it).
+
+        Raises:
+            ValueError: a shape or value that does not fit; the message says which and why.
+            TypeError: an unsupported or mismatched dtype.
+        """
+        config = make_config(
+            rank,
+            kernel_size,
+            dilation,
+            spelled_is_causal(is_causal, is_casual),
+            stride,
+            q_tile_shape=q_tile_shape,
+            kv_tile_shape=kv_tile_shape,
+            backward_q_tile_shape=backward_q_tile_shape,
+            backward_kv_tile_shape=backward_kv_tile_shape,
+            backward_kv_splits=backward_kv_splits,
+            flags=0 if scale is None else HAS_SCALE,
+        )
+        output, logsumexp = _autograd.Attention.apply(
+            query, key, value, rpb, additional_keys, additional_values,
+            config, real_scale(scale), backend or "",
+        )  # fmt: skip
+        return (output, logsumexp) if return_lse else output
+
+    return fused
+
+
+def _make_qk(rank: int):
+    @_named(rank, "_qk")
+    def qk(
+        query: Tensor,
+        key: Tensor,
+        kernel_size: Ints,
+        dilation: Ints = 1,
+        additional_keys: Tensor | None = None,
+        is_causal: Bools = False,
+        rpb: Tensor | None = None,
+        *,
+        stride: Ints = 1,
+        backend: str | None = None,
+        is_casual: Bools | None = None,
+    ) -> Tensor:
+        """Scores of {rank}-D neighborhood attention, heads-first. No scale is applied.
+
+        Args:
+            query, key: [batch, heads, *spatial, head_dim].
+            additional_keys: [batch, heads, n, head_dim]; their n scores follow the window's.
+            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position.
+            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+
+        Returns:
+            attn [batch, heads, *spatial, slots], slots = product of kernel_size, in row-major
+            window order, plus n. Slots that causal masking leaves empty hold -inf.
+
+        Raises:
+            ValueError, TypeError: as `na{rank}d`.
+        """
+        config = make_config(
+            rank, kernel_size, dilation, spelled_is_causal(is_causal, is_casual), stride
+        )
+        return _autograd.Qk.apply(query, key, rpb, additional_keys, config, backend or "")
+
+    return qk
+
+
+def _make_av(rank: int):
+    @_named(rank, "_av")
+    def av(
+        attn: Tensor,
+        value: Tensor,
+        kernel_size: Ints,
+        dilation: Ints = 1,
+        additional_values: Tensor | None = None,
+        is_causal: Bools = False,
+        *,
+        stride: Ints = 1,
+        backend: str | None = None,
+        is_casual: Bools | None = None,
+    ) -> Tensor:
+        """Values weighted by {rank}-D neighborhood attention weights, heads-first.
+
+        Args:
+            attn: [batch, heads, *spatial, slots], slots as `na{rank}d_qk` returns them. Slots that
+                causal masking leaves empty are ignored.
+            value: [batch, heads, *spatial, head_dim].
+            additional_values: [batch, heads, n, head_dim], for the last n slots.
+            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+
+        Returns:
+            [batch, heads, *spatial, head_dim].
+
+        Raises:
+            ValueError, TypeError: as `na{rank}d`.
+        """
+        config = make_config(
+            rank, kernel_size, dilation, spelled_is_causal(is_causal, is_casual), stride
+        )
+        return _autograd.Av.apply(attn, value, additional_values, config, backend or "")
+
+    return av
+
+
+na1d, na2d, na3d = (_make_fused(rank) for rank in (1, 2, 3))
+na1d_qk, na2d_qk, na3d_qk = (_make_qk(rank) for rank in (1, 2, 3))
+na1d_av, na2d_av, na3d_av = (_make_av(rank) for rank in (1, 2, 3))
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention over all keys, heads-last. Takes no mask and no dropout.
+
+    Args:
+        query: [batch, length, heads, head_dim], float64, float32, bfloat16 or float16.
+        key: [batch, kv_length, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
+        value: [batch, kv_length, kv_heads, value_head_dim].
+        is_causal: query i sees keys 0 to i, also where the lengths differ, as in
+            `torch.nn.functional.scaled_dot_product_attention`.
+        scale: factor on the scores; head_dim ** -0.5 by default.
+        return_lse: also return logsumexp.
+        backend: name of the implementation to use; by default the first that can.
+
+    Returns:
+        output [batch, length, heads, value_head_dim]; with return_lse also logsumexp
+        [batch, length, heads], float32 (float64 for float64).
+
+    Raises:
+        ValueError: a shape or value that does not fit; the message says which and why.
+        TypeError: an unsupported or mismatched dtype.
+    """
+    if key.dim() != 4 or key.shape[1] < 1:
+        raise ValueError(
+            f"key: got shape {list(key.shape)}; must be [batch, kv_length, kv_heads, head_dim] "
+            "with at least one key"
+        )
+    flags = SEPARATE_KEY_GRID | (0 if scale is None else HAS_SCALE)
+    config = make_config(1, key.shape[1], is_causal=is_causal, flags=flags)
+    output, logsumexp = _autograd.Attention.apply(
+        query, key, value, None, None, None, config, real_scale(scale), backend or ""
+    )
+    return (output, logsumexp) if return_lse else output
+
+
+def merge_attentions(
+    outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Combines attention over disjoint sets of keys into attention over their union, exactly.
+
+    With lse = log sum_i exp(lse_i), output = sum_i exp(lse_i - lse) output_i.
+
+    Args:
+        outputs: tensors [..., heads, value_head_dim], all of one shape, dtype and device.
+        lse_tensors: their logsumexps [..., heads], float32 or float64.
+
+    Returns:
+        (output, lse), of the shapes and dtypes of the inputs. Differentiable.
+
+    Raises:
+        ValueError: nothing to merge, or shapes that differ.
+        TypeError: dtypes that differ.
+    """
+    if not outputs or len(outputs) != len(lse_tensors):
+        raise ValueError(
+            f"outputs, lse_tensors: got {len(outputs)} and {len(lse_tensors)} tensors; must be "
+            "equally many, at least one"
+        )
+    first = outputs[0]
+    for name, tensors, shape in (
+        ("outputs", outputs, first.shape),
+        ("lse_tensors", lse_tensors, first.shape[:-1]),
+    ):
+        for tensor in tensors:
+            if tensor.shape != shape:
+                raise ValueError(f"{name}: got shape {list(tensor.shape)}; must be {list(shape)}")
+            if tensor.dtype != tensors[0].dtype:
+                raise TypeError(f"{name}: got dtypes {tensors[0].dtype} and {tensor.dtype}")
+    lse = torch.logsumexp(torch.stack(tuple(lse_tensors)), dim=0)
+    # Where every set is empty all is -inf, and the output 0 rather than NaN.
+    finite = lse.masked_fill(lse == -torch.inf, 0.0)
+    output = sum(
+        (part_lse - finite).exp().unsqueeze(-1) * part
+        for part, part_lse in zip(outputs, lse_tensors, strict=True)
+    )
+    return output.to(first.dtype), lse  # type: ignore[union-attr]

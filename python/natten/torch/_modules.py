@@ -1,0 +1,145 @@
+"""The modules NeighborhoodAttention1D, 2D and 3D."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from natten import context
+from natten._args import Bools, Ints, per_axis
+from natten._log import logger
+from natten.torch import _functional
+
+
+class _NeighborhoodAttention(nn.Module):
+    """Multi-head self attention of every token over a window around it, {rank}-D.
+
+    Maps [batch, *spatial, dim] to the same shape: a linear map to query, key and value,
+    neighborhood attention, a linear map. Uses the unfused operations unless
+    `natten.use_fused_na()` is on; both give the same result up to rounding.
+
+    Args:
+        dim: channels; a multiple of num_heads.
+        num_heads: number of heads.
+        kernel_size: window size, one for all axes or one per axis.
+        dilation: distance between neighbors.
+        is_causal: whether a token sees only itself and those before it, per axis.
+        rel_pos_bias: learn a bias by relative position, the parameter `rpb`
+            [num_heads, 2 * kernel_size[0] - 1, ...].
+        qkv_bias: whether the first linear map has a bias.
+        qk_scale: factor on the scores; (dim / num_heads) ** -0.5 by default.
+        attn_drop: dropout on attention weights. The fused operation has none, so a module with
+            attn_drop > 0 uses the unfused ones while it is training.
+        proj_drop: dropout on the result.
+        use_experimental_ops: accepted for compatibility; has no effect.
+        stride: that many neighboring queries share one window.
+
+    Raises:
+        ValueError: an argument that does not fit.
+    """
+
+    rank: int
+
+    def __init_subclass__(cls) -> None:
+        cls.__module__ = "natten"  # where users import it from, and pickle too
+        cls.__doc__ = (_NeighborhoodAttention.__doc__ or "").replace("{rank}", str(cls.rank))
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: Ints,
+        dilation: Ints = 1,
+        is_causal: Bools = False,
+        rel_pos_bias: bool = False,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        use_experimental_ops: bool = False,
+        stride: Ints = 1,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f"num_heads: got {num_heads}; must divide dim, {dim}")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.scale = qk_scale or self.head_dim**-0.5
+        self.kernel_size = per_axis("kernel_size", kernel_size, self.rank)
+        self.dilation = per_axis("dilation", dilation, self.rank)
+        self.is_causal = tuple(map(bool, per_axis("is_causal", is_causal, self.rank)))
+        self.stride = per_axis("stride", stride, self.rank)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.rpb: nn.Parameter | None
+        if rel_pos_bias:
+            self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size)))
+            nn.init.trunc_normal_(self.rpb, std=0.02)
+        else:
+            self.register_parameter("rpb", None)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    @property
+    def _neighborhood(self) -> dict[str, tuple[int, ...]]:
+        return {
+            "kernel_size": self.kernel_size,
+            "dilation": self.dilation,
+            "is_causal": self.is_causal,
+            "stride": self.stride,
+        }
+
+    def _uses_fused(self) -> bool:
+        if not context.is_fused_na_enabled():
+            return False
+        if self.training and self.attn_drop.p > 0:
+            logger.info("attention dropout is on, which the fused operation lacks: using unfused")
+            return False
+        return True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, *spatial, dim] -> [batch, *spatial, dim]."""
+        rank = self.rank
+        if x.dim() != rank + 2:
+            raise ValueError(
+                f"x: got shape {list(x.shape)}; must be [batch, *spatial, dim] with {rank} "
+                f"spatial {'axis' if rank == 1 else 'axes'}"
+            )
+        grid = tuple(range(1, rank + 1))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        if self._uses_fused():
+            query, key, value = qkv.unbind(-3)
+            out = _FUSED[rank](
+                query, key, value, rpb=self.rpb, scale=self.scale, **self._neighborhood
+            )
+        else:
+            # [3, batch, heads, *spatial, head_dim]
+            query, key, value = qkv.permute(rank + 1, 0, rank + 2, *grid, rank + 3)
+            attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **self._neighborhood)
+            attn = self.attn_drop(attn.softmax(dim=-1))
+            out = _AV[rank](attn, value, **self._neighborhood).movedim(1, -2)
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def extra_repr(self) -> str:
+        return (
+            f"head_dim={self.head_dim}, num_heads={self.num_heads}, "
+            f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}, "
+            f"is_causal={self.is_causal}, has_bias={self.rpb is not None}"
+        )
+
+
+_FUSED = {1: _functional.na1d, 2: _functional.na2d, 3: _functional.na3d}
+_QK = {1: _functional.na1d_qk, 2: _functional.na2d_qk, 3: _functional.na3d_qk}
+_AV = {1: _functional.na1d_av, 2: _functional.na2d_av, 3: _functional.na3d_av}
+
+
+class NeighborhoodAttention1D(_NeighborhoodAttention):
+    rank = 1
+
+
+class NeighborhoodAttention2D(_NeighborhoodAttention):
+    rank = 2
+
+
+class NeighborhoodAttention3D(_NeighborhoodAttention):
+    rank = 3

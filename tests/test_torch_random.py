@@ -1,0 +1,87 @@
+"""PyTorch functions against the oracle, on random problems of every kind."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import cases  # noqa: E402
+import natten.functional as F  # noqa: E402
+import oracle  # noqa: E402
+
+COUNT = 600
+
+
+def to_torch(case: cases.Case, x: np.ndarray, dtype: str | None = None) -> torch.Tensor:
+    return torch.from_numpy(np.array(x)).to(getattr(torch, dtype or case.dtype))
+
+
+def leaves(case: cases.Case, arrays: cases.Arrays, names: tuple[str, ...]) -> dict:
+    """The named arguments that the case has, as tensors that require gradients. Every other case
+    gets views with gaps in memory instead of dense tensors."""
+    tensors = {n: to_torch(case, arrays[n]) for n in names if n in arrays}
+    if case.seed % 2:
+        tensors = {n: torch.stack([t, t], dim=1)[:, 1] for n, t in tensors.items()}
+    return {n: t.requires_grad_() for n, t in tensors.items()}
+
+
+def to_numpy(tensors: dict) -> cases.Arrays:
+    return {n: t.detach().to(torch.float64).numpy() for n, t in tensors.items()}
+
+
+def statistic(case: cases.Case) -> str:
+    return "float64" if case.dtype == "float64" else "float32"
+
+
+def gradients(results: list, incoming: list, inputs: dict) -> dict:
+    grads = torch.autograd.grad(results, list(inputs.values()), incoming)
+    return {f"grad_{n}": g for n, g in zip(inputs, grads, strict=True)}
+
+
+def test_fused(capsys):
+    names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
+    errors = cases.Errors("torch fused")
+    for case in cases.random_cases(COUNT):
+        arrays = case.fused_arrays()
+        inputs = leaves(case, arrays, names)
+        function = (F.na1d, F.na2d, F.na3d)[case.rank - 1]
+        output, lse = function(**inputs, **case.neighborhood, scale=case.scale, return_lse=True)
+        incoming = [
+            to_torch(case, arrays["grad_output"]),
+            to_torch(case, arrays["grad_logsumexp"], statistic(case)),
+        ]
+        assert output.dtype == inputs["query"].dtype
+        assert lse.dtype == getattr(torch, statistic(case))
+        got = {"output": output, "logsumexp": lse}
+        got |= gradients([output, lse], incoming, inputs)
+        scale = float(np.linalg.norm(arrays["grad_output"]))
+        errors.check(case, to_numpy(got), oracle.fused(case, arrays), scale)
+    with capsys.disabled():
+        print(f"\n{errors.table()}")
+
+
+def test_unfused(capsys):
+    errors = cases.Errors("torch unfused")
+    for case in cases.random_cases(COUNT, cases.SEED + 1):
+        arrays = case.unfused_arrays()
+        qk_want, av_want = oracle.unfused(case, arrays)
+        qk = (F.na1d_qk, F.na2d_qk, F.na3d_qk)[case.rank - 1]
+        av = (F.na1d_av, F.na2d_av, F.na3d_av)[case.rank - 1]
+        inputs = leaves(case, arrays, ("query", "key", "rpb", "additional_keys"))
+        attn = qk(**inputs, **case.neighborhood)
+        got = {"attn": attn, **gradients([attn], [to_torch(case, arrays["grad_attn"])], inputs)}
+        scale = float(np.linalg.norm(arrays["grad_attn"]))
+        errors.check(case, to_numpy(got), qk_want, scale)
+
+        inputs = leaves(case, arrays, ("attn", "value", "additional_values"))
+        output = av(**inputs, **case.neighborhood)
+        got = {
+            "output": output,
+            **gradients([output], [to_torch(case, arrays["grad_output"])], inputs),
+        }
+        scale = float(np.linalg.norm(arrays["grad_output"]))
+        errors.check(case, to_numpy(got), av_want, scale)
+    with capsys.disabled():
+        print(f"\n{errors.table()}")
