@@ -8,8 +8,9 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import cases  # noqa: E402
-import natten.functional as F  # noqa: E402
 import oracle  # noqa: E402
+
+import natten.functional as F  # noqa: E402
 
 COUNT = 600
 

@@ -51,7 +51,7 @@ constexpr Role kAttentionBackward[] = {
 
 constexpr Role kQk[] = {
     input("query", &T::query, "BHQD"),
-    input("key", &T::key, "BHQD"),
+    input("key", &T::key, "BHKD"),
     optional(input("rpb", &T::rpb, "HR")),
     optional(input("additional_keys", &T::additional_keys, "BHND")),
     output("attn", &T::attn, "BHQW"),
@@ -59,7 +59,7 @@ constexpr Role kQk[] = {
 
 constexpr Role kAv[] = {
     input("attn", &T::attn, "BHQW"),
-    input("value", &T::value, "BHQD"),
+    input("value", &T::value, "BHKD"),
     optional(input("additional_values", &T::additional_values, "BHND")),
     output("output", &T::output, "BHQD"),
 };
@@ -67,7 +67,7 @@ constexpr Role kAv[] = {
 constexpr Role kAvTranspose[] = {
     input("attn", &T::attn, "BHQW"),
     input("query", &T::query, "BHQD"),
-    output("key", &T::key, "BHQD"),
+    output("key", &T::key, "BHKD"),
     optional(output("additional_keys", &T::additional_keys, "BHND")),
 };
 

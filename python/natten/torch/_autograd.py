@@ -10,13 +10,16 @@ so they can be differentiated in reverse any number of times:
     rpb_gather(rpb)     drpb = rpb_scatter(g)
 
 Inside derivatives empty slots hold 0, which keeps them linear.
+
+The first derivative of fused attention is fused too. Higher ones are those of the same attention
+composed of the unfused operators, which store the weights.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from natten._args import EMPTY_SLOTS_ZERO, Config, with_flags
 from natten.torch import _ops
@@ -37,7 +40,6 @@ class Attention(Function):
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):
         *inputs, logsumexp = ctx.saved_tensors
         query, value = inputs[0], inputs[2]
@@ -45,12 +47,85 @@ class Attention(Function):
             grad_output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
         wanted = [bool(need) for need in ctx.needs_input_grad[: len(inputs)]]
         gradients = iter(
-            _ops.attention_backward(
+            AttentionBackward.apply(
                 *inputs, logsumexp, grad_output, grad_logsumexp,
                 ctx.config, ctx.scale, ctx.backend, wanted,
             )
         )  # fmt: skip
         return *(next(gradients) if want else None for want in wanted), None, None, None
+
+
+class AttentionBackward(Function):
+    """(the six inputs of Attention, logsumexp, grad_output, grad_logsumexp, config, scale, backend,
+    wanted) -> the wanted gradients. A function of the inputs and incoming gradients alone:
+    logsumexp only saves recomputing it."""
+
+    @staticmethod
+    def forward(*args):
+        return tuple(_ops.attention_backward(*args))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.config, ctx.scale, ctx.backend, ctx.wanted = inputs
+        ctx.save_for_backward(*tensors[:6], *tensors[7:])
+
+    @staticmethod
+    def backward(ctx, *grads):
+        *inputs, grad_output, grad_logsumexp = ctx.saved_tensors
+        with torch.enable_grad():
+            # Fresh aliases: in the caller's graph the inputs may depend on one another.
+            leaves = [
+                x if x is None else x.view_as(x).requires_grad_()
+                for x in (*inputs, grad_output, grad_logsumexp)
+            ]
+            *inputs, grad_output, grad_logsumexp = leaves
+            output, logsumexp = _composed(*inputs, ctx.config, ctx.scale, ctx.backend)
+            results = [output, logsumexp][: 1 if grad_logsumexp is None else 2]
+            incoming = [grad_output, grad_logsumexp][: len(results)]
+            wanted = [x for x, want in zip(inputs, ctx.wanted, strict=True) if want]
+            firsts = torch.autograd.grad(results, wanted, incoming, create_graph=True)
+        present = [x for x in leaves if x is not None]
+        seconds = iter(
+            torch.autograd.grad(
+                firsts, present, grads, create_graph=torch.is_grad_enabled(), allow_unused=True
+            )
+        )
+        out = [None if x is None else next(seconds) for x in leaves]
+        return *out[:6], None, *out[6:], None, None, None, None
+
+
+def _composed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rpb: Tensor | None,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    config: Config,
+    scale: float | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Fused attention composed of the unfused operators, in float32 at least."""
+    dtype, group = query.dtype, query.shape[-2] // key.shape[-2]
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def heads_first(x: Tensor | None, repeats: int = 1) -> Tensor | None:
+        if x is None:
+            return None
+        return x.to(wide).repeat_interleave(repeats, dim=-2).movedim(-2, 1)
+
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    attn = Qk.apply(
+        heads_first(query) * scale,
+        heads_first(key, group),
+        None if rpb is None else rpb.to(wide),
+        heads_first(additional_keys, group),
+        config,
+        backend,
+    )
+    values = heads_first(value, group), heads_first(additional_values, group)
+    output = Av.apply(attn.softmax(-1), *values, config, backend)
+    return output.movedim(1, -2).to(dtype), attn.logsumexp(-1).movedim(1, -1)
 
 
 class Qk(Function):
@@ -73,7 +148,7 @@ class Qk(Function):
         if ctx.needs_input_grad[0]:
             grad_query = Av.apply(grad, key, additional_keys, *options)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            grad_key, grad_additional = _transpose(grad, query, additional_keys, *options)
+            grad_key, grad_additional = _transpose(grad, query, key, additional_keys, *options)
         if ctx.needs_input_grad[2]:
             grad_rpb = RpbScatter.apply(grad, *options)
         return grad_query, grad_key, grad_rpb, grad_additional, None, None
@@ -99,12 +174,13 @@ class Av(Function):
         if ctx.needs_input_grad[0]:
             grad_attn = _linear_qk(grad, value, additional_values, *options)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_value, grad_additional = _transpose(attn, grad, additional_values, *options)
+            grad_value, grad_additional = _transpose(attn, grad, value, additional_values, *options)
         return grad_attn, grad_value, grad_additional, None, None
 
 
 class AvTranspose(Function):
-    """(attn, query, number of additional tokens, config, backend) -> (key, additional_keys)"""
+    """(attn, query, grid of the keys, number of additional tokens, config, backend) ->
+    (key, additional_keys)"""
 
     @staticmethod
     def forward(*args):
@@ -112,7 +188,7 @@ class AvTranspose(Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        attn, query, ctx.additional, ctx.config, ctx.backend = inputs
+        attn, query, _, ctx.additional, ctx.config, ctx.backend = inputs
         ctx.save_for_backward(attn, query)
 
     @staticmethod
@@ -125,7 +201,7 @@ class AvTranspose(Function):
             grad_attn = _linear_qk(query, grad_key, additional, *options)
         if ctx.needs_input_grad[1]:
             grad_query = Av.apply(attn, grad_key, additional, *options)
-        return grad_attn, grad_query, None, None, None
+        return grad_attn, grad_query, None, None, None, None
 
 
 class RpbGather(Function):
@@ -172,9 +248,16 @@ def _linear_qk(
 
 
 def _transpose(
-    attn: Tensor, query: Tensor, additional: Tensor | None, config: Config, backend: str
+    attn: Tensor,
+    query: Tensor,
+    key: Tensor,
+    additional: Tensor | None,
+    config: Config,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of keys (or values) and of the additional ones, None where there are none."""
+    """Gradients shaped like `key` (or value) and `additional`, None where that is None."""
     count = 0 if additional is None else additional.shape[2]
-    key, additional_key = AvTranspose.apply(attn, query, count, config, backend)
-    return key, None if additional is None else additional_key
+    grad, grad_additional = AvTranspose.apply(
+        attn, query, tuple(key.shape[2:-1]), count, config, backend
+    )
+    return grad, None if additional is None else grad_additional

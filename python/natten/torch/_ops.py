@@ -109,13 +109,15 @@ def av(*args):
 
 
 @_define(
-    "(Tensor attn, Tensor query, int additional, int[] config, str backend) -> (Tensor, Tensor)"
+    "(Tensor attn, Tensor query, int[] key_grid, int additional, int[] config, str backend)"
+    " -> (Tensor, Tensor)"
 )
-def av_transpose(attn, query, additional, config, backend):
-    """`(key, additional_keys)`; the latter is [B, H, additional, D]."""
+def av_transpose(attn, query, key_grid, additional, config, backend):
+    """`(key [B, H, *key_grid, D], additional_keys [B, H, additional, D])`."""
     batch, heads, dim = query.shape[0], query.shape[1], query.shape[-1]
-    spec = ((batch, heads, additional, dim), DTYPE_NAMES[query.dtype])
-    return tuple(_run("av_transpose", config, None, backend, [attn, query], [True, spec]))
+    dtype = DTYPE_NAMES[query.dtype]
+    specs = [((batch, heads, *grid, dim), dtype) for grid in (key_grid, (additional,))]
+    return tuple(_run("av_transpose", config, None, backend, [attn, query], specs))
 
 
 @_define("(Tensor rpb, int[] attn_shape, int[] config, str backend) -> Tensor")

@@ -1,0 +1,480 @@
+"""PyTorch functions and modules, subject by subject. Random problems: test_torch_random.py."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import natten  # noqa: E402
+import natten.functional as F  # noqa: E402
+
+FUSED = {1: F.na1d, 2: F.na2d, 3: F.na3d}
+QK = {1: F.na1d_qk, 2: F.na2d_qk, 3: F.na3d_qk}
+AV = {1: F.na1d_av, 2: F.na2d_av, 3: F.na3d_av}
+MODULES = {
+    1: natten.NeighborhoodAttention1D,
+    2: natten.NeighborhoodAttention2D,
+    3: natten.NeighborhoodAttention3D,
+}
+# Per rank: grid and a neighborhood that mixes even and odd kernels, stride, dilation and causality.
+GRIDS = {1: (7,), 2: (5, 4), 3: (3, 4, 2)}
+MIXED = {
+    1: dict(kernel_size=3, dilation=2, is_causal=True, stride=2),
+    2: dict(kernel_size=(2, 3), dilation=(2, 1), is_causal=(False, True), stride=(1, 2)),
+    3: dict(kernel_size=(3, 2, 2), dilation=(1, 2, 1), is_causal=(False, True, False), stride=1),
+}
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def randn(*shape, dtype=torch.float64, grad=True):
+    return torch.randn(*shape, dtype=dtype, requires_grad=grad)
+
+
+def fused_inputs(rank, heads=2, kv_heads=1, dim=3, value_dim=2, n=1):
+    grid = GRIDS[rank]
+    kernel = MIXED[rank]["kernel_size"]
+    kernel = (kernel,) if isinstance(kernel, int) else kernel
+    return (
+        randn(2, *grid, heads, dim),
+        randn(2, *grid, kv_heads, dim),
+        randn(2, *grid, kv_heads, value_dim),
+        randn(heads, *(2 * k - 1 for k in kernel)),
+        randn(2, n, kv_heads, dim),
+        randn(2, n, kv_heads, value_dim),
+    )
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_gradcheck_fused(rank):
+    def function(q, k, v, rpb, ak, av):
+        return FUSED[rank](
+            q,
+            k,
+            v,
+            rpb=rpb,
+            additional_keys=ak,
+            additional_values=av,
+            return_lse=True,
+            **MIXED[rank],
+        )
+
+    assert torch.autograd.gradcheck(function, fused_inputs(rank), fast_mode=False)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_gradcheck_unfused(rank):
+    grid, neighborhood = GRIDS[rank], MIXED[rank]
+    _, _, _, rpb, _, _ = fused_inputs(rank)
+
+    def qk(q, k, rpb, ak):
+        attn = QK[rank](q, k, rpb=rpb, additional_keys=ak, **neighborhood)
+        return attn.masked_fill(attn == -torch.inf, 0.0)
+
+    inputs = randn(1, 2, *grid, 3), randn(1, 2, *grid, 3), rpb, randn(1, 2, 1, 3)
+    assert torch.autograd.gradcheck(qk, inputs)
+    assert torch.autograd.gradgradcheck(qk, inputs)
+
+    def av(attn, v, extra):
+        return AV[rank](attn, v, additional_values=extra, **neighborhood)
+
+    slots = qk(*inputs).shape[-1]
+    inputs = randn(1, 2, *grid, slots), randn(1, 2, *grid, 3), randn(1, 2, 1, 3)
+    assert torch.autograd.gradcheck(av, inputs)
+    assert torch.autograd.gradgradcheck(av, inputs)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_gradgradcheck_fused(rank):
+    def function(q, k, v, rpb, ak, av):
+        return FUSED[rank](
+            q, k, v, 2, rpb=rpb, additional_keys=ak, additional_values=av, is_causal=True,
+            return_lse=True,
+        )  # fmt: skip
+
+    q, k, v, ak, av = (randn(1, *(2,) * rank, heads, 2) for heads in (2, 1, 1, 1, 1))
+    ak, av = (x.flatten(1, -3)[:, :1].detach().requires_grad_() for x in (ak, av))
+    assert torch.autograd.gradgradcheck(function, (q, k, v, randn(2, *(3,) * rank), ak, av))
+
+
+def test_higher_derivatives_are_those_of_plain_attention():
+    q, k, v = (randn(1, 5, 1, 3) for _ in range(3))
+
+    def plain(q, k, v):
+        weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * 3**-0.5).softmax(-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+    results = []
+    for function in (lambda *x: F.na1d(*x, 5), natten.attention, plain):
+        x = function(q, k, v).sin().sum()
+        for _ in range(3):
+            grads = torch.autograd.grad(x, [q, k, v], create_graph=True)
+            x = sum(g.square().sum() for g in grads)
+        results.append(torch.autograd.grad(x, [q, k, v]))
+    for got in results[:2]:
+        torch.testing.assert_close(got, results[2])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_fused_is_unfused_with_softmax(rank):
+    heads = 2
+    q, k, v, rpb, ak, av = fused_inputs(rank, heads=heads, kv_heads=heads, value_dim=3)
+    fused = FUSED[rank](
+        q, k, v, rpb=rpb, additional_keys=ak, additional_values=av, scale=0.7, **MIXED[rank]
+    )
+    q, k, v, ak, av = (x.movedim(-2, 1) for x in (q, k, v, ak, av))
+    attn = QK[rank](0.7 * q, k, rpb=rpb, additional_keys=ak, **MIXED[rank]).softmax(-1)
+    unfused = AV[rank](attn, v, additional_values=av, **MIXED[rank])
+    torch.testing.assert_close(fused.movedim(-2, 1), unfused)
+
+
+def test_whole_axis_is_sdpa():
+    q, k, v = (randn(2, 9, 4, 8) for _ in range(3))
+    heads_first = [x.transpose(1, 2) for x in (q, k, v)]
+    for causal in (False, True):
+        want = torch.nn.functional.scaled_dot_product_attention(*heads_first, is_causal=causal)
+        torch.testing.assert_close(F.na1d(q, k, v, 9, is_causal=causal).transpose(1, 2), want)
+        torch.testing.assert_close(natten.attention(q, k, v, causal).transpose(1, 2), want)
+
+
+@pytest.mark.parametrize(("length", "kv_length"), [(5, 5), (3, 7), (7, 3), (1, 4), (4, 1)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention_with_own_key_length(length, kv_length, causal):
+    q, k, v = randn(2, length, 4, 6), randn(2, kv_length, 2, 6), randn(2, kv_length, 2, 5)
+    expanded = (q, k.repeat_interleave(2, 2), v.repeat_interleave(2, 2))
+    want = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(1, 2) for x in expanded), is_causal=causal, scale=0.3
+    ).transpose(1, 2)
+    torch.testing.assert_close(natten.attention(q, k, v, causal, 0.3), want)
+    assert torch.autograd.gradcheck(
+        lambda *x: natten.attention(*x, is_causal=causal, return_lse=True), (q, k, v)
+    )
+
+
+def test_attention_without_queries_or_batch():
+    k = v = randn(2, 4, 1, 3)
+    assert natten.attention(randn(2, 0, 1, 3), k, v).shape == (2, 0, 1, 3)
+    out, lse = natten.attention(randn(0, 5, 1, 3), k[:0], v[:0], return_lse=True)
+    assert out.shape == (0, 5, 1, 3)
+    assert lse.shape == (0, 5, 1)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_batch_of_zero(rank):
+    grid = GRIDS[rank]
+    q, k, v = (randn(0, *grid, 2, 3) for _ in range(3))
+    out = FUSED[rank](q, k, v, 2)
+    assert out.shape == q.shape
+    out.sum().backward()
+    assert q.grad is not None and q.grad.shape == q.shape
+    rpb = randn(2, *(3 for _ in grid))
+    x = q.detach().movedim(-2, 1)
+    attn = QK[rank](x, x, 2, rpb=rpb)
+    assert attn.shape == (0, 2, *grid, 2**rank)
+    attn.sum().backward()
+    assert torch.equal(rpb.grad, torch.zeros_like(rpb))
+
+
+def test_merge_attentions_is_exact():
+    q = randn(2, 6, 4, 5)
+    parts = [(randn(2, n, 2, 5), randn(2, n, 2, 3)) for n in (4, 1, 7)]
+
+    def merged(q, *flat):
+        results = [
+            natten.attention(q, k, v, return_lse=True)
+            for k, v in zip(flat[::2], flat[1::2], strict=True)
+        ]
+        return natten.merge_attentions([o for o, _ in results], [lse for _, lse in results])
+
+    flat = [x for part in parts for x in part]
+    keys, values = (torch.cat(x, 1) for x in zip(*parts, strict=True))
+    want = natten.attention(q, keys, values, return_lse=True)
+    torch.testing.assert_close(merged(q, *flat), want)
+    got = torch.autograd.grad([x.sin().sum() for x in merged(q, *flat)], [q, *flat])
+    expected = torch.autograd.grad([x.sin().sum() for x in want], [q, *flat])
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_merge_attentions_of_nothing_seen():
+    out, lse = natten.merge_attentions(
+        [torch.ones(1, 2, 3), torch.ones(1, 2, 3)],
+        [torch.tensor([[-torch.inf, 0.0]]), torch.tensor([[-torch.inf, -torch.inf]])],
+    )
+    assert torch.equal(out[0, 0], torch.zeros(3)) and torch.equal(out[0, 1], torch.ones(3))
+    assert lse[0, 0] == -torch.inf and lse[0, 1] == 0
+
+
+def test_merge_attentions_refuses():
+    out, lse = torch.ones(1, 2, 3), torch.ones(1, 2)
+    with pytest.raises(ValueError, match="at least one"):
+        natten.merge_attentions([], [])
+    with pytest.raises(ValueError, match="2 and 1"):
+        natten.merge_attentions([out, out], [lse])
+    with pytest.raises(ValueError, match=r"lse_tensors: got shape \[2\]"):
+        natten.merge_attentions([out], [lse[0]])
+    with pytest.raises(TypeError, match="outputs: got dtypes"):
+        natten.merge_attentions([out, out.double()], [lse, lse])
+
+
+def test_layouts_are_read_right():
+    """Any strides, negative views and zero tensors give what dense copies give."""
+    base = randn(4, 8, 6, 2, 5, grad=False)
+    want = F.na2d(*(base[i].contiguous()[None] for i in range(3)), kernel_size=3)
+    channels_last = base.movedim(-1, 0).contiguous().movedim(0, -1)  # innermost stride is not 1
+    torch.testing.assert_close(F.na2d(*channels_last[:3, None], kernel_size=3), want)
+    expanded = base[:, :1, :1].expand(4, 8, 6, 2, 5)
+    dense = F.na2d(*expanded[:3, None].contiguous(), kernel_size=3)
+    torch.testing.assert_close(F.na2d(*expanded[:3, None], kernel_size=3), dense)
+    negative = torch._neg_view(base)
+    dense = F.na2d(*(-base)[:3, None], kernel_size=3)
+    torch.testing.assert_close(F.na2d(*negative[:3, None], kernel_size=3), dense)
+    zeros = torch._efficientzerotensor((1, 8, 6, 2, 5), dtype=torch.float64)
+    torch.testing.assert_close(F.na2d(zeros, base[:1], base[1:2], 3), F.na2d(
+        torch.zeros_like(base[:1]), base[:1], base[1:2], 3))  # fmt: skip
+
+
+def test_only_wanted_gradients():
+    q, k, v, *_ = fused_inputs(1)
+    for wanted in ([q], [k], [v], [q, v]):
+        some = torch.autograd.grad(F.na1d(q, k, v, 3).sum(), wanted)
+        every = torch.autograd.grad(F.na1d(q, k, v, 3).sum(), [q, k, v])
+        for w, s in zip(wanted, some, strict=True):
+            index = next(i for i, x in enumerate((q, k, v)) if x is w)
+            assert torch.equal(s, every[index])
+
+
+def test_gradient_through_logsumexp_alone():
+    q, k, v, *_ = fused_inputs(1)
+    (grad,) = torch.autograd.grad(F.na1d(q, k, v, 3, return_lse=True)[1].sum(), q)
+    assert grad.abs().sum() > 0
+
+
+def test_misspelt_is_causal():
+    q = randn(1, 6, 1, 2)
+    with pytest.warns(UserWarning, match="is_causal"):
+        out = F.na1d(q, q, q, 3, is_casual=True)
+    assert torch.equal(out, F.na1d(q, q, q, 3, is_causal=True))
+    x = q.movedim(2, 1)
+    with pytest.warns(UserWarning, match="is_causal"):
+        attn = F.na1d_qk(x, x, 3, is_casual=True)
+    assert torch.equal(attn, F.na1d_qk(x, x, 3, is_causal=True))
+
+
+def test_backend_argument():
+    q = randn(1, 6, 1, 2)
+    assert torch.equal(F.na1d(q, q, q, 3, backend="naive"), F.na1d(q, q, q, 3, backend="naive"))
+    with pytest.raises(ValueError, match=r'backend: got "nonsense"; must be one of .*naive'):
+        F.na1d(q, q, q, 3, backend="nonsense")
+
+
+def test_nan_reaches_only_those_who_see_it():
+    q, k, v = (randn(1, 12, 1, 4, grad=False) for _ in range(3))
+    k[0, 6] = torch.nan
+    out = F.na1d(q, k, v, 3, backend="naive")
+    assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == [5, 6, 7]
+
+
+# ---- refusals ----
+
+
+def refusal_cases():
+    q = randn(1, 6, 6, 4, 3, grad=False)
+    k = v = randn(1, 6, 6, 2, 3, grad=False)
+    extra = randn(1, 2, 2, 3, grad=False)
+
+    def na(q=q, k=k, v=v, kernel_size=3, **more):
+        return lambda: F.na2d(q, k, v, kernel_size, **more)
+
+    yield "rank", ValueError, "query", na(q[0], k[0], v[0])
+    yield "rank of query", ValueError, "query", na(q=q[..., 0])
+    for name in ("kernel_size", "dilation", "stride", "is_causal"):
+        for bad in ((1,), (1, 1, 1), ()):
+            yield f"length of {name}", ValueError, name, na(**{name: bad})
+    for name in ("q_tile_shape", "kv_tile_shape", "backward_q_tile_shape",
+                 "backward_kv_tile_shape", "backward_kv_splits"):  # fmt: skip
+        yield f"length of {name}", ValueError, name, na(**{name: (4, 4, 4)})
+        yield f"value of {name}", ValueError, name, na(**{name: (4, 0)})
+    for name in ("kernel_size", "dilation", "stride"):
+        yield f"{name} of 0", ValueError, name, na(**{name: (1, 0)})
+        yield f"negative {name}", ValueError, name, na(**{name: -1})
+        yield f"{name} not an integer", TypeError, name, na(**{name: 1.5})
+        yield f"{name} a string", TypeError, name, na(**{name: "3"})
+    yield "stride beyond kernel", ValueError, "stride", na(stride=4)
+    yield "window beyond axis", ValueError, "kernel_size", na(kernel_size=7)
+    yield "dilated window beyond axis", ValueError, "kernel_size", na(dilation=(1, 3))
+    yield "heads that do not divide", ValueError, "key", na(q=q[:, :, :, :3])
+    yield "value heads", ValueError, "value", na(v=v[:, :, :, :1])
+    yield "batch", ValueError, "key", na(k=k.expand(2, 6, 6, 2, 3))
+    yield "spatial shape", ValueError, "value", na(v=v[:, :5])
+    yield "head dim", ValueError, "key", na(k=k[..., :2])
+    yield "empty head dim", ValueError, "query", na(q=q[..., :0])
+    yield "no heads", ValueError, "query", na(q=q[:, :, :, :0])
+    yield "empty axis", ValueError, "query", na(q=q[:, :0], k=k[:, :0], v=v[:, :0])
+    yield "mixed dtypes", TypeError, "key", na(k=k.float())
+    for dtype in (torch.int32, torch.int64, torch.uint8, torch.bool, torch.complex64):
+        bad = [x.to(dtype) for x in (q, k, v)]
+        yield f"{dtype}", TypeError, "query", na(*bad)
+    for scale in (float("nan"), float("inf"), -float("inf")):
+        yield f"scale {scale}", ValueError, "scale", na(scale=scale)
+    yield "scale a string", TypeError, "scale", na(scale="x")
+    for shape in ((4, 5), (4, 5, 4), (2, 5, 5), (4, 5, 5, 1)):
+        yield f"rpb {shape}", ValueError, "rpb", na(rpb=randn(*shape, grad=False))
+    yield "rpb dtype", TypeError, "rpb", na(rpb=torch.zeros(4, 5, 5))
+    yield "keys alone", ValueError, "additional_values", na(additional_keys=extra)
+    yield "values alone", ValueError, "additional_keys", na(additional_values=extra)
+    yield "additional counts", ValueError, "additional_values", na(
+        additional_keys=extra, additional_values=extra[:, :1])  # fmt: skip
+    yield "additional heads", ValueError, "additional_keys", na(
+        additional_keys=extra[:, :, :1], additional_values=extra)  # fmt: skip
+
+    x = q.movedim(-2, 1)
+    attn = randn(1, 4, 6, 6, 9, grad=False)
+    yield "qk heads", ValueError, "key", lambda: F.na2d_qk(x, x[:, :2], 3)
+    yield "qk rpb", ValueError, "rpb", lambda: F.na2d_qk(x, x, 3, rpb=randn(4, 3, 3))
+    yield "qk additional", ValueError, "additional_keys", lambda: F.na2d_qk(
+        x, x, 3, additional_keys=extra)  # fmt: skip
+    yield "qk stride", ValueError, "stride", lambda: F.na2d_qk(x, x, 3, stride=5)
+    yield "av slots", ValueError, "attn", lambda: F.na2d_av(attn[..., :8], x, 3)
+    yield "av additional slots", ValueError, "attn", lambda: F.na2d_av(
+        attn, x, 3, additional_values=randn(1, 4, 2, 3))  # fmt: skip
+    yield "av grid", ValueError, "value", lambda: F.na2d_av(attn, x[:, :, :5], 3)
+    yield "av dtype", TypeError, "value", lambda: F.na2d_av(attn, x.float(), 3)
+    yield "attention dims", ValueError, "query", lambda: natten.attention(q, q[0], q[0])
+    yield "attention key dims", ValueError, "key", lambda: natten.attention(q[0], q, q)
+    yield "attention no keys", ValueError, "key", lambda: natten.attention(
+        q[0], k[0, :, :0], v[0, :, :0])  # fmt: skip
+    yield "attention value length", ValueError, "value", lambda: natten.attention(
+        q[0], k[0], v[0, :, :3])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("error", "argument", "call"),
+    [pytest.param(*rest, id=name) for name, *rest in refusal_cases()],
+)
+def test_refusal(error, argument, call):
+    with pytest.raises(error, match=rf"^{argument}: ") as raised:
+        call()
+    assert len(str(raised.value)) > len(argument) + 10  # says more than the name
+    q = randn(1, 4, 1, 2)
+    assert F.na1d(q, q, q, 3).isfinite().all()  # the library stays usable
+
+
+def test_device_without_kernels():
+    q = torch.empty(1, 6, 1, 2, device="meta")
+    with pytest.raises((ValueError, TypeError, NotImplementedError)):
+        F.na1d(q, q, q, 3)
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device: the message for CUDA tensors is tested in C++")
+    with pytest.raises(ValueError, match="NATTEN_WITH_CUDA=ON"):
+        F.na1d(*(torch.empty(1, 6, 1, 2, device="cuda") for _ in range(3)), 3)
+
+
+# ---- modules ----
+
+
+@pytest.fixture
+def fused_on():
+    natten.use_fused_na()
+    yield
+    natten.use_fused_na(False)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_module_fused_and_unfused_agree(rank, bias):
+    module = MODULES[rank](8, 2, rel_pos_bias=bias, **MIXED[rank]).double()
+    x = randn(2, *GRIDS[rank], 8)
+    results = []
+    for fused in (False, True):
+        natten.use_fused_na(fused)
+        try:
+            out = module(x)
+        finally:
+            natten.use_fused_na(False)
+        grads = torch.autograd.grad(out.sin().sum(), [x, *module.parameters()])
+        results.append([out, *grads])
+    assert results[0][0].shape == x.shape
+    for unfused, fused in zip(*results, strict=True):
+        torch.testing.assert_close(unfused, fused)
+
+
+def test_module_is_what_it_says():
+    """The module's result from its parameters and the fused function."""
+    module = natten.NeighborhoodAttention2D(6, 3, (3, 2), rel_pos_bias=True, qk_scale=0.2).double()
+    assert set(module.state_dict()) == {"qkv.weight", "qkv.bias", "rpb", "proj.weight", "proj.bias"}
+    assert module.rpb.shape == (3, 5, 3)
+    x = randn(1, 4, 5, 6)
+    q, k, v = (y.unflatten(-1, (3, 2)) for y in module.qkv(x).chunk(3, -1))
+    out = F.na2d(q, k, v, (3, 2), rpb=module.rpb, scale=0.2).flatten(-2)
+    torch.testing.assert_close(module(x), module.proj(out))
+
+
+def test_module_options():
+    module = natten.NeighborhoodAttention1D(8, 2, 3, qkv_bias=False)
+    assert "qkv.bias" not in module.state_dict() and module.rpb is None
+    assert "rpb" not in module.state_dict()
+    assert "kernel_size=(3,)" in repr(module)
+    with pytest.raises(ValueError, match="num_heads: got 3; must divide dim, 8"):
+        natten.NeighborhoodAttention1D(8, 3, 3)
+    with pytest.raises(ValueError, match=r"x: got shape \[4, 8\]"):
+        module(torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="kernel_size"):
+        natten.NeighborhoodAttention2D(8, 2, (3, 3, 3))
+
+
+def test_module_dropout(fused_on, caplog):
+    module = natten.NeighborhoodAttention1D(8, 2, 3, attn_drop=0.5)
+    x = torch.randn(1, 9, 8)
+    with caplog.at_level(logging.INFO, "natten"):
+        assert not torch.equal(module(x), module(x))  # dropout acts although fused is on
+    assert "attention dropout" in caplog.text
+    module.eval()
+    assert torch.equal(module(x), module(x))
+
+
+def test_module_copies_and_pickles():
+    module = natten.NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
+    x = torch.randn(1, 4, 4, 8)
+    want = module(x)
+    assert torch.equal(copy.deepcopy(module)(x), want)
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), want)
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    buffer.seek(0)
+    fresh = natten.NeighborhoodAttention2D(8, 2, 3, rel_pos_bias=True)
+    fresh.load_state_dict(torch.load(buffer))
+    assert torch.equal(fresh(x), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_module_dtypes(dtype):
+    module = natten.NeighborhoodAttention1D(8, 2, 3, rel_pos_bias=True).to(dtype)
+    out = module(torch.randn(2, 6, 8, dtype=dtype))
+    assert out.dtype == dtype and out.isfinite().all()
+    out.sum().backward()
+    assert module.rpb.grad.dtype == dtype
+
+
+def test_module_trains():
+    """A module learns to copy the token to the left, which a wrong gradient would prevent."""
+    module = natten.NeighborhoodAttention1D(8, 1, 3, rel_pos_bias=True)
+    optimizer = torch.optim.Adam(module.parameters(), 0.03)
+    first = last = None
+    for _ in range(300):
+        x = torch.randn(8, 10, 8)
+        loss = (module(x)[:, 1:] - x[:, :-1]).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        first, last = first or loss.item(), loss.item()
+    assert last < 0.3 * first
