@@ -1,0 +1,224 @@
+"""The installed package: what it imports, its native module, threads and processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from importlib import metadata, resources
+
+import numpy as np
+import pytest
+
+import natten
+from natten import _args, _core
+
+CONFIG = _args.make_config(2, 3)
+
+
+def run_python(code: str, **env: str) -> str:
+    """The output of a fresh interpreter, which can import the tests' modules."""
+    path = os.pathsep.join([os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **env},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+def numpy_forward(dtype=np.float32, shape=(1, 6, 7, 2, 4), backend=""):
+    """Fused attention on numpy arrays, straight through the binding."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(shape).astype(dtype) for _ in range(3)]
+    for x in inputs:
+        x.flags.writeable = False
+    output = np.empty(shape, dtype)
+    run_inputs = [*inputs, None, None, None]
+    _core.run("attention_forward", CONFIG, None, backend, run_inputs, [output, None])
+    return output
+
+
+def test_import_loads_no_framework():
+    code = "import sys, natten; print(sorted({'torch', 'jax', 'flax', 'numpy'} & set(sys.modules)))"
+    assert run_python(code).strip() == "[]"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
+def test_torch_names_load_on_demand():
+    code = "import sys, natten; natten.na2d; print('torch' in sys.modules, 'jax' in sys.modules)"
+    assert run_python(code).split() == ["True", "False"]
+
+
+def test_names():
+    assert natten.__version__ == metadata.version("natten")
+    assert set(natten.__all__) <= set(dir(natten))
+    with pytest.raises(AttributeError, match="na4d"):
+        _ = natten.na4d
+
+
+def test_typing_files_are_installed():
+    files = resources.files("natten")
+    assert files.joinpath("py.typed").is_file()
+    stub = files.joinpath("_core.pyi")
+    if not stub.is_file():
+        pytest.skip("the native module was built without its stub")
+    assert "def run(" in stub.read_text()
+
+
+def test_environment_checks_never_raise():
+    import natten.context as context
+
+    for name in ("has_half", "has_bfloat", "has_fna", "has_fused_na", "has_gemm",
+                 "has_tf32_gemm", "has_fp32_gemm", "has_fp64_gemm"):  # fmt: skip
+        assert isinstance(getattr(natten, name)(), bool)
+        assert getattr(natten, name)(99) is False  # no such device
+    assert isinstance(natten.has_cuda(), bool)
+    assert isinstance(context.get_device_cc(), int)
+    if not natten.has_cuda():
+        assert not natten.has_fna()
+
+
+def test_switches_remember():
+    try:
+        assert not natten.is_fused_na_enabled()
+        natten.use_fused_na()
+        assert natten.is_fused_na_enabled() and natten.is_fna_enabled()
+        assert not natten.is_kv_parallelism_in_fused_na_enabled()
+        natten.use_fused_na(True, kv_parallel=True)
+        assert natten.is_kv_parallelism_in_fused_na_enabled()
+        natten.disable_fused_na()
+        assert not natten.is_fused_na_enabled()
+        assert not natten.is_kv_parallelism_in_fused_na_enabled()
+
+        natten.use_deterministic_algorithms()
+        with pytest.raises(RuntimeError, match="deterministic"):
+            natten.use_kv_parallelism_in_fused_na()
+        natten.use_deterministic_algorithms(False)
+        natten.use_kv_parallelism_in_fused_na()
+        natten.use_deterministic_algorithms()
+        assert not natten.is_kv_parallelism_in_fused_na_enabled()
+        natten.use_deterministic_algorithms(False)
+
+        for name in ("strict", "unrestricted", "default"):
+            natten.set_memory_usage_preference(name)
+            for other in ("strict", "unrestricted", "default"):
+                assert getattr(natten, f"is_memory_usage_{other}")() == (name == other)
+        with pytest.raises(ValueError, match="pref: got 'lavish'"):
+            natten.set_memory_usage_preference("lavish")
+
+        natten.use_autotuner(forward_pass=True, backward_pass=False, thorough_mode_forward=True)
+        assert natten.is_autotuner_enabled() and natten.is_autotuner_enabled_for_forward()
+        assert not natten.is_autotuner_enabled_for_backward()
+        assert natten.is_autotuner_thorough_for_forward()
+        natten.disable_autotuner()
+        assert not natten.is_autotuner_enabled()
+        with pytest.raises(TypeError, match="nonsense"):
+            natten.use_autotuner(nonsense=3)
+
+        for name in ("gemm_na", "tiled_na"):
+            getattr(natten, f"disable_{name}")()
+            assert not getattr(natten, f"is_{name}_enabled")()
+            getattr(natten, f"enable_{name}")()
+            assert getattr(natten, f"is_{name}_enabled")()
+        natten.disable_tf32()
+        assert not natten.is_tf32_in_gemm_na_enabled()
+        natten.enable_tf32()
+        assert natten.is_tf32_in_gemm_na_enabled()
+    finally:
+        natten.use_fused_na(False)
+        natten.use_deterministic_algorithms(False)
+        natten.disable_autotuner()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_binding_reads_numpy(dtype):
+    assert np.isfinite(numpy_forward(dtype).astype(np.float64)).all()
+
+
+def test_binding_refuses():
+    x = np.zeros((1, 6, 7, 2, 4), np.float32)
+
+    good = (x, x, x, None, None, None)
+    room = (x.copy(), None)
+
+    def run(inputs=good, outputs=room, op="attention_forward", config=CONFIG):
+        _core.run(op, config, None, "", inputs, outputs)
+
+    run()
+    with pytest.raises(TypeError, match="key: got dtype int32"):
+        run((x, x.astype(np.int32), x, None, None, None))
+    with pytest.raises(TypeError, match=r"value: got .*list"):
+        run((x, x, [1.0], None, None, None))
+    with pytest.raises(ValueError, match="query: missing"):
+        run((None, x, x, None, None, None))
+    with pytest.raises(ValueError, match="output: missing"):
+        run(outputs=(None, None))
+    with pytest.raises(ValueError, match="got 2 inputs; must be 6"):
+        run((x, x))
+    with pytest.raises(ValueError, match="op: got"):
+        run(op="nonsense")
+    with pytest.raises(ValueError, match="config"):
+        run(config=(2, 3))
+    with pytest.raises(ValueError, match="output: got shape"):
+        run(outputs=(x[:, :3].copy(), None))
+    with pytest.raises(ValueError, match="10 dimensions"):
+        run((np.zeros((1,) * 10, np.float32), x, x, None, None, None))
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    before = _core.num_threads()
+    try:
+        results = []
+        for count in (1, 2, 5):
+            _core.set_num_threads(count)
+            results.append(numpy_forward())
+        assert all(np.array_equal(results[0], r) for r in results)
+        with pytest.raises(ValueError, match="num_threads: got 0"):
+            _core.set_num_threads(0)
+    finally:
+        _core.set_num_threads(before)
+
+
+def test_thread_count_from_environment():
+    code = "from natten import _core; print(_core.num_threads())"
+    assert run_python(code, NATTEN_NUM_THREADS="3", OMP_NUM_THREADS="5").strip() == "3"
+    assert run_python(code, NATTEN_NUM_THREADS="", OMP_NUM_THREADS="5").strip() == "5"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_works_after_fork():
+    """A forked child, such as a data loader's worker, gets threads of its own."""
+    code = """
+import os, sys
+from test_package import numpy_forward
+from natten import _core
+_core.set_num_threads(2)
+want = numpy_forward()
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if (numpy_forward() == want).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    run_python(code)
+
+
+def test_backend_from_environment():
+    code = "from test_package import numpy_forward; numpy_forward()"
+    run_python(code, NATTEN_BACKEND="naive")
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run_python(code, NATTEN_BACKEND="nonsense")
+    assert 'backend: got "nonsense"' in failed.value.stderr
+
+
+def test_explain():
+    x = ((1, 6, 7, 2, 4), "float32")
+    inputs = [x, x, x, None, None, None]
+    rows = _core.explain("attention_forward", CONFIG, None, "", inputs)
+    assert [name for name, _, _ in rows] == _core.backends("cpu")
+    assert sum(chosen for _, _, chosen in rows) == 1
+    assert all(not refusal for name, refusal, _ in rows if name == "naive")
+    with pytest.raises(ValueError, match="device"):
+        _core.backends("tpu")
