@@ -109,21 +109,22 @@ def _composed(
     dtype, group = query.dtype, query.shape[-2] // key.shape[-2]
     wide = torch.float64 if dtype == torch.float64 else torch.float32
 
-    def heads_first(x: Tensor | None, repeats: int = 1) -> Tensor | None:
-        if x is None:
-            return None
+    def heads_first(x: Tensor, repeats: int = 1) -> Tensor:
         return x.to(wide).repeat_interleave(repeats, dim=-2).movedim(-2, 1)
+
+    def additional(x: Tensor | None) -> Tensor | None:
+        return None if x is None else heads_first(x, group)
 
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     attn = Qk.apply(
         heads_first(query) * scale,
         heads_first(key, group),
         None if rpb is None else rpb.to(wide),
-        heads_first(additional_keys, group),
+        additional(additional_keys),
         config,
         backend,
     )
-    values = heads_first(value, group), heads_first(additional_values, group)
+    values = heads_first(value, group), additional(additional_values)
     output = Av.apply(attn.softmax(-1), *values, config, backend)
     return output.movedim(1, -2).to(dtype), attn.logsumexp(-1).movedim(1, -1)
 
