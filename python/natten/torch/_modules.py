@@ -64,7 +64,7 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError(f"num_heads: got {num_heads}; must divide dim, {dim}")
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
-        self.scale = qk_scale or self.head_dim**-0.5
+        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.kernel_size = per_axis("kernel_size", kernel_size, self.rank)
         self.dilation = per_axis("dilation", dilation, self.rank)
         self.is_causal = tuple(map(bool, per_axis("is_causal", is_causal, self.rank)))
