@@ -112,6 +112,13 @@ std::vector<std::tuple<std::string, std::string, bool>> explain_call(const std::
   return rows;
 }
 
+std::vector<std::tuple<std::string, std::string, bool, bool>> roles(const std::string& op) {
+  std::vector<std::tuple<std::string, std::string, bool, bool>> rows;
+  for (const Role& role : roles_of(op_named(op)))
+    rows.emplace_back(role.name, role.dims, role.is_output, role.is_required);
+  return rows;
+}
+
 /// Tokens of one axis that a query attends to, or that attend to a key.
 std::vector<std::int64_t> tokens_of(bool inverse, std::int64_t token, std::int64_t length,
                                     std::int64_t kernel_size, std::int64_t stride,
@@ -174,6 +181,10 @@ NB_MODULE(_core, m) {
         "Checks a call, runs it and writes the outputs, which the caller has allocated.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
+  m.def(
+      "roles", &roles, "op"_a,
+      "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required);\n"
+      "dims as in natten/roles.h.");
   m.def("window", &tokens_of, "inverse"_a, "token"_a, "length"_a, "kernel_size"_a, "stride"_a = 1,
         "dilation"_a = 1, "is_causal"_a = false,
         "The tokens of one axis that a query token attends to, in slot order; with inverse=True\n"

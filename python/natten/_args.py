@@ -67,7 +67,7 @@ def make_config(
         ("backward_kv_tile_shape", backward_kv_tile_shape),
         ("backward_kv_splits", backward_kv_splits),
     ):
-        if value is None:
+        if value is None and name != "kernel_size":
             config.append(0)
         else:
             config.append(rank)
