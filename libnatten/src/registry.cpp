@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "cpu/fused.h"
 #include "cpu/naive.h"
 
 namespace natten {
@@ -13,6 +14,7 @@ namespace {
 
 /// Best first for each device; the readable reference comes last.
 const Backend* const kBackends[] = {
+    &cpu::fused,
     &cpu::naive,
 };
 

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <sstream>
 
 namespace natten::detail {
@@ -141,7 +142,10 @@ class Checker {
         bad_value("stride: got ", to_string(n.stride), "; must not exceed kernel_size, ",
                   to_string(n.kernel_size), ", on any axis");
     Tuple relative = n.kernel_size;
-    for (int i = 0; i < rank_; ++i) relative.values[i] = 2 * relative[i] - 1;
+    // Saturated: a kernel too large for its axis is refused only when the axis is known.
+    for (int i = 0; i < rank_; ++i)
+      relative.values[i] =
+          2 * std::min(relative[i], std::numeric_limits<std::int64_t>::max() / 2) - 1;
     extent('R') = {relative, "kernel_size"};
   }
 

@@ -1,0 +1,713 @@
+#include "fused.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+#include "../dispatch.h"
+#include "isa.h"
+#include "operand.h"
+#include "parallel.h"
+
+// One engine runs three passes. Each has rows and columns: rows gather from the columns that they
+// see. In the forward pass and for the gradient of queries the rows are queries and the columns
+// keys; for the gradients of keys and values the rows are keys and the columns the queries that see
+// them.
+//
+// Along the innermost axis what a row sees is contiguous (within its dilation group), so the
+// columns of one line serve all rows of a strip. Lines are packed once, converted to the type of
+// sums and transposed, into a ring that slides along the middle axis with the rows. The kernels
+// (simd/) work on blocks of 8 rows.
+
+namespace natten::detail::cpu {
+namespace {
+
+using simd::kBlock;
+
+constexpr std::size_t kRingBytes = 384 << 10;    // aimed at: stays in the L2 cache
+constexpr std::size_t kMostRingBytes = 2 << 20;  // beyond it the columns are cut into pieces
+constexpr std::int64_t kPieceColumns = 256;
+constexpr std::int64_t kSpareBias = 64;  // elements around a table of biases that vectors may touch
+
+enum class Pass { forward, backward_query, backward_key };
+
+std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+/// Cuts memory of a thread into arrays, aligned to cache lines.
+class Arena {
+ public:
+  explicit Arena(std::vector<char>& memory) : memory_(memory) {}
+  /// Call with all sizes first (measuring), then `begin`, then again for the arrays.
+  template <class T>
+  T* take(std::int64_t count) {
+    const std::size_t offset = used_;
+    used_ += round_up(count * static_cast<std::int64_t>(sizeof(T)), 64);
+    return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
+  }
+  void begin() {
+    if (memory_.size() < used_ + 64) memory_.resize(used_ + 64);
+    base_ = memory_.data() + (64 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 64) % 64;
+    used_ = 0;
+  }
+
+ private:
+  std::vector<char>& memory_;
+  char* base_ = nullptr;
+  std::size_t used_ = 0;
+};
+
+template <class E>
+using SumOf = std::conditional_t<std::is_same_v<E, double>, double, float>;
+
+/// What the rows of one pass are and what they see.
+struct Grid {
+  Problem p;
+  Pass pass;
+
+  std::int64_t row_length(int axis) const {
+    const Axis& a = p.axes[axis];
+    return pass == Pass::backward_key ? a.key_length : a.query_length;
+  }
+  Interval columns(int axis, std::int64_t group, std::int64_t position) const {
+    const Axis& a = p.axes[axis];
+    return pass == Pass::backward_key ? inverse_window(a, group, position)
+                                      : window(a, group, position);
+  }
+  std::int64_t rows(int axis, std::int64_t group) const {
+    return group_length(p.axes[axis], row_length(axis), group);
+  }
+  /// Most columns that a run of rows of an axis sees together.
+  std::int64_t most_columns(int axis, std::int64_t run) const {
+    std::int64_t most = 0;
+    for (std::int64_t group = 0; group < std::min(p.axes[axis].dilation, row_length(axis)); ++group)
+      for (std::int64_t first = 0; first < rows(axis, group); first += run) {
+        const std::int64_t last = std::min(first + run, rows(axis, group)) - 1;
+        most = std::max(most, columns(axis, group, last).end - columns(axis, group, first).begin);
+      }
+    return most;
+  }
+};
+
+/// How a pass is cut into work, decided from the problem alone.
+struct Plan {
+  Grid grid;
+  std::int64_t padded, value_padded;        // head dims as multiples of the vector width
+  std::int64_t ring0, ring1;                // lines of axes 0 and 1 that a row sees at most
+  std::int64_t strip;                       // rows of the innermost axis that share packed columns
+  std::int64_t sweep;                       // lines of axis 1 that one item handles in turn
+  bool in_pieces;                           // columns do not fit a ring
+  std::int64_t piece_lines, piece_columns;  // what is packed at a time
+  std::int64_t strips, sweeps, items;       // items per batch entry and head
+
+  Plan(const Problem& p, Pass pass, int vector_width, std::size_t element)
+      : grid{p, pass},
+        padded(round_up(p.head_dim, vector_width)),
+        value_padded(round_up(p.value_dim, vector_width)) {
+    ring0 = std::max<std::int64_t>(1, grid.most_columns(0, 1));
+    ring1 = std::max<std::int64_t>(1, grid.most_columns(1, 1));
+    const std::int64_t longest = grid.rows(2, 0);
+    const std::int64_t operands = pass == Pass::forward          ? padded + value_padded
+                                  : pass == Pass::backward_query ? 2 * padded + value_padded
+                                                                 : 2 * (padded + value_padded);
+    const auto ring_bytes = [&](std::int64_t rows) {
+      return static_cast<std::size_t>(ring0 * ring1 * operands * grid.most_columns(2, rows)) *
+             element;
+    };
+    strip = round_up(std::min<std::int64_t>(longest, 256), kBlock);
+    while (strip > 2 * kBlock && ring_bytes(strip) > kRingBytes)
+      strip = round_up(strip / 2, kBlock);
+    in_pieces = ring_bytes(strip) > kMostRingBytes;
+    piece_lines = ring0 * ring1;
+    piece_columns = std::numeric_limits<std::int64_t>::max() / 2;
+    if (in_pieces) {
+      // Packing is paid by the rows of a strip, so strips are long here.
+      strip = round_up(std::min<std::int64_t>(longest, 128), kBlock);
+      piece_columns = std::min(grid.most_columns(2, strip), kPieceColumns);
+      piece_lines = std::max<std::int64_t>(
+          1, static_cast<std::int64_t>(kRingBytes / element) / (operands * piece_columns));
+    }
+    strips = (longest + strip - 1) / strip;
+    const std::int64_t lines = grid.rows(1, 0);
+    const std::int64_t others = strips * grid.rows(0, 0) * groups() * p.batch * p.heads;
+    sweep =
+        std::max<std::int64_t>(std::min<std::int64_t>(lines, 4 * ring1), others >= 32 ? lines : 0);
+    sweeps = (lines + sweep - 1) / sweep;
+    items = groups() * grid.rows(0, 0) * sweeps * strips;
+  }
+
+  std::int64_t groups() const {
+    return grid.p.axes[0].dilation * grid.p.axes[1].dilation * grid.p.axes[2].dilation;
+  }
+};
+
+/// Sums over queries that several items contribute to go through one partial sum per unit: a run of
+/// items of one head. How many units there are does not depend on threads.
+std::int64_t units_of(const Problem& p, std::int64_t items, bool has_partial_sums) {
+  if (!has_partial_sums) return items;
+  const std::int64_t heads = std::max<std::int64_t>(1, p.batch * p.heads);
+  return std::min(items, std::max<std::int64_t>(1, 32 / heads));
+}
+
+struct Partials {
+  std::int64_t units = 0;       // per batch entry and head
+  std::int64_t bias = 0;        // elements of a table of biases, with its spare ends
+  std::int64_t additional = 0;  // elements of the additional tokens' gradients
+  std::int64_t stride() const { return bias + additional; }
+};
+
+std::int64_t bias_count(const Problem& p) {
+  return (2 * p.axes[0].kernel_size - 1) * (2 * p.axes[1].kernel_size - 1) *
+         (2 * p.axes[2].kernel_size - 1);
+}
+
+/// One pass over one job. Copies share nothing that is written.
+template <class E>
+class Engine {
+  using T = SumOf<E>;
+  using In = Operand<const E>;
+  using Statistic = T;  // float32 for halves and float32, float64 for float64
+
+ public:
+  Engine(const Job& job, Pass pass)
+      : isa_(instruction_set()),
+        kernels_(kernels_for<T>(isa_)),
+        p_(job.problem),
+        pass_(pass),
+        tensors_(job.tensors),
+        row_terms_(static_cast<T*>(job.workspace)) {
+    query_ = operand<const E>(p_, tensors_, &Tensors::query);
+    key_ = operand<const E>(p_, tensors_, &Tensors::key);
+    value_ = operand<const E>(p_, tensors_, &Tensors::value);
+    rpb_ = operand<const E>(p_, tensors_, &Tensors::rpb);
+    additional_keys_ = operand<const E>(p_, tensors_, &Tensors::additional_keys);
+    additional_values_ = operand<const E>(p_, tensors_, &Tensors::additional_values);
+    output_ = operand<E>(p_, tensors_, &Tensors::output);
+    if (pass == Pass::forward) {
+      logsumexp_out_ = operand<Statistic>(p_, tensors_, &Tensors::logsumexp);
+    } else {
+      logsumexp_ = operand<const Statistic>(p_, tensors_, &Tensors::logsumexp);
+      grad_output_ = operand<const E>(p_, tensors_, &Tensors::grad_output);
+      grad_logsumexp_ = operand<const Statistic>(p_, tensors_, &Tensors::grad_logsumexp);
+      grad_query_ = operand<E>(p_, tensors_, &Tensors::grad_query);
+      grad_key_ = operand<E>(p_, tensors_, &Tensors::grad_key);
+      grad_value_ = operand<E>(p_, tensors_, &Tensors::grad_value);
+    }
+  }
+
+  Plan plan() const { return Plan(p_, pass_, kernels_.width, sizeof(T)); }
+
+  static Partials partials_of(const Problem& p, const Plan& plan) {
+    Partials partials;
+    if (p.wants_grad_rpb) partials.bias = bias_count(p) + 2 * kSpareBias;
+    if (p.wants_grad_additional)
+      partials.additional = p.additional * (plan.padded + plan.value_padded);
+    partials.units = units_of(p, plan.items, partials.stride() > 0);
+    return partials;
+  }
+
+  /// Runs units first to last of the pass.
+  void run(const Plan& plan, const Partials& partials, std::int64_t first, std::int64_t last) {
+    allocate(plan);
+    for (std::int64_t unit = first; unit < last; ++unit) {
+      const std::int64_t of_head = unit % partials.units;
+      const std::int64_t row_heads = pass_ == Pass::backward_key ? p_.kv_heads : p_.heads;
+      batch_ = unit / partials.units / row_heads;
+      row_head_ = unit / partials.units % row_heads;
+      T* partial = partials.stride() ? partial_sums() + unit * partials.stride() : nullptr;
+      if (partial) std::fill(partial, partial + partials.stride(), T(0));
+      grad_bias_ = partials.bias ? partial + kSpareBias : nullptr;
+      grad_additional_ = partials.additional ? partial + partials.bias : nullptr;
+      for (std::int64_t item = plan.items * of_head / partials.units;
+           item < plan.items * (of_head + 1) / partials.units; ++item)
+        run_item(plan, item);
+    }
+  }
+
+  T* partial_sums() const { return row_terms_ + p_.batch * p_.heads * p_.queries(); }
+
+ private:
+  std::int64_t heads_per_kv_head() const { return p_.heads / p_.kv_heads; }
+  bool rows_are_keys() const { return pass_ == Pass::backward_key; }
+
+  void allocate(const Plan& plan) {
+    thread_local std::vector<char> memory;
+    Arena arena(memory);
+    for (int round = 0; round < 2; ++round) {
+      const std::int64_t columns =
+          std::min(plan.grid.most_columns(2, plan.strip), plan.piece_columns);
+      // An odd number of cache lines: rows of a transposed operand then spread over the cache.
+      const std::int64_t per_line = 64 / sizeof(T);
+      ld_ = round_up(columns + simd::kSpareColumns, per_line);
+      if (ld_ / per_line % 2 == 0) ld_ += per_line;
+      const std::int64_t d = plan.padded, v = plan.value_padded;
+      const bool backward = pass_ != Pass::forward;
+      const std::int64_t lines = plan.piece_lines;
+      slots_.resize(lines);
+      for (Slot& slot : slots_) {
+        slot.transposed = arena.take<T>(p_.head_dim * ld_);
+        slot.plain = pass_ == Pass::backward_query ? nullptr : arena.take<T>(columns * v);
+        slot.transposed_grad = backward ? arena.take<T>(p_.value_dim * ld_) : nullptr;
+        slot.plain_grad = backward ? arena.take<T>(columns * d) : nullptr;
+        slot.logsumexp = rows_are_keys() ? arena.take<T>(ld_) : nullptr;
+        slot.row_term = rows_are_keys() ? arena.take<T>(ld_) : nullptr;
+      }
+      lines_.resize(lines);
+      additional_ld_ = round_up(p_.additional + simd::kSpareColumns, per_line) + per_line;
+      additional_slot_.transposed = arena.take<T>(p_.head_dim * additional_ld_);
+      additional_slot_.plain = arena.take<T>(p_.additional * v);
+      additional_slot_.transposed_grad = arena.take<T>(p_.value_dim * additional_ld_);
+      additional_slot_.plain_grad = arena.take<T>(p_.additional * d);
+      bias_memory_ = arena.take<T>(rpb_ ? bias_count(p_) + 2 * kSpareBias : 0);
+      const std::int64_t rows = plan.strip + kBlock;
+      row_a_ = arena.take<T>(rows * d);
+      row_b_ = arena.take<T>(backward ? rows * v : 0);
+      sums_a_ = arena.take<T>(rows * std::max(d, v));
+      sums_b_ = arena.take<T>(rows_are_keys() ? rows * v : 0);
+      for (T** statistic : {&largest_, &total_, &row_logsumexp_, &row_term_, &row_grad_logsumexp_})
+        *statistic = arena.take<T>(rows);
+      scratch_ = arena.take<T>(static_cast<std::int64_t>(kernels_.scratch_elements));
+      if (round == 0) arena.begin();
+    }
+    bias_head_ = -1;
+    additional_of_ = -1;
+  }
+
+  void run_item(const Plan& plan, std::int64_t item) {
+    const Grid& grid = plan.grid;
+    const std::int64_t strip = item % plan.strips;
+    item /= plan.strips;
+    const std::int64_t sweep = item % plan.sweeps;
+    item /= plan.sweeps;
+    const std::int64_t line0 = item % grid.rows(0, 0);
+    item /= grid.rows(0, 0);
+    const Axis* axes = p_.axes;
+    group_ = unravel(item, {axes[0].dilation, axes[1].dilation, axes[2].dilation});
+    for (int axis = 0; axis < kMaxRank; ++axis)
+      if (group_[axis] >= grid.row_length(axis)) return;
+    if (line0 >= grid.rows(0, group_[0])) return;
+    first_row_ = strip * plan.strip;
+    row_count_ = std::min(plan.strip, grid.rows(2, group_[2]) - first_row_);
+    if (row_count_ <= 0) return;
+    const std::int64_t last_line = std::min((sweep + 1) * plan.sweep, grid.rows(1, group_[1]));
+    tags_.assign(slots_.size(), -1);
+    intervals_.resize(row_count_);
+    for (std::int64_t r = 0; r < row_count_; ++r)
+      intervals_[r] = grid.columns(2, group_[2], first_row_ + r);
+    for (std::int64_t line1 = sweep * plan.sweep; line1 < last_line; ++line1)
+      run_line(plan, line0, line1);
+  }
+
+  /// The rows of one strip of one line.
+  void run_line(const Plan& plan, std::int64_t line0, std::int64_t line1) {
+    const Coordinate first{line0, line1, first_row_};
+    load_rows(plan, first);
+    const std::int64_t head_count = rows_are_keys() ? heads_per_kv_head() : 1;
+    for (std::int64_t i = 0; i < head_count; ++i) {
+      head_ = rows_are_keys() ? row_head_ * heads_per_kv_head() + i : row_head_;
+      if (head_count > 1) tags_.assign(slots_.size(), -1);  // the ring holds one head's lines
+      const bool two_steps = pass_ == Pass::backward_query && (plan.in_pieces || p_.additional > 0);
+      for (int step = 0; step < (two_steps ? 2 : 1); ++step) {
+        sum_row_term_ = step == 0;
+        sum_gradients_ = !two_steps || step == 1;
+        visit_windows(plan, line0, line1);
+        if (p_.additional > 0 && !rows_are_keys()) visit_additional(plan);
+        if (step == 0 && two_steps && grad_logsumexp_)
+          for (std::int64_t r = 0; r < row_count_; ++r) row_term_[r] -= row_grad_logsumexp_[r];
+      }
+    }
+    store_rows(plan, first);
+  }
+
+  Coordinate token(const Coordinate& position) const {
+    Coordinate c;
+    for (int i = 0; i < kMaxRank; ++i) c[i] = token_at(p_.axes[i], group_[i], position[i]);
+    return c;
+  }
+
+  /// Packs `count` tokens from a position on, along the innermost axis.
+  void pack_tokens(const In& from, std::int64_t head, const Coordinate& first, std::int64_t count,
+                   std::int64_t dim, double scale, T* transposed, std::int64_t ld, T* plain,
+                   std::int64_t padded) const {
+    pack(isa_, p_.dtype,
+         simd::Packing<T>{from.at(batch_, head, token(first)), from.grid[2] * p_.axes[2].dilation,
+                          count, dim, static_cast<T>(scale), transposed, ld, plain, padded});
+  }
+
+  template <class F>
+  void for_each_row(const Coordinate& first, F&& f) const {
+    for (std::int64_t r = 0; r < row_count_; ++r) f(r, token({first[0], first[1], first[2] + r}));
+  }
+
+  void load_rows(const Plan& plan, const Coordinate& first) {
+    const std::int64_t d = plan.padded, v = plan.value_padded, rows = row_count_;
+    if (rows_are_keys()) {
+      pack_tokens(key_, row_head_, first, rows, p_.head_dim, 1.0, nullptr, 0, row_a_, d);
+      pack_tokens(value_, row_head_, first, rows, p_.value_dim, 1.0, nullptr, 0, row_b_, v);
+      std::fill(sums_a_, sums_a_ + rows * d, T(0));
+      std::fill(sums_b_, sums_b_ + rows * v, T(0));
+      return;
+    }
+    pack_tokens(query_, row_head_, first, rows, p_.head_dim, p_.scale, nullptr, 0, row_a_, d);
+    std::fill(sums_a_, sums_a_ + rows * (pass_ == Pass::forward ? v : d), T(0));
+    if (pass_ == Pass::forward) {
+      std::fill(largest_, largest_ + rows, -std::numeric_limits<T>::infinity());
+      std::fill(total_, total_ + rows, T(0));
+      return;
+    }
+    pack_tokens(grad_output_, row_head_, first, rows, p_.value_dim, 1.0, nullptr, 0, row_b_, v);
+    for_each_row(first, [&](std::int64_t r, const Coordinate& at) {
+      row_term_[r] = T(0);
+      row_logsumexp_[r] = *logsumexp_.at(batch_, row_head_, at);
+      row_grad_logsumexp_[r] = grad_logsumexp_ ? *grad_logsumexp_.at(batch_, row_head_, at) : T(0);
+    });
+  }
+
+  void store_rows(const Plan& plan, const Coordinate& first) {
+    const std::int64_t d = plan.padded, v = plan.value_padded;
+    for_each_row(first, [&](std::int64_t r, const Coordinate& at) {
+      if (pass_ == Pass::forward) {
+        store(isa_, p_.dtype, sums_a_ + r * v, T(1) / total_[r], output_.at(batch_, row_head_, at),
+              p_.value_dim);
+        if (logsumexp_out_)
+          *logsumexp_out_.at(batch_, row_head_, at) = largest_[r] + std::log(total_[r]);
+      } else if (pass_ == Pass::backward_query) {
+        *row_term_at(row_head_, at) = row_term_[r];
+        if (grad_query_)
+          store(isa_, p_.dtype, sums_a_ + r * d, static_cast<T>(p_.scale),
+                grad_query_.at(batch_, row_head_, at), p_.head_dim);
+      } else {
+        if (grad_key_)
+          store(isa_, p_.dtype, sums_a_ + r * d, T(1), grad_key_.at(batch_, row_head_, at),
+                p_.head_dim);
+        if (grad_value_)
+          store(isa_, p_.dtype, sums_b_ + r * v, T(1), grad_value_.at(batch_, row_head_, at),
+                p_.value_dim);
+      }
+    });
+  }
+
+  T* row_term_at(std::int64_t head, const Coordinate& at) const {
+    const Axis* axes = p_.axes;
+    const std::int64_t index =
+        (at[0] * axes[1].query_length + at[1]) * axes[2].query_length + at[2];
+    return row_terms_ + (batch_ * p_.heads + head) * p_.queries() + index;
+  }
+
+  // ---- columns ----
+
+  struct Slot {
+    T *transposed, *plain, *transposed_grad, *plain_grad, *logsumexp, *row_term;
+  };
+
+  /// Packs columns first[2] to first[2] + count of one line.
+  void pack_line(const Plan& plan, const Slot& slot, const Coordinate& first, std::int64_t count) {
+    const std::int64_t d = plan.padded, v = plan.value_padded;
+    if (rows_are_keys()) {
+      pack_tokens(query_, head_, first, count, p_.head_dim, p_.scale, slot.transposed, ld_,
+                  slot.plain_grad, d);
+      pack_tokens(grad_output_, head_, first, count, p_.value_dim, 1.0, slot.transposed_grad, ld_,
+                  slot.plain, v);
+      for (std::int64_t c = 0; c < count; ++c) {
+        const Coordinate at = token({first[0], first[1], first[2] + c});
+        slot.logsumexp[c] = *logsumexp_.at(batch_, head_, at);
+        slot.row_term[c] = *row_term_at(head_, at);
+      }
+      return;
+    }
+    const std::int64_t kv_head = head_ / heads_per_kv_head();
+    pack_tokens(key_, kv_head, first, count, p_.head_dim, 1.0, slot.transposed, ld_,
+                slot.plain_grad, d);
+    pack_tokens(value_, kv_head, first, count, p_.value_dim, 1.0, slot.transposed_grad, ld_,
+                slot.plain, v);
+  }
+
+  simd::Line<T> line_of(const Slot& slot) const {
+    simd::Line<T> line;
+    line.transposed = slot.transposed;
+    line.transposed_grad = slot.transposed_grad;
+    line.plain = slot.plain;
+    line.plain_grad = slot.plain_grad;
+    line.logsumexp = slot.logsumexp;
+    line.row_term = slot.row_term;
+    return line;
+  }
+
+  /// Runs the strip's rows over the lines that they see.
+  void visit_windows(const Plan& plan, std::int64_t line0, std::int64_t line1) {
+    const Interval i0 = plan.grid.columns(0, group_[0], line0);
+    const Interval i1 = plan.grid.columns(1, group_[1], line1);
+    if (rpb_) load_bias();
+    const std::int64_t begin = intervals_.front().begin, end = intervals_.back().end;
+    const std::int64_t lines = i0.size() * i1.size();
+    const std::int64_t tag_stride = p_.axes[1].query_length + p_.axes[1].key_length;
+    for (std::int64_t c = begin; c < end; c += plan.piece_columns) {
+      const std::int64_t stop = std::min(end, c + plan.piece_columns);
+      for (std::int64_t l = 0; l < lines; l += plan.piece_lines) {
+        const std::int64_t count = std::min(lines - l, plan.piece_lines);
+        for (std::int64_t i = 0; i < count; ++i) {
+          const std::int64_t at0 = i0.begin + (l + i) / i1.size();
+          const std::int64_t at1 = i1.begin + (l + i) % i1.size();
+          // In a ring, lines that are seen together have different slots.
+          const std::int64_t slot =
+              plan.in_pieces ? i : at0 % plan.ring0 * plan.ring1 + at1 % plan.ring1;
+          const std::int64_t tag = at0 * tag_stride + at1;
+          if (plan.in_pieces || tags_[slot] != tag) {
+            pack_line(plan, slots_[slot], {at0, at1, c}, stop - c);
+            tags_[slot] = tag;
+          }
+          lines_[i] = line_of(slots_[slot]);
+          if (rpb_) set_bias(lines_[i], at0 - line0, at1 - line1);
+        }
+        visit_blocks(plan, lines_.data(), count, ld_, c, stop, nullptr, nullptr);
+      }
+    }
+  }
+
+  void visit_additional(const Plan& plan) {
+    const std::int64_t kv_head = head_ / heads_per_kv_head(), n = p_.additional;
+    const std::int64_t d = plan.padded, v = plan.value_padded;
+    const Slot& slot = additional_slot_;
+    const std::int64_t of = batch_ * p_.kv_heads + kv_head;
+    if (additional_of_ != of) {
+      pack(
+          isa_, p_.dtype,
+          simd::Packing<T>{additional_keys_.at(batch_, kv_head, 0), additional_keys_.token, n,
+                           p_.head_dim, T(1), slot.transposed, additional_ld_, slot.plain_grad, d});
+      pack(isa_, p_.dtype,
+           simd::Packing<T>{additional_values_.at(batch_, kv_head, 0), additional_values_.token, n,
+                            p_.value_dim, T(1), slot.transposed_grad, additional_ld_, slot.plain,
+                            v});
+      additional_of_ = of;
+    }
+    const simd::Line<T> line = [&] {
+      Slot with_no_rows = slot;
+      with_no_rows.logsumexp = with_no_rows.row_term = nullptr;
+      return line_of(with_no_rows);
+    }();
+    visit_blocks(plan, &line, 1, additional_ld_, 0, -1, grad_additional_,
+                 grad_additional_ ? grad_additional_ + n * d : nullptr);
+  }
+
+  /// Calls the kernel for each block of the strip's rows. `stop` < 0: the columns are the
+  /// additional tokens, which every row sees.
+  void visit_blocks(const Plan& plan, const simd::Line<T>* lines, std::int64_t line_count,
+                    std::int64_t ld, std::int64_t start, std::int64_t stop, T* grad_key,
+                    T* grad_value) {
+    const std::int64_t d = plan.padded, v = plan.value_padded;
+    for (std::int64_t r = 0; r < row_count_; r += kBlock) {
+      simd::Block<T> block;
+      block.rows = static_cast<int>(std::min<std::int64_t>(kBlock, row_count_ - r));
+      block.lines = lines;
+      block.line_count = line_count;
+      block.ld = ld;
+      bool sees_any = stop < 0;
+      for (int i = 0; i < block.rows; ++i) {
+        const Interval seen = intervals_[r + i];
+        block.begin[i] = stop < 0 ? 0 : std::clamp(seen.begin, start, stop) - start;
+        block.end[i] = stop < 0 ? p_.additional : std::clamp(seen.end, start, stop) - start;
+        block.position[i] = first_row_ + r + i - start;
+        sees_any = sees_any || block.begin[i] < block.end[i];
+      }
+      if (!sees_any) continue;
+      block.dim = p_.head_dim;
+      block.value_dim = p_.value_dim;
+      block.padded = d;
+      block.value_padded = v;
+      block.scratch = scratch_;
+      if (pass_ == Pass::forward) {
+        kernels_.forward({block, row_a_ + r * d, sums_a_ + r * v, largest_ + r, total_ + r});
+      } else if (pass_ == Pass::backward_query) {
+        // In two steps the gradient of logsumexp is taken off between them.
+        const T* grad_logsumexp =
+            sum_row_term_ && sum_gradients_ ? row_grad_logsumexp_ + r : nullptr;
+        kernels_.backward_query({block, row_a_ + r * d, row_b_ + r * v, row_logsumexp_ + r,
+                                 row_term_ + r, sum_row_term_, sum_gradients_, grad_logsumexp,
+                                 sums_a_ + r * d, grad_key, grad_value});
+      } else {
+        kernels_.backward_key(
+            {block, row_a_ + r * d, row_b_ + r * v, sums_a_ + r * d, sums_b_ + r * v});
+      }
+    }
+  }
+
+  // ---- bias ----
+
+  /// Converts the head's biases. Where rows are keys, columns run against the offset: the innermost
+  /// dimension is reversed.
+  void load_bias() {
+    if (bias_head_ == head_) return;
+    bias_head_ = head_;
+    const Coordinate shape = bias_shape();
+    for (std::int64_t i = 0; i < bias_count(p_); ++i) {
+      Coordinate at = unravel(i, shape);
+      if (rows_are_keys()) at[2] = shape[2] - 1 - at[2];
+      bias_memory_[kSpareBias + i] = static_cast<T>(*rpb_.at(0, head_, at));
+    }
+  }
+  Coordinate bias_shape() const {
+    return {2 * p_.axes[0].kernel_size - 1, 2 * p_.axes[1].kernel_size - 1,
+            2 * p_.axes[2].kernel_size - 1};
+  }
+  /// Biases of a line of columns, at a distance from the line of rows.
+  void set_bias(simd::Line<T>& line, std::int64_t distance0, std::int64_t distance1) const {
+    if (rows_are_keys()) {
+      distance0 = -distance0;
+      distance1 = -distance1;
+    }
+    const Coordinate shape = bias_shape();
+    const std::int64_t row = (distance0 + p_.axes[0].kernel_size - 1) * shape[1] + distance1 +
+                             p_.axes[1].kernel_size - 1;
+    const std::int64_t offset = row * shape[2] + p_.axes[2].kernel_size - 1;
+    line.bias = bias_memory_ + kSpareBias + offset;
+    line.grad_bias = grad_bias_ ? grad_bias_ + offset : nullptr;
+  }
+
+  const simd::InstructionSet& isa_;
+  const simd::Kernels<T>& kernels_;
+  const Problem p_;
+  const Pass pass_;
+  const Tensors tensors_;
+  In query_, key_, value_, rpb_, additional_keys_, additional_values_, grad_output_;
+  Operand<const Statistic> logsumexp_, grad_logsumexp_;
+  Operand<E> output_, grad_query_, grad_key_, grad_value_;
+  Operand<Statistic> logsumexp_out_;
+  T* row_terms_;
+
+  // What the current unit, item and line work on.
+  std::int64_t batch_ = 0, row_head_ = 0, head_ = 0;
+  Coordinate group_{};
+  std::int64_t first_row_ = 0, row_count_ = 0;
+  std::vector<Interval> intervals_;  // columns that each row of the strip sees
+  std::vector<std::int64_t> tags_;   // which line a slot of the ring holds
+  std::vector<Slot> slots_;
+  std::vector<simd::Line<T>> lines_;
+  Slot additional_slot_{};
+  std::int64_t ld_ = 0, additional_ld_ = 0, bias_head_ = -1, additional_of_ = -1;
+  bool sum_row_term_ = false, sum_gradients_ = false;
+  T *grad_bias_ = nullptr, *grad_additional_ = nullptr, *bias_memory_ = nullptr;
+  T *row_a_ = nullptr, *row_b_ = nullptr, *sums_a_ = nullptr, *sums_b_ = nullptr;
+  T *largest_ = nullptr, *total_ = nullptr, *row_logsumexp_ = nullptr, *row_term_ = nullptr;
+  T *row_grad_logsumexp_ = nullptr, *scratch_ = nullptr;
+};
+
+template <class E>
+Phase pass_phase(const Job& job, Pass pass) {
+  const Engine<E> engine(job, pass);
+  const Problem& p = job.problem;
+  const Plan plan = engine.plan();
+  Partials partials;
+  partials.units = plan.items;
+  if (pass == Pass::backward_query) partials = Engine<E>::partials_of(p, plan);
+  const std::int64_t heads = pass == Pass::backward_key ? p.kv_heads : p.heads;
+  return {p.batch * heads * partials.units, [=](std::int64_t first, std::int64_t last) {
+            Engine<E> own(engine);
+            own.run(plan, partials, first, last);
+          }};
+}
+
+/// Adds up the partial sums of the bias and of additional tokens.
+template <class E>
+void reduce_partials(const Job& job, std::vector<Phase>& phases) {
+  using T = SumOf<E>;
+  const Engine<E> engine(job, Pass::backward_query);
+  const Problem p = job.problem;
+  const Plan plan = engine.plan();
+  const Partials partials = Engine<E>::partials_of(p, plan);
+  const T* sums = engine.partial_sums();
+  // The sum over units first to last of one element.
+  const auto sum_of = [=](std::int64_t first, std::int64_t last, std::int64_t element) {
+    double sum = 0;
+    for (std::int64_t unit = first; unit < last; ++unit)
+      sum += static_cast<double>(sums[unit * partials.stride() + element]);
+    return sum;
+  };
+  if (p.wants_grad_rpb) {
+    const auto grad = operand<E>(p, job.tensors, &Tensors::grad_rpb);
+    const Coordinate shape{2 * p.axes[0].kernel_size - 1, 2 * p.axes[1].kernel_size - 1,
+                           2 * p.axes[2].kernel_size - 1};
+    phases.push_back({p.heads * bias_count(p), [=](std::int64_t first, std::int64_t last) {
+                        for (std::int64_t i = first; i < last; ++i) {
+                          const std::int64_t head = i / bias_count(p), at = i % bias_count(p);
+                          double sum = 0;
+                          for (std::int64_t b = 0; b < p.batch; ++b) {
+                            const std::int64_t unit = (b * p.heads + head) * partials.units;
+                            sum += sum_of(unit, unit + partials.units, kSpareBias + at);
+                          }
+                          *grad.at(0, head, unravel(at, shape)) = static_cast<E>(sum);
+                        }
+                      }});
+  }
+  if (p.wants_grad_additional) {
+    const auto grad_keys = operand<E>(p, job.tensors, &Tensors::grad_additional_keys);
+    const auto grad_values = operand<E>(p, job.tensors, &Tensors::grad_additional_values);
+    const std::int64_t group = p.heads / p.kv_heads;
+    phases.push_back(
+        {p.batch * p.kv_heads * p.additional, [=](std::int64_t first, std::int64_t last) {
+           for (std::int64_t i = first; i < last; ++i) {
+             const std::int64_t n = i % p.additional, kv = i / p.additional;
+             const std::int64_t unit = kv * group * partials.units;
+             const auto write = [&](const Operand<E>& to, std::int64_t dim, std::int64_t element) {
+               if (!to) return;
+               E* out = to.at(kv / p.kv_heads, kv % p.kv_heads, n);
+               for (std::int64_t d = 0; d < dim; ++d)
+                 out[d] = static_cast<E>(sum_of(unit, unit + group * partials.units, element + d));
+             };
+             write(grad_keys, p.head_dim, partials.bias + n * plan.padded);
+             write(grad_values, p.value_dim,
+                   partials.bias + p.additional * plan.padded + n * plan.value_padded);
+           }
+         }});
+  }
+}
+
+template <class E>
+std::vector<Phase> phases_of(const Job& job) {
+  const Problem& p = job.problem;
+  if (p.op == Op::attention_forward) return {pass_phase<E>(job, Pass::forward)};
+  std::vector<Phase> phases{pass_phase<E>(job, Pass::backward_query)};
+  if (p.wants_grad_key || p.wants_grad_value)
+    phases.push_back(pass_phase<E>(job, Pass::backward_key));
+  reduce_partials<E>(job, phases);
+  return phases;
+}
+
+std::string refuse_reason(const Problem& p) {
+  if (p.op != Op::attention_forward && p.op != Op::attention_backward)
+    return std::string("it computes fused attention, not ") + name_of(p.op);
+  if (p.queries() == 0) return "there are no queries";
+  if (p.additional > 4096)
+    return std::to_string(p.additional) + " additional tokens; it packs at most 4096 at a time";
+  return {};
+}
+
+std::size_t workspace_bytes(const Problem& p) {
+  if (p.op != Op::attention_backward) return 0;
+  return dispatch_dtype(p.dtype, [&](auto type) {
+    using E = typename decltype(type)::type;
+    Job job{p, {}, nullptr};
+    const Engine<E> engine(job, Pass::backward_query);
+    const Partials partials = Engine<E>::partials_of(p, engine.plan());
+    const std::int64_t heads = p.batch * p.heads;
+    return static_cast<std::size_t>(heads * (p.queries() + partials.units * partials.stride())) *
+           sizeof(SumOf<E>);
+  });
+}
+
+void run(const std::vector<Job>& jobs, const Context& context) {
+  std::vector<std::vector<Phase>> phases;
+  for (const Job& job : jobs)
+    phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
+      return phases_of<typename decltype(type)::type>(job);
+    }));
+  run_phases(phases, context.executor);
+}
+
+}  // namespace
+
+const Backend fused = {"fused", DeviceType::cpu, refuse_reason, workspace_bytes, run};
+
+}  // namespace natten::detail::cpu

@@ -1,0 +1,40 @@
+#pragma once
+
+#include <natten/types.h>
+
+#include "simd/kernels.h"
+
+namespace natten::detail::cpu {
+
+/// The kernels for this processor: the best that it can run, or the one that the environment
+/// variable NATTEN_CPU_ISA names (base, avx2, avx512). Throws Error where that cannot run.
+const simd::InstructionSet& instruction_set();
+
+template <class T>
+const simd::Kernels<T>& kernels_for(const simd::InstructionSet& isa);
+template <>
+inline const simd::Kernels<float>& kernels_for(const simd::InstructionSet& isa) {
+  return isa.f32;
+}
+template <>
+inline const simd::Kernels<double>& kernels_for(const simd::InstructionSet& isa) {
+  return isa.f64;
+}
+
+/// Packs tokens of an element type, and writes sums as elements.
+inline void pack(const simd::InstructionSet& isa, DType, const simd::Packing<double>& p) {
+  isa.convert.pack_f64(p);
+}
+inline void pack(const simd::InstructionSet& isa, DType dtype, const simd::Packing<float>& p) {
+  isa.convert.pack[static_cast<int>(dtype)](p);
+}
+inline void store(const simd::InstructionSet& isa, DType, const double* from, double scale,
+                  void* to, std::int64_t count) {
+  isa.convert.store_f64(from, scale, to, count);
+}
+inline void store(const simd::InstructionSet& isa, DType dtype, const float* from, float scale,
+                  void* to, std::int64_t count) {
+  isa.convert.store[static_cast<int>(dtype)](from, scale, to, count);
+}
+
+}  // namespace natten::detail::cpu
