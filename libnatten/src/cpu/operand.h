@@ -49,8 +49,8 @@ template <class T>
 Operand<T> operand(const Problem& p, const Tensors& tensors, TensorView Tensors::*member) {
   Operand<T> o;
   const TensorView& view = tensors.*member;
-  if (!view) return o;
   const char* dims = dims_of(p.op, member);
+  if (!view || !dims) return o;  // not given, or not a tensor of the operation
   o.data = static_cast<T*>(view.data);
   int at = 0;
   for (const char* d = dims; *d; ++d) {

@@ -143,38 +143,53 @@ constexpr int kBatch = 64;
 template <class T>
 constexpr std::int64_t kRow = std::int64_t{kBatch} * kWidth<T>;  // a row of scores in scratch
 
-/// Most vectors of columns per tile of Q rows, such that the tile and its operands fit registers.
-template <int Q>
-constexpr int kTileVectors = min(8, (kRegisters - 1 - Q) / Q);
+/// Rows of a tile of column products. Groups of Q rows read the same vectors of columns, and
+/// several groups share a tile: their columns overlap, so they find them in the L1 cache.
+constexpr int kTileRows = kRegisters / 4;
+/// Vectors of columns of such a tile. Few, as each is a walk over all of dim in the L1 cache.
+constexpr int kTileColumns = 3;
 
-/// out[q][n] = sum over i of a[q][i] * b[n][i * ld], a tile of Q rows by N vectors of columns.
+/// out[row][n] = sum over i of a[row][i] * b[n][first of the row's group + i * ld].
 template <class T, int Q, int N>
-void column_tile(const T* a, std::int64_t a_row, const T* const* b, std::int64_t ld,
-                 std::int64_t dim, T* out) {
-  Vector<T> c[Q][N] = {};
+void column_tile(const T* a, std::int64_t a_row, const T* const* b, const std::int64_t* first,
+                 std::int64_t ld, std::int64_t dim, T* out) {
+  constexpr int kGroups = kTileRows / Q;
+  const T* columns[N][kGroups];
+  for (int n = 0; n < N; ++n)
+    for (int g = 0; g < kGroups; ++g) columns[n][g] = b[n] + first[g];
+  Vector<T> c[kGroups][Q][N] = {};
   for (std::int64_t i = 0, at = 0; i < dim; ++i, at += ld) {
-    Vector<T> row[Q];
 #pragma GCC unroll 8
-    for (int q = 0; q < Q; ++q) row[q] = broadcast<T>(a[q * a_row + i]);
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) {
-      const Vector<T> column = load(b[n] + at);
+    for (int g = 0; g < kGroups; ++g) {
+      Vector<T> row[Q];
 #pragma GCC unroll 8
-      for (int q = 0; q < Q; ++q) c[q][n] += row[q] * column;
+      for (int q = 0; q < Q; ++q) row[q] = broadcast<T>(a[(g * Q + q) * a_row + i]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const Vector<T> column = load(columns[n][g] + at);
+#pragma GCC unroll 8
+        for (int q = 0; q < Q; ++q) c[g][q][n] += row[q] * column;
+      }
     }
   }
-  for (int q = 0; q < Q; ++q)
-    for (int n = 0; n < N; ++n) store(out + q * kRow<T> + n * kWidth<T>, c[q][n]);
+  for (int g = 0; g < kGroups; ++g)
+    for (int q = 0; q < Q; ++q)
+      for (int n = 0; n < N; ++n) store(out + (g * Q + q) * kRow<T> + n * kWidth<T>, c[g][q][n]);
 }
 
 /// Calls column_tile with `n` as a template argument.
-template <class T, int Q, int N = kTileVectors<Q>>
+template <class T, int Q, int N = kTileColumns>
 NATTEN_INLINE void column_tile_of(int n, const T* a, std::int64_t a_row, const T* const* b,
-                                  std::int64_t ld, std::int64_t dim, T* out) {
+                                  const std::int64_t* first, std::int64_t ld, std::int64_t dim,
+                                  T* out) {
   if constexpr (N > 1)
-    if (n < N) return column_tile_of<T, Q, N - 1>(n, a, a_row, b, ld, dim, out);
-  column_tile<T, Q, N>(a, a_row, b, ld, dim, out);
+    if (n < N) return column_tile_of<T, Q, N - 1>(n, a, a_row, b, first, ld, dim, out);
+  column_tile<T, Q, N>(a, a_row, b, first, ld, dim, out);
 }
+
+/// Most vectors of sums per tile of Q rows, such that the tile and its operands fit registers.
+template <int Q>
+constexpr int kTileVectors = min(8, (kRegisters - 1 - Q) / Q);
 
 /// Adjacent columns: `offset` of the first in rows of weights, and their plain operands.
 template <class T>
@@ -242,6 +257,7 @@ struct Cut {
       columns[g] = end - begin;
       per_line = max(per_line, ceil_div(end - begin, kWidth<T>));
     }
+    for (int g = groups; g < kBlock / Q; ++g) first[g] = first[0];  // tiles may have rows to spare
   }
 };
 
@@ -268,7 +284,6 @@ template <class T, int Q>
 NATTEN_INLINE void column_products(const Cut<T, Q>& cut, const Batch& batch, const T* a,
                                    std::int64_t a_row, const T* Line<T>::*operand, std::int64_t dim,
                                    T* out) {
-  constexpr int kMost = kTileVectors<Q>;
   const T* columns[kBatch];  // of the vectors, for a group that starts at column 0
   for (std::int64_t line = batch.line0, v = 0; line < batch.line1; ++line)
     for (std::int64_t at = batch.at0; at < batch.at1; ++at)
@@ -276,13 +291,10 @@ NATTEN_INLINE void column_products(const Cut<T, Q>& cut, const Batch& batch, con
   const std::int64_t vectors = batch.vectors();
   for (std::int64_t v = 0; v < vectors;) {
     // As even a split as possible: a tile of one vector would wait for its own sums.
-    const int n = static_cast<int>(ceil_div(vectors - v, ceil_div(vectors - v, kMost)));
-    for (int g = 0; g < cut.groups; ++g) {
-      const T* b[kMost];
-      for (int i = 0; i < n; ++i) b[i] = columns[v + i] + cut.first[g];
-      column_tile_of<T, Q>(n, a + g * Q * a_row, a_row, b, cut.block.ld, dim,
-                           out + g * Q * kRow<T> + v * kWidth<T>);
-    }
+    const int n = static_cast<int>(ceil_div(vectors - v, ceil_div(vectors - v, kTileColumns)));
+    for (int row = 0; row < cut.block.rows; row += kTileRows)
+      column_tile_of<T, Q>(n, a + row * a_row, a_row, columns + v, cut.first + row / Q,
+                           cut.block.ld, dim, out + row * kRow<T> + v * kWidth<T>);
     v += n;
   }
 }
@@ -596,34 +608,55 @@ NATTEN_INLINE void transpose(Vector<T> (&rows)[kWidth<T>]) {
   }
 }
 
+/// Elements of a token that are converted at a time.
+template <class T>
+constexpr int kPiece = 4 * kWidth<T>;
+
+/// Converts `length` elements, and sets the rest of the piece to 0. Inlined twice: for whole pieces
+/// the length is a constant.
+template <class Type, class T>
+NATTEN_INLINE void convert(const typename Type::Element* from, std::int64_t length, T scale,
+                           T* piece) {
+  for (std::int64_t i = 0; i < length; ++i) piece[i] = Type::read(from[i]) * scale;
+  for (std::int64_t i = length; i < kPiece<T>; ++i) piece[i] = T(0);
+}
+
 template <class Type>
 void pack(const Packing<typename Type::Sum>& p) {
   using T = typename Type::Sum;
   constexpr int kW = kWidth<T>;
-  constexpr int kPiece = 4 * kW;  // elements of a token that are converted at a time
   const auto* from = static_cast<const typename Type::Element*>(p.from);
   for (std::int64_t first = 0; first < p.count; first += kW) {
     const int tokens = static_cast<int>(min(kW, p.count - first));
-    for (std::int64_t d = 0; d < p.dim; d += kPiece) {
-      const std::int64_t length = min(kPiece, p.dim - d);
-      T piece[kW][kPiece];
+    for (std::int64_t d = 0; d < p.dim; d += kPiece<T>) {
+      const std::int64_t length = min(kPiece<T>, p.dim - d);
+      T piece[kW][kPiece<T>];
       for (int i = 0; i < kW; ++i) {
         const auto* token = from + (first + (i < tokens ? i : 0)) * p.stride + d;
-        for (std::int64_t e = 0; e < length; ++e) piece[i][e] = Type::read(token[e]) * p.scale;
-        for (std::int64_t e = length; e < kPiece; ++e) piece[i][e] = T(0);
+        // Tokens lie far apart where there are many heads, which hardware does not foresee.
+        __builtin_prefetch(token + kW * p.stride);
+        __builtin_prefetch(token + kW * p.stride + kPiece<T> / 2);
+        if (length == kPiece<T>)
+          convert<Type, T>(token, kPiece<T>, p.scale, piece[i]);
+        else
+          convert<Type, T>(token, length, p.scale, piece[i]);
       }
       if (p.plain)
         for (int i = 0; i < tokens; ++i)
-          for (std::int64_t e = 0; e < kPiece && d + e < p.padded; e += kW)
+          for (std::int64_t e = 0; e < kPiece<T> && d + e < p.padded; e += kW)
             store(p.plain + (first + i) * p.padded + d + e, load(piece[i] + e));
       if (!p.transposed) continue;
       for (std::int64_t e = 0; e < length; e += kW) {
         Vector<T> square[kW];
         for (int i = 0; i < kW; ++i) square[i] = load(piece[i] + e);
         transpose<T>(square);
-        const std::int64_t rows = min(kW, length - e);
-        for (std::int64_t i = 0; i < rows; ++i)
-          store(p.transposed + (d + e + i) * p.ld + first, square[i]);
+        T* to = p.transposed + (d + e) * p.ld + first;
+        if (length - e >= kW) {
+#pragma GCC unroll 16
+          for (int i = 0; i < kW; ++i) store(to + i * p.ld, square[i]);
+        } else {
+          for (std::int64_t i = 0; i < length - e; ++i) store(to + i * p.ld, square[i]);
+        }
       }
     }
   }
