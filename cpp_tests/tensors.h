@@ -39,7 +39,8 @@ struct Dense {
   std::vector<double> data;
 
   Dense() = default;
-  explicit Dense(Shape s, double fill = 0) : shape(std::move(s)), data(index(volume(shape)), fill) {}
+  explicit Dense(Shape s, double fill = 0)
+      : shape(std::move(s)), data(index(volume(shape)), fill) {}
   double& operator[](std::int64_t i) { return data[index(i)]; }
   double operator[](std::int64_t i) const { return data[index(i)]; }
   std::int64_t size() const { return static_cast<std::int64_t>(data.size()); }
@@ -59,8 +60,9 @@ inline double norm(const Dense& x) {
   return std::sqrt(sum);
 }
 
+/// Shapes may differ in how they count tokens.
 inline double distance(const Dense& a, const Dense& b) {
-  if (a.shape != b.shape) return std::numeric_limits<double>::infinity();
+  if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
   double sum = 0;
   for (std::int64_t i = 0; i < a.size(); ++i) sum += (a[i] - b[i]) * (a[i] - b[i]);
   return std::sqrt(sum);
@@ -114,8 +116,10 @@ inline natten::DType statistic_of(natten::DType dtype) {
 
 /// How elements lie in memory; the innermost ones are always adjacent.
 struct Layout {
-  Rng* rng = nullptr;     ///< null: contiguous. Else: axes in any order, gaps, reversed axes.
-  bool is_input = false;  ///< also allows stride 0
+  Rng* rng = nullptr;  ///< null: contiguous. Else: axes in any order, gaps, reversed axes.
+  /// Also allows stride 0 on the first axis. Tokens that are all alike would make gradients cancel
+  /// to rounding errors.
+  bool is_input = false;
 };
 
 /// Owns the memory behind a view. All bytes start as NaN of every element type, the gaps between
@@ -193,7 +197,7 @@ class Buffer {
       const std::int64_t n = view_.shape[index(d)];
       view_.strides[index(d)] = stride;
       if (layout.rng && d != order[0]) {
-        if (layout.is_input && chance(*layout.rng, 0.08)) {
+        if (layout.is_input && d == 0 && chance(*layout.rng, 0.15)) {
           view_.strides[index(d)] = 0;
           continue;
         }

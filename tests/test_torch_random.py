@@ -41,26 +41,51 @@ def gradients(results: list, incoming: list, inputs: dict) -> dict:
     return {f"grad_{n}": g for n, g in zip(inputs, grads, strict=True)}
 
 
-def test_fused(capsys):
+def check_fused(case: cases.Case, errors: cases.Errors) -> None:
     names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
+    arrays = case.fused_arrays()
+    inputs = leaves(case, arrays, names)
+    function = (F.na1d, F.na2d, F.na3d)[case.rank - 1]
+    output, lse = function(**inputs, **case.neighborhood, scale=case.scale, return_lse=True)
+    incoming = [
+        to_torch(case, arrays["grad_output"]),
+        to_torch(case, arrays["grad_logsumexp"], statistic(case)),
+    ]
+    assert output.dtype == inputs["query"].dtype
+    assert lse.dtype == getattr(torch, statistic(case))
+    got = {"output": output, "logsumexp": lse}
+    got |= gradients([output, lse], incoming, inputs)
+    scale = float(np.linalg.norm(arrays["grad_output"]))
+    errors.check(case, to_numpy(got), oracle.fused(case, arrays), scale)
+
+
+def test_fused(capsys):
     errors = cases.Errors("torch fused")
     for case in cases.random_cases(COUNT):
-        arrays = case.fused_arrays()
-        inputs = leaves(case, arrays, names)
-        function = (F.na1d, F.na2d, F.na3d)[case.rank - 1]
-        output, lse = function(**inputs, **case.neighborhood, scale=case.scale, return_lse=True)
-        incoming = [
-            to_torch(case, arrays["grad_output"]),
-            to_torch(case, arrays["grad_logsumexp"], statistic(case)),
-        ]
-        assert output.dtype == inputs["query"].dtype
-        assert lse.dtype == getattr(torch, statistic(case))
-        got = {"output": output, "logsumexp": lse}
-        got |= gradients([output, lse], incoming, inputs)
-        scale = float(np.linalg.norm(arrays["grad_output"]))
-        errors.check(case, to_numpy(got), oracle.fused(case, arrays), scale)
+        check_fused(case, errors)
     with capsys.disabled():
         print(f"\n{errors.table()}")
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "kernel_size", "stride", "dilation", "is_causal"),
+    [
+        ((1500,), (1301,), (1,), (1,), (False,)),
+        ((1500,), (700,), (5,), (2,), (True,)),
+        ((40, 37), (31, 37), (1, 1), (1, 1), (False, True)),
+        ((6, 16, 15), (5, 15, 13), (2, 1, 1), (1, 1, 1), (False, False, False)),
+        ((7, 3, 70), (1, 2, 23), (1, 1, 1), (2, 1, 3), (False, False, False)),
+    ],
+)
+def test_fused_with_large_windows(dtype, shape, kernel_size, stride, dilation, is_causal):
+    """Windows that exceed caches and buffers, and take other ways through a backend."""
+    case = cases.Case(
+        seed=len(shape), shape=shape, kernel_size=kernel_size, stride=stride, dilation=dilation,
+        is_causal=is_causal, batch=1, heads=2, kv_heads=1, head_dim=128, value_dim=96,
+        dtype=dtype, scale=None, rpb=True, additional=9,
+    )  # fmt: skip
+    check_fused(case, cases.Errors("large windows"))
 
 
 def test_unfused(capsys):

@@ -1,0 +1,440 @@
+#pragma once
+
+#include <gtest/gtest.h>
+#include <natten/natten.h>
+
+#include <cstdlib>
+#include <iomanip>
+#include <iostream>
+#include <map>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "oracle.h"
+#include "tensors.h"
+
+namespace natten_tests {
+
+/// All random cases follow from it. Set NATTEN_TEST_SEED to see others.
+inline std::uint64_t base_seed() {
+  const char* text = std::getenv("NATTEN_TEST_SEED");
+  return text ? std::strtoull(text, nullptr, 10) : 20240607;
+}
+
+inline const natten::DType kDTypes[] = {natten::DType::float64, natten::DType::float32,
+                                        natten::DType::bfloat16, natten::DType::float16};
+
+/// Largest relative errors that the definition of the library allows.
+struct Bounds {
+  double forward, gradient;
+};
+inline Bounds bounds_of(natten::DType dtype) {
+  switch (dtype) {
+    case natten::DType::float64: return {1e-13, 1e-12};
+    case natten::DType::float32: return {1e-6, 1e-5};
+    case natten::DType::bfloat16: return {1e-2, 2e-2};
+    case natten::DType::float16: break;
+  }
+  return {2e-3, 4e-3};
+}
+
+/// A problem without its data.
+struct Case {
+  std::uint64_t seed = 0;
+  natten::DType dtype = natten::DType::float32;
+  std::vector<oracle::Axis> axes;
+  /// Set: general attention of axes[0].length queries over as many keys.
+  std::optional<std::int64_t> keys;
+  std::int64_t batch = 1, heads = 1, kv_heads = 1, dim = 4, value_dim = 4;
+  std::optional<std::int64_t> additional;  ///< tensors with 0 tokens differ from none
+  std::optional<double> scale;
+  bool rpb = false, logsumexp = true, grad_logsumexp = false, is_contiguous = true;
+
+  int rank() const { return static_cast<int>(axes.size()); }
+  bool is_causal() const {
+    for (const oracle::Axis& axis : axes)
+      if (axis.is_causal) return true;
+    return false;
+  }
+};
+
+inline std::ostream& operator<<(std::ostream& s, const Case& c) {
+  s << "seed " << c.seed << ": " << name_of(c.dtype);
+  for (const oracle::Axis& a : c.axes)
+    s << " (length " << a.length << " kernel " << a.kernel_size << " stride " << a.stride
+      << " dilation " << a.dilation << (a.is_causal ? " causal)" : ")");
+  if (c.keys) s << " over " << *c.keys << " keys";
+  s << " batch " << c.batch << " heads " << c.heads << "/" << c.kv_heads << " dims " << c.dim << "/"
+    << c.value_dim;
+  if (c.additional) s << " additional " << *c.additional;
+  if (c.scale) s << " scale " << *c.scale;
+  for (const auto& [flag, name] :
+       {std::pair(c.rpb, " rpb"), std::pair(c.logsumexp, " logsumexp"),
+        std::pair(c.grad_logsumexp, " grad_logsumexp"), std::pair(!c.is_contiguous, " strided")})
+    if (flag) s << name;
+  return s;
+}
+
+template <class T>
+T pick(Rng& rng, std::initializer_list<T> choices) {
+  return choices.begin()[uniform(rng, 0, static_cast<std::int64_t>(choices.size()) - 1)];
+}
+
+inline Case random_case(std::uint64_t seed, natten::DType dtype, int rank) {
+  Rng rng(seed);
+  Case c;
+  c.seed = seed;
+  c.dtype = dtype;
+  const std::int64_t longest = rank == 1 ? 40 : rank == 2 ? 9 : 5;
+  for (int i = 0; i < rank; ++i) {
+    oracle::Axis a;
+    a.length = uniform(rng, 1, longest);
+    a.dilation = chance(rng, 0.4) ? uniform(rng, 1, std::min<std::int64_t>(a.length, 5)) : 1;
+    const std::int64_t most = a.length / a.dilation;
+    a.kernel_size = chance(rng, 0.15) ? most : uniform(rng, 1, most);
+    if (chance(rng, 0.5)) a.stride = uniform(rng, 1, a.kernel_size);
+    if (chance(rng, 0.1)) a.stride = a.kernel_size;
+    a.is_causal = chance(rng, 0.35);
+    c.axes.push_back(a);
+  }
+  c.batch = chance(rng, 0.04) ? 0 : uniform(rng, 1, 2);
+  c.kv_heads = uniform(rng, 1, 3);
+  c.heads = c.kv_heads * pick<std::int64_t>(rng, {1, 1, 2, 3});
+  c.dim = pick<std::int64_t>(rng, {1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 32, 40});
+  c.value_dim = chance(rng, 0.6) ? c.dim : pick<std::int64_t>(rng, {1, 2, 3, 5, 8, 11, 16, 33});
+  if (chance(rng, 0.4)) c.additional = uniform(rng, 0, 3);
+  if (chance(rng, 0.5))
+    c.scale = pick<double>(rng, {0.0, -0.3, 0.1, 1.0 / 3, 1.0 / static_cast<double>(c.dim)});
+  c.rpb = chance(rng, 0.4);
+  c.logsumexp = chance(rng, 0.7);
+  c.grad_logsumexp = chance(rng, 0.4);
+  c.is_contiguous = chance(rng, 0.4);
+  return c;
+}
+
+/// The neighborhood of a case as the library is told. Tuples that are all default may be left out.
+inline natten::Neighborhood neighborhood_of(const Case& c, Rng& rng) {
+  const auto tuple = [&](std::int64_t missing, auto&& member) {
+    Shape values;
+    for (const oracle::Axis& a : c.axes) values.push_back(member(a));
+    const bool is_default =
+        std::all_of(values.begin(), values.end(), [&](std::int64_t x) { return x == missing; });
+    if (is_default && chance(rng, 0.5)) return natten::Tuple();
+    return natten::Tuple(values.begin(), c.rank());
+  };
+  natten::Neighborhood n;
+  n.kernel_size = tuple(-1, [](const oracle::Axis& a) { return a.kernel_size; });
+  n.dilation = tuple(1, [](const oracle::Axis& a) { return a.dilation; });
+  n.stride = tuple(1, [](const oracle::Axis& a) { return a.stride; });
+  n.is_causal = tuple(0, [](const oracle::Axis& a) { return a.is_causal; });
+  if (c.keys) n.kernel_size = {*c.keys};
+  return n;
+}
+
+inline Shape lengths_of(const Case& c) {
+  Shape lengths;
+  for (const oracle::Axis& a : c.axes) lengths.push_back(a.length);
+  return lengths;
+}
+inline Shape offsets_of(const Case& c) {
+  Shape offsets;
+  for (const oracle::Axis& a : c.axes) offsets.push_back(2 * a.kernel_size - 1);
+  return offsets;
+}
+inline std::int64_t window_of(const Case& c) {
+  std::int64_t window = 1;
+  for (const oracle::Axis& a : c.axes) window *= a.kernel_size;
+  return window;
+}
+inline oracle::Sizes sizes_of(const Case& c) {
+  const std::int64_t tokens = volume(lengths_of(c));
+  return {c.batch,
+          c.heads,
+          c.kv_heads,
+          c.dim,
+          c.value_dim,
+          c.additional.value_or(0),
+          tokens,
+          c.keys.value_or(tokens),
+          c.keys.value_or(window_of(c)),
+          c.keys ? 2 * *c.keys - 1 : volume(offsets_of(c))};
+}
+inline oracle::Pairs pairs_of(const Case& c) {
+  return c.keys ? oracle::all_pairs(c.axes[0].length, *c.keys, c.axes[0].is_causal)
+                : oracle::pairs_of(c.axes);
+}
+
+inline Shape join(std::initializer_list<Shape> parts) {
+  Shape shape;
+  for (const Shape& part : parts) shape.insert(shape.end(), part.begin(), part.end());
+  return shape;
+}
+
+/// Buffers for every tensor of the operations, by the same names.
+struct Buffers {
+  Buffer query, key, value, rpb, additional_keys, additional_values, attn;
+  Buffer output, logsumexp;
+  Buffer grad_output, grad_logsumexp;
+  Buffer grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values;
+
+  template <class F>
+  void for_each(F&& f) {
+    using T = natten::Tensors;
+    f("query", query, &T::query);
+    f("key", key, &T::key);
+    f("value", value, &T::value);
+    f("rpb", rpb, &T::rpb);
+    f("additional_keys", additional_keys, &T::additional_keys);
+    f("additional_values", additional_values, &T::additional_values);
+    f("attn", attn, &T::attn);
+    f("output", output, &T::output);
+    f("logsumexp", logsumexp, &T::logsumexp);
+    f("grad_output", grad_output, &T::grad_output);
+    f("grad_logsumexp", grad_logsumexp, &T::grad_logsumexp);
+    f("grad_query", grad_query, &T::grad_query);
+    f("grad_key", grad_key, &T::grad_key);
+    f("grad_value", grad_value, &T::grad_value);
+    f("grad_rpb", grad_rpb, &T::grad_rpb);
+    f("grad_additional_keys", grad_additional_keys, &T::grad_additional_keys);
+    f("grad_additional_values", grad_additional_values, &T::grad_additional_values);
+  }
+  natten::Tensors views() {
+    natten::Tensors tensors;
+    for_each([&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*member) {
+      tensors.*member = buffer.view();
+    });
+    return tensors;
+  }
+  void expect_gaps_intact() {
+    for_each([](const char* name, Buffer& buffer, natten::TensorView natten::Tensors::*) {
+      EXPECT_TRUE(buffer.gaps_are_intact()) << name << ": written between its elements";
+    });
+  }
+};
+
+/// Fused attention on random data.
+class FusedProblem {
+ public:
+  Case c;
+  Buffers buffers;
+  natten::Neighborhood neighborhood;
+
+  explicit FusedProblem(const Case& a_case) : c(a_case), rng_(a_case.seed + 1) {
+    neighborhood = neighborhood_of(c, rng_);
+    const Shape lengths = lengths_of(c), key_lengths = c.keys ? Shape{*c.keys} : lengths;
+    const Shape q = join({{c.batch}, lengths, {c.heads, c.dim}});
+    const Shape k = join({{c.batch}, key_lengths, {c.kv_heads, c.dim}});
+    const Shape v = join({{c.batch}, key_lengths, {c.kv_heads, c.value_dim}});
+    const Shape o = join({{c.batch}, lengths, {c.heads, c.value_dim}});
+    const Shape stat = join({{c.batch}, lengths, {c.heads}});
+    const Shape bias = join({{c.heads}, c.keys ? Shape{2 * *c.keys - 1} : offsets_of(c)});
+    Buffers& b = buffers;
+    b.query = input(q);
+    b.key = input(k);
+    b.value = input(v);
+    b.grad_output = input(o);
+    b.output = result(o);
+    b.grad_query = result(q);
+    b.grad_key = result(k);
+    b.grad_value = result(v);
+    if (c.logsumexp) b.logsumexp = result(stat, statistic_of(c.dtype));
+    if (c.grad_logsumexp) b.grad_logsumexp = input(stat, statistic_of(c.dtype));
+    if (c.rpb) {
+      b.rpb = input(bias);
+      b.grad_rpb = result(bias);
+    }
+    if (c.additional) {
+      const Shape extra_k{c.batch, *c.additional, c.kv_heads, c.dim};
+      const Shape extra_v{c.batch, *c.additional, c.kv_heads, c.value_dim};
+      b.additional_keys = input(extra_k);
+      b.additional_values = input(extra_v);
+      b.grad_additional_keys = result(extra_k);
+      b.grad_additional_values = result(extra_v);
+    }
+  }
+
+  natten::Call call(natten::Op op) {
+    natten::Call call;
+    call.op = op;
+    call.neighborhood = neighborhood;
+    call.tensors = buffers.views();
+    call.options.scale = c.scale;
+    call.options.separate_key_grid = c.keys.has_value();
+    return call;
+  }
+  natten::Call forward() { return call(natten::Op::attention_forward); }
+
+  /// Needs the logsumexp that `forward_with_logsumexp` computes.
+  natten::Call backward() {
+    provide_logsumexp();
+    return call(natten::Op::attention_backward);
+  }
+  void forward_with_logsumexp(const natten::Context& context = {}) {
+    provide_logsumexp();
+    natten::run(forward(), context);
+  }
+  void provide_logsumexp() {
+    if (!buffers.logsumexp.view())
+      buffers.logsumexp =
+          result(join({{c.batch}, lengths_of(c), {c.heads}}), statistic_of(c.dtype));
+  }
+
+  oracle::FusedInputs oracle_inputs() {
+    const double scale = c.scale.value_or(1.0 / std::sqrt(static_cast<double>(c.dim)));
+    Buffers& b = buffers;
+    return {sizes_of(c),
+            pairs_of(c),
+            scale,
+            b.query.dense(),
+            b.key.dense(),
+            b.value.dense(),
+            b.rpb.dense(),
+            b.additional_keys.dense(),
+            b.additional_values.dense(),
+            b.grad_output.dense(),
+            b.grad_logsumexp.dense()};
+  }
+  oracle::FusedResults expected() { return oracle::fused(oracle_inputs()); }
+
+  double incoming_gradient() {
+    return std::hypot(norm(buffers.grad_output.dense()), norm(buffers.grad_logsumexp.dense()));
+  }
+
+ private:
+  Buffer input(const Shape& shape) { return input(shape, c.dtype); }
+  Buffer input(const Shape& shape, natten::DType dtype) {
+    return Buffer(dtype, normal(rng_, shape), {c.is_contiguous ? nullptr : &rng_, true});
+  }
+  Buffer result(const Shape& shape) { return result(shape, c.dtype); }
+  Buffer result(const Shape& shape, natten::DType dtype) {
+    return Buffer(dtype, shape, {c.is_contiguous ? nullptr : &rng_, false});
+  }
+
+  Rng rng_;
+};
+
+/// Calls `f(name, buffer, expected)` for the gradients that fused attention gives. Gradients that
+/// the case leaves out have an empty buffer.
+template <class F>
+void for_each_gradient(Buffers& b, const oracle::FusedResults& expected, F&& f) {
+  f("grad_query", b.grad_query, expected.grad_query);
+  f("grad_key", b.grad_key, expected.grad_key);
+  f("grad_value", b.grad_value, expected.grad_value);
+  f("grad_rpb", b.grad_rpb, expected.grad_rpb);
+  f("grad_additional_keys", b.grad_additional_keys, expected.grad_additional_keys);
+  f("grad_additional_values", b.grad_additional_values, expected.grad_additional_values);
+}
+
+/// Largest errors seen, by what was computed, element type and rank.
+class ErrorTable {
+ public:
+  void add(const std::string& what, natten::DType dtype, int rank, double error) {
+    double& largest = errors_[{what, static_cast<int>(dtype), rank}];
+    if (!(error <= largest)) largest = error;
+  }
+  void print(const char* title) const {
+    std::cout << "\nLargest relative errors, " << title << "\n"
+              << std::left << std::setw(28) << "" << std::setw(10) << "dtype";
+    for (int rank = 1; rank <= natten::kMaxRank; ++rank)
+      std::cout << std::setw(12) << "rank " + std::to_string(rank);
+    std::cout << "bound\n";
+    std::string what;
+    int dtype = -1;
+    for (const auto& entry : errors_) {
+      const auto& [name, type, unused_rank] = entry.first;
+      if (name == what && type == dtype) continue;
+      what = name;
+      dtype = type;
+      std::cout << std::setw(28) << name << std::setw(10)
+                << name_of(static_cast<natten::DType>(type));
+      for (int rank = 1; rank <= natten::kMaxRank; ++rank) {
+        const auto found = errors_.find({name, type, rank});
+        std::ostringstream cell;
+        if (found != errors_.end()) cell << std::setprecision(2) << found->second;
+        std::cout << std::setw(12) << (cell.str().empty() ? "-" : cell.str());
+      }
+      std::cout << bound_of(name, static_cast<natten::DType>(type)) << "\n";
+    }
+    std::cout << std::endl;
+  }
+  static double bound_of(const std::string& what, natten::DType dtype) {
+    if (what == "logsumexp") return bounds_of(statistic_of(dtype)).forward;
+    const Bounds bounds = bounds_of(dtype);
+    return what.rfind("grad_", 0) == 0 ? bounds.gradient : bounds.forward;
+  }
+  /// Adds an error and fails the test where it exceeds its bound; a NaN does.
+  void expect(const std::string& what, natten::DType dtype, int rank, double error) {
+    add(what, dtype, rank, error);
+    EXPECT_LE(error, bound_of(what, dtype)) << what;
+  }
+
+ private:
+  std::map<std::tuple<std::string, int, int>, double> errors_;
+};
+
+/// Whether some backend runs the call, given what NATTEN_BACKEND forces.
+inline bool is_runnable(const natten::Call& call) {
+  for (const natten::Verdict& verdict : natten::explain(natten::describe(call)))
+    if (verdict.chosen) return true;
+  return false;
+}
+
+/// A test that runs for every backend of the registry, element type and rank.
+class Property : public testing::TestWithParam<std::tuple<std::string, natten::DType, int>> {
+ protected:
+  const std::string& backend() const { return std::get<0>(GetParam()); }
+  natten::DType dtype() const { return std::get<1>(GetParam()); }
+  int rank() const { return std::get<2>(GetParam()); }
+
+  natten::Context context() const {
+    natten::Context context;
+    context.backend = backend().c_str();
+    return context;
+  }
+  bool accepts(const natten::Call& call) const {
+    for (const natten::Verdict& verdict : natten::explain(natten::describe(call), context()))
+      if (verdict.backend == backend()) return verdict.refusal.empty();
+    return false;
+  }
+
+  /// For the end of a property. The readable backend runs everything; others may refuse a whole
+  /// operation, which shows as a skipped test.
+  void expect_accepted(int accepted, int cases) const {
+    if (backend() == "naive") {
+      EXPECT_EQ(accepted, cases);
+    }
+    if (accepted == 0) GTEST_SKIP() << backend() << " refuses all " << cases << " cases";
+  }
+
+  /// Calls `f(case)` for `count` random cases. `salt` tells the properties of a suite apart.
+  template <class F>
+  void for_each_case(int count, std::uint64_t salt, F&& f) {
+    for (int i = 0; i < count; ++i) {
+      const std::uint64_t seed =
+          base_seed() * 1000003 + salt * 100000 + static_cast<std::uint64_t>(dtype()) * 10000 +
+          static_cast<std::uint64_t>(rank()) * 1000 + static_cast<std::uint64_t>(i);
+      const Case c = random_case(seed, dtype(), rank());
+      std::ostringstream text;
+      text << c << " (NATTEN_TEST_SEED=" << base_seed() << ", case " << i << ")";
+      SCOPED_TRACE(text.str());
+      f(c);
+      if (HasFatalFailure()) return;
+    }
+  }
+
+ public:
+  static std::string name(const testing::TestParamInfo<ParamType>& info) {
+    return std::get<0>(info.param) + "_" + name_of(std::get<1>(info.param)) + "_rank" +
+           std::to_string(std::get<2>(info.param));
+  }
+};
+
+inline auto every_property() {
+  return testing::Combine(testing::ValuesIn(natten::backends(natten::DeviceType::cpu)),
+                          testing::ValuesIn(kDTypes), testing::Values(1, 2, 3));
+}
+
+}  // namespace natten_tests

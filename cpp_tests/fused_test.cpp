@@ -1,0 +1,230 @@
+#include "cases.h"
+
+namespace natten_tests {
+namespace {
+
+class Fused : public Property {
+ protected:
+  static void TearDownTestSuite() { errors_.print("fused attention"); }
+
+  void expect_gradients(FusedProblem& problem, const oracle::FusedResults& expected) {
+    const double incoming = problem.incoming_gradient();
+    for_each_gradient(
+        problem.buffers, expected, [&](const char* name, Buffer& got, const Dense& reference) {
+          if (!got.view()) return;
+          errors_.expect(name, dtype(), rank(), relative_error(got.dense(), reference, incoming));
+        });
+  }
+
+  static ErrorTable errors_;
+};
+ErrorTable Fused::errors_;
+
+TEST_P(Fused, ForwardIsTheDefinition) {
+  int accepted = 0;
+  for_each_case(50, 1, [&](const Case& c) {
+    FusedProblem problem(c);
+    const natten::Call call = problem.forward();
+    if (!accepts(call)) return;
+    ++accepted;
+    ASSERT_NO_THROW(natten::run(call, context()));
+    const oracle::FusedResults expected = problem.expected();
+    errors_.expect("output", dtype(), rank(),
+                   relative_error(problem.buffers.output.dense(), expected.output));
+    if (c.logsumexp)
+      errors_.expect("logsumexp", dtype(), rank(),
+                     logsumexp_error(problem.buffers.logsumexp.dense(), expected.logsumexp));
+    problem.buffers.expect_gaps_intact();
+  });
+  expect_accepted(accepted, 50);
+}
+
+TEST_P(Fused, BackwardIsTheDerivative) {
+  int accepted = 0;
+  for_each_case(50, 2, [&](const Case& c) {
+    FusedProblem problem(c);
+    if (!accepts(problem.forward()) || !accepts(problem.backward())) return;
+    ++accepted;
+    ASSERT_NO_THROW(problem.forward_with_logsumexp(context()));
+    ASSERT_NO_THROW(natten::run(problem.backward(), context()));
+    expect_gradients(problem, problem.expected());
+    problem.buffers.expect_gaps_intact();
+  });
+  expect_accepted(accepted, 50);
+}
+
+TEST_P(Fused, EveryGradientCanBeLeftOut) {
+  for_each_case(12, 3, [&](Case c) {
+    c.rpb = true;
+    c.additional = 2;
+    FusedProblem problem(c);
+    if (!accepts(problem.backward())) return;
+    problem.forward_with_logsumexp(context());
+    const oracle::FusedResults expected = problem.expected();
+    Rng rng(c.seed);
+    for_each_gradient(problem.buffers, expected, [&](const char*, Buffer& gradient, const Dense&) {
+      if (chance(rng, 0.5)) gradient = Buffer();
+    });
+    ASSERT_NO_THROW(natten::run(problem.backward(), context()));
+    expect_gradients(problem, expected);
+  });
+}
+
+/// Sums of thousands of terms, which sequential float32 sums get wrong.
+TEST_P(Fused, LongSumsStayExact) {
+  Case c;
+  c.seed = base_seed();
+  c.dtype = dtype();
+  const std::int64_t length = rank() == 1 ? 3000 : rank() == 2 ? 54 : 14;
+  for (int i = 0; i < rank(); ++i)
+    c.axes.push_back({length, i == 0 && rank() > 1 ? length : length - 1, 1, 1, false});
+  c.dim = 3;
+  c.value_dim = 2;
+  c.rpb = rank() == 3;
+  FusedProblem problem(c);
+  if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses";
+  problem.forward_with_logsumexp(context());
+  natten::run(problem.backward(), context());
+  const oracle::FusedResults expected = problem.expected();
+  errors_.expect("output", dtype(), rank(),
+                 relative_error(problem.buffers.output.dense(), expected.output));
+  errors_.expect("logsumexp", dtype(), rank(),
+                 logsumexp_error(problem.buffers.logsumexp.dense(), expected.logsumexp));
+  expect_gradients(problem, expected);
+}
+
+/// Which elements are finite must agree with the reference: exactly where a backend promises it,
+/// and no less spread anywhere.
+void expect_spread(const std::string& backend, const char* name, const Dense& got,
+                   const Dense& expected) {
+  ASSERT_EQ(got.size(), expected.size()) << name;
+  for (std::int64_t i = 0; i < got.size(); ++i) {
+    if (backend == "naive") {
+      ASSERT_EQ(std::isfinite(got[i]), std::isfinite(expected[i])) << name << " element " << i;
+    } else if (!std::isfinite(expected[i])) {
+      ASSERT_FALSE(std::isfinite(got[i])) << name << " element " << i;
+    }
+  }
+}
+
+TEST_P(Fused, NanAndInfinityReachWhoSeesThemAndNobodyElse) {
+  for_each_case(40, 4, [&](Case c) {
+    c.is_contiguous = true;  // one element in memory is one element of the tensor
+    FusedProblem problem(c);
+    if (c.batch == 0 || !accepts(problem.backward())) return;
+    Rng rng(c.seed);
+    Buffers& b = problem.buffers;
+    const double poison = chance(rng, 0.6) ? std::nan("") : HUGE_VAL;
+    std::vector<Buffer*> victims{&b.query, &b.key, &b.value, &b.grad_output};
+    for (Buffer* optional : {&b.rpb, &b.additional_keys, &b.additional_values})
+      if (optional->view() && optional->view().size() > 0) victims.push_back(optional);
+    Buffer& victim =
+        *victims[index(uniform(rng, 0, static_cast<std::int64_t>(victims.size()) - 1))];
+    victim.set(uniform(rng, 0, victim.view().size() - 1), poison);
+
+    problem.forward_with_logsumexp(context());
+    const oracle::FusedResults expected = problem.expected();
+    expect_spread(backend(), "output", b.output.dense(), expected.output);
+    expect_spread(backend(), "logsumexp", b.logsumexp.dense(), expected.logsumexp);
+    natten::run(problem.backward(), context());
+    for_each_gradient(b, expected, [&](const char* name, Buffer& got, const Dense& reference) {
+      if (got.view()) expect_spread(backend(), name, got.dense(), reference);
+    });
+  });
+}
+
+TEST_P(Fused, NanInAValueReachesTheQueriesWhoseWindowHoldsIt) {
+  for_each_case(20, 5, [&](Case c) {
+    c.is_contiguous = true;
+    c.batch = c.heads = c.kv_heads = 1;
+    FusedProblem problem(c);
+    if (!accepts(problem.forward())) return;
+    const oracle::Pairs pairs = pairs_of(c);
+    Rng rng(c.seed);
+    const std::int64_t token = uniform(rng, 0, sizes_of(c).keys - 1);
+    const std::int64_t column = uniform(rng, 0, c.value_dim - 1);
+    natten::run(problem.forward(), context());
+    const Dense clean = problem.buffers.output.dense();
+    problem.buffers.value.set(token * c.value_dim + column, std::nan(""));
+    natten::run(problem.forward(), context());
+    for (std::int64_t query = 0; query < sizes_of(c).queries; ++query) {
+      bool sees = false;
+      for (const oracle::Pair& pair : pairs[index(query)]) sees = sees || pair.key == token;
+      for (std::int64_t d = 0; d < c.value_dim; ++d) {
+        const double got = problem.buffers.output.get(query * c.value_dim + d);
+        if (sees && d == column) {
+          ASSERT_TRUE(std::isnan(got)) << "query " << query;
+        } else if (backend() == "naive") {
+          ASSERT_EQ(got, clean[query * c.value_dim + d]) << "query " << query;
+        }
+      }
+    }
+  });
+}
+
+/// A bias of -inf masks a key, as it does in other attention functions.
+TEST_P(Fused, InfiniteNegativeBiasMasks) {
+  Case c;
+  c.seed = base_seed() + 9;
+  c.dtype = dtype();
+  c.axes.assign(index(rank()), {5, 3, 1, 1, false});
+  c.rpb = true;
+  FusedProblem problem(c);
+  if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses";
+  problem.buffers.rpb.set(0, -HUGE_VAL);
+  problem.forward_with_logsumexp(context());
+  natten::run(problem.backward(), context());
+  const oracle::FusedResults expected = problem.expected();
+  errors_.expect("output", dtype(), rank(),
+                 relative_error(problem.buffers.output.dense(), expected.output));
+  expect_gradients(problem, expected);
+}
+
+INSTANTIATE_TEST_SUITE_P(Registry, Fused, every_property(), Property::name);
+
+/// The reference's gradients are the derivative of the reference's forward pass: the two are
+/// written by hand, so a mistake shared by library and reference would show here.
+TEST(Oracle, GradientsAgreeWithFiniteDifferences) {
+  for (int rank = 1; rank <= natten::kMaxRank; ++rank)
+    for (std::uint64_t seed = 0; seed < 8; ++seed) {
+      Case c = random_case(base_seed() + 77 * seed, natten::DType::float64, rank);
+      c.batch = 1;
+      c.rpb = c.grad_logsumexp = c.is_contiguous = true;
+      c.additional = 2;
+      FusedProblem problem(c);
+      oracle::FusedInputs in = problem.oracle_inputs();
+      const oracle::FusedResults results = oracle::fused(in);
+      Dense grad_output = in.grad_output;
+      in.grad_output = Dense();  // forward only from here on
+      const auto objective = [&] {
+        const oracle::FusedResults r = oracle::fused(in);
+        double sum = 0;
+        for (std::int64_t i = 0; i < r.output.size(); ++i) sum += r.output[i] * grad_output[i];
+        for (std::int64_t i = 0; i < r.logsumexp.size(); ++i)
+          sum += r.logsumexp[i] * in.grad_logsumexp[i];
+        return sum;
+      };
+      Rng rng(seed);
+      for (auto& [input, gradient] :
+           {std::pair(&in.query, &results.grad_query), std::pair(&in.key, &results.grad_key),
+            std::pair(&in.value, &results.grad_value), std::pair(&in.rpb, &results.grad_rpb),
+            std::pair(&in.additional_keys, &results.grad_additional_keys),
+            std::pair(&in.additional_values, &results.grad_additional_values)}) {
+        const Dense direction = normal(rng, input->shape), start = *input;
+        double along = 0;
+        for (std::int64_t i = 0; i < direction.size(); ++i) along += direction[i] * (*gradient)[i];
+        const double step = 1e-5;
+        double difference = 0;
+        for (double sign : {1.0, -1.0}) {
+          for (std::int64_t i = 0; i < direction.size(); ++i)
+            (*input)[i] = start[i] + sign * step * direction[i];
+          difference += sign * objective();
+        }
+        *input = start;
+        EXPECT_NEAR(difference / (2 * step), along, 1e-6 * (1 + std::fabs(along))) << c;
+      }
+    }
+}
+
+}  // namespace
+}  // namespace natten_tests

@@ -1,0 +1,305 @@
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+
+#include "cases.h"
+
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
+namespace natten_tests {
+namespace {
+
+/// Restores the number of threads of the library's pool.
+class Threads {
+ public:
+  explicit Threads(int count) : before_(natten::num_threads()) { natten::set_num_threads(count); }
+  ~Threads() { natten::set_num_threads(before_); }
+
+ private:
+  int before_;
+};
+
+/// Forward and backward of random problems; the bytes of all that was written.
+std::vector<std::vector<unsigned char>> results(const natten::Context& context = {}) {
+  std::vector<std::vector<unsigned char>> bytes;
+  for (int i = 0; i < 9; ++i) {
+    Case c =
+        random_case(base_seed() + 500 + static_cast<std::uint64_t>(i), kDTypes[i % 4], 1 + i % 3);
+    c.logsumexp = true;
+    c.rpb = i % 2 == 0;
+    FusedProblem problem(c);
+    natten::run(problem.forward(), context);
+    natten::run(problem.backward(), context);
+    problem.buffers.for_each(
+        [&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*) {
+          bytes.push_back(buffer.bytes());
+        });
+  }
+  return bytes;
+}
+
+TEST(Threading, ResultsDoNotDependOnTheirNumber) {
+  Threads one(1);
+  const auto expected = results();
+  for (int count : {2, 3, 7, 1, 5}) {
+    natten::set_num_threads(count);
+    EXPECT_EQ(natten::num_threads(), count);
+    EXPECT_EQ(natten::default_executor().concurrency(), count);
+    for (int repeat = 0; repeat < 3; ++repeat)
+      ASSERT_EQ(results(), expected) << count << " threads";
+  }
+}
+
+/// Threads that take tasks in order.
+class SmallPool : public natten::Executor {
+ public:
+  explicit SmallPool(int threads) {
+    for (int i = 0; i < threads; ++i) threads_.emplace_back([this] { work(); });
+  }
+  ~SmallPool() override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stopping_ = true;
+    }
+    wake_.notify_all();
+    for (std::thread& thread : threads_) thread.join();
+  }
+  int concurrency() const override { return static_cast<int>(threads_.size()) + 1; }
+  void schedule(std::function<void()> task) override {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      tasks_.push_back(std::move(task));
+      ++scheduled;
+    }
+    wake_.notify_one();
+  }
+  int scheduled = 0;
+
+ private:
+  void work() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [&] { return stopping_ || !tasks_.empty(); });
+      if (tasks_.empty()) return;
+      std::function<void()> task = std::move(tasks_.front());
+      tasks_.pop_front();
+      lock.unlock();
+      task();
+      lock.lock();
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> tasks_;
+  std::vector<std::thread> threads_;
+  bool stopping_ = false;
+};
+
+TEST(Threading, CustomExecutors) {
+  const auto expected = results();
+  natten::Context context;
+  {
+    SmallPool pool(3);
+    context.executor = &pool;
+    for (int repeat = 0; repeat < 5; ++repeat) ASSERT_EQ(results(context), expected);
+    EXPECT_GT(pool.scheduled, 0) << "the executor was not used";
+  }
+}
+
+/// Keeps tasks for later, as a busy pool does.
+struct LatePool : natten::Executor {
+  std::vector<std::function<void()>> tasks;
+  int concurrency() const override { return 4; }
+  void schedule(std::function<void()> task) override { tasks.push_back(std::move(task)); }
+};
+
+TEST(Threading, TasksMayRunAfterTheCallOrNever) {
+  const auto expected = results();
+  LatePool pool;
+  natten::Context context;
+  context.executor = &pool;
+  EXPECT_EQ(results(context), expected);
+  ASSERT_FALSE(pool.tasks.empty());
+  for (std::size_t i = 0; i < pool.tasks.size(); i += 2) pool.tasks[i]();  // harmless by now
+}
+
+/// Runs tasks at once, in the caller.
+struct ImmediatePool : natten::Executor {
+  int threads = 4;
+  int concurrency() const override { return threads; }
+  void schedule(std::function<void()> task) override { task(); }
+};
+
+TEST(Threading, TasksMayRunAtOnce) {
+  const auto expected = results();
+  ImmediatePool pool;
+  natten::Context context;
+  context.executor = &pool;
+  for (int threads : {0, 1, 4, 1000}) {
+    pool.threads = threads;
+    EXPECT_EQ(results(context), expected) << threads;
+  }
+}
+
+TEST(Threading, MergingDoesNotDependOnThreads) {
+  Rng rng(base_seed());
+  const Shape wide{3, 50, 2, 7}, narrow{3, 50, 2};
+  Buffer a(natten::DType::float16, normal(rng, wide)), b(natten::DType::float16, normal(rng, wide));
+  Buffer la(natten::DType::float32, normal(rng, narrow)),
+      lb(natten::DType::float32, normal(rng, narrow));
+  std::vector<unsigned char> expected;
+  for (int count : {1, 2, 7}) {
+    Threads threads(count);
+    Buffer output(natten::DType::float16, wide), logsumexp(natten::DType::float32, narrow);
+    natten::merge_attentions({a.view(), b.view()}, {la.view(), lb.view()}, output.view(),
+                             logsumexp.view());
+    if (expected.empty()) expected = output.bytes();
+    EXPECT_EQ(output.bytes(), expected);
+  }
+}
+
+TEST(Threading, CallsFromSeveralThreadsAtOnce) {
+  Threads three(3);
+  const auto expected = results();
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> callers;
+  for (int i = 0; i < 4; ++i)
+    callers.emplace_back([&, i] {
+      for (int repeat = 0; repeat < 3; ++repeat) {
+        if (i == 0) natten::set_num_threads(1 + repeat);  // also while others compute
+        if (results() != expected) ++wrong;
+      }
+    });
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(wrong, 0);
+}
+
+TEST(Threading, CallsInsideTasksOfTheSamePool) {
+  Threads two(2);
+  const auto expected = results();
+  std::atomic<int> right{0}, done{0};
+  for (int i = 0; i < 4; ++i)
+    natten::default_executor().schedule([&] {
+      right += results() == expected;
+      ++done;
+    });
+  while (done < 4) std::this_thread::yield();
+  EXPECT_EQ(right, 4);
+}
+
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThreadSanitizer = true;
+#else
+constexpr bool kThreadSanitizer = false;
+#endif
+
+/// A child process has none of its parent's threads, yet must compute.
+TEST(Threading, ForkedChildrenCompute) {
+  if (kThreadSanitizer) GTEST_SKIP() << "ThreadSanitizer cannot follow threads of a forked child";
+  Threads four(4);
+  const auto expected = results();  // the pool's threads exist now
+  for (int generation = 0; generation < 2; ++generation) {
+    const pid_t child = fork();
+    ASSERT_GE(child, 0);
+    if (child == 0) {
+      alarm(30);  // a child that waits for its parent's threads must not hang the suite
+      bool right = results() == expected;
+      const pid_t grandchild = fork();
+      if (grandchild == 0) _exit(results() == expected ? 0 : 1);
+      int status = 1;
+      waitpid(grandchild, &status, 0);
+      right = right && status == 0;
+      _exit(right ? 0 : 1);
+    }
+    int status = 1;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    ASSERT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << "status " << status;
+    EXPECT_EQ(results(), expected) << "the parent goes on";
+  }
+}
+
+#if defined(__SSE__)
+/// Sets a control word of the floating-point unit for the life of a scope.
+class ControlWord {
+ public:
+  explicit ControlWord(unsigned word) : before_(_mm_getcsr()) { _mm_setcsr(word); }
+  ~ControlWord() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+};
+
+/// Results among the subnormals of every type, which flushing to zero would lose. The library is
+/// called with `mode` set; everything else happens in the default mode.
+std::vector<std::vector<unsigned char>> subnormal_results(unsigned mode,
+                                                          const natten::Context& context = {}) {
+  std::vector<std::vector<unsigned char>> bytes;
+  for (natten::DType dtype : kDTypes) {
+    Case c;
+    c.seed = base_seed();
+    c.dtype = dtype;
+    c.axes = {{12, 3, 1, 1, false}};
+    c.batch = 2;
+    FusedProblem problem(c);
+    Buffers& b = problem.buffers;
+    const double tiny = dtype == natten::DType::float16   ? 0x1p-20
+                        : dtype == natten::DType::float64 ? 0x1p-1030
+                                                          : 0x1p-130;
+    for (Buffer* buffer : {&b.value, &b.grad_output})
+      for (std::int64_t i = 0; i < buffer->view().size(); ++i)
+        buffer->set(i, tiny * (1 + static_cast<double>(i % 7)));
+    Buffer merged(dtype, b.output.dense().shape);
+    Buffer merged_logsumexp(statistic_of(dtype), b.logsumexp.dense().shape);
+    const natten::Call forward = problem.forward(), backward = problem.backward();
+    unsigned before, after;
+    {
+      ControlWord set(_mm_getcsr() | mode);
+      before = _mm_getcsr();
+      natten::run(forward, context);
+      natten::run(backward, context);
+      natten::merge_attentions({b.output.view()}, {b.logsumexp.view()}, merged.view(),
+                               merged_logsumexp.view(), context);
+      after = _mm_getcsr();
+    }
+    constexpr unsigned kExceptions = 0x3f;  // what happened so far, not part of the mode
+    EXPECT_EQ(after & ~kExceptions, before & ~kExceptions) << "the caller's mode";
+    for (Buffer* buffer : {&b.output, &b.grad_value, &merged}) bytes.push_back(buffer->bytes());
+  }
+  return bytes;
+}
+
+TEST(FloatingPointMode, OfTheCallerChangesNoResultAndIsKept) {
+  constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x40, kRoundUp = 0x4000;
+  Threads four(4);
+  const auto expected = subnormal_results(0);
+  for (const auto& bytes : expected)
+    EXPECT_TRUE(std::any_of(bytes.begin(), bytes.end(), [](unsigned char b) { return b != 0; }));
+  for (unsigned mode : {kFlushToZero | kDenormalsAreZero, kFlushToZero, kDenormalsAreZero,
+                        kRoundUp | kFlushToZero}) {
+    std::unique_ptr<SmallPool> pool;
+    {
+      ControlWord set(_mm_getcsr() | mode);
+      pool = std::make_unique<SmallPool>(2);  // threads inherit the mode of who starts them
+    }
+    natten::Context context;
+    context.executor = pool.get();
+    EXPECT_EQ(subnormal_results(mode, context), expected) << "mode " << mode;
+    for (int count : {1, 4}) {
+      natten::set_num_threads(count);
+      EXPECT_EQ(subnormal_results(mode), expected) << count << " threads, mode " << mode;
+    }
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace natten_tests

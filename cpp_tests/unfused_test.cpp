@@ -1,0 +1,333 @@
+#include "cases.h"
+
+namespace natten_tests {
+namespace {
+
+using natten::Op;
+
+/// The unfused operations on random data. All of them read and write the same few tensors, so each
+/// call picks its own inputs and a fresh result.
+class UnfusedProblem {
+ public:
+  Case c;
+  oracle::Sizes n;
+  oracle::Pairs pairs;
+
+  explicit UnfusedProblem(Case a_case) : c(std::move(a_case)), rng_(c.seed + 1) {
+    c.kv_heads = c.heads;
+    c.value_dim = c.dim;
+    n = sizes_of(c);
+    pairs = pairs_of(c);
+    neighborhood_ = neighborhood_of(c, rng_);
+    const Shape lengths = lengths_of(c);
+    tokens = join({{c.batch, c.heads}, lengths, {c.dim}});
+    slots = join({{c.batch, c.heads}, lengths, {n.window + n.additional}});
+    extra = {c.batch, c.heads, n.additional, c.dim};
+    bias = join({{c.heads}, offsets_of(c)});
+  }
+
+  Shape tokens, slots, extra, bias;
+
+  Buffer input(const Shape& shape) { return Buffer(c.dtype, normal(rng_, shape), layout(true)); }
+  Buffer result(const Shape& shape) { return Buffer(c.dtype, shape, layout(false)); }
+  /// A tensor for the additional tokens, if the case has any.
+  Buffer extra_input() { return c.additional ? input(extra) : Buffer(); }
+  Buffer extra_result() { return c.additional ? result(extra) : Buffer(); }
+  bool flip() { return chance(rng_, 0.5); }
+
+  natten::Call call(Op op, Buffers& buffers) {
+    natten::Call call;
+    call.op = op;
+    call.neighborhood = neighborhood_;
+    call.tensors = buffers.views();
+    return call;
+  }
+
+ private:
+  Layout layout(bool is_input) { return {c.is_contiguous ? nullptr : &rng_, is_input}; }
+
+  Rng rng_;
+  natten::Neighborhood neighborhood_;
+};
+
+constexpr double kMinusInfinity = -std::numeric_limits<double>::infinity();
+
+class Unfused : public Property {
+ protected:
+  static void TearDownTestSuite() { errors_.print("unfused operations"); }
+
+  /// Runs what `prepare(problem, buffers)` returns, then calls `check(problem, buffers, call)`.
+  template <class Prepare, class Check>
+  void for_each_call(int count, std::uint64_t salt, Prepare prepare, Check check) {
+    int accepted = 0;
+    for_each_case(count, salt, [&](const Case& c) {
+      UnfusedProblem problem(c);
+      Buffers buffers;
+      const natten::Call call = prepare(problem, buffers);
+      if (!accepts(call)) return;
+      ++accepted;
+      ASSERT_NO_THROW(natten::run(call, context()));
+      check(problem, buffers, call);
+      buffers.expect_gaps_intact();
+    });
+    expect_accepted(accepted, count);
+  }
+
+  /// Attention weights: empty slots hold exactly what they must, the others are compared.
+  void expect_weights(const char* what, Buffer& got, Dense expected) {
+    Dense weights = got.dense();
+    ASSERT_EQ(weights.size(), expected.size());
+    for (std::int64_t i = 0; i < weights.size(); ++i) {
+      if (expected[i] != kMinusInfinity) continue;
+      ASSERT_EQ(weights[i], kMinusInfinity) << what << " slot " << i;
+      weights[i] = expected[i] = 0;
+    }
+    errors_.expect(what, dtype(), rank(), relative_error(weights, expected));
+  }
+  void expect_close(const char* what, Buffer& got, const Dense& expected) {
+    errors_.expect(what, dtype(), rank(), relative_error(got.dense(), expected));
+  }
+
+  static ErrorTable errors_;
+};
+ErrorTable Unfused::errors_;
+
+TEST_P(Unfused, QkForward) {
+  for_each_call(
+      45, 11,
+      [](UnfusedProblem& problem, Buffers& b) {
+        b.query = problem.input(problem.tokens);
+        b.key = problem.input(problem.tokens);
+        b.additional_keys = problem.extra_input();
+        b.attn = problem.result(problem.slots);
+        if (problem.c.rpb) b.rpb = problem.input(problem.bias);
+        natten::Call call = problem.call(Op::qk, b);
+        if (problem.flip()) call.options.empty_slots = natten::EmptySlots::zero;
+        return call;
+      },
+      [&](UnfusedProblem& problem, Buffers& b, const natten::Call& call) {
+        const bool zero = call.options.empty_slots == natten::EmptySlots::zero;
+        expect_weights(
+            "qk", b.attn,
+            oracle::qk(problem.n, problem.pairs, b.query.dense(), b.key.dense(), b.rpb.dense(),
+                       b.additional_keys.dense(), zero ? 0.0 : kMinusInfinity));
+      });
+}
+
+/// Weights of slots that a causal window leaves empty may be anything: -inf and NaN must not count.
+void poison_empty_slots(UnfusedProblem& problem, Buffer& attn) {
+  const std::int64_t slots = problem.n.window + problem.n.additional;
+  Dense used({problem.n.batch, problem.n.heads, problem.n.queries, slots});
+  oracle::for_each_slot(problem.n, problem.pairs, [&](auto row, auto slot, auto, bool, auto) {
+    used[row * slots + slot] = 1;
+  });
+  // A stride of 0 would make one element of memory serve a used and an empty slot.
+  const Dense values = attn.dense();
+  attn = Buffer(problem.c.dtype, values);
+  for (std::int64_t i = 0; i < used.size(); ++i)
+    if (used[i] == 0) attn.set(i, i % 2 ? kMinusInfinity : std::nan(""));
+}
+
+TEST_P(Unfused, AvForward) {
+  for_each_call(
+      45, 12,
+      [](UnfusedProblem& problem, Buffers& b) {
+        b.attn = problem.input(problem.slots);
+        if (problem.c.is_causal()) poison_empty_slots(problem, b.attn);
+        b.value = problem.input(problem.tokens);
+        b.additional_values = problem.extra_input();
+        b.output = problem.result(problem.tokens);
+        return problem.call(Op::av, b);
+      },
+      [&](UnfusedProblem& problem, Buffers& b, const natten::Call&) {
+        expect_close("av", b.output,
+                     oracle::av(problem.n, problem.pairs, b.attn.dense(), b.value.dense(),
+                                b.additional_values.dense()));
+      });
+}
+
+TEST_P(Unfused, AvTranspose) {
+  for_each_call(
+      45, 13,
+      [](UnfusedProblem& problem, Buffers& b) {
+        b.attn = problem.input(problem.slots);
+        if (problem.c.is_causal()) poison_empty_slots(problem, b.attn);
+        b.query = problem.input(problem.tokens);
+        b.key = problem.result(problem.tokens);
+        b.additional_keys = problem.extra_result();
+        return problem.call(Op::av_transpose, b);
+      },
+      [&](UnfusedProblem& problem, Buffers& b, const natten::Call&) {
+        const oracle::KeySums expected =
+            oracle::av_transpose(problem.n, problem.pairs, b.attn.dense(), b.query.dense());
+        expect_close("grad_key (av_transpose)", b.key, expected.key);
+        if (b.additional_keys.view())
+          expect_close("grad_additional_keys", b.additional_keys, expected.additional_keys);
+      });
+}
+
+TEST_P(Unfused, RpbGather) {
+  for_each_call(
+      30, 14,
+      [](UnfusedProblem& problem, Buffers& b) {
+        b.rpb = problem.input(problem.bias);
+        b.attn = problem.result(problem.slots);
+        natten::Call call = problem.call(Op::rpb_gather, b);
+        if (problem.flip()) call.options.empty_slots = natten::EmptySlots::zero;
+        return call;
+      },
+      [&](UnfusedProblem& problem, Buffers& b, const natten::Call& call) {
+        const bool zero = call.options.empty_slots == natten::EmptySlots::zero;
+        const Dense expected = oracle::rpb_gather(problem.n, problem.pairs, b.rpb.dense(),
+                                                  zero ? 0.0 : kMinusInfinity);
+        EXPECT_EQ(b.attn.dense().data, expected.data) << "copied, not computed";
+      });
+}
+
+TEST_P(Unfused, RpbScatter) {
+  for_each_call(
+      45, 15,
+      [](UnfusedProblem& problem, Buffers& b) {
+        b.attn = problem.input(problem.slots);
+        if (problem.c.is_causal()) poison_empty_slots(problem, b.attn);
+        b.grad_rpb = problem.result(problem.bias);
+        return problem.call(Op::rpb_scatter, b);
+      },
+      [&](UnfusedProblem& problem, Buffers& b, const natten::Call&) {
+        expect_close("grad_rpb", b.grad_rpb,
+                     oracle::rpb_scatter(problem.n, problem.pairs, b.attn.dense()));
+      });
+}
+
+/// In float64 only: other types round the results in between.
+class UnfusedChain : public Property {};
+
+/// qk, softmax, av and their derivatives chained by hand are fused attention.
+TEST_P(UnfusedChain, IsFusedAttention) {
+  int accepted = 0;
+  for_each_case(15, 16, [&](Case c) {
+    c.kv_heads = c.heads;
+    c.value_dim = c.dim;
+    c.scale = 1.0;
+    c.is_contiguous = true;
+    c.grad_logsumexp = false;
+    UnfusedProblem problem(c);
+    const auto swapped = [&](const Dense& x, const Shape& shape, bool to_heads_first) {
+      const std::int64_t tokens = x.size() / std::max<std::int64_t>(1, c.batch * c.heads * c.dim);
+      Dense y(shape);
+      for (std::int64_t b = 0; b < c.batch; ++b)
+        for (std::int64_t t = 0; t < tokens; ++t)
+          for (std::int64_t h = 0; h < c.heads; ++h)
+            for (std::int64_t d = 0; d < c.dim; ++d) {
+              const std::int64_t last = ((b * tokens + t) * c.heads + h) * c.dim + d;
+              const std::int64_t first = ((b * c.heads + h) * tokens + t) * c.dim + d;
+              y[to_heads_first ? first : last] = x[to_heads_first ? last : first];
+            }
+      return y;
+    };
+    FusedProblem fused(c);
+    natten::Context reference;
+    reference.backend = "naive";
+    fused.forward_with_logsumexp(reference);
+    natten::run(fused.backward(), reference);
+    Buffers& f = fused.buffers;
+    const auto heads_first = [&](Buffer& x, const Shape& shape) {
+      return x.view() ? Buffer(c.dtype, swapped(x.dense(), shape, true)) : Buffer();
+    };
+    const auto run = [&](Op op, Buffers& b, natten::EmptySlots empty) {
+      natten::Call call = problem.call(op, b);
+      call.options.empty_slots = empty;
+      natten::run(call, context());
+    };
+    const auto expect_same = [&](const char* name, Buffer& got, Buffer& expected) {
+      if (!expected.view()) return;
+      EXPECT_LE(relative_error(swapped(got.dense(), expected.dense().shape, false),
+                               expected.dense(), fused.incoming_gradient()),
+                1e-12)
+          << name;
+    };
+
+    Buffers qk;
+    qk.query = heads_first(f.query, problem.tokens);
+    qk.key = heads_first(f.key, problem.tokens);
+    qk.additional_keys = heads_first(f.additional_keys, problem.extra);
+    qk.rpb = f.rpb;
+    qk.attn = problem.result(problem.slots);
+    if (!accepts(problem.call(Op::qk, qk))) return;
+    ++accepted;
+    run(Op::qk, qk, natten::EmptySlots::negative_infinity);
+
+    const std::int64_t slots = problem.n.window + problem.n.additional;
+    Dense weights = qk.attn.dense();
+    for (std::int64_t row = 0; row < weights.size() / slots; ++row) {
+      double total = 0;
+      for (std::int64_t s = 0; s < slots; ++s) total += std::exp(weights[row * slots + s]);
+      for (std::int64_t s = 0; s < slots; ++s)
+        weights[row * slots + s] = std::exp(weights[row * slots + s]) / total;
+    }
+    Buffers av;
+    av.attn = Buffer(c.dtype, weights);
+    av.value = heads_first(f.value, problem.tokens);
+    av.additional_values = heads_first(f.additional_values, problem.extra);
+    av.output = problem.result(problem.tokens);
+    run(Op::av, av, natten::EmptySlots::zero);
+    expect_same("output", av.output, f.output);
+
+    Buffers d_value;  // transpose of av with respect to values
+    d_value.attn = av.attn;
+    d_value.query = heads_first(f.grad_output, problem.tokens);
+    d_value.key = problem.result(problem.tokens);
+    d_value.additional_keys = problem.extra_result();
+    run(Op::av_transpose, d_value, natten::EmptySlots::zero);
+    expect_same("grad_value", d_value.key, f.grad_value);
+    expect_same("grad_additional_values", d_value.additional_keys, f.grad_additional_values);
+
+    Buffers d_attn;  // transpose of av with respect to weights
+    d_attn.query = d_value.query;
+    d_attn.key = av.value;
+    d_attn.additional_keys = av.additional_values;
+    d_attn.attn = problem.result(problem.slots);
+    run(Op::qk, d_attn, natten::EmptySlots::zero);
+    Dense grad_scores = d_attn.attn.dense();
+    for (std::int64_t row = 0; row < weights.size() / slots; ++row) {
+      double sum = 0;
+      for (std::int64_t s = row * slots; s < (row + 1) * slots; ++s)
+        sum += weights[s] * grad_scores[s];
+      for (std::int64_t s = row * slots; s < (row + 1) * slots; ++s)
+        grad_scores[s] = weights[s] * (grad_scores[s] - sum);
+    }
+    Buffers d_query;
+    d_query.attn = Buffer(c.dtype, grad_scores);
+    d_query.value = qk.key;
+    d_query.additional_values = qk.additional_keys;
+    d_query.output = problem.result(problem.tokens);
+    run(Op::av, d_query, natten::EmptySlots::zero);
+    expect_same("grad_query", d_query.output, f.grad_query);
+    Buffers d_key;
+    d_key.attn = d_query.attn;
+    d_key.query = qk.query;
+    d_key.key = problem.result(problem.tokens);
+    d_key.additional_keys = problem.extra_result();
+    run(Op::av_transpose, d_key, natten::EmptySlots::zero);
+    expect_same("grad_key", d_key.key, f.grad_key);
+    expect_same("grad_additional_keys", d_key.additional_keys, f.grad_additional_keys);
+    if (!c.rpb) return;
+    Buffers d_rpb;
+    d_rpb.attn = d_query.attn;
+    d_rpb.grad_rpb = problem.result(problem.bias);
+    run(Op::rpb_scatter, d_rpb, natten::EmptySlots::zero);
+    EXPECT_LE(relative_error(d_rpb.grad_rpb.dense(), f.grad_rpb.dense(), fused.incoming_gradient()),
+              1e-12);
+  });
+  expect_accepted(accepted, 15);
+}
+
+INSTANTIATE_TEST_SUITE_P(Registry, Unfused, every_property(), Property::name);
+INSTANTIATE_TEST_SUITE_P(
+    Registry, UnfusedChain,
+    testing::Combine(testing::ValuesIn(natten::backends(natten::DeviceType::cpu)),
+                     testing::Values(natten::DType::float64), testing::Values(1, 2, 3)),
+    Property::name);
+
+}  // namespace
+}  // namespace natten_tests
