@@ -4,8 +4,8 @@
 
 Prints useful GFLOP/s, and in brackets the ratio to a float32 matrix product of 2048^3 on the same
 threads, timed in turn with each row: machines are noisy, ratios less so. Useful means
-4 * batch * heads * tokens * window * head_dim for the forward pass and 3.5 times that for forward and
-backward; work that a mask throws away does not count. Causal windows are full but at the start.
+4 * batch * heads * tokens * window * head_dim for the forward pass and 3.5 times that for forward
+and backward; work that a mask throws away does not count. Causal windows are full but at the start.
 
     ours          the backend that natten chooses
     naive         natten's readable reference backend
