@@ -55,9 +55,8 @@ def make_config(
     flags: int = 0,
 ) -> Config:
     """The flat list of integers that `natten._core` takes (bindings/call.h)."""
-    config: list[int] = []
+    config = [rank, *per_axis("kernel_size", kernel_size, rank)]
     for name, value in (
-        ("kernel_size", kernel_size),
         ("dilation", dilation),
         ("is_causal", is_causal),
         ("stride", stride),
@@ -67,7 +66,7 @@ def make_config(
         ("backward_kv_tile_shape", backward_kv_tile_shape),
         ("backward_kv_splits", backward_kv_splits),
     ):
-        if value is None and name != "kernel_size":
+        if value is None:
             config.append(0)
         else:
             config.append(rank)
