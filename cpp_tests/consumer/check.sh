@@ -24,10 +24,13 @@ for shared in OFF ON; do
   cmake --install "$work/natten" >> "$work.log"
   # Must work from where it is installed, without the tree it was built in.
   rm -rf "$work/natten"
+  awk '/^```cpp/ { inside = 1; next } /^```/ { inside = 0 } inside' "$source_dir/README.md" \
+    > "$work/readme.cpp"
   cmake -S "$here" -B "$work/consumer" -DCMAKE_BUILD_TYPE=Release \
-    -DCMAKE_PREFIX_PATH="$prefix" >> "$work.log"
+    -DCMAKE_PREFIX_PATH="$prefix" -DREADME_EXAMPLE="$work/readme.cpp" >> "$work.log"
   cmake --build "$work/consumer" >> "$work.log"
   "$work/consumer/consumer"
+  "$work/consumer/readme"
   if [ $shared = ON ]; then
     library=$(find "$prefix" -name 'libnatten.so' -print -quit)
     if [ -z "$library" ]; then
