@@ -483,11 +483,7 @@ class Engine {
                             v});
       additional_of_ = of;
     }
-    const simd::Line<T> line = [&] {
-      Slot with_no_rows = slot;
-      with_no_rows.logsumexp = with_no_rows.row_term = nullptr;
-      return line_of(with_no_rows);
-    }();
+    const simd::Line<T> line = line_of(slot);
     visit_blocks(plan, &line, 1, additional_ld_, 0, -1, grad_additional_,
                  grad_additional_ ? grad_additional_ + n * d : nullptr);
   }
