@@ -128,10 +128,11 @@ Executor& default_executor() {
   static std::once_flag registered;
   std::call_once(registered, [] { pthread_atfork(nullptr, nullptr, [] { the_pool = nullptr; }); });
 #endif
-  static std::mutex creating;
-  std::lock_guard<std::mutex> lock(creating);
-  if (!the_pool) the_pool = new Pool;
-  return *the_pool;
+  auto* created = new Pool;  // without a lock, which a fork could leave locked in the child
+  Pool* other = nullptr;
+  if (the_pool.compare_exchange_strong(other, created)) return *created;
+  delete created;
+  return *other;
 }
 
 }  // namespace natten
