@@ -2,12 +2,18 @@
 
 #include <natten/types.h>
 
+#include <type_traits>
+
 namespace natten::detail {
 
 template <class T>
 struct Type {
   using type = T;
 };
+
+/// The C++ type of `statistic_dtype`: of logsumexp, and of sums in vector kernels.
+template <class T>
+using StatisticOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 /// Calls `f(Type<T>{})` with the C++ type of an element type.
 template <class F>

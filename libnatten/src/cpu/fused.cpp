@@ -60,9 +60,6 @@ class Arena {
   std::size_t used_ = 0;
 };
 
-template <class E>
-using SumOf = std::conditional_t<std::is_same_v<E, double>, double, float>;
-
 /// What the rows of one pass are and what they see.
 struct Grid {
   Problem p;
@@ -159,17 +156,13 @@ struct Partials {
   std::int64_t stride() const { return bias + additional; }
 };
 
-std::int64_t bias_count(const Problem& p) {
-  return (2 * p.axes[0].kernel_size - 1) * (2 * p.axes[1].kernel_size - 1) *
-         (2 * p.axes[2].kernel_size - 1);
-}
+std::int64_t bias_count(const Problem& p) { return volume(relative_positions(p)); }
 
 /// One pass over one job. Copies share nothing that is written.
 template <class E>
 class Engine {
-  using T = SumOf<E>;
+  using T = StatisticOf<E>;
   using In = Operand<const E>;
-  using Statistic = T;  // float32 for halves and float32, float64 for float64
 
  public:
   Engine(const Job& job, Pass pass)
@@ -187,11 +180,11 @@ class Engine {
     additional_values_ = operand<const E>(p_, tensors_, &Tensors::additional_values);
     output_ = operand<E>(p_, tensors_, &Tensors::output);
     if (pass == Pass::forward) {
-      logsumexp_out_ = operand<Statistic>(p_, tensors_, &Tensors::logsumexp);
+      logsumexp_out_ = operand<T>(p_, tensors_, &Tensors::logsumexp);
     } else {
-      logsumexp_ = operand<const Statistic>(p_, tensors_, &Tensors::logsumexp);
+      logsumexp_ = operand<const T>(p_, tensors_, &Tensors::logsumexp);
       grad_output_ = operand<const E>(p_, tensors_, &Tensors::grad_output);
-      grad_logsumexp_ = operand<const Statistic>(p_, tensors_, &Tensors::grad_logsumexp);
+      grad_logsumexp_ = operand<const T>(p_, tensors_, &Tensors::grad_logsumexp);
       grad_query_ = operand<E>(p_, tensors_, &Tensors::grad_query);
       grad_key_ = operand<E>(p_, tensors_, &Tensors::grad_key);
       grad_value_ = operand<E>(p_, tensors_, &Tensors::grad_value);
@@ -537,16 +530,12 @@ class Engine {
   void load_bias() {
     if (bias_head_ == head_) return;
     bias_head_ = head_;
-    const Coordinate shape = bias_shape();
+    const Coordinate shape = relative_positions(p_);
     for (std::int64_t i = 0; i < bias_count(p_); ++i) {
       Coordinate at = unravel(i, shape);
       if (rows_are_keys()) at[2] = shape[2] - 1 - at[2];
       bias_memory_[kSpareBias + i] = static_cast<T>(*rpb_.at(0, head_, at));
     }
-  }
-  Coordinate bias_shape() const {
-    return {2 * p_.axes[0].kernel_size - 1, 2 * p_.axes[1].kernel_size - 1,
-            2 * p_.axes[2].kernel_size - 1};
   }
   /// Biases of a line of columns, at a distance from the line of rows.
   void set_bias(simd::Line<T>& line, std::int64_t distance0, std::int64_t distance1) const {
@@ -554,7 +543,7 @@ class Engine {
       distance0 = -distance0;
       distance1 = -distance1;
     }
-    const Coordinate shape = bias_shape();
+    const Coordinate shape = relative_positions(p_);
     const std::int64_t row = (distance0 + p_.axes[0].kernel_size - 1) * shape[1] + distance1 +
                              p_.axes[1].kernel_size - 1;
     const std::int64_t offset = row * shape[2] + p_.axes[2].kernel_size - 1;
@@ -568,9 +557,9 @@ class Engine {
   const Pass pass_;
   const Tensors tensors_;
   In query_, key_, value_, rpb_, additional_keys_, additional_values_, grad_output_;
-  Operand<const Statistic> logsumexp_, grad_logsumexp_;
+  Operand<const T> logsumexp_, grad_logsumexp_;
   Operand<E> output_, grad_query_, grad_key_, grad_value_;
-  Operand<Statistic> logsumexp_out_;
+  Operand<T> logsumexp_out_;
   T* row_terms_;
 
   // What the current unit, item and line work on.
@@ -608,7 +597,7 @@ Phase pass_phase(const Job& job, Pass pass) {
 /// Adds up the partial sums of the bias and of additional tokens.
 template <class E>
 void reduce_partials(const Job& job, std::vector<Phase>& phases) {
-  using T = SumOf<E>;
+  using T = StatisticOf<E>;
   const Engine<E> engine(job, Pass::backward_query);
   const Problem p = job.problem;
   const Plan plan = engine.plan();
@@ -623,8 +612,7 @@ void reduce_partials(const Job& job, std::vector<Phase>& phases) {
   };
   if (p.wants_grad_rpb) {
     const auto grad = operand<E>(p, job.tensors, &Tensors::grad_rpb);
-    const Coordinate shape{2 * p.axes[0].kernel_size - 1, 2 * p.axes[1].kernel_size - 1,
-                           2 * p.axes[2].kernel_size - 1};
+    const Coordinate shape = relative_positions(p);
     phases.push_back({p.heads * bias_count(p), [=](std::int64_t first, std::int64_t last) {
                         for (std::int64_t i = first; i < last; ++i) {
                           const std::int64_t head = i / bias_count(p), at = i % bias_count(p);
@@ -689,7 +677,7 @@ std::size_t workspace_bytes(const Problem& p) {
     const Partials partials = Engine<E>::partials_of(p, engine.plan());
     const std::int64_t heads = p.batch * p.heads;
     return static_cast<std::size_t>(heads * (p.queries() + partials.units * partials.stride())) *
-           sizeof(SumOf<E>);
+           sizeof(StatisticOf<E>);
   });
 }
 

@@ -90,9 +90,6 @@ double share(const TensorView& logsumexp, std::int64_t index, double merged) {
   return own == -std::numeric_limits<double>::infinity() ? 0.0 : std::exp(own - merged);
 }
 
-template <class T>
-using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 void for_each_row(std::int64_t count, const Context& context,
                   const std::function<void(std::int64_t)>& body) {
   detail::cpu::run_phases({{{count,
@@ -115,7 +112,7 @@ void merge_attentions(const Views& outputs, const Views& logsumexps, const Tenso
   const Rows rows = check(joined(outputs, {output}), joined(logsumexps, {logsumexp}));
   detail::dispatch_dtype(output.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    using S = Statistic<T>;
+    using S = detail::StatisticOf<T>;
     for_each_row(rows.count, context, [&](std::int64_t r) {
       const double merged = merged_logsumexp<S>(logsumexps, r);
       T* to = row<T>(output, r, 1);
@@ -145,7 +142,7 @@ void merge_attentions_backward(const Views& outputs, const Views& logsumexps,
   const Rows rows = check(joined(joined(outputs, grad_outputs), {grad_output}), statistics);
   detail::dispatch_dtype(grad_output.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    using S = Statistic<T>;
+    using S = detail::StatisticOf<T>;
     for_each_row(rows.count, context, [&](std::int64_t r) {
       const double merged = merged_logsumexp<S>(logsumexps, r);
       const T* g = row<T>(grad_output, r, 1);

@@ -110,7 +110,7 @@ struct Row {
 template <class MakeBody>
 Phase row_phase(const Problem& p, std::int64_t heads, const Coordinate& lengths,
                 MakeBody make_body) {
-  const std::int64_t tokens = lengths[0] * lengths[1] * lengths[2];
+  const std::int64_t tokens = volume(lengths);
   return {p.batch * heads * tokens, [=](std::int64_t begin, std::int64_t end) {
             auto body = make_body();
             for (std::int64_t i = begin; i < end; ++i)
@@ -121,9 +121,8 @@ Phase row_phase(const Problem& p, std::int64_t heads, const Coordinate& lengths,
 /// Sums `value(row, neighbor)` over batch and all (query, key) pairs, per head and offset.
 template <class T, class Value>
 Phase rpb_phase(const Problem& p, const Operand<T>& grad_rpb, Value value) {
-  const Coordinate offsets{2 * p.axes[0].kernel_size - 1, 2 * p.axes[1].kernel_size - 1,
-                           2 * p.axes[2].kernel_size - 1};
-  const std::int64_t count = offsets[0] * offsets[1] * offsets[2];
+  const Coordinate offsets = relative_positions(p);
+  const std::int64_t count = volume(offsets);
   return {p.heads * count, [=](std::int64_t begin, std::int64_t end) {
             for (std::int64_t item = begin; item < end; ++item) {
               const std::int64_t head = item / count;
@@ -146,9 +145,6 @@ Phase rpb_phase(const Problem& p, const Operand<T>& grad_rpb, Value value) {
             }
           }};
 }
-
-template <class T>
-using Statistic = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
@@ -196,7 +192,7 @@ template <class T>
 std::vector<Phase> attention_forward(const Job& job) {
   const Attention<T> a(job);
   const auto output = operand<T>(a.p, job.tensors, &Tensors::output);
-  const auto logsumexp = operand<Statistic<T>>(a.p, job.tensors, &Tensors::logsumexp);
+  const auto logsumexp = operand<StatisticOf<T>>(a.p, job.tensors, &Tensors::logsumexp);
   return {row_phase(a.p, a.p.heads, query_lengths(a.p), [=] {
     return [=, scores = std::vector<double>(size(a.p.slots())),
             sum = std::vector<double>(size(a.p.value_dim))](const Row& row) mutable {
@@ -216,7 +212,7 @@ std::vector<Phase> attention_forward(const Job& job) {
       store(output.at(row.batch, row.head, row.token), sum);
       if (logsumexp)
         *logsumexp.at(row.batch, row.head, row.token) =
-            static_cast<Statistic<T>>(largest + std::log(total));
+            static_cast<StatisticOf<T>>(largest + std::log(total));
     };
   })};
 }
@@ -225,7 +221,7 @@ std::vector<Phase> attention_forward(const Job& job) {
 /// dS = P * (dP - sum of P * dP over the row + grad_logsumexp).
 template <class T>
 std::vector<Phase> attention_backward(const Job& job) {
-  using Stat = Statistic<T>;
+  using Stat = StatisticOf<T>;
   const Attention<T> a(job);
   const Tensors& t = job.tensors;
   const Problem& p = a.p;
@@ -471,7 +467,7 @@ std::string refuse_reason(const Problem&) { return {}; }
 std::size_t workspace_bytes(const Problem& p) {
   if (p.op != Op::attention_backward) return 0;
   const std::size_t rows = size(p.batch * p.heads * p.queries());
-  return rows * (p.dtype == DType::float64 ? sizeof(double) : sizeof(float));
+  return rows * size_of(statistic_dtype(p.dtype));
 }
 
 void run(const std::vector<Job>& jobs, const Context& context) {

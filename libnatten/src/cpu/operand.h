@@ -27,6 +27,15 @@ inline Coordinate key_lengths(const Problem& p) {
   return {p.axes[0].key_length, p.axes[1].key_length, p.axes[2].key_length};
 }
 
+/// Shape of a head's table of biases.
+inline Coordinate relative_positions(const Problem& p) {
+  return {2 * p.axes[0].kernel_size - 1, 2 * p.axes[1].kernel_size - 1,
+          2 * p.axes[2].kernel_size - 1};
+}
+inline std::int64_t volume(const Coordinate& lengths) {
+  return lengths[0] * lengths[1] * lengths[2];
+}
+
 /// A tensor of an operation by what its dimensions mean, so that one kernel serves heads-first and
 /// heads-last tensors of every rank. Elements along the innermost dimension are adjacent.
 template <class T>
