@@ -17,14 +17,15 @@
 // them.
 //
 // Along the innermost axis what a row sees is contiguous (within its dilation group), so the
-// columns of one line serve all rows of a strip. Lines are packed once, converted to the type of
-// sums and transposed, into a ring that slides along the middle axis with the rows. The kernels
-// (simd/) work on blocks of 8 rows.
+// columns of one line serve all rows of a strip, and most of the lines that one line of rows sees
+// serve its neighbors too. Lines are packed once, converted to the type of sums and transposed, into
+// a ring that slides along the middle axis with the rows. The kernels (simd/) work on blocks of a
+// few vectors of rows: at the same place of neighboring lines, or one after the other on a line.
 
 namespace natten::detail::cpu {
 namespace {
 
-using simd::kBlock;
+using simd::kMostVectors;
 
 constexpr std::size_t kRingBytes = 384 << 10;    // aimed at: stays in the L2 cache
 constexpr std::size_t kMostRingBytes = 2 << 20;  // beyond it the columns are cut into pieces
@@ -93,7 +94,9 @@ struct Grid {
 struct Plan {
   Grid grid;
   std::int64_t padded, value_padded;        // head dims as multiples of the vector width
-  std::int64_t ring0, ring1;                // lines of axes 0 and 1 that a row sees at most
+  std::int64_t width;                       // of vectors
+  std::int64_t stack;                       // lines of rows along axis 1 that are handled together
+  std::int64_t ring0, ring1;                // lines of axes 0 and 1 that these see at most
   std::int64_t strip;                       // rows of the innermost axis that share packed columns
   std::int64_t sweep;                       // lines of axis 1 that one item handles in turn
   bool in_pieces;                           // columns do not fit a ring
@@ -103,9 +106,14 @@ struct Plan {
   Plan(const Problem& p, Pass pass, int vector_width, std::size_t element)
       : grid{p, pass},
         padded(round_up(p.head_dim, vector_width)),
-        value_padded(round_up(p.value_dim, vector_width)) {
+        value_padded(round_up(p.value_dim, vector_width)),
+        width(vector_width) {
+    // Where neighboring lines of rows see no lines in common, stacking them gives nothing.
+    stack = grid.rows(1, 0) > 1 && grid.most_columns(1, 1) > 1 ? kMostVectors : 1;
     ring0 = std::max<std::int64_t>(1, grid.most_columns(0, 1));
-    ring1 = std::max<std::int64_t>(1, grid.most_columns(1, 1));
+    ring1 = std::max<std::int64_t>(1, grid.most_columns(1, stack));
+    const std::int64_t least_strip = stack > 1 ? std::max<std::int64_t>(16, width)
+                                               : std::max<std::int64_t>(16, kMostVectors * width);
     const std::int64_t longest = grid.rows(2, 0);
     const std::int64_t operands = pass == Pass::forward          ? padded + value_padded
                                   : pass == Pass::backward_query ? 2 * padded + value_padded
@@ -114,15 +122,15 @@ struct Plan {
       return static_cast<std::size_t>(ring0 * ring1 * operands * grid.most_columns(2, rows)) *
              element;
     };
-    strip = round_up(std::min<std::int64_t>(longest, 256), kBlock);
-    while (strip > 2 * kBlock && ring_bytes(strip) > kRingBytes)
-      strip = round_up(strip / 2, kBlock);
+    strip = round_up(std::min<std::int64_t>(longest, 256), width);
+    while (strip > least_strip && ring_bytes(strip) > kRingBytes)
+      strip = std::max(least_strip, round_up(strip / 2, width));
     in_pieces = ring_bytes(strip) > kMostRingBytes;
     piece_lines = ring0 * ring1;
     piece_columns = std::numeric_limits<std::int64_t>::max() / 2;
     if (in_pieces) {
       // Packing is paid by the rows of a strip, so strips are long here.
-      strip = round_up(std::min<std::int64_t>(longest, 128), kBlock);
+      strip = round_up(std::min<std::int64_t>(longest, 128), width);
       piece_columns = std::min(grid.most_columns(2, strip), kPieceColumns);
       piece_lines = std::max<std::int64_t>(
           1, static_cast<std::int64_t>(kRingBytes / element) / (operands * piece_columns));
@@ -130,8 +138,7 @@ struct Plan {
     strips = (longest + strip - 1) / strip;
     const std::int64_t lines = grid.rows(1, 0);
     const std::int64_t others = strips * grid.rows(0, 0) * groups() * p.batch * p.heads;
-    sweep =
-        std::max<std::int64_t>(std::min<std::int64_t>(lines, 4 * ring1), others >= 32 ? lines : 0);
+    sweep = others >= 32 ? lines : std::min(lines, round_up(4 * ring1, stack));
     sweeps = (lines + sweep - 1) / sweep;
     items = groups() * grid.rows(0, 0) * sweeps * strips;
   }
@@ -234,30 +241,36 @@ class Engine {
           std::min(plan.grid.most_columns(2, plan.strip), plan.piece_columns);
       // An odd number of cache lines: rows of a transposed operand then spread over the cache.
       const std::int64_t per_line = 64 / sizeof(T);
-      ld_ = round_up(columns + simd::kSpareColumns, per_line);
+      const std::int64_t spare = simd::kSpareVectors * plan.width;
+      ld_ = round_up(columns + 2 * spare, per_line);
       if (ld_ / per_line % 2 == 0) ld_ += per_line;
+      const auto take_transposed = [&](std::int64_t dim) {
+        T* taken = arena.take<T>(dim * ld_);
+        return taken ? taken + spare : nullptr;
+      };
       const std::int64_t d = plan.padded, v = plan.value_padded;
       const bool backward = pass_ != Pass::forward;
       const std::int64_t lines = plan.piece_lines;
       slots_.resize(lines);
       for (Slot& slot : slots_) {
-        slot.transposed = arena.take<T>(p_.head_dim * ld_);
+        slot.transposed = take_transposed(p_.head_dim);
         slot.plain = pass_ == Pass::backward_query ? nullptr : arena.take<T>(columns * v);
-        slot.transposed_grad = backward ? arena.take<T>(p_.value_dim * ld_) : nullptr;
+        slot.transposed_grad = backward ? take_transposed(p_.value_dim) : nullptr;
         slot.plain_grad = backward ? arena.take<T>(columns * d) : nullptr;
-        slot.logsumexp = rows_are_keys() ? arena.take<T>(ld_) : nullptr;
-        slot.row_term = rows_are_keys() ? arena.take<T>(ld_) : nullptr;
+        slot.logsumexp = rows_are_keys() ? take_transposed(1) : nullptr;
+        slot.row_term = rows_are_keys() ? take_transposed(1) : nullptr;
       }
       lines_.resize(lines);
-      additional_ld_ = round_up(p_.additional + simd::kSpareColumns, per_line) + per_line;
-      additional_slot_.transposed = arena.take<T>(p_.head_dim * additional_ld_);
-      additional_slot_.plain = arena.take<T>(p_.additional * v);
-      additional_slot_.transposed_grad = arena.take<T>(p_.value_dim * additional_ld_);
-      additional_slot_.plain_grad = arena.take<T>(p_.additional * d);
+      additional_keys_plain_ = arena.take<T>(p_.additional * d);
+      additional_values_plain_ = arena.take<T>(p_.additional * v);
       bias_memory_ = arena.take<T>(rpb_ ? bias_count(p_) + 2 * kSpareBias : 0);
-      const std::int64_t rows = plan.strip + kBlock;
-      row_a_ = arena.take<T>(rows * d);
-      row_b_ = arena.take<T>(backward ? rows * v : 0);
+      line_rows_ = round_up(plan.strip, plan.width);
+      const std::int64_t rows = plan.stack * line_rows_;
+      row_a_ = arena.take<T>(rows * p_.head_dim);
+      row_b_ = arena.take<T>(backward ? rows * p_.value_dim : 0);
+      const bool plain_rows = pass_ == Pass::backward_query && p_.wants_grad_additional;
+      plain_row_a_ = plain_rows ? arena.take<T>(rows * d) : nullptr;
+      plain_row_b_ = plain_rows ? arena.take<T>(rows * v) : nullptr;
       sums_a_ = arena.take<T>(rows * std::max(d, v));
       sums_b_ = arena.take<T>(rows_are_keys() ? rows * v : 0);
       for (T** statistic : {&largest_, &total_, &row_logsumexp_, &row_term_, &row_grad_logsumexp_})
@@ -290,12 +303,14 @@ class Engine {
     intervals_.resize(row_count_);
     for (std::int64_t r = 0; r < row_count_; ++r)
       intervals_[r] = grid.columns(2, group_[2], first_row_ + r);
-    for (std::int64_t line1 = sweep * plan.sweep; line1 < last_line; ++line1)
-      run_line(plan, line0, line1);
+    for (std::int64_t line1 = sweep * plan.sweep; line1 < last_line; line1 += plan.stack) {
+      line_count_ = std::min(plan.stack, last_line - line1);
+      run_lines(plan, line0, line1);
+    }
   }
 
-  /// The rows of one strip of one line.
-  void run_line(const Plan& plan, std::int64_t line0, std::int64_t line1) {
+  /// The rows of one strip of some neighboring lines.
+  void run_lines(const Plan& plan, std::int64_t line0, std::int64_t line1) {
     const Coordinate first{line0, line1, first_row_};
     load_rows(plan, first);
     const std::int64_t head_count = rows_are_keys() ? heads_per_kv_head() : 1;
@@ -309,7 +324,8 @@ class Engine {
         visit_windows(plan, line0, line1);
         if (p_.additional > 0 && !rows_are_keys()) visit_additional(plan);
         if (step == 0 && two_steps && grad_logsumexp_)
-          for (std::int64_t r = 0; r < row_count_; ++r) row_term_[r] -= row_grad_logsumexp_[r];
+          for (std::int64_t r = 0; r < line_count_ * line_rows_; ++r)
+            row_term_[r] -= row_grad_logsumexp_[r];
       }
     }
     store_rows(plan, first);
@@ -321,39 +337,57 @@ class Engine {
     return c;
   }
 
+  /// Where to pack tokens: transposed [dim][ld] or, where ld is 0, by vector; plain [count][padded].
+  struct Packed {
+    T* transposed;
+    std::int64_t ld;
+    T* plain;
+    std::int64_t padded;
+  };
   /// Packs `count` tokens from a position on, along the innermost axis.
   void pack_tokens(const In& from, std::int64_t head, const Coordinate& first, std::int64_t count,
-                   std::int64_t dim, double scale, T* transposed, std::int64_t ld, T* plain,
-                   std::int64_t padded) const {
+                   std::int64_t dim, double scale, const Packed& to) const {
     pack(isa_, p_.dtype,
          simd::Packing<T>{from.at(batch_, head, token(first)), from.grid[2] * p_.axes[2].dilation,
-                          count, dim, static_cast<T>(scale), transposed, ld, plain, padded});
+                          count, dim, static_cast<T>(scale), to.transposed, to.ld, to.plain,
+                          to.padded});
   }
 
+  /// Visits the strip's rows in all of its lines: `f(row, its token)`.
   template <class F>
   void for_each_row(const Coordinate& first, F&& f) const {
-    for (std::int64_t r = 0; r < row_count_; ++r) f(r, token({first[0], first[1], first[2] + r}));
+    for (std::int64_t line = 0; line < line_count_; ++line)
+      for (std::int64_t r = 0; r < row_count_; ++r)
+        f(line * line_rows_ + r, token({first[0], first[1] + line, first[2] + r}));
   }
 
   void load_rows(const Plan& plan, const Coordinate& first) {
-    const std::int64_t d = plan.padded, v = plan.value_padded, rows = row_count_;
+    const std::int64_t d = plan.padded, v = plan.value_padded, rows = line_count_ * line_rows_;
+    const auto pack_rows = [&](const In& from, std::int64_t dim, double scale, T* transposed,
+                               T* plain, std::int64_t padded) {
+      for (std::int64_t line = 0; line < line_count_; ++line) {
+        const std::int64_t row = line * line_rows_;
+        pack_tokens(from, row_head_, {first[0], first[1] + line, first[2]}, row_count_, dim, scale,
+                    {transposed + row * dim, 0, plain ? plain + row * padded : nullptr, padded});
+      }
+    };
     if (rows_are_keys()) {
-      pack_tokens(key_, row_head_, first, rows, p_.head_dim, 1.0, nullptr, 0, row_a_, d);
-      pack_tokens(value_, row_head_, first, rows, p_.value_dim, 1.0, nullptr, 0, row_b_, v);
+      pack_rows(key_, p_.head_dim, 1.0, row_a_, nullptr, d);
+      pack_rows(value_, p_.value_dim, 1.0, row_b_, nullptr, v);
       std::fill(sums_a_, sums_a_ + rows * d, T(0));
       std::fill(sums_b_, sums_b_ + rows * v, T(0));
       return;
     }
-    pack_tokens(query_, row_head_, first, rows, p_.head_dim, p_.scale, nullptr, 0, row_a_, d);
+    pack_rows(query_, p_.head_dim, p_.scale, row_a_, plain_row_a_, d);
     std::fill(sums_a_, sums_a_ + rows * (pass_ == Pass::forward ? v : d), T(0));
     if (pass_ == Pass::forward) {
       std::fill(largest_, largest_ + rows, -std::numeric_limits<T>::infinity());
       std::fill(total_, total_ + rows, T(0));
       return;
     }
-    pack_tokens(grad_output_, row_head_, first, rows, p_.value_dim, 1.0, nullptr, 0, row_b_, v);
+    pack_rows(grad_output_, p_.value_dim, 1.0, row_b_, plain_row_b_, v);
+    std::fill(row_term_, row_term_ + rows, T(0));
     for_each_row(first, [&](std::int64_t r, const Coordinate& at) {
-      row_term_[r] = T(0);
       row_logsumexp_[r] = *logsumexp_.at(batch_, row_head_, at);
       row_grad_logsumexp_[r] = grad_logsumexp_ ? *grad_logsumexp_.at(batch_, row_head_, at) : T(0);
     });
@@ -400,10 +434,10 @@ class Engine {
   void pack_line(const Plan& plan, const Slot& slot, const Coordinate& first, std::int64_t count) {
     const std::int64_t d = plan.padded, v = plan.value_padded;
     if (rows_are_keys()) {
-      pack_tokens(query_, head_, first, count, p_.head_dim, p_.scale, slot.transposed, ld_,
-                  slot.plain_grad, d);
-      pack_tokens(grad_output_, head_, first, count, p_.value_dim, 1.0, slot.transposed_grad, ld_,
-                  slot.plain, v);
+      pack_tokens(query_, head_, first, count, p_.head_dim, p_.scale,
+                  {slot.transposed, ld_, slot.plain_grad, d});
+      pack_tokens(grad_output_, head_, first, count, p_.value_dim, 1.0,
+                  {slot.transposed_grad, ld_, slot.plain, v});
       for (std::int64_t c = 0; c < count; ++c) {
         const Coordinate at = token({first[0], first[1], first[2] + c});
         slot.logsumexp[c] = *logsumexp_.at(batch_, head_, at);
@@ -412,10 +446,10 @@ class Engine {
       return;
     }
     const std::int64_t kv_head = head_ / heads_per_kv_head();
-    pack_tokens(key_, kv_head, first, count, p_.head_dim, 1.0, slot.transposed, ld_,
-                slot.plain_grad, d);
-    pack_tokens(value_, kv_head, first, count, p_.value_dim, 1.0, slot.transposed_grad, ld_,
-                slot.plain, v);
+    pack_tokens(key_, kv_head, first, count, p_.head_dim, 1.0,
+                {slot.transposed, ld_, slot.plain_grad, d});
+    pack_tokens(value_, kv_head, first, count, p_.value_dim, 1.0,
+                {slot.transposed_grad, ld_, slot.plain, v});
   }
 
   simd::Line<T> line_of(const Slot& slot) const {
@@ -429,10 +463,14 @@ class Engine {
     return line;
   }
 
-  /// Runs the strip's rows over the lines that they see.
+  /// Runs the rows over the lines that they see.
   void visit_windows(const Plan& plan, std::int64_t line0, std::int64_t line1) {
     const Interval i0 = plan.grid.columns(0, group_[0], line0);
-    const Interval i1 = plan.grid.columns(1, group_[1], line1);
+    Interval seen[kMostVectors];  // by each line of rows
+    for (std::int64_t n = 0; n < line_count_; ++n)
+      seen[n] = plan.grid.columns(1, group_[1], line1 + n);
+    // Of neighboring lines each begins and ends no earlier than the one before.
+    const Interval i1{seen[0].begin, seen[line_count_ - 1].end};
     if (rpb_) load_bias();
     const std::int64_t begin = intervals_.front().begin, end = intervals_.back().end;
     const std::int64_t lines = i0.size() * i1.size();
@@ -452,74 +490,103 @@ class Engine {
             pack_line(plan, slots_[slot], {at0, at1, c}, stop - c);
             tags_[slot] = tag;
           }
-          lines_[i] = line_of(slots_[slot]);
-          if (rpb_) set_bias(lines_[i], at0 - line0, at1 - line1);
+          simd::Line<T>& line = lines_[i];
+          line = line_of(slots_[slot]);
+          if (plan.stack > 1) {
+            while (line.first_vector < line_count_ && seen[line.first_vector].end <= at1)
+              ++line.first_vector;
+            line.last_vector = line.first_vector;
+            while (line.last_vector < line_count_ && seen[line.last_vector].begin <= at1)
+              ++line.last_vector;
+          }
+          if (rpb_) set_bias(line, at0 - line0, at1 - line1);
         }
-        visit_blocks(plan, lines_.data(), count, ld_, c, stop, nullptr, nullptr);
+        visit_blocks(plan, lines_.data(), count, c, stop);
       }
     }
   }
 
   void visit_additional(const Plan& plan) {
     const std::int64_t kv_head = head_ / heads_per_kv_head(), n = p_.additional;
-    const std::int64_t d = plan.padded, v = plan.value_padded;
-    const Slot& slot = additional_slot_;
     const std::int64_t of = batch_ * p_.kv_heads + kv_head;
     if (additional_of_ != of) {
-      pack(
-          isa_, p_.dtype,
-          simd::Packing<T>{additional_keys_.at(batch_, kv_head, 0), additional_keys_.token, n,
-                           p_.head_dim, T(1), slot.transposed, additional_ld_, slot.plain_grad, d});
-      pack(isa_, p_.dtype,
-           simd::Packing<T>{additional_values_.at(batch_, kv_head, 0), additional_values_.token, n,
-                            p_.value_dim, T(1), slot.transposed_grad, additional_ld_, slot.plain,
-                            v});
+      const auto pack_all = [&](const In& from, std::int64_t dim, T* to, std::int64_t padded) {
+        pack(isa_, p_.dtype,
+             simd::Packing<T>{from.at(batch_, kv_head, 0), from.token, n, dim, T(1), nullptr, 0, to,
+                              padded});
+      };
+      pack_all(additional_keys_, p_.head_dim, additional_keys_plain_, plan.padded);
+      pack_all(additional_values_, p_.value_dim, additional_values_plain_, plan.value_padded);
       additional_of_ = of;
     }
-    const simd::Line<T> line = line_of(slot);
-    visit_blocks(plan, &line, 1, additional_ld_, 0, -1, grad_additional_,
-                 grad_additional_ ? grad_additional_ + n * d : nullptr);
+    simd::Line<T> line;
+    line.transposed = line.plain_grad = additional_keys_plain_;
+    line.transposed_grad = line.plain = additional_values_plain_;
+    visit_blocks(plan, &line, 1, 0, -1);
   }
 
-  /// Calls the kernel for each block of the strip's rows. `stop` < 0: the columns are the
-  /// additional tokens, which every row sees.
+  /// Calls the kernel for each block of rows. `stop` < 0: the columns are the additional tokens,
+  /// which every row sees.
   void visit_blocks(const Plan& plan, const simd::Line<T>* lines, std::int64_t line_count,
-                    std::int64_t ld, std::int64_t start, std::int64_t stop, T* grad_key,
-                    T* grad_value) {
-    const std::int64_t d = plan.padded, v = plan.value_padded;
-    for (std::int64_t r = 0; r < row_count_; r += kBlock) {
-      simd::Block<T> block;
-      block.rows = static_cast<int>(std::min<std::int64_t>(kBlock, row_count_ - r));
-      block.lines = lines;
-      block.line_count = line_count;
-      block.ld = ld;
-      bool sees_any = stop < 0;
+                    std::int64_t start, std::int64_t stop) {
+    simd::Block<T> block;
+    block.adjacent = plan.stack == 1;
+    block.everywhere = stop < 0;
+    block.vector_stride = block.adjacent ? plan.width : line_rows_;
+    block.lines = lines;
+    block.line_count = line_count;
+    block.ld = ld_;
+    block.bias_stride = bias_stride();
+    block.dim = p_.head_dim;
+    block.value_dim = p_.value_dim;
+    block.padded = plan.padded;
+    block.value_padded = plan.value_padded;
+    block.scratch = scratch_;
+    const std::int64_t most_rows = (block.adjacent ? kMostVectors : 1) * plan.width;
+    for (std::int64_t r = 0; r < row_count_; r += most_rows) {
+      block.rows = static_cast<int>(std::min(most_rows, row_count_ - r));
+      block.vectors = static_cast<int>(
+          block.adjacent ? (block.rows + plan.width - 1) / plan.width : line_count_);
+      block.position = first_row_ + r - start;
+      bool sees_any = block.everywhere;
       for (int i = 0; i < block.rows; ++i) {
         const Interval seen = intervals_[r + i];
-        block.begin[i] = stop < 0 ? 0 : std::clamp(seen.begin, start, stop) - start;
-        block.end[i] = stop < 0 ? p_.additional : std::clamp(seen.end, start, stop) - start;
-        block.position[i] = first_row_ + r + i - start;
+        block.begin[i] = block.everywhere ? 0 : std::clamp(seen.begin, start, stop) - start;
+        block.end[i] =
+            block.everywhere ? p_.additional : std::clamp(seen.end, start, stop) - start;
         sees_any = sees_any || block.begin[i] < block.end[i];
       }
-      if (!sees_any) continue;
-      block.dim = p_.head_dim;
-      block.value_dim = p_.value_dim;
-      block.padded = d;
-      block.value_padded = v;
-      block.scratch = scratch_;
-      if (pass_ == Pass::forward) {
-        kernels_.forward({block, row_a_ + r * d, sums_a_ + r * v, largest_ + r, total_ + r});
-      } else if (pass_ == Pass::backward_query) {
-        // In two steps the gradient of logsumexp is taken off between them.
-        const T* grad_logsumexp =
-            sum_row_term_ && sum_gradients_ ? row_grad_logsumexp_ + r : nullptr;
-        kernels_.backward_query({block, row_a_ + r * d, row_b_ + r * v, row_logsumexp_ + r,
-                                 row_term_ + r, sum_row_term_, sum_gradients_, grad_logsumexp,
-                                 sums_a_ + r * d, grad_key, grad_value});
-      } else {
-        kernels_.backward_key(
-            {block, row_a_ + r * d, row_b_ + r * v, sums_a_ + r * d, sums_b_ + r * v});
+      if (sees_any) run_block(plan, block, r);
+    }
+  }
+
+  void run_block(const Plan& plan, const simd::Block<T>& block, std::int64_t row) {
+    const std::int64_t d = plan.padded, v = plan.value_padded;
+    const T* a = row_a_ + row * p_.head_dim;
+    const T* b = row_b_ + row * p_.value_dim;
+    if (pass_ == Pass::forward) {
+      kernels_.forward({block, a, sums_a_ + row * v, largest_ + row, total_ + row});
+    } else if (pass_ == Pass::backward_key) {
+      kernels_.backward_key({block, a, b, sums_a_ + row * d, sums_b_ + row * v});
+    } else {
+      simd::BackwardQuery<T> f{};
+      f.block = block;
+      f.query = a;
+      f.grad_output = b;
+      if (block.everywhere && grad_additional_) {
+        f.plain_query = plain_row_a_ + row * d;
+        f.plain_grad_output = plain_row_b_ + row * v;
+        f.grad_key = grad_additional_;
+        f.grad_value = grad_additional_ + p_.additional * d;
       }
+      f.logsumexp = row_logsumexp_ + row;
+      f.row_term = row_term_ + row;
+      f.sum_row_term = sum_row_term_;
+      f.sum_gradients = sum_gradients_;
+      // In two steps the gradient of logsumexp is taken off between them.
+      if (sum_row_term_ && sum_gradients_) f.grad_logsumexp = row_grad_logsumexp_ + row;
+      f.grad_query = sums_a_ + row * d;
+      kernels_.backward_query(f);
     }
   }
 
@@ -537,7 +604,12 @@ class Engine {
       bias_memory_[kSpareBias + i] = static_cast<T>(*rpb_.at(0, head_, at));
     }
   }
-  /// Biases of a line of columns, at a distance from the line of rows.
+  /// Elements from the biases for one line of rows to those for the next: it is one line further,
+  /// or nearer.
+  std::int64_t bias_stride() const {
+    return (rows_are_keys() ? 1 : -1) * relative_positions(p_)[2];
+  }
+  /// Biases of a line of columns, at a distance from the first line of rows.
   void set_bias(simd::Line<T>& line, std::int64_t distance0, std::int64_t distance1) const {
     if (rows_are_keys()) {
       distance0 = -distance0;
@@ -570,11 +642,14 @@ class Engine {
   std::vector<std::int64_t> tags_;   // which line a slot of the ring holds
   std::vector<Slot> slots_;
   std::vector<simd::Line<T>> lines_;
-  Slot additional_slot_{};
-  std::int64_t ld_ = 0, additional_ld_ = 0, bias_head_ = -1, additional_of_ = -1;
+  std::int64_t ld_ = 0, bias_head_ = -1, additional_of_ = -1;
+  std::int64_t line_count_ = 0;  // lines of rows at hand
+  std::int64_t line_rows_ = 0;   // rows from one of them to the next in operands by row
   bool sum_row_term_ = false, sum_gradients_ = false;
   T *grad_bias_ = nullptr, *grad_additional_ = nullptr, *bias_memory_ = nullptr;
-  T *row_a_ = nullptr, *row_b_ = nullptr, *sums_a_ = nullptr, *sums_b_ = nullptr;
+  T *additional_keys_plain_ = nullptr, *additional_values_plain_ = nullptr;
+  T *row_a_ = nullptr, *row_b_ = nullptr, *plain_row_a_ = nullptr, *plain_row_b_ = nullptr;
+  T *sums_a_ = nullptr, *sums_b_ = nullptr;
   T *largest_ = nullptr, *total_ = nullptr, *row_logsumexp_ = nullptr, *row_term_ = nullptr;
   T *row_grad_logsumexp_ = nullptr, *scratch_ = nullptr;
 };

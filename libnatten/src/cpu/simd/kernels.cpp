@@ -117,10 +117,6 @@ NATTEN_INLINE Vector<T> exp(Vector<T> x) {
   const Ints<T> exponent = (reinterpret_cast<Ints<T>>(shifted) + E::bias) << E::mantissa;
   return x < E::lowest ? Vector<T>{} : sum * reinterpret_cast<Vector<T>>(exponent);
 }
-template <class T>
-NATTEN_INLINE T exp1(T x) {
-  return exp<T>(broadcast<T>(x))[0];
-}
 
 template <class T>
 NATTEN_INLINE T sum_of(Vector<T> v) {
@@ -128,387 +124,596 @@ NATTEN_INLINE T sum_of(Vector<T> v) {
   for (int i = 1; i < kWidth<T>; ++i) sum += v[i];
   return sum;
 }
-template <class T>
-NATTEN_INLINE T max_of(Vector<T> v) {
-  T largest = v[0];
-  for (int i = 1; i < kWidth<T>; ++i) largest = v[i] > largest ? v[i] : largest;
-  return largest;
-}
-
 // ---- products ----
 
-/// Most vectors of columns that are handled at once. It bounds the scratch, and the number of terms
+/// Most slots of a row that are handled at once. It bounds the scratch, and the number of terms
 /// that are summed in one go.
-constexpr int kBatch = 64;
+constexpr int kBatch = 512;
+/// Rows of one vector whose products with weights share columns, where vectors are adjacent.
+constexpr int kRowGroup = 4;
+/// Slots of weight 0 before and after those of a line.
+constexpr int kSpareSlots = kRowGroup - 1;
+/// Elements of one vector's scores: [slot][row].
 template <class T>
-constexpr std::int64_t kRow = std::int64_t{kBatch} * kWidth<T>;  // a row of scores in scratch
+constexpr std::int64_t kScores = std::int64_t{kBatch} * kWidth<T>;
 
-/// Rows of a tile of column products. Groups of Q rows read the same vectors of columns, and
-/// several groups share a tile: their columns overlap, so they find them in the L1 cache.
-constexpr int kTileRows = kRegisters / 4;
-/// Vectors of columns of such a tile. Few, as each is a walk over all of dim in the L1 cache.
-constexpr int kTileColumns = 3;
-
-/// out[row][n] = sum over i of a[row][i] * b[n][first of the row's group + i * ld].
-template <class T, int Q, int N>
-void column_tile(const T* a, std::int64_t a_row, const T* const* b, const std::int64_t* first,
-                 std::int64_t ld, std::int64_t dim, T* out) {
-  constexpr int kGroups = kTileRows / Q;
-  const T* columns[N][kGroups];
-  for (int n = 0; n < N; ++n)
-    for (int g = 0; g < kGroups; ++g) columns[n][g] = b[n] + first[g];
-  Vector<T> c[kGroups][Q][N] = {};
-  for (std::int64_t i = 0, at = 0; i < dim; ++i, at += ld) {
-#pragma GCC unroll 8
-    for (int g = 0; g < kGroups; ++g) {
-      Vector<T> row[Q];
-#pragma GCC unroll 8
-      for (int q = 0; q < Q; ++q) row[q] = broadcast<T>(a[(g * Q + q) * a_row + i]);
-#pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) {
-        const Vector<T> column = load(columns[n][g] + at);
-#pragma GCC unroll 8
-        for (int q = 0; q < Q; ++q) c[g][q][n] += row[q] * column;
-      }
-    }
-  }
-  for (int g = 0; g < kGroups; ++g)
-    for (int q = 0; q < Q; ++q)
-      for (int n = 0; n < N; ++n) store(out + (g * Q + q) * kRow<T> + n * kWidth<T>, c[g][q][n]);
-}
-
-/// Calls column_tile with `n` as a template argument.
-template <class T, int Q, int N = kTileColumns>
-NATTEN_INLINE void column_tile_of(int n, const T* a, std::int64_t a_row, const T* const* b,
-                                  const std::int64_t* first, std::int64_t ld, std::int64_t dim,
-                                  T* out) {
-  if constexpr (N > 1)
-    if (n < N) return column_tile_of<T, Q, N - 1>(n, a, a_row, b, first, ld, dim, out);
-  column_tile<T, Q, N>(a, a_row, b, first, ld, dim, out);
-}
-
-/// Most vectors of sums per tile of Q rows, such that the tile and its operands fit registers.
-template <int Q>
-constexpr int kTileVectors = min(8, (kRegisters - 1 - Q) / Q);
-
-/// Adjacent columns: `offset` of the first in rows of weights, and their plain operands.
-template <class T>
-struct Run {
-  std::int64_t offset;
-  const T* plain;
-  std::int64_t count;
+/// How a vector of rows reads columns.
+enum class Columns {
+  following,  // each row one column after the row before it
+  permuted,   // rows from the same few columns
+  same,       // all rows the same column, which is not transposed
 };
 
-/// sums[q][n] += sum over the columns of all runs of weights[q][column] * plain[column][n], for N
-/// vectors from element `first` on.
-template <class T, int Q, int N>
-void row_tile(const T* weights, const Run<T>* runs, int run_count, std::int64_t first,
-              std::int64_t padded, T* sums) {
-  Vector<T> c[Q][N] = {};
-  for (int r = 0; r < run_count; ++r) {
-    const T* a = weights + runs[r].offset;
-    const T* b = runs[r].plain + first;
-    for (std::int64_t i = 0; i < runs[r].count; ++i, ++a, b += padded) {
-      Vector<T> row[Q];
+/// Most columns of a tile with N vectors of rows, such that it and its operands fit registers.
+template <int N>
+constexpr int kTileColumns = static_cast<int>(min(8, (kRegisters - 1 - N) / N));
+
+template <class T>
+struct ColumnProducts {
+  const T* rows;            // transposed
+  std::int64_t row_stride;  // from a vector of rows to the next
+  std::int64_t next_column, next_dim;
+  Ints<T> index;  // of columns that are permuted
+  std::int64_t dim;
+  std::int64_t out_stride;  // from the products of one vector of rows to those of the next
+};
+
+/// out[n][m][row] = <rows of vector n, their columns m>, for vectors from `first` on.
+template <class T, Columns kColumns, int N, int M>
+void column_tile(const ColumnProducts<T>& p, int first, const T* columns, T* out) {
+  const T* rows = p.rows + first * p.row_stride;
+  Vector<T> c[N][M] = {};
+  for (std::int64_t i = 0; i < p.dim; ++i, rows += kWidth<T>, columns += p.next_dim) {
+    Vector<T> row[N];
 #pragma GCC unroll 8
-      for (int q = 0; q < Q; ++q) row[q] = broadcast<T>(a[q * kRow<T>]);
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) {
-        const Vector<T> column = load(b + n * kWidth<T>);
+    for (int n = 0; n < N; ++n) row[n] = load(rows + n * p.row_stride);
 #pragma GCC unroll 8
-        for (int q = 0; q < Q; ++q) c[q][n] += row[q] * column;
-      }
+    for (int m = 0; m < M; ++m) {
+      Vector<T> column;
+      if constexpr (kColumns == Columns::following) column = load(columns + m);
+      if constexpr (kColumns == Columns::permuted)
+        column = __builtin_shuffle(load(columns + m), p.index);
+      if constexpr (kColumns == Columns::same) column = broadcast<T>(columns[m * p.next_column]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) c[n][m] += row[n] * column;
     }
   }
-  for (int q = 0; q < Q; ++q)
+  for (int n = 0; n < N; ++n)
+    for (int m = 0; m < M; ++m) store(out + n * p.out_stride + m * kWidth<T>, c[n][m]);
+}
+
+/// Calls column_tile with the sizes as template arguments.
+template <class T, Columns kColumns, int N, int M = kTileColumns<N>>
+NATTEN_INLINE void column_tile_of(int m, const ColumnProducts<T>& p, int first, const T* columns,
+                                  T* out) {
+  if constexpr (M > 1)
+    if (m < M) return column_tile_of<T, kColumns, N, M - 1>(m, p, first, columns, out);
+  column_tile<T, kColumns, N, M>(p, first, columns, out);
+}
+
+/// The products of vectors first to first + N with `count` columns, in tiles.
+template <class T, Columns kColumns, int N = kMostVectors>
+void column_tiles(int n, const ColumnProducts<T>& p, int first, const T* columns,
+                  std::int64_t count, T* out) {
+  if constexpr (N > 1)
+    if (n < N) return column_tiles<T, kColumns, N - 1>(n, p, first, columns, count, out);
+  while (count > 0) {
+    // As even a split as possible: a tile of one column would wait for its own sums.
+    const auto m = static_cast<int>(ceil_div(count, ceil_div(count, kTileColumns<N>)));
+    column_tile_of<T, kColumns, N>(m, p, first, columns, out);
+    columns += m * p.next_column;
+    out += m * kWidth<T>;
+    count -= m;
+  }
+}
+
+/// The weights of some entries (sums) for adjacent columns of a line.
+template <class T>
+struct Run {
+  const T* plain;        // of the line
+  std::int64_t weights;  // offset of the line's weights
+  int first, last;       // the entries that see the line
+};
+
+/// sums[entry][d] += sum over columns of all runs of weight(entry, column) * plain[column][d].
+template <class T>
+struct RowProducts {
+  const Run<T>* runs;
+  int run_count;
+  std::int64_t column, count;  // the columns of each run
+  const T* weights;            // Run::weights counts from here
+  std::int64_t next_entry, next_column;  // in weights
+  std::int64_t padded;
+  T* sums;
+  std::int64_t sums_stride;
+};
+
+/// Most vectors of sums per tile of G entries, such that it and its operands fit registers.
+template <int G>
+constexpr int kTileVectors = static_cast<int>(min(8, (kRegisters - 1 - G) / G));
+
+/// Adds a run's products to the sums of entries kFirst to kLast, or tries other entries.
+template <class T, int G, int N, int kFirst = 0, int kLast = G>
+NATTEN_INLINE void add_run(const RowProducts<T>& p, const Run<T>& run, const T* weights,
+                           const T* plain, Vector<T> (&c)[G][N]) {
+  if (run.first == kFirst && run.last == kLast) {
+    for (std::int64_t i = 0; i < p.count; ++i, weights += p.next_column, plain += p.padded) {
+      Vector<T> weight[G];
+#pragma GCC unroll 8
+      for (int g = kFirst; g < kLast; ++g) weight[g] = broadcast<T>(weights[g * p.next_entry]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const Vector<T> column = load(plain + n * kWidth<T>);
+#pragma GCC unroll 8
+        for (int g = kFirst; g < kLast; ++g) c[g][n] += weight[g] * column;
+      }
+    }
+  } else if constexpr (kLast - kFirst > 1) {
+    add_run<T, G, N, kFirst, kLast - 1>(p, run, weights, plain, c);
+  } else if constexpr (kFirst + 1 < G) {
+    add_run<T, G, N, kFirst + 1, G>(p, run, weights, plain, c);
+  }
+}
+
+/// The products for N vectors of sums from element `first` on.
+template <class T, int G, int N>
+void row_tile(const RowProducts<T>& p, std::int64_t first) {
+  Vector<T> c[G][N] = {};
+  for (int r = 0; r < p.run_count; ++r)
+    add_run<T, G, N>(p, p.runs[r], p.weights + p.runs[r].weights,
+                     p.runs[r].plain + p.column * p.padded + first, c);
+  for (int g = 0; g < G; ++g)
     for (int n = 0; n < N; ++n) {
-      T* to = sums + q * padded + first + n * kWidth<T>;
-      store(to, load(to) + c[q][n]);
+      T* to = p.sums + g * p.sums_stride + first + n * kWidth<T>;
+      store(to, load(to) + c[g][n]);
     }
 }
-template <class T, int Q, int N = kTileVectors<Q>>
-NATTEN_INLINE void row_tile_of(int n, const T* weights, const Run<T>* runs, int run_count,
-                               std::int64_t first, std::int64_t padded, T* sums) {
+template <class T, int G, int N = kTileVectors<G>>
+NATTEN_INLINE void row_tile_of(int n, const RowProducts<T>& p, std::int64_t first) {
   if constexpr (N > 1)
-    if (n < N) return row_tile_of<T, Q, N - 1>(n, weights, runs, run_count, first, padded, sums);
-  row_tile<T, Q, N>(weights, runs, run_count, first, padded, sums);
+    if (n < N) return row_tile_of<T, G, N - 1>(n, p, first);
+  row_tile<T, G, N>(p, first);
+}
+/// The products for all of the sums' vectors, in tiles.
+template <class T, int G = kRowGroup>
+void row_tiles(int entries, const RowProducts<T>& p) {
+  if constexpr (G > 1)
+    if (entries < G) return row_tiles<T, G - 1>(entries, p);
+  const std::int64_t vectors = p.padded / kWidth<T>;
+  for (std::int64_t d = 0; d < vectors;) {
+    const auto n =
+        static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kTileVectors<G>)));
+    row_tile_of<T, G>(n, p, d * kWidth<T>);
+    d += n;
+  }
 }
 
 // ---- blocks ----
 
-/// How the columns of a block are cut into vectors, `per_line` for each line. Groups of Q rows
-/// share a first column, so that one vector of columns serves them all.
-template <class T, int Q>
-struct Cut {
-  const Block<T>& block;
-  int groups;
-  std::int64_t first[kBlock / Q];    // column that a group starts with
-  std::int64_t columns[kBlock / Q];  // how many columns a group needs
-  std::int64_t per_line = 1;
-
-  explicit NATTEN_INLINE Cut(const Block<T>& b) : block(b), groups((b.rows + Q - 1) / Q) {
-    for (int g = 0; g < groups; ++g) {
-      std::int64_t begin = b.begin[g * Q], end = b.end[g * Q];
-      for (int q = g * Q + 1; q < g * Q + Q && q < b.rows; ++q) {
-        begin = min(begin, b.begin[q]);
-        end = max(end, b.end[q]);
-      }
-      first[g] = begin;
-      columns[g] = end - begin;
-      per_line = max(per_line, ceil_div(end - begin, kWidth<T>));
-    }
-    for (int g = groups; g < kBlock / Q; ++g) first[g] = first[0];  // tiles may have rows to spare
-  }
-};
-
-/// Some lines' vectors at0 to at1: whole lines, or a part of one. Vector v of the batch is number
-/// at0 + v % per_line() of line line0 + v / per_line().
-struct Batch {
-  std::int64_t line0, line1, at0, at1;
-  NATTEN_INLINE std::int64_t per_line() const { return at1 - at0; }
-  NATTEN_INLINE std::int64_t vectors() const { return (line1 - line0) * per_line(); }
-};
-
-/// Visits all columns of a block in batches of at most kBatch vectors.
-template <class T, int Q, class F>
-NATTEN_INLINE void for_each_batch(const Cut<T, Q>& cut, F&& f) {
-  const std::int64_t at_step = min(cut.per_line, kBatch), line_step = kBatch / at_step;
-  for (std::int64_t line = 0; line < cut.block.line_count; line += line_step)
-    for (std::int64_t at = 0; at < cut.per_line; at += at_step)
-      f(Batch{line, min(line + line_step, cut.block.line_count), at,
-              min(at + at_step, cut.per_line)});
-}
-
-/// out[row][v] = <a[row], columns of vector v of the batch>.
-template <class T, int Q>
-NATTEN_INLINE void column_products(const Cut<T, Q>& cut, const Batch& batch, const T* a,
-                                   std::int64_t a_row, const T* Line<T>::*operand, std::int64_t dim,
-                                   T* out) {
-  const T* columns[kBatch];  // of the vectors, for a group that starts at column 0
-  for (std::int64_t line = batch.line0, v = 0; line < batch.line1; ++line)
-    for (std::int64_t at = batch.at0; at < batch.at1; ++at)
-      columns[v++] = cut.block.lines[line].*operand + at * kWidth<T>;
-  const std::int64_t vectors = batch.vectors();
-  for (std::int64_t v = 0; v < vectors;) {
-    // As even a split as possible: a tile of one vector would wait for its own sums.
-    const int n = static_cast<int>(ceil_div(vectors - v, ceil_div(vectors - v, kTileColumns)));
-    for (int row = 0; row < cut.block.rows; row += kTileRows)
-      column_tile_of<T, Q>(n, a + row * a_row, a_row, columns + v, cut.first + row / Q,
-                           cut.block.ld, dim, out + row * kRow<T> + v * kWidth<T>);
-    v += n;
-  }
-}
-
-/// sums[row] += sum over the batch's columns of weights[row][column] * operand[column].
-template <class T, int Q>
-NATTEN_INLINE void row_products(const Cut<T, Q>& cut, const Batch& batch, const T* weights,
-                                const T* Line<T>::*operand, std::int64_t padded, T* sums) {
-  constexpr int kMost = kTileVectors<Q>, kW = kWidth<T>;
-  for (int g = 0; g < cut.groups; ++g) {
-    const std::int64_t column = batch.at0 * kW;
-    const std::int64_t count = min(cut.columns[g], batch.at1 * kW) - column;
-    if (count <= 0) continue;
-    Run<T> runs[kBatch];
-    int run_count = 0;
-    for (std::int64_t line = batch.line0; line < batch.line1; ++line, ++run_count)
-      runs[run_count] = {run_count * batch.per_line() * kW,
-                         cut.block.lines[line].*operand + (cut.first[g] + column) * padded, count};
-    const std::int64_t vectors = padded / kW;
-    for (std::int64_t d = 0; d < vectors;) {
-      const int n = static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kMost)));
-      row_tile_of<T, Q>(n, weights + g * Q * kRow<T>, runs, run_count, d * kW, padded,
-                        sums + g * Q * padded);
-      d += n;
-    }
-  }
-}
-
-/// Visits a batch's vectors for one row: `f(offset in the row, line, column, mask)`, mask set where
-/// the row sees the column.
-template <class T, int Q, class F>
-NATTEN_INLINE void for_each_vector(const Cut<T, Q>& cut, const Batch& batch, int row, F&& f) {
-  constexpr int kW = kWidth<T>;
+/// The slots of a block's rows: slot j of row r of vector v is column base(v, r) + j of each line
+/// that the vector sees.
+template <class T>
+struct Slots {
   using Int = typename VectorOf<T>::Int;
-  for (std::int64_t at = batch.at0; at < batch.at1; ++at) {
-    const std::int64_t column = cut.first[row / Q] + at * kW;
-    const auto low = static_cast<Int>(max(min(cut.block.begin[row] - column, kW), 0));
-    const auto high = static_cast<Int>(max(min(cut.block.end[row] - column, kW), 0));
-    const Ints<T> lane = lanes<T>(), mask = (lane >= low) & (lane < high);
-    std::int64_t offset = (at - batch.at0) * kW;
-    for (std::int64_t line = batch.line0; line < batch.line1; ++line) {
-      f(offset, cut.block.lines[line], column, mask);
-      offset += batch.per_line() * kW;
+  const Block<T>& block;
+  Columns columns = Columns::following;
+  std::int64_t first;       // column of slot 0 of row 0
+  std::int64_t count;       // of slots
+  std::int64_t shift = 0;   // columns from one vector to the next
+  Ints<T> index{};          // base(v, r) = first + index[r] + v * shift
+  std::int64_t bias_first;  // base - position of the row, less bias_index
+  Ints<T> bias_index{};
+  // Each row sees slots low to high. All rows of a vector see all_low to all_high.
+  Int low[kMostVectors][kWidth<T>], high[kMostVectors][kWidth<T>];
+  std::int64_t all_low[kMostVectors], all_high[kMostVectors];
+
+  explicit Slots(const Block<T>& b) : block(b) {
+    constexpr int kW = kWidth<T>;
+    std::int64_t begin_low = 0, begin_high = 0, longest = 0, offset_low = 0, offset_high = 0;
+    bool any = false;
+    for (int r = 0; r < b.rows; ++r) {
+      if (b.begin[r] >= b.end[r]) continue;
+      begin_low = any ? min(begin_low, b.begin[r]) : b.begin[r];
+      begin_high = any ? max(begin_high, b.begin[r]) : b.begin[r];
+      offset_low = any ? min(offset_low, b.begin[r] - r) : b.begin[r] - r;
+      offset_high = any ? max(offset_high, b.end[r] - r) : b.end[r] - r;
+      any = true;
+    }
+    for (int r = 0; r < b.rows; ++r)
+      if (b.begin[r] < b.end[r]) longest = max(longest, b.end[r] - b.begin[r]);
+    first = offset_low;
+    count = offset_high - offset_low;
+    for (int l = 0; l < kW; ++l) index[l] = static_cast<Int>(l);
+    if (b.everywhere || (begin_high - begin_low < (b.adjacent ? 1 : kW) && longest < count)) {
+      columns = b.everywhere ? Columns::same : Columns::permuted;
+      first = begin_low;
+      count = longest;
+      for (int l = 0; l < kW; ++l)
+        index[l] = static_cast<Int>(l < b.rows ? begin_of(l, begin_low) - begin_low : 0);
+    } else if (b.adjacent) {
+      shift = kW;
+    }
+    Int least = 0;
+    for (int l = 0; l < kW && l < b.rows; ++l) {
+      bias_index[l] = static_cast<Int>(index[l] - l);
+      least = bias_index[l] < least ? bias_index[l] : least;
+    }
+    bias_first = first - b.position + least;
+    for (int l = 0; l < kW; ++l) bias_index[l] = l < b.rows ? bias_index[l] - least : 0;
+    for (int v = 0; v < (b.adjacent ? b.vectors : 1); ++v) {
+      all_low[v] = 0;
+      all_high[v] = count;
+      for (int l = 0; l < kW; ++l) {
+        const int r = v * kW + l;
+        low[v][l] = 0;  // rows to spare see everything, so that they need no mask
+        high[v][l] = static_cast<Int>(count);
+        if (r >= b.rows) continue;
+        low[v][l] = static_cast<Int>(min(max(b.begin[r] - base(v, l), 0), count));
+        high[v][l] = static_cast<Int>(min(max(b.end[r] - base(v, l), low[v][l]), count));
+        all_low[v] = max(all_low[v], low[v][l]);
+        all_high[v] = min(all_high[v], high[v][l]);
+      }
+    }
+  }
+  /// Where a row's columns begin, if it sees any.
+  NATTEN_INLINE std::int64_t begin_of(int r, std::int64_t otherwise) const {
+    return block.begin[r] < block.end[r] ? block.begin[r] : otherwise;
+  }
+  NATTEN_INLINE std::int64_t base(int v, int row) const { return first + index[row] + v * shift; }
+  /// Stacked vectors have the same slots.
+  NATTEN_INLINE int of(int v) const { return block.adjacent ? v : 0; }
+  NATTEN_INLINE bool sees_all(int v, std::int64_t slot) const {
+    return slot >= all_low[of(v)] && slot < all_high[of(v)];
+  }
+  NATTEN_INLINE Ints<T> mask(int v, std::int64_t slot) const {
+    Ints<T> lower, upper;
+    __builtin_memcpy(&lower, low[of(v)], sizeof lower);
+    __builtin_memcpy(&upper, high[of(v)], sizeof upper);
+    const auto at = static_cast<Int>(slot);
+    return (lower <= at) & (upper > at);
+  }
+  /// One number per column, read as the rows of a vector read columns.
+  NATTEN_INLINE Vector<T> read(const T* from, int v, std::int64_t slot) const {
+    const Vector<T> x = load(from + first + v * shift + slot);
+    return columns == Columns::permuted ? __builtin_shuffle(x, index) : x;
+  }
+  NATTEN_INLINE std::int64_t bias_at(int v, std::int64_t slot) const {
+    return bias_first + slot + v * (block.adjacent ? shift - kWidth<T> : block.bias_stride);
+  }
+  /// Rows of a vector that are not to spare.
+  NATTEN_INLINE int rows_of(int v) const {
+    return static_cast<int>(min(block.adjacent ? block.rows - v * kWidth<T> : block.rows,
+                                kWidth<T>));
+  }
+};
+
+/// Slots slot0 to slot1 of some lines, stored [line][slot] with spare slots around those of a line
+/// where vectors are adjacent.
+struct Batch {
+  std::int64_t line0, line1, slot0, slot1, spare;
+  NATTEN_INLINE std::int64_t per_line() const { return slot1 - slot0 + 2 * spare; }
+  /// Where the products with slot 0 of a line would be.
+  NATTEN_INLINE std::int64_t at(std::int64_t line) const {
+    return (line - line0) * per_line() + spare - slot0;
+  }
+};
+
+/// Visits all slots of a block in batches that fit the scratch.
+template <class T, class F>
+NATTEN_INLINE void for_each_batch(const Slots<T>& slots, F&& f) {
+  const std::int64_t spare = slots.block.adjacent ? kSpareSlots : 0;
+  const std::int64_t slot_step = min(slots.count, kBatch - 2 * spare);
+  const std::int64_t line_step = kBatch / (slot_step + 2 * spare);
+  for (std::int64_t line = 0; line < slots.block.line_count; line += line_step)
+    for (std::int64_t slot = 0; slot < slots.count; slot += slot_step)
+      f(Batch{line, min(line + line_step, slots.block.line_count), slot,
+              min(slot + slot_step, slots.count), spare});
+}
+
+/// out[v][slot][r] = <row r of vector v, its column of the slot>.
+template <class T, Columns kColumns>
+void column_products(const Slots<T>& slots, const Batch& batch, const T* rows,
+                     const T* Line<T>::*operand, std::int64_t dim, std::int64_t padded, T* out) {
+  const Block<T>& block = slots.block;
+  constexpr bool kTransposed = kColumns != Columns::same;
+  ColumnProducts<T> p;
+  p.rows = rows;
+  p.row_stride = block.vector_stride * dim;
+  p.next_column = kTransposed ? 1 : padded;
+  p.next_dim = kTransposed ? block.ld : 1;
+  p.index = slots.index;
+  p.dim = dim;
+  p.out_stride = kScores<T> - slots.shift * kWidth<T>;
+  const std::int64_t count = batch.slot1 - batch.slot0, shift = slots.shift;
+  const std::int64_t span = count + (block.vectors - 1) * shift;
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+    const Line<T>& line = block.lines[l];
+    for (std::int64_t at = 0; at < span;) {
+      // Adjacent vectors have columns at to end in common.
+      int v0 = line.first_vector, v1 = static_cast<int>(min(line.last_vector, block.vectors));
+      std::int64_t end = span;
+      if (shift) {
+        v0 = at < count ? 0 : static_cast<int>((at - count) / shift + 1);
+        v1 = static_cast<int>(min(block.vectors, at / shift + 1));
+        end = min(v1 < block.vectors ? v1 * shift : span, v0 * shift + count);
+      }
+      const std::int64_t slot = batch.slot0 + at;
+      column_tiles<T, kColumns>(
+          v1 - v0, p, v0, line.*operand + (slots.first + slot) * p.next_column, end - at,
+          out + v0 * p.out_stride + (batch.at(l) + slot) * kWidth<T>);
+      at = end;
     }
   }
 }
-
-/// Adds the bias and sets what a row does not see to -inf. Returns the largest score.
-template <class T, int Q>
-NATTEN_INLINE T finish_scores(const Cut<T, Q>& cut, const Batch& batch, int row, T* scores) {
-  Vector<T> largest = broadcast<T>(-kInfinity<T>);
-  const std::int64_t position = cut.block.position[row];
-  for_each_vector(cut, batch, row,
-                  [&](std::int64_t offset, const Line<T>& line, std::int64_t column, Ints<T> mask) {
-                    Vector<T> s = load(scores + offset);
-                    if (line.bias) s += load(line.bias + (column - position));
-                    s = mask ? s : broadcast<T>(-kInfinity<T>);
-                    store(scores + offset, s);
-                    largest = s > largest ? s : largest;
-                  });
-  return max_of<T>(largest);
+template <class T>
+NATTEN_INLINE void column_products(const Slots<T>& slots, const Batch& batch, const T* rows,
+                                   const T* Line<T>::*operand, std::int64_t dim,
+                                   std::int64_t padded, T* out) {
+  const auto products = slots.columns == Columns::following  ? column_products<T, Columns::following>
+                        : slots.columns == Columns::permuted ? column_products<T, Columns::permuted>
+                                                             : column_products<T, Columns::same>;
+  products(slots, batch, rows, operand, dim, padded, out);
 }
 
-template <class T, int Q>
-void forward_block(const Forward<T>& f) {
+/// sums[row] += sum over the batch's columns of weights * operand[column].
+template <class T>
+void row_products(const Slots<T>& slots, const Batch& batch, const T* weights,
+                  const T* Line<T>::*operand, std::int64_t padded, T* sums) {
+  constexpr int kW = kWidth<T>;
+  const Block<T>& block = slots.block;
+  Run<T> runs[kBatch];
+  int run_count = 0;
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l)
+    runs[run_count++] = {block.lines[l].*operand, batch.at(l) * kW, block.lines[l].first_vector,
+                         static_cast<int>(min(block.lines[l].last_vector, block.vectors))};
+  RowProducts<T> p;
+  p.runs = runs;
+  p.run_count = run_count;
+  p.next_column = kW;
+  p.padded = padded;
+  const auto add = [&](int entries, int v, int row, std::int64_t low, std::int64_t high) {
+    // Slots low to high of the row.
+    if (low >= high) return;
+    p.column = slots.base(v, row) + low;
+    p.count = high - low;
+    p.weights = weights + v * kScores<T> + low * kW + row;
+    p.sums = sums + (v * block.vector_stride + row) * padded;
+    row_tiles<T>(entries, p);
+  };
+  if (!block.adjacent) {
+    p.next_entry = kScores<T>;
+    p.sums_stride = block.vector_stride * padded;
+    for (int row = 0; row < block.rows; ++row)
+      add(block.vectors, 0, row, max(slots.low[0][row], batch.slot0),
+          min(slots.high[0][row], batch.slot1));
+    return;
+  }
+  // The slot of the same column is one less for the next row, or the same.
+  const int step = slots.shift ? 1 : 0;
+  p.next_entry = 1 - step * kW;
+  p.sums_stride = padded;
+  for (int v = 0; v < block.vectors; ++v)
+    for (int row = 0; row < slots.rows_of(v); row += kRowGroup) {
+      const auto entries = static_cast<int>(min(kRowGroup, slots.rows_of(v) - row));
+      std::int64_t low = batch.slot1, high = batch.slot0;
+      for (int g = 0; g < entries; ++g) {
+        low = min(low, max(slots.low[v][row + g], batch.slot0) + g * step);
+        high = max(high, min(slots.high[v][row + g], batch.slot1) + g * step);
+      }
+      for (int r = 0; r < run_count; ++r) {
+        runs[r].first = 0;
+        runs[r].last = entries;
+      }
+      add(entries, v, row, low, high);
+    }
+}
+
+/// Visits a batch's slots of one vector: `f(offset, line, slot)`.
+template <class T, class F>
+NATTEN_INLINE void for_each_slot(const Slots<T>& slots, const Batch& batch, int v, F&& f) {
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+    const Line<T>& line = slots.block.lines[l];
+    if (v < line.first_vector || v >= line.last_vector) continue;
+    for (std::int64_t slot = batch.slot0; slot < batch.slot1; ++slot)
+      f((batch.at(l) + slot) * kWidth<T>, line, slot);
+  }
+}
+
+/// Sets the weights of spare slots to 0.
+template <class T>
+NATTEN_INLINE void clear_spare_slots(const Batch& batch, T* weights) {
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l)
+    for (std::int64_t i = 1; i <= batch.spare; ++i) {
+      store(weights + (batch.at(l) + batch.slot0 - i) * kWidth<T>, Vector<T>{});
+      store(weights + (batch.at(l) + batch.slot1 - 1 + i) * kWidth<T>, Vector<T>{});
+    }
+}
+
+/// The score of a slot: adds the bias, and sets what a row does not see to -inf.
+template <class T>
+NATTEN_INLINE Vector<T> finish_score(const Slots<T>& slots, const Line<T>& line, int v,
+                                     std::int64_t slot, Vector<T> score) {
+  if (line.bias) {
+    const T* bias = line.bias + slots.bias_at(v, slot);
+    score += slots.columns == Columns::permuted
+                 ? __builtin_shuffle(load(bias), slots.bias_index)
+                 : broadcast<T>(*bias);
+  }
+  if (!slots.sees_all(v, slot))
+    score = slots.mask(v, slot) ? score : broadcast<T>(-kInfinity<T>);
+  return score;
+}
+
+template <class T>
+void forward(const Forward<T>& f) {
   constexpr int kW = kWidth<T>;
   const Block<T>& block = f.block;
-  const Cut<T, Q> cut(block);
-  T* scores = block.scratch;
-  for_each_batch(cut, [&](const Batch& batch) {
-    column_products(cut, batch, f.query, block.padded, &Line<T>::transposed, block.dim, scores);
-    for (int row = 0; row < block.rows; ++row) {
-      T* s = scores + row * kRow<T>;
-      const T batch_largest = finish_scores(cut, batch, row, s);
-      const T largest = batch_largest > f.largest[row] ? batch_largest : f.largest[row];
-      // Where the row sees nothing yet all weights are 0, not exp(-inf + inf).
-      const T reference = largest == -kInfinity<T> ? T(0) : largest;
+  const Slots<T> slots(block);
+  for_each_batch(slots, [&](const Batch& batch) {
+    column_products(slots, batch, f.query, &Line<T>::transposed, block.dim, block.padded,
+                    block.scratch);
+    for (int v = 0; v < block.vectors; ++v) {
+      T* scores = block.scratch + v * kScores<T>;
+      const std::int64_t first_row = v * block.vector_stride;
+      const Vector<T> before = load(f.largest + first_row);
+      Vector<T> largest = before;
+      for_each_slot(slots, batch, v,
+                    [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+                      const Vector<T> score =
+                          finish_score(slots, line, v, slot, load(scores + offset));
+                      store(scores + offset, score);
+                      largest = score > largest ? score : largest;
+                    });
+      // Where a row sees nothing yet all weights are 0, not exp(-inf + inf).
+      const Vector<T> reference = largest == -kInfinity<T> ? Vector<T>{} : largest;
       Vector<T> total{};
-      for (std::int64_t at = 0; at < batch.vectors() * kW; at += kW) {
-        const Vector<T> weight = exp<T>(load(s + at) - reference);
-        store(s + at, weight);
+      for_each_slot(slots, batch, v, [&](std::int64_t offset, const Line<T>&, std::int64_t) {
+        const Vector<T> weight = exp<T>(load(scores + offset) - reference);
+        store(scores + offset, weight);
         total += weight;
-      }
-      if (f.largest[row] != -kInfinity<T> && f.largest[row] != largest) {
-        const T shrink = exp1<T>(f.largest[row] - reference);
-        f.total[row] *= shrink;
-        T* sums = f.sums + row * block.value_padded;
+      });
+      clear_spare_slots(batch, scores);
+      const Vector<T> shrink = exp<T>(before - reference);
+      store(f.total + first_row, load(f.total + first_row) * shrink + total);
+      store(f.largest + first_row, largest);
+      for (int row = 0; row < slots.rows_of(v); ++row) {
+        if (before[row] == -kInfinity<T> || before[row] == largest[row]) continue;
+        T* sums = f.sums + (first_row + row) * block.value_padded;
         for (std::int64_t d = 0; d < block.value_padded; d += kW)
-          store(sums + d, load(sums + d) * shrink);
+          store(sums + d, load(sums + d) * shrink[row]);
       }
-      f.largest[row] = largest;
-      f.total[row] += sum_of<T>(total);
     }
-    row_products(cut, batch, scores, &Line<T>::plain, block.value_padded, f.sums);
+    row_products(slots, batch, block.scratch, &Line<T>::plain, block.value_padded, f.sums);
   });
 }
 
-/// Adds the gradients that one query gives to columns, which are the additional tokens.
+/// Adds the gradients that rows give to columns, which all rows see.
 template <class T>
-NATTEN_INLINE void add_to_columns(const BackwardQuery<T>& f, int row, std::int64_t column, T weight,
-                                  T grad) {
-  const Block<T>& block = f.block;
-  const auto add = [](T* to, const T* from, T factor, std::int64_t count) {
-    for (std::int64_t d = 0; d < count; d += kWidth<T>)
-      store(to + d, load(to + d) + load(from + d) * factor);
-  };
-  add(f.grad_key + column * block.padded, f.query + row * block.padded, grad, block.padded);
-  add(f.grad_value + column * block.value_padded, f.grad_output + row * block.value_padded, weight,
-      block.value_padded);
+NATTEN_INLINE void add_to_columns(const Slots<T>& slots, const Batch& batch, int v,
+                                  const T* weights, const T* plain, std::int64_t padded, T* sums) {
+  const Run<T> run = {plain + v * slots.block.vector_stride * padded, 0, 0, 0};
+  for (std::int64_t slot = batch.slot0; slot < batch.slot1; slot += kRowGroup) {
+    const auto entries = static_cast<int>(min(kRowGroup, batch.slot1 - slot));
+    Run<T> all = run;
+    all.last = entries;
+    row_tiles<T>(entries, {&all, 1, 0, slots.rows_of(v),
+                           weights + v * kScores<T> + (batch.at(0) + slot) * kWidth<T>, kWidth<T>,
+                           1, padded, sums + slot * padded, padded});
+  }
 }
 
-template <class T, int Q>
-void backward_query_block(const BackwardQuery<T>& f) {
-  constexpr int kW = kWidth<T>;
+/// Adds gradients of scores to those of the biases.
+template <class T>
+NATTEN_INLINE void add_to_bias(const Slots<T>& slots, const Batch& batch, int v, const T* grads) {
+  for_each_slot(slots, batch, v,
+                [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+                  T* to = line.grad_bias + slots.bias_at(v, slot);
+                  const T* from = grads + offset;
+                  const int rows = slots.rows_of(v);
+                  if (slots.columns == Columns::permuted)
+                    for (int row = 0; row < rows; ++row) to[slots.bias_index[row]] += from[row];
+                  else if (rows == kWidth<T>)
+                    *to += sum_of<T>(load(from));
+                  else
+                    for (int row = 0; row < rows; ++row) *to += from[row];
+                });
+}
+
+template <class T>
+void backward_query(const BackwardQuery<T>& f) {
   const Block<T>& block = f.block;
-  const Cut<T, Q> cut(block);
+  const Slots<T> slots(block);
   T* weights = block.scratch;
-  T* grads = weights + kBlock * kRow<T>;
-  // Both steps at once need all columns in one batch.
-  const bool at_once =
-      f.sum_row_term && f.sum_gradients && block.line_count * cut.per_line <= kBatch;
+  T* grads = weights + kMostVectors * kScores<T>;
+  // Both steps at once need all slots in one batch.
+  int batches = 0;
+  for_each_batch(slots, [&](const Batch&) { ++batches; });
+  const bool at_once = f.sum_row_term && f.sum_gradients && batches == 1;
+  const auto take_off_grad_logsumexp = [&](int v) {
+    const std::int64_t row = v * block.vector_stride;
+    store(f.row_term + row, load(f.row_term + row) - load(f.grad_logsumexp + row));
+  };
   for (int step = 0; step < 2; ++step) {
     const bool sums_row_term = step == 0 && f.sum_row_term;
     const bool sums_gradients = step == 0 ? at_once : f.sum_gradients && !at_once;
     if (!sums_row_term && !sums_gradients) continue;
-    for_each_batch(cut, [&](const Batch& batch) {
-      column_products(cut, batch, f.query, block.padded, &Line<T>::transposed, block.dim, weights);
-      column_products(cut, batch, f.grad_output, block.value_padded, &Line<T>::transposed_grad,
-                      block.value_dim, grads);
-      for (int row = 0; row < block.rows; ++row) {
-        T* w = weights + row * kRow<T>;
-        T* g = grads + row * kRow<T>;
-        finish_scores(cut, batch, row, w);
+    for_each_batch(slots, [&](const Batch& batch) {
+      column_products(slots, batch, f.query, &Line<T>::transposed, block.dim, block.padded,
+                      weights);
+      column_products(slots, batch, f.grad_output, &Line<T>::transposed_grad, block.value_dim,
+                      block.value_padded, grads);
+      for (int v = 0; v < block.vectors; ++v) {
+        T* w = weights + v * kScores<T>;
+        T* g = grads + v * kScores<T>;
+        const std::int64_t first_row = v * block.vector_stride;
+        const Vector<T> logsumexp = load(f.logsumexp + first_row);
         Vector<T> sum{};
-        for (std::int64_t at = 0; at < batch.vectors() * kW; at += kW) {
-          const Vector<T> weight = exp<T>(load(w + at) - f.logsumexp[row]);
-          store(w + at, weight);
-          // Beyond the last column grads hold anything.
-          const Vector<T> grad = weight != T(0) ? load(g + at) : Vector<T>{};
-          store(g + at, grad);
-          sum += weight * grad;
-        }
-        if (sums_row_term) f.row_term[row] += sum_of<T>(sum);
-        if (at_once && f.grad_logsumexp) f.row_term[row] -= f.grad_logsumexp[row];
+        for_each_slot(slots, batch, v,
+                      [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+                        const Vector<T> weight = exp<T>(
+                            finish_score(slots, line, v, slot, load(w + offset)) - logsumexp);
+                        store(w + offset, weight);
+                        Vector<T> grad = load(g + offset);
+                        if (!slots.sees_all(v, slot)) {
+                          grad = slots.mask(v, slot) ? grad : Vector<T>{};
+                          store(g + offset, grad);
+                        }
+                        sum += weight * grad;
+                      });
+        if (sums_row_term) store(f.row_term + first_row, load(f.row_term + first_row) + sum);
+        if (at_once && f.grad_logsumexp) take_off_grad_logsumexp(v);
         if (!sums_gradients) continue;
-        for (std::int64_t at = 0; at < batch.vectors() * kW; at += kW)
-          store(g + at, load(w + at) * (load(g + at) - f.row_term[row]));
-        const std::int64_t position = block.position[row];
-        for_each_vector(
-            cut, batch, row,
-            [&](std::int64_t offset, const Line<T>& line, std::int64_t column, Ints<T>) {
-              if (line.grad_bias) {
-                T* to = line.grad_bias + (column - position);
-                store(to, load(to) + load(g + offset));
-              }
-              if (f.grad_key)
-                for (int lane = 0; lane < kW && column + lane < block.end[row]; ++lane)
-                  add_to_columns(f, row, column + lane, w[offset + lane], g[offset + lane]);
-            });
+        const Vector<T> row_term = load(f.row_term + first_row);
+        for_each_slot(slots, batch, v, [&](std::int64_t offset, const Line<T>&, std::int64_t) {
+          store(g + offset, load(w + offset) * (load(g + offset) - row_term));
+        });
+        clear_spare_slots(batch, g);
+        if (block.lines->grad_bias) add_to_bias(slots, batch, v, g);
+        if (!f.grad_key) continue;
+        add_to_columns(slots, batch, v, grads, f.plain_query, block.padded, f.grad_key);
+        add_to_columns(slots, batch, v, weights, f.plain_grad_output, block.value_padded,
+                       f.grad_value);
       }
       if (sums_gradients)
-        row_products(cut, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_query);
+        row_products(slots, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_query);
     });
     if (step == 0 && !at_once && f.grad_logsumexp)
-      for (int row = 0; row < block.rows; ++row) f.row_term[row] -= f.grad_logsumexp[row];
+      for (int v = 0; v < block.vectors; ++v) take_off_grad_logsumexp(v);
   }
 }
 
-template <class T, int Q>
-void backward_key_block(const BackwardKey<T>& f) {
-  const Block<T>& block = f.block;
-  const Cut<T, Q> cut(block);
-  T* weights = block.scratch;
-  T* grads = weights + kBlock * kRow<T>;
-  for_each_batch(cut, [&](const Batch& batch) {
-    column_products(cut, batch, f.key, block.padded, &Line<T>::transposed, block.dim, weights);
-    column_products(cut, batch, f.value, block.value_padded, &Line<T>::transposed_grad,
-                    block.value_dim, grads);
-    for (int row = 0; row < block.rows; ++row) {
-      T* w = weights + row * kRow<T>;
-      T* g = grads + row * kRow<T>;
-      finish_scores(cut, batch, row, w);
-      for_each_vector(
-          cut, batch, row,
-          [&](std::int64_t offset, const Line<T>& line, std::int64_t column, Ints<T> mask) {
-            Vector<T> weight = exp<T>(load(w + offset) - load(line.logsumexp + column));
-            weight = mask ? weight : Vector<T>{};
-            const Vector<T> grad = weight * (load(g + offset) - load(line.row_term + column));
-            store(w + offset, weight);
-            store(g + offset, mask ? grad : Vector<T>{});
-          });
-    }
-    row_products(cut, batch, weights, &Line<T>::plain, block.value_padded, f.grad_value);
-    row_products(cut, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_key);
-  });
-}
-
-/// Four rows share vectors of columns where that costs no more vectors than two rows, else two.
-template <class T>
-NATTEN_INLINE bool prefers_four(const Block<T>& block) {
-  if (block.rows <= 2) return false;
-  return Cut<T, 4>(block).per_line * 15 <= Cut<T, 2>(block).per_line * 16;
-}
-template <class T>
-void forward(const Forward<T>& f) {
-  prefers_four(f.block) ? forward_block<T, 4>(f) : forward_block<T, 2>(f);
-}
-template <class T>
-void backward_query(const BackwardQuery<T>& f) {
-  prefers_four(f.block) ? backward_query_block<T, 4>(f) : backward_query_block<T, 2>(f);
-}
 template <class T>
 void backward_key(const BackwardKey<T>& f) {
-  prefers_four(f.block) ? backward_key_block<T, 4>(f) : backward_key_block<T, 2>(f);
+  const Block<T>& block = f.block;
+  const Slots<T> slots(block);
+  T* weights = block.scratch;
+  T* grads = weights + kMostVectors * kScores<T>;
+  for_each_batch(slots, [&](const Batch& batch) {
+    column_products(slots, batch, f.key, &Line<T>::transposed, block.dim, block.padded, weights);
+    column_products(slots, batch, f.value, &Line<T>::transposed_grad, block.value_dim,
+                    block.value_padded, grads);
+    for (int v = 0; v < block.vectors; ++v) {
+      T* w = weights + v * kScores<T>;
+      T* g = grads + v * kScores<T>;
+      for_each_slot(
+          slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+            const Vector<T> score = finish_score(slots, line, v, slot, load(w + offset));
+            Vector<T> weight = exp<T>(score - slots.read(line.logsumexp, v, slot));
+            Vector<T> grad = weight * (load(g + offset) - slots.read(line.row_term, v, slot));
+            if (!slots.sees_all(v, slot)) {
+              const Ints<T> mask = slots.mask(v, slot);
+              weight = mask ? weight : Vector<T>{};
+              grad = mask ? grad : Vector<T>{};
+            }
+            store(w + offset, weight);
+            store(g + offset, grad);
+          });
+      clear_spare_slots(batch, w);
+      clear_spare_slots(batch, g);
+    }
+    row_products(slots, batch, weights, &Line<T>::plain, block.value_padded, f.grad_value);
+    row_products(slots, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_key);
+  });
 }
 
 // ---- conversion ----
@@ -650,12 +855,13 @@ void pack(const Packing<typename Type::Sum>& p) {
         Vector<T> square[kW];
         for (int i = 0; i < kW; ++i) square[i] = load(piece[i] + e);
         transpose<T>(square);
-        T* to = p.transposed + (d + e) * p.ld + first;
+        const std::int64_t ld = p.ld ? p.ld : kW;
+        T* to = p.transposed + (p.ld ? first : first * p.dim) + (d + e) * ld;
         if (length - e >= kW) {
 #pragma GCC unroll 16
-          for (int i = 0; i < kW; ++i) store(to + i * p.ld, square[i]);
+          for (int i = 0; i < kW; ++i) store(to + i * ld, square[i]);
         } else {
-          for (std::int64_t i = 0; i < length - e; ++i) store(to + i * p.ld, square[i]);
+          for (std::int64_t i = 0; i < length - e; ++i) store(to + i * ld, square[i]);
         }
       }
     }
@@ -672,7 +878,7 @@ void unpack(const typename Type::Sum* from, typename Type::Sum scale, void* to,
 template <class T>
 constexpr Kernels<T> kernels() {
   return {forward<T>, backward_query<T>, backward_key<T>,
-          static_cast<std::size_t>(2 * kBlock * kRow<T>), kWidth<T>};
+          static_cast<std::size_t>(2 * kMostVectors * kScores<T>), kWidth<T>};
 }
 
 }  // namespace

@@ -8,10 +8,13 @@
 /// can be merged with that of another.
 namespace natten::detail::cpu::simd {
 
-/// Most rows (queries, or keys where keys gather from queries) that a block holds.
-inline constexpr int kBlock = 8;
-/// Columns that packed lines have to spare at their end: vectors may read past the last column.
-inline constexpr int kSpareColumns = 16;
+/// Most vectors of rows (queries, or keys where keys gather from queries) that a block holds.
+inline constexpr int kMostVectors = 3;
+/// Most elements of a vector.
+inline constexpr int kMostWidth = 16;
+/// Columns that transposed lines have to spare at each end, times the width of a vector: vectors
+/// may read past the first and last column.
+inline constexpr int kSpareVectors = kMostVectors;
 
 /// The packed tokens of one line of the innermost axis, converted to the type that sums are kept
 /// in. Transposed operands are [dim][ld], plain ones [column][padded dim].
@@ -21,33 +24,46 @@ struct Line {
   const T* transposed_grad = nullptr;  // of the product that gives gradients of weights
   const T* plain = nullptr;            // what weights multiply
   const T* plain_grad = nullptr;       // what gradients of scores multiply
-  const T* bias = nullptr;       // bias of a row at `position` and column c: bias[c - position]
+  const T* bias = nullptr;       // of vector 0, for a row at `position` and column c: bias[c - position]
   T* grad_bias = nullptr;        // accumulated, likewise
   const T* logsumexp = nullptr;  // by column, where columns are queries
   const T* row_term = nullptr;   // by column, where columns are queries
+  // Those of the block's vectors that see this line.
+  int first_vector = 0, last_vector = kMostVectors;
 };
 
-/// Rows that share their lines of columns but for the interval within a line.
+/// Some vectors of rows, with the lines of columns that they see. Stacked vectors belong to
+/// neighboring lines, at the same place of each, and so see the same columns of a line. Adjacent
+/// ones follow each other on one line and all see all lines.
 template <class T>
 struct Block {
-  int rows;  // 1 to kBlock; operands by row have kBlock rows, of which the last may be garbage
+  int vectors;      // 1 to kMostVectors
+  bool adjacent;    // else stacked
+  bool everywhere;  // rows see all columns of the only line, which is not transposed but plain
+  int rows;         // of a stacked vector, or of all adjacent ones
+  std::int64_t vector_stride;  // rows from a vector to the next in operands by row
   const Line<T>* lines;
   std::int64_t line_count;
-  std::int64_t ld;             // of transposed operands
-  std::int64_t begin[kBlock];  // the columns that a row sees, the same in each line
-  std::int64_t end[kBlock];
-  std::int64_t position[kBlock];  // of the row, for the bias
+  std::int64_t ld;  // of transposed operands
+  // The columns that each of `rows` sees, the same in each line.
+  std::int64_t begin[kMostVectors * kMostWidth];
+  std::int64_t end[kMostVectors * kMostWidth];
+  std::int64_t position;          // of row 0, for the bias; rows after it follow
+  std::int64_t bias_stride;       // elements from the biases of one stacked vector to the next
   std::int64_t dim, value_dim;    // summed over in scores and in gradients of weights
   std::int64_t padded, value_padded;
   T* scratch;  // scratch_elements
 };
+
+// Rows are given in two layouts: plain [row][padded dim], and transposed per vector,
+// [row / width][dim][width].
 
 /// Adds a block of columns to the softmax of a block of queries. Start with largest = -inf and
 /// total = sums = 0; the result is sums / total, and logsumexp = largest + log(total).
 template <class T>
 struct Forward {
   Block<T> block;
-  const T* query;  // [rows][padded], scaled
+  const T* query;  // transposed, scaled
   T* sums;         // [rows][value_padded]
   T* largest;      // [rows]
   T* total;        // [rows]
@@ -58,24 +74,26 @@ struct Forward {
 template <class T>
 struct BackwardQuery {
   Block<T> block;
-  const T* query;           // [rows][padded], scaled
-  const T* grad_output;     // [rows][value_padded]
-  const T* logsumexp;       // [rows]
-  T* row_term;              // [rows]
-  bool sum_row_term;        // first step
-  bool sum_gradients;       // second step; both at once where all columns of the rows are here
-  const T* grad_logsumexp;  // [rows], taken off row_term once that is complete; may be null
-  T* grad_query;            // [rows][padded], accumulated, lacks the scale
-  T* grad_key;              // [columns of the only line][padded], accumulated; null for windows
-  T* grad_value;            // likewise [value_padded]
+  const T* query;              // transposed, scaled
+  const T* grad_output;        // transposed
+  const T* plain_query;        // [rows][padded]; for gradients of columns
+  const T* plain_grad_output;  // [rows][value_padded]; likewise
+  const T* logsumexp;          // [rows]
+  T* row_term;                 // [rows]
+  bool sum_row_term;           // first step
+  bool sum_gradients;          // second step; both at once where all columns of the rows are here
+  const T* grad_logsumexp;     // [rows], taken off row_term once that is complete; may be null
+  T* grad_query;               // [rows][padded], accumulated, lacks the scale
+  T* grad_key;                 // [columns of the only line][padded], accumulated; may be null
+  T* grad_value;               // likewise [value_padded]
 };
 
 /// Gradients of a block of keys, the rows, from the queries that see them, the columns.
 template <class T>
 struct BackwardKey {
   Block<T> block;
-  const T* key;    // [rows][padded]
-  const T* value;  // [rows][value_padded]
+  const T* key;    // transposed
+  const T* value;  // transposed
   T* grad_key;     // [rows][padded], accumulated
   T* grad_value;   // [rows][value_padded], accumulated
 };
@@ -86,7 +104,7 @@ struct Packing {
   const void* from;
   std::int64_t stride, count, dim;
   T scale;
-  T* transposed;  // [dim][ld], or null
+  T* transposed;    // [dim][ld], or where ld is 0 [count / width][dim][width]; may be null
   std::int64_t ld;
   T* plain;  // [count][padded], or null; padding is set to 0
   std::int64_t padded;
