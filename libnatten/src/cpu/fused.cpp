@@ -18,17 +18,20 @@
 //
 // Along the innermost axis what a row sees is contiguous (within its dilation group), so the
 // columns of one line serve all rows of a strip, and most of the lines that one line of rows sees
-// serve its neighbors too. Lines are packed once, converted to the type of sums and transposed, into
-// a ring that slides along the middle axis with the rows. The kernels (simd/) work on blocks of a
-// few vectors of rows: at the same place of neighboring lines, or one after the other on a line.
+// serve its neighbors too. Lines are packed once, converted to the type of sums and transposed,
+// into a ring that slides along the middle axis with the rows. The kernels (simd/) work on blocks
+// of a few vectors of rows: at the same place of neighboring lines, or one after the other on a
+// line.
 
 namespace natten::detail::cpu {
 namespace {
 
 using simd::kMostVectors;
 
-constexpr std::size_t kRingBytes = 384 << 10;    // aimed at: stays in the L2 cache
-constexpr std::size_t kMostRingBytes = 2 << 20;  // beyond it the columns are cut into pieces
+// Packed columns and rows of a thread: what is aimed at, to stay in the L2 cache, and the most;
+// beyond it the columns are cut into pieces.
+constexpr std::size_t kAimedBytes = 896 << 10;
+constexpr std::size_t kMostBytes = 5 << 19;
 constexpr std::int64_t kPieceColumns = 256;
 constexpr std::int64_t kSpareBias = 64;  // elements around a table of biases that vectors may touch
 
@@ -48,6 +51,10 @@ class Arena {
     const std::size_t offset = used_;
     used_ += round_up(count * static_cast<std::int64_t>(sizeof(T)), 64);
     return base_ ? reinterpret_cast<T*>(base_ + offset) : nullptr;
+  }
+  template <class T>
+  std::int64_t used() const {
+    return static_cast<std::int64_t>(used_ / sizeof(T));
   }
   void begin() {
     if (memory_.size() < used_ + 64) memory_.resize(used_ + 64);
@@ -95,6 +102,7 @@ struct Plan {
   Grid grid;
   std::int64_t padded, value_padded;        // head dims as multiples of the vector width
   std::int64_t width;                       // of vectors
+  std::int64_t row_heads, column_heads;     // that are handled together
   std::int64_t stack;                       // lines of rows along axis 1 that are handled together
   std::int64_t ring0, ring1;                // lines of axes 0 and 1 that these see at most
   std::int64_t strip;                       // rows of the innermost axis that share packed columns
@@ -118,14 +126,31 @@ struct Plan {
     const std::int64_t operands = pass == Pass::forward          ? padded + value_padded
                                   : pass == Pass::backward_query ? 2 * padded + value_padded
                                                                  : 2 * (padded + value_padded);
-    const auto ring_bytes = [&](std::int64_t rows) {
-      return static_cast<std::size_t>(ring0 * ring1 * operands * grid.most_columns(2, rows)) *
+    // Of the packed columns and rows, with strips of some rows.
+    const auto bytes = [&](std::int64_t rows) {
+      return static_cast<std::size_t>(operands *
+                                      (column_heads * ring0 * ring1 * grid.most_columns(2, rows) +
+                                       row_heads * stack * rows)) *
              element;
     };
+    // Heads of a token are neighbors in memory: it is read in order where they are packed together.
+    row_heads = std::max<std::int64_t>(
+        1, std::min<std::int64_t>(simd::kMostHeads,
+                                  pass == Pass::backward_key ? p.kv_heads : p.heads));
+    column_heads = row_heads;
+    if (p.heads != p.kv_heads) {
+      // Heads of one key head; the gradients of that are added up head by head.
+      if (pass == Pass::backward_key) row_heads = 1;
+      while (p.heads / p.kv_heads % row_heads != 0) --row_heads;
+      column_heads = 1;
+    }
+    while (column_heads > 1 && bytes(least_strip) > kMostBytes)
+      row_heads = column_heads = (column_heads + 1) / 2;
     strip = round_up(std::min<std::int64_t>(longest, 256), width);
-    while (strip > least_strip && ring_bytes(strip) > kRingBytes)
+    while (strip > least_strip && bytes(strip) > kAimedBytes)
       strip = std::max(least_strip, round_up(strip / 2, width));
-    in_pieces = ring_bytes(strip) > kMostRingBytes;
+    in_pieces = bytes(strip) > kMostBytes;
+    if (in_pieces) row_heads = column_heads = 1;
     piece_lines = ring0 * ring1;
     piece_columns = std::numeric_limits<std::int64_t>::max() / 2;
     if (in_pieces) {
@@ -133,16 +158,20 @@ struct Plan {
       strip = round_up(std::min<std::int64_t>(longest, 128), width);
       piece_columns = std::min(grid.most_columns(2, strip), kPieceColumns);
       piece_lines = std::max<std::int64_t>(
-          1, static_cast<std::int64_t>(kRingBytes / element) / (operands * piece_columns));
+          1, static_cast<std::int64_t>(kAimedBytes / 2 / element) / (operands * piece_columns));
     }
     strips = (longest + strip - 1) / strip;
     const std::int64_t lines = grid.rows(1, 0);
-    const std::int64_t others = strips * grid.rows(0, 0) * groups() * p.batch * p.heads;
+    const std::int64_t others = strips * grid.rows(0, 0) * groups() * p.batch * head_groups();
     sweep = others >= 32 ? lines : std::min(lines, round_up(4 * ring1, stack));
     sweeps = (lines + sweep - 1) / sweep;
     items = groups() * grid.rows(0, 0) * sweeps * strips;
   }
 
+  std::int64_t head_groups() const {
+    const Problem& p = grid.p;
+    return ((grid.pass == Pass::backward_key ? p.kv_heads : p.heads) + row_heads - 1) / row_heads;
+  }
   std::int64_t groups() const {
     return grid.p.axes[0].dilation * grid.p.axes[1].dilation * grid.p.axes[2].dilation;
   }
@@ -150,10 +179,10 @@ struct Plan {
 
 /// Sums over queries that several items contribute to go through one partial sum per unit: a run of
 /// items of one head. How many units there are does not depend on threads.
-std::int64_t units_of(const Problem& p, std::int64_t items, bool has_partial_sums) {
-  if (!has_partial_sums) return items;
-  const std::int64_t heads = std::max<std::int64_t>(1, p.batch * p.heads);
-  return std::min(items, std::max<std::int64_t>(1, 32 / heads));
+std::int64_t units_of(const Plan& plan, bool has_partial_sums) {
+  if (!has_partial_sums) return plan.items;
+  const std::int64_t others = std::max<std::int64_t>(1, plan.grid.p.batch * plan.head_groups());
+  return std::min(plan.items, std::max<std::int64_t>(1, 32 / others));
 }
 
 struct Partials {
@@ -205,7 +234,7 @@ class Engine {
     if (p.wants_grad_rpb) partials.bias = bias_count(p) + 2 * kSpareBias;
     if (p.wants_grad_additional)
       partials.additional = p.additional * (plan.padded + plan.value_padded);
-    partials.units = units_of(p, plan.items, partials.stride() > 0);
+    partials.units = units_of(plan, partials.stride() > 0);
     return partials;
   }
 
@@ -214,13 +243,18 @@ class Engine {
     allocate(plan);
     for (std::int64_t unit = first; unit < last; ++unit) {
       const std::int64_t of_head = unit % partials.units;
-      const std::int64_t row_heads = pass_ == Pass::backward_key ? p_.kv_heads : p_.heads;
-      batch_ = unit / partials.units / row_heads;
-      row_head_ = unit / partials.units % row_heads;
-      T* partial = partials.stride() ? partial_sums() + unit * partials.stride() : nullptr;
-      if (partial) std::fill(partial, partial + partials.stride(), T(0));
-      grad_bias_ = partials.bias ? partial + kSpareBias : nullptr;
-      grad_additional_ = partials.additional ? partial + partials.bias : nullptr;
+      const std::int64_t row_heads = rows_are_keys() ? p_.kv_heads : p_.heads;
+      batch_ = unit / partials.units / plan.head_groups();
+      first_head_ = unit / partials.units % plan.head_groups() * plan.row_heads;
+      head_count_ = std::min(plan.row_heads, row_heads - first_head_);
+      for (std::int64_t h = 0; h < head_count_ && partials.stride(); ++h) {
+        T* partial =
+            partial_sums() +
+            ((batch_ * row_heads + first_head_ + h) * partials.units + of_head) * partials.stride();
+        std::fill(partial, partial + partials.stride(), T(0));
+        grad_bias_[h] = partials.bias ? partial + kSpareBias : nullptr;
+        grad_additional_[h] = partials.additional ? partial + partials.bias : nullptr;
+      }
       for (std::int64_t item = plan.items * of_head / partials.units;
            item < plan.items * (of_head + 1) / partials.units; ++item)
         run_item(plan, item);
@@ -232,6 +266,10 @@ class Engine {
  private:
   std::int64_t heads_per_kv_head() const { return p_.heads / p_.kv_heads; }
   bool rows_are_keys() const { return pass_ == Pass::backward_key; }
+  /// Heads of columns that are packed together.
+  std::int64_t column_heads(const Plan& plan) const {
+    return plan.column_heads == 1 ? 1 : head_count_;
+  }
 
   void allocate(const Plan& plan) {
     thread_local std::vector<char> memory;
@@ -239,33 +277,43 @@ class Engine {
     for (int round = 0; round < 2; ++round) {
       const std::int64_t columns =
           std::min(plan.grid.most_columns(2, plan.strip), plan.piece_columns);
-      // An odd number of cache lines: rows of a transposed operand then spread over the cache.
       const std::int64_t per_line = 64 / sizeof(T);
-      const std::int64_t spare = simd::kSpareVectors * plan.width;
-      ld_ = round_up(columns + 2 * spare, per_line);
-      if (ld_ / per_line % 2 == 0) ld_ += per_line;
+      ld_ = round_up(columns, per_line);
+      // An odd number of cache lines: rows of a transposed operand then spread over the cache.
+      if (ld_ / per_line % 2 == 0 && ld_ > 2 * per_line) ld_ += per_line;
+      // What vectors read past either end of a row is never used, so only the first and the last
+      // row need memory there.
+      const std::int64_t spare = round_up(simd::kSpareVectors * plan.width, per_line);
       const auto take_transposed = [&](std::int64_t dim) {
-        T* taken = arena.take<T>(dim * ld_);
+        T* taken = arena.take<T>(dim * ld_ + 2 * spare);
         return taken ? taken + spare : nullptr;
       };
       const std::int64_t d = plan.padded, v = plan.value_padded;
       const bool backward = pass_ != Pass::forward;
       const std::int64_t lines = plan.piece_lines;
       slots_.resize(lines);
-      for (Slot& slot : slots_) {
-        slot.transposed = take_transposed(p_.head_dim);
-        slot.plain = pass_ == Pass::backward_query ? nullptr : arena.take<T>(columns * v);
-        slot.transposed_grad = backward ? take_transposed(p_.value_dim) : nullptr;
-        slot.plain_grad = backward ? arena.take<T>(columns * d) : nullptr;
-        slot.logsumexp = rows_are_keys() ? take_transposed(1) : nullptr;
-        slot.row_term = rows_are_keys() ? take_transposed(1) : nullptr;
+      // The operands of the first head; those of the others follow at slot_stride_.
+      std::int64_t before = arena.used<T>();
+      for (std::int64_t head = 0; head < plan.column_heads; ++head) {
+        for (Slot& slot : slots_) {
+          Slot taken;
+          taken.transposed = take_transposed(p_.head_dim);
+          taken.plain = pass_ == Pass::backward_query ? nullptr : arena.take<T>(columns * v);
+          taken.transposed_grad = backward ? take_transposed(p_.value_dim) : nullptr;
+          taken.plain_grad = backward ? arena.take<T>(columns * d) : nullptr;
+          taken.logsumexp = rows_are_keys() ? take_transposed(1) : nullptr;
+          taken.row_term = rows_are_keys() ? take_transposed(1) : nullptr;
+          if (head == 0) slot = taken;
+        }
+        if (head == 0) slot_stride_ = arena.used<T>() - before;
       }
       lines_.resize(lines);
-      additional_keys_plain_ = arena.take<T>(p_.additional * d);
-      additional_values_plain_ = arena.take<T>(p_.additional * v);
-      bias_memory_ = arena.take<T>(rpb_ ? bias_count(p_) + 2 * kSpareBias : 0);
+      additional_keys_plain_ = arena.take<T>(plan.column_heads * p_.additional * d);
+      additional_values_plain_ = arena.take<T>(plan.column_heads * p_.additional * v);
+      bias_memory_ = arena.take<T>(rpb_ ? plan.row_heads * bias_elements() : 0);
       line_rows_ = round_up(plan.strip, plan.width);
-      const std::int64_t rows = plan.stack * line_rows_;
+      head_rows_ = plan.stack * line_rows_;
+      const std::int64_t rows = plan.row_heads * head_rows_;
       row_a_ = arena.take<T>(rows * p_.head_dim);
       row_b_ = arena.take<T>(backward ? rows * p_.value_dim : 0);
       const bool plain_rows = pass_ == Pass::backward_query && p_.wants_grad_additional;
@@ -313,10 +361,12 @@ class Engine {
   void run_lines(const Plan& plan, std::int64_t line0, std::int64_t line1) {
     const Coordinate first{line0, line1, first_row_};
     load_rows(plan, first);
-    const std::int64_t head_count = rows_are_keys() ? heads_per_kv_head() : 1;
-    for (std::int64_t i = 0; i < head_count; ++i) {
-      head_ = rows_are_keys() ? row_head_ * heads_per_kv_head() + i : row_head_;
-      if (head_count > 1) tags_.assign(slots_.size(), -1);  // the ring holds one head's lines
+    // Where rows are keys, all heads that share one give it gradients.
+    const std::int64_t rounds = rows_are_keys() ? heads_per_kv_head() : 1;
+    for (std::int64_t i = 0; i < rounds; ++i) {
+      column_head_ = rows_are_keys() ? first_head_ * rounds + i : first_head_ / heads_per_kv_head();
+      query_head_ = rows_are_keys() ? column_head_ : first_head_;
+      if (rounds > 1) tags_.assign(slots_.size(), -1);  // the ring holds one head's lines
       const bool two_steps = pass_ == Pass::backward_query && (plan.in_pieces || p_.additional > 0);
       for (int step = 0; step < (two_steps ? 2 : 1); ++step) {
         sum_row_term_ = step == 0;
@@ -324,7 +374,7 @@ class Engine {
         visit_windows(plan, line0, line1);
         if (p_.additional > 0 && !rows_are_keys()) visit_additional(plan);
         if (step == 0 && two_steps && grad_logsumexp_)
-          for (std::int64_t r = 0; r < line_count_ * line_rows_; ++r)
+          for (std::int64_t r = 0; r < head_count_ * head_rows_; ++r)
             row_term_[r] -= row_grad_logsumexp_[r];
       }
     }
@@ -337,38 +387,45 @@ class Engine {
     return c;
   }
 
-  /// Where to pack tokens: transposed [dim][ld] or, where ld is 0, by vector; plain [count][padded].
+  /// Where to pack tokens: transposed [dim][ld] or, where ld is 0, by vector; plain
+  /// [count][padded]. Strides are from a head to the next.
   struct Packed {
     T* transposed;
-    std::int64_t ld;
+    std::int64_t ld, transposed_stride;
     T* plain;
-    std::int64_t padded;
+    std::int64_t padded, plain_stride;
   };
-  /// Packs `count` tokens from a position on, along the innermost axis.
-  void pack_tokens(const In& from, std::int64_t head, const Coordinate& first, std::int64_t count,
-                   std::int64_t dim, double scale, const Packed& to) const {
+  /// Packs `count` tokens of some heads from a position on, along the innermost axis.
+  void pack_tokens(const In& from, std::int64_t head, std::int64_t heads, const Coordinate& first,
+                   std::int64_t count, std::int64_t dim, double scale, const Packed& to) const {
     pack(isa_, p_.dtype,
          simd::Packing<T>{from.at(batch_, head, token(first)), from.grid[2] * p_.axes[2].dilation,
-                          count, dim, static_cast<T>(scale), to.transposed, to.ld, to.plain,
-                          to.padded});
+                          count, dim, static_cast<int>(heads), from.head, static_cast<T>(scale),
+                          to.transposed, to.ld, to.transposed_stride, to.plain, to.padded,
+                          to.plain_stride});
   }
 
-  /// Visits the strip's rows in all of its lines: `f(row, its token)`.
+  /// Visits the strip's rows in all of its lines and heads: `f(row, its head, its token)`.
   template <class F>
   void for_each_row(const Coordinate& first, F&& f) const {
     for (std::int64_t line = 0; line < line_count_; ++line)
-      for (std::int64_t r = 0; r < row_count_; ++r)
-        f(line * line_rows_ + r, token({first[0], first[1] + line, first[2] + r}));
+      for (std::int64_t r = 0; r < row_count_; ++r) {
+        const Coordinate at = token({first[0], first[1] + line, first[2] + r});
+        for (std::int64_t h = 0; h < head_count_; ++h)
+          f(h * head_rows_ + line * line_rows_ + r, first_head_ + h, at);
+      }
   }
 
   void load_rows(const Plan& plan, const Coordinate& first) {
-    const std::int64_t d = plan.padded, v = plan.value_padded, rows = line_count_ * line_rows_;
+    const std::int64_t d = plan.padded, v = plan.value_padded, rows = head_count_ * head_rows_;
     const auto pack_rows = [&](const In& from, std::int64_t dim, double scale, T* transposed,
                                T* plain, std::int64_t padded) {
       for (std::int64_t line = 0; line < line_count_; ++line) {
         const std::int64_t row = line * line_rows_;
-        pack_tokens(from, row_head_, {first[0], first[1] + line, first[2]}, row_count_, dim, scale,
-                    {transposed + row * dim, 0, plain ? plain + row * padded : nullptr, padded});
+        pack_tokens(from, first_head_, head_count_, {first[0], first[1] + line, first[2]},
+                    row_count_, dim, scale,
+                    {transposed + row * dim, 0, head_rows_ * dim,
+                     plain ? plain + row * padded : nullptr, padded, head_rows_ * padded});
       }
     };
     if (rows_are_keys()) {
@@ -387,31 +444,30 @@ class Engine {
     }
     pack_rows(grad_output_, p_.value_dim, 1.0, row_b_, plain_row_b_, v);
     std::fill(row_term_, row_term_ + rows, T(0));
-    for_each_row(first, [&](std::int64_t r, const Coordinate& at) {
-      row_logsumexp_[r] = *logsumexp_.at(batch_, row_head_, at);
-      row_grad_logsumexp_[r] = grad_logsumexp_ ? *grad_logsumexp_.at(batch_, row_head_, at) : T(0);
+    for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
+      row_logsumexp_[r] = *logsumexp_.at(batch_, head, at);
+      row_grad_logsumexp_[r] = grad_logsumexp_ ? *grad_logsumexp_.at(batch_, head, at) : T(0);
     });
   }
 
   void store_rows(const Plan& plan, const Coordinate& first) {
     const std::int64_t d = plan.padded, v = plan.value_padded;
-    for_each_row(first, [&](std::int64_t r, const Coordinate& at) {
+    for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
       if (pass_ == Pass::forward) {
-        store(isa_, p_.dtype, sums_a_ + r * v, T(1) / total_[r], output_.at(batch_, row_head_, at),
+        store(isa_, p_.dtype, sums_a_ + r * v, T(1) / total_[r], output_.at(batch_, head, at),
               p_.value_dim);
         if (logsumexp_out_)
-          *logsumexp_out_.at(batch_, row_head_, at) = largest_[r] + std::log(total_[r]);
+          *logsumexp_out_.at(batch_, head, at) = largest_[r] + std::log(total_[r]);
       } else if (pass_ == Pass::backward_query) {
-        *row_term_at(row_head_, at) = row_term_[r];
+        *row_term_at(head, at) = row_term_[r];
         if (grad_query_)
           store(isa_, p_.dtype, sums_a_ + r * d, static_cast<T>(p_.scale),
-                grad_query_.at(batch_, row_head_, at), p_.head_dim);
+                grad_query_.at(batch_, head, at), p_.head_dim);
       } else {
         if (grad_key_)
-          store(isa_, p_.dtype, sums_a_ + r * d, T(1), grad_key_.at(batch_, row_head_, at),
-                p_.head_dim);
+          store(isa_, p_.dtype, sums_a_ + r * d, T(1), grad_key_.at(batch_, head, at), p_.head_dim);
         if (grad_value_)
-          store(isa_, p_.dtype, sums_b_ + r * v, T(1), grad_value_.at(batch_, row_head_, at),
+          store(isa_, p_.dtype, sums_b_ + r * v, T(1), grad_value_.at(batch_, head, at),
                 p_.value_dim);
       }
     });
@@ -433,33 +489,39 @@ class Engine {
   /// Packs columns first[2] to first[2] + count of one line.
   void pack_line(const Plan& plan, const Slot& slot, const Coordinate& first, std::int64_t count) {
     const std::int64_t d = plan.padded, v = plan.value_padded;
-    if (rows_are_keys()) {
-      pack_tokens(query_, head_, first, count, p_.head_dim, p_.scale,
-                  {slot.transposed, ld_, slot.plain_grad, d});
-      pack_tokens(grad_output_, head_, first, count, p_.value_dim, 1.0,
-                  {slot.transposed_grad, ld_, slot.plain, v});
-      for (std::int64_t c = 0; c < count; ++c) {
-        const Coordinate at = token({first[0], first[1], first[2] + c});
-        slot.logsumexp[c] = *logsumexp_.at(batch_, head_, at);
-        slot.row_term[c] = *row_term_at(head_, at);
-      }
+    const auto pack_columns = [&](const In& from, std::int64_t dim, double scale, T* transposed,
+                                  T* plain, std::int64_t padded) {
+      pack_tokens(from, column_head_, column_heads(plan), first, count, dim, scale,
+                  {transposed, ld_, slot_stride_, plain, padded, slot_stride_});
+    };
+    if (!rows_are_keys()) {
+      pack_columns(key_, p_.head_dim, 1.0, slot.transposed, slot.plain_grad, d);
+      pack_columns(value_, p_.value_dim, 1.0, slot.transposed_grad, slot.plain, v);
       return;
     }
-    const std::int64_t kv_head = head_ / heads_per_kv_head();
-    pack_tokens(key_, kv_head, first, count, p_.head_dim, 1.0,
-                {slot.transposed, ld_, slot.plain_grad, d});
-    pack_tokens(value_, kv_head, first, count, p_.value_dim, 1.0,
-                {slot.transposed_grad, ld_, slot.plain, v});
+    pack_columns(query_, p_.head_dim, p_.scale, slot.transposed, slot.plain_grad, d);
+    pack_columns(grad_output_, p_.value_dim, 1.0, slot.transposed_grad, slot.plain, v);
+    for (std::int64_t c = 0; c < count; ++c) {
+      const Coordinate at = token({first[0], first[1], first[2] + c});
+      for (std::int64_t h = 0; h < column_heads(plan); ++h) {
+        slot.logsumexp[h * slot_stride_ + c] = *logsumexp_.at(batch_, column_head_ + h, at);
+        slot.row_term[h * slot_stride_ + c] = *row_term_at(column_head_ + h, at);
+      }
+    }
   }
 
-  simd::Line<T> line_of(const Slot& slot) const {
+  /// The line in a slot, of one of the heads.
+  simd::Line<T> line_of(const Slot& slot, std::int64_t head) const {
+    const auto of_head = [&](const T* first) {
+      return first ? first + head * slot_stride_ : nullptr;
+    };
     simd::Line<T> line;
-    line.transposed = slot.transposed;
-    line.transposed_grad = slot.transposed_grad;
-    line.plain = slot.plain;
-    line.plain_grad = slot.plain_grad;
-    line.logsumexp = slot.logsumexp;
-    line.row_term = slot.row_term;
+    line.transposed = of_head(slot.transposed);
+    line.transposed_grad = of_head(slot.transposed_grad);
+    line.plain = of_head(slot.plain);
+    line.plain_grad = of_head(slot.plain_grad);
+    line.logsumexp = of_head(slot.logsumexp);
+    line.row_term = of_head(slot.row_term);
     return line;
   }
 
@@ -479,56 +541,62 @@ class Engine {
       const std::int64_t stop = std::min(end, c + plan.piece_columns);
       for (std::int64_t l = 0; l < lines; l += plan.piece_lines) {
         const std::int64_t count = std::min(lines - l, plan.piece_lines);
-        for (std::int64_t i = 0; i < count; ++i) {
-          const std::int64_t at0 = i0.begin + (l + i) / i1.size();
-          const std::int64_t at1 = i1.begin + (l + i) % i1.size();
-          // In a ring, lines that are seen together have different slots.
-          const std::int64_t slot =
-              plan.in_pieces ? i : at0 % plan.ring0 * plan.ring1 + at1 % plan.ring1;
-          const std::int64_t tag = at0 * tag_stride + at1;
-          if (plan.in_pieces || tags_[slot] != tag) {
-            pack_line(plan, slots_[slot], {at0, at1, c}, stop - c);
-            tags_[slot] = tag;
+        for (std::int64_t h = 0; h < head_count_; ++h) {
+          for (std::int64_t i = 0; i < count; ++i) {
+            const std::int64_t at0 = i0.begin + (l + i) / i1.size();
+            const std::int64_t at1 = i1.begin + (l + i) % i1.size();
+            // In a ring, lines that are seen together have different slots.
+            const std::int64_t slot =
+                plan.in_pieces ? i : at0 % plan.ring0 * plan.ring1 + at1 % plan.ring1;
+            const std::int64_t tag = at0 * tag_stride + at1;
+            if (h == 0 && (plan.in_pieces || tags_[slot] != tag)) {
+              pack_line(plan, slots_[slot], {at0, at1, c}, stop - c);
+              tags_[slot] = tag;
+            }
+            simd::Line<T>& line = lines_[i];
+            line = line_of(slots_[slot], plan.column_heads == 1 ? 0 : h);
+            if (plan.stack > 1) {
+              while (line.first_vector < line_count_ && seen[line.first_vector].end <= at1)
+                ++line.first_vector;
+              line.last_vector = line.first_vector;
+              while (line.last_vector < line_count_ && seen[line.last_vector].begin <= at1)
+                ++line.last_vector;
+            }
+            if (rpb_) set_bias(line, h, at0 - line0, at1 - line1);
           }
-          simd::Line<T>& line = lines_[i];
-          line = line_of(slots_[slot]);
-          if (plan.stack > 1) {
-            while (line.first_vector < line_count_ && seen[line.first_vector].end <= at1)
-              ++line.first_vector;
-            line.last_vector = line.first_vector;
-            while (line.last_vector < line_count_ && seen[line.last_vector].begin <= at1)
-              ++line.last_vector;
-          }
-          if (rpb_) set_bias(line, at0 - line0, at1 - line1);
+          visit_blocks(plan, h, lines_.data(), count, c, stop);
         }
-        visit_blocks(plan, lines_.data(), count, c, stop);
       }
     }
   }
 
   void visit_additional(const Plan& plan) {
-    const std::int64_t kv_head = head_ / heads_per_kv_head(), n = p_.additional;
-    const std::int64_t of = batch_ * p_.kv_heads + kv_head;
+    const std::int64_t n = p_.additional, d = plan.padded, v = plan.value_padded;
+    const std::int64_t of = batch_ * p_.kv_heads + column_head_;
     if (additional_of_ != of) {
       const auto pack_all = [&](const In& from, std::int64_t dim, T* to, std::int64_t padded) {
         pack(isa_, p_.dtype,
-             simd::Packing<T>{from.at(batch_, kv_head, 0), from.token, n, dim, T(1), nullptr, 0, to,
-                              padded});
+             simd::Packing<T>{from.at(batch_, column_head_, 0), from.token, n, dim,
+                              static_cast<int>(column_heads(plan)), from.head, T(1), nullptr, 0, 0,
+                              to, padded, n * padded});
       };
-      pack_all(additional_keys_, p_.head_dim, additional_keys_plain_, plan.padded);
-      pack_all(additional_values_, p_.value_dim, additional_values_plain_, plan.value_padded);
+      pack_all(additional_keys_, p_.head_dim, additional_keys_plain_, d);
+      pack_all(additional_values_, p_.value_dim, additional_values_plain_, v);
       additional_of_ = of;
     }
-    simd::Line<T> line;
-    line.transposed = line.plain_grad = additional_keys_plain_;
-    line.transposed_grad = line.plain = additional_values_plain_;
-    visit_blocks(plan, &line, 1, 0, -1);
+    for (std::int64_t h = 0; h < head_count_; ++h) {
+      const std::int64_t column_head = plan.column_heads == 1 ? 0 : h;
+      simd::Line<T> line;
+      line.transposed = line.plain_grad = additional_keys_plain_ + column_head * n * d;
+      line.transposed_grad = line.plain = additional_values_plain_ + column_head * n * v;
+      visit_blocks(plan, h, &line, 1, 0, -1);
+    }
   }
 
   /// Calls the kernel for each block of rows. `stop` < 0: the columns are the additional tokens,
   /// which every row sees.
-  void visit_blocks(const Plan& plan, const simd::Line<T>* lines, std::int64_t line_count,
-                    std::int64_t start, std::int64_t stop) {
+  void visit_blocks(const Plan& plan, std::int64_t head, const simd::Line<T>* lines,
+                    std::int64_t line_count, std::int64_t start, std::int64_t stop) {
     simd::Block<T> block;
     block.adjacent = plan.stack == 1;
     block.everywhere = stop < 0;
@@ -545,22 +613,22 @@ class Engine {
     const std::int64_t most_rows = (block.adjacent ? kMostVectors : 1) * plan.width;
     for (std::int64_t r = 0; r < row_count_; r += most_rows) {
       block.rows = static_cast<int>(std::min(most_rows, row_count_ - r));
-      block.vectors = static_cast<int>(
-          block.adjacent ? (block.rows + plan.width - 1) / plan.width : line_count_);
+      block.vectors = static_cast<int>(block.adjacent ? (block.rows + plan.width - 1) / plan.width
+                                                      : line_count_);
       block.position = first_row_ + r - start;
       bool sees_any = block.everywhere;
       for (int i = 0; i < block.rows; ++i) {
         const Interval seen = intervals_[r + i];
         block.begin[i] = block.everywhere ? 0 : std::clamp(seen.begin, start, stop) - start;
-        block.end[i] =
-            block.everywhere ? p_.additional : std::clamp(seen.end, start, stop) - start;
+        block.end[i] = block.everywhere ? p_.additional : std::clamp(seen.end, start, stop) - start;
         sees_any = sees_any || block.begin[i] < block.end[i];
       }
-      if (sees_any) run_block(plan, block, r);
+      if (sees_any) run_block(plan, block, head, head * head_rows_ + r);
     }
   }
 
-  void run_block(const Plan& plan, const simd::Block<T>& block, std::int64_t row) {
+  void run_block(const Plan& plan, const simd::Block<T>& block, std::int64_t head,
+                 std::int64_t row) {
     const std::int64_t d = plan.padded, v = plan.value_padded;
     const T* a = row_a_ + row * p_.head_dim;
     const T* b = row_b_ + row * p_.value_dim;
@@ -573,11 +641,11 @@ class Engine {
       f.block = block;
       f.query = a;
       f.grad_output = b;
-      if (block.everywhere && grad_additional_) {
+      if (block.everywhere && grad_additional_[head]) {
         f.plain_query = plain_row_a_ + row * d;
         f.plain_grad_output = plain_row_b_ + row * v;
-        f.grad_key = grad_additional_;
-        f.grad_value = grad_additional_ + p_.additional * d;
+        f.grad_key = grad_additional_[head];
+        f.grad_value = grad_additional_[head] + p_.additional * d;
       }
       f.logsumexp = row_logsumexp_ + row;
       f.row_term = row_term_ + row;
@@ -592,17 +660,21 @@ class Engine {
 
   // ---- bias ----
 
-  /// Converts the head's biases. Where rows are keys, columns run against the offset: the innermost
+  std::int64_t bias_elements() const { return bias_count(p_) + 2 * kSpareBias; }
+
+  /// Converts the heads' biases. Where rows are keys, columns run against the offset: the innermost
   /// dimension is reversed.
   void load_bias() {
-    if (bias_head_ == head_) return;
-    bias_head_ = head_;
+    if (bias_head_ == query_head_) return;
+    bias_head_ = query_head_;
     const Coordinate shape = relative_positions(p_);
-    for (std::int64_t i = 0; i < bias_count(p_); ++i) {
-      Coordinate at = unravel(i, shape);
-      if (rows_are_keys()) at[2] = shape[2] - 1 - at[2];
-      bias_memory_[kSpareBias + i] = static_cast<T>(*rpb_.at(0, head_, at));
-    }
+    for (std::int64_t h = 0; h < head_count_; ++h)
+      for (std::int64_t i = 0; i < bias_count(p_); ++i) {
+        Coordinate at = unravel(i, shape);
+        if (rows_are_keys()) at[2] = shape[2] - 1 - at[2];
+        bias_memory_[h * bias_elements() + kSpareBias + i] =
+            static_cast<T>(*rpb_.at(0, query_head_ + h, at));
+      }
   }
   /// Elements from the biases for one line of rows to those for the next: it is one line further,
   /// or nearer.
@@ -610,7 +682,8 @@ class Engine {
     return (rows_are_keys() ? 1 : -1) * relative_positions(p_)[2];
   }
   /// Biases of a line of columns, at a distance from the first line of rows.
-  void set_bias(simd::Line<T>& line, std::int64_t distance0, std::int64_t distance1) const {
+  void set_bias(simd::Line<T>& line, std::int64_t head, std::int64_t distance0,
+                std::int64_t distance1) const {
     if (rows_are_keys()) {
       distance0 = -distance0;
       distance1 = -distance1;
@@ -619,8 +692,8 @@ class Engine {
     const std::int64_t row = (distance0 + p_.axes[0].kernel_size - 1) * shape[1] + distance1 +
                              p_.axes[1].kernel_size - 1;
     const std::int64_t offset = row * shape[2] + p_.axes[2].kernel_size - 1;
-    line.bias = bias_memory_ + kSpareBias + offset;
-    line.grad_bias = grad_bias_ ? grad_bias_ + offset : nullptr;
+    line.bias = bias_memory_ + head * bias_elements() + kSpareBias + offset;
+    line.grad_bias = grad_bias_[head] ? grad_bias_[head] + offset : nullptr;
   }
 
   const simd::InstructionSet& isa_;
@@ -635,7 +708,9 @@ class Engine {
   T* row_terms_;
 
   // What the current unit, item and line work on.
-  std::int64_t batch_ = 0, row_head_ = 0, head_ = 0;
+  std::int64_t batch_ = 0;
+  std::int64_t first_head_ = 0, head_count_ = 0;   // of rows
+  std::int64_t column_head_ = 0, query_head_ = 0;  // first of the columns', of the queries'
   Coordinate group_{};
   std::int64_t first_row_ = 0, row_count_ = 0;
   std::vector<Interval> intervals_;  // columns that each row of the strip sees
@@ -643,10 +718,13 @@ class Engine {
   std::vector<Slot> slots_;
   std::vector<simd::Line<T>> lines_;
   std::int64_t ld_ = 0, bias_head_ = -1, additional_of_ = -1;
-  std::int64_t line_count_ = 0;  // lines of rows at hand
-  std::int64_t line_rows_ = 0;   // rows from one of them to the next in operands by row
+  std::int64_t line_count_ = 0;   // lines of rows at hand
+  std::int64_t line_rows_ = 0;    // rows from one of them to the next in operands by row
+  std::int64_t head_rows_ = 0;    // and from one head to the next
+  std::int64_t slot_stride_ = 0;  // elements from the operands of one head to the next
   bool sum_row_term_ = false, sum_gradients_ = false;
-  T *grad_bias_ = nullptr, *grad_additional_ = nullptr, *bias_memory_ = nullptr;
+  T *grad_bias_[simd::kMostHeads] = {}, *grad_additional_[simd::kMostHeads] = {};  // by head
+  T* bias_memory_ = nullptr;
   T *additional_keys_plain_ = nullptr, *additional_values_plain_ = nullptr;
   T *row_a_ = nullptr, *row_b_ = nullptr, *plain_row_a_ = nullptr, *plain_row_b_ = nullptr;
   T *sums_a_ = nullptr, *sums_b_ = nullptr;
@@ -662,8 +740,8 @@ Phase pass_phase(const Job& job, Pass pass) {
   Partials partials;
   partials.units = plan.items;
   if (pass == Pass::backward_query) partials = Engine<E>::partials_of(p, plan);
-  const std::int64_t heads = pass == Pass::backward_key ? p.kv_heads : p.heads;
-  return {p.batch * heads * partials.units, [=](std::int64_t first, std::int64_t last) {
+  return {p.batch * plan.head_groups() * partials.units,
+          [=](std::int64_t first, std::int64_t last) {
             Engine<E> own(engine);
             own.run(plan, partials, first, last);
           }};

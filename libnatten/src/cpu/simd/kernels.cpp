@@ -124,6 +124,9 @@ NATTEN_INLINE T sum_of(Vector<T> v) {
   for (int i = 1; i < kWidth<T>; ++i) sum += v[i];
   return sum;
 }
+/// Bytes of a cache line.
+constexpr std::int64_t kLine = 64;
+
 // ---- products ----
 
 /// Most slots of a row that are handled at once. It bounds the scratch, and the number of terms
@@ -220,8 +223,8 @@ template <class T>
 struct RowProducts {
   const Run<T>* runs;
   int run_count;
-  std::int64_t column, count;  // the columns of each run
-  const T* weights;            // Run::weights counts from here
+  std::int64_t column, count;            // the columns of each run
+  const T* weights;                      // Run::weights counts from here
   std::int64_t next_entry, next_column;  // in weights
   std::int64_t padded;
   T* sums;
@@ -281,8 +284,7 @@ void row_tiles(int entries, const RowProducts<T>& p) {
     if (entries < G) return row_tiles<T, G - 1>(entries, p);
   const std::int64_t vectors = p.padded / kWidth<T>;
   for (std::int64_t d = 0; d < vectors;) {
-    const auto n =
-        static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kTileVectors<G>)));
+    const auto n = static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kTileVectors<G>)));
     row_tile_of<T, G>(n, p, d * kWidth<T>);
     d += n;
   }
@@ -382,8 +384,8 @@ struct Slots {
   }
   /// Rows of a vector that are not to spare.
   NATTEN_INLINE int rows_of(int v) const {
-    return static_cast<int>(min(block.adjacent ? block.rows - v * kWidth<T> : block.rows,
-                                kWidth<T>));
+    return static_cast<int>(
+        min(block.adjacent ? block.rows - v * kWidth<T> : block.rows, kWidth<T>));
   }
 };
 
@@ -438,9 +440,9 @@ void column_products(const Slots<T>& slots, const Batch& batch, const T* rows,
         end = min(v1 < block.vectors ? v1 * shift : span, v0 * shift + count);
       }
       const std::int64_t slot = batch.slot0 + at;
-      column_tiles<T, kColumns>(
-          v1 - v0, p, v0, line.*operand + (slots.first + slot) * p.next_column, end - at,
-          out + v0 * p.out_stride + (batch.at(l) + slot) * kWidth<T>);
+      column_tiles<T, kColumns>(v1 - v0, p, v0,
+                                line.*operand + (slots.first + slot) * p.next_column, end - at,
+                                out + v0 * p.out_stride + (batch.at(l) + slot) * kWidth<T>);
       at = end;
     }
   }
@@ -449,7 +451,7 @@ template <class T>
 NATTEN_INLINE void column_products(const Slots<T>& slots, const Batch& batch, const T* rows,
                                    const T* Line<T>::*operand, std::int64_t dim,
                                    std::int64_t padded, T* out) {
-  const auto products = slots.columns == Columns::following  ? column_products<T, Columns::following>
+  const auto products = slots.columns == Columns::following ? column_products<T, Columns::following>
                         : slots.columns == Columns::permuted ? column_products<T, Columns::permuted>
                                                              : column_products<T, Columns::same>;
   products(slots, batch, rows, operand, dim, padded, out);
@@ -535,12 +537,10 @@ NATTEN_INLINE Vector<T> finish_score(const Slots<T>& slots, const Line<T>& line,
                                      std::int64_t slot, Vector<T> score) {
   if (line.bias) {
     const T* bias = line.bias + slots.bias_at(v, slot);
-    score += slots.columns == Columns::permuted
-                 ? __builtin_shuffle(load(bias), slots.bias_index)
-                 : broadcast<T>(*bias);
+    score += slots.columns == Columns::permuted ? __builtin_shuffle(load(bias), slots.bias_index)
+                                                : broadcast<T>(*bias);
   }
-  if (!slots.sees_all(v, slot))
-    score = slots.mask(v, slot) ? score : broadcast<T>(-kInfinity<T>);
+  if (!slots.sees_all(v, slot)) score = slots.mask(v, slot) ? score : broadcast<T>(-kInfinity<T>);
   return score;
 }
 
@@ -557,13 +557,12 @@ void forward(const Forward<T>& f) {
       const std::int64_t first_row = v * block.vector_stride;
       const Vector<T> before = load(f.largest + first_row);
       Vector<T> largest = before;
-      for_each_slot(slots, batch, v,
-                    [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
-                      const Vector<T> score =
-                          finish_score(slots, line, v, slot, load(scores + offset));
-                      store(scores + offset, score);
-                      largest = score > largest ? score : largest;
-                    });
+      for_each_slot(
+          slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+            const Vector<T> score = finish_score(slots, line, v, slot, load(scores + offset));
+            store(scores + offset, score);
+            largest = score > largest ? score : largest;
+          });
       // Where a row sees nothing yet all weights are 0, not exp(-inf + inf).
       const Vector<T> reference = largest == -kInfinity<T> ? Vector<T>{} : largest;
       Vector<T> total{};
@@ -605,18 +604,17 @@ NATTEN_INLINE void add_to_columns(const Slots<T>& slots, const Batch& batch, int
 /// Adds gradients of scores to those of the biases.
 template <class T>
 NATTEN_INLINE void add_to_bias(const Slots<T>& slots, const Batch& batch, int v, const T* grads) {
-  for_each_slot(slots, batch, v,
-                [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
-                  T* to = line.grad_bias + slots.bias_at(v, slot);
-                  const T* from = grads + offset;
-                  const int rows = slots.rows_of(v);
-                  if (slots.columns == Columns::permuted)
-                    for (int row = 0; row < rows; ++row) to[slots.bias_index[row]] += from[row];
-                  else if (rows == kWidth<T>)
-                    *to += sum_of<T>(load(from));
-                  else
-                    for (int row = 0; row < rows; ++row) *to += from[row];
-                });
+  for_each_slot(slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+    T* to = line.grad_bias + slots.bias_at(v, slot);
+    const T* from = grads + offset;
+    const int rows = slots.rows_of(v);
+    if (slots.columns == Columns::permuted)
+      for (int row = 0; row < rows; ++row) to[slots.bias_index[row]] += from[row];
+    else if (rows == kWidth<T>)
+      *to += sum_of<T>(load(from));
+    else
+      for (int row = 0; row < rows; ++row) *to += from[row];
+  });
 }
 
 template <class T>
@@ -648,18 +646,18 @@ void backward_query(const BackwardQuery<T>& f) {
         const std::int64_t first_row = v * block.vector_stride;
         const Vector<T> logsumexp = load(f.logsumexp + first_row);
         Vector<T> sum{};
-        for_each_slot(slots, batch, v,
-                      [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
-                        const Vector<T> weight = exp<T>(
-                            finish_score(slots, line, v, slot, load(w + offset)) - logsumexp);
-                        store(w + offset, weight);
-                        Vector<T> grad = load(g + offset);
-                        if (!slots.sees_all(v, slot)) {
-                          grad = slots.mask(v, slot) ? grad : Vector<T>{};
-                          store(g + offset, grad);
-                        }
-                        sum += weight * grad;
-                      });
+        for_each_slot(
+            slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+              const Vector<T> weight =
+                  exp<T>(finish_score(slots, line, v, slot, load(w + offset)) - logsumexp);
+              store(w + offset, weight);
+              Vector<T> grad = load(g + offset);
+              if (!slots.sees_all(v, slot)) {
+                grad = slots.mask(v, slot) ? grad : Vector<T>{};
+                store(g + offset, grad);
+              }
+              sum += weight * grad;
+            });
         if (sums_row_term) store(f.row_term + first_row, load(f.row_term + first_row) + sum);
         if (at_once && f.grad_logsumexp) take_off_grad_logsumexp(v);
         if (!sums_gradients) continue;
@@ -815,7 +813,7 @@ NATTEN_INLINE void transpose(Vector<T> (&rows)[kWidth<T>]) {
 
 /// Elements of a token that are converted at a time.
 template <class T>
-constexpr int kPiece = 4 * kWidth<T>;
+constexpr int kPiece = 256 / static_cast<int>(sizeof(T));
 
 /// Converts `length` elements, and sets the rest of the piece to 0. Inlined twice: for whole pieces
 /// the length is a constant.
@@ -826,6 +824,37 @@ NATTEN_INLINE void convert(const typename Type::Element* from, std::int64_t leng
   for (std::int64_t i = length; i < kPiece<T>; ++i) piece[i] = T(0);
 }
 
+/// Writes elements d to d + length of some tokens from `first` on to the operands.
+template <class T>
+NATTEN_INLINE void spread(const Packing<T>& p, int head, std::int64_t first, int tokens,
+                          std::int64_t d, std::int64_t length, const T (*pieces)[kPiece<T>]) {
+  constexpr int kW = kWidth<T>;
+  if (p.plain) {
+    T* to = p.plain + head * p.plain_stride + first * p.padded + d;
+    for (int i = 0; i < tokens; ++i)
+      for (std::int64_t e = 0; e < kPiece<T> && d + e < p.padded; e += kW)
+        store(to + i * p.padded + e, load(pieces[i] + e));
+  }
+  if (!p.transposed) return;
+  for (std::int64_t e = 0; e < length; e += kW) {
+    Vector<T> square[kW];
+    for (int i = 0; i < kW; ++i) square[i] = load(pieces[i] + e);
+    transpose<T>(square);
+    const std::int64_t ld = p.ld ? p.ld : kW;
+    T* to =
+        p.transposed + head * p.transposed_stride + (p.ld ? first : first * p.dim) + (d + e) * ld;
+    if (length - e >= kW) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kW; ++i) store(to + i * ld, square[i]);
+    } else {
+      for (std::int64_t i = 0; i < length - e; ++i) store(to + i * ld, square[i]);
+    }
+  }
+}
+
+/// Tokens that are fetched before they are packed, to the L2 cache: in the L1 cache those of one
+/// head displace each other.
+constexpr std::int64_t kAhead = 16;
 template <class Type>
 void pack(const Packing<typename Type::Sum>& p) {
   using T = typename Type::Sum;
@@ -835,35 +864,22 @@ void pack(const Packing<typename Type::Sum>& p) {
     const int tokens = static_cast<int>(min(kW, p.count - first));
     for (std::int64_t d = 0; d < p.dim; d += kPiece<T>) {
       const std::int64_t length = min(kPiece<T>, p.dim - d);
-      T piece[kW][kPiece<T>];
+      T pieces[kMostHeads][kW][kPiece<T>];
+      // In the order of memory, where heads of a token follow each other.
       for (int i = 0; i < kW; ++i) {
         const auto* token = from + (first + (i < tokens ? i : 0)) * p.stride + d;
-        // Tokens lie far apart where there are many heads, which hardware does not foresee.
-        __builtin_prefetch(token + kW * p.stride);
-        __builtin_prefetch(token + kW * p.stride + kPiece<T> / 2);
-        if (length == kPiece<T>)
-          convert<Type, T>(token, kPiece<T>, p.scale, piece[i]);
-        else
-          convert<Type, T>(token, length, p.scale, piece[i]);
-      }
-      if (p.plain)
-        for (int i = 0; i < tokens; ++i)
-          for (std::int64_t e = 0; e < kPiece<T> && d + e < p.padded; e += kW)
-            store(p.plain + (first + i) * p.padded + d + e, load(piece[i] + e));
-      if (!p.transposed) continue;
-      for (std::int64_t e = 0; e < length; e += kW) {
-        Vector<T> square[kW];
-        for (int i = 0; i < kW; ++i) square[i] = load(piece[i] + e);
-        transpose<T>(square);
-        const std::int64_t ld = p.ld ? p.ld : kW;
-        T* to = p.transposed + (p.ld ? first : first * p.dim) + (d + e) * ld;
-        if (length - e >= kW) {
-#pragma GCC unroll 16
-          for (int i = 0; i < kW; ++i) store(to + i * ld, square[i]);
-        } else {
-          for (std::int64_t i = 0; i < length - e; ++i) store(to + i * ld, square[i]);
+        for (int head = 0; head < p.heads; ++head, token += p.head_stride) {
+          for (std::int64_t e = 0; e < length;
+               e += kLine / static_cast<std::int64_t>(sizeof(*token)))
+            __builtin_prefetch(token + kAhead * p.stride + e, 0, 1);
+          if (length == kPiece<T>)
+            convert<Type, T>(token, kPiece<T>, p.scale, pieces[head][i]);
+          else
+            convert<Type, T>(token, length, p.scale, pieces[head][i]);
         }
       }
+      for (int head = 0; head < p.heads; ++head)
+        spread(p, head, first, tokens, d, length, pieces[head]);
     }
   }
 }

@@ -12,6 +12,8 @@ namespace natten::detail::cpu::simd {
 inline constexpr int kMostVectors = 3;
 /// Most elements of a vector.
 inline constexpr int kMostWidth = 16;
+/// Most heads whose tokens are packed together.
+inline constexpr int kMostHeads = 8;
 /// Columns that transposed lines have to spare at each end, times the width of a vector: vectors
 /// may read past the first and last column.
 inline constexpr int kSpareVectors = kMostVectors;
@@ -24,8 +26,8 @@ struct Line {
   const T* transposed_grad = nullptr;  // of the product that gives gradients of weights
   const T* plain = nullptr;            // what weights multiply
   const T* plain_grad = nullptr;       // what gradients of scores multiply
-  const T* bias = nullptr;       // of vector 0, for a row at `position` and column c: bias[c - position]
-  T* grad_bias = nullptr;        // accumulated, likewise
+  const T* bias = nullptr;  // of vector 0, for a row at `position` and column c: bias[c - position]
+  T* grad_bias = nullptr;   // accumulated, likewise
   const T* logsumexp = nullptr;  // by column, where columns are queries
   const T* row_term = nullptr;   // by column, where columns are queries
   // Those of the block's vectors that see this line.
@@ -48,9 +50,9 @@ struct Block {
   // The columns that each of `rows` sees, the same in each line.
   std::int64_t begin[kMostVectors * kMostWidth];
   std::int64_t end[kMostVectors * kMostWidth];
-  std::int64_t position;          // of row 0, for the bias; rows after it follow
-  std::int64_t bias_stride;       // elements from the biases of one stacked vector to the next
-  std::int64_t dim, value_dim;    // summed over in scores and in gradients of weights
+  std::int64_t position;        // of row 0, for the bias; rows after it follow
+  std::int64_t bias_stride;     // elements from the biases of one stacked vector to the next
+  std::int64_t dim, value_dim;  // summed over in scores and in gradients of weights
   std::int64_t padded, value_padded;
   T* scratch;  // scratch_elements
 };
@@ -98,16 +100,21 @@ struct BackwardKey {
   T* grad_value;   // [rows][value_padded], accumulated
 };
 
-/// How to pack a line: `count` tokens of `dim` elements, `stride` elements apart.
+/// How to pack a line: `count` tokens of `dim` elements, `stride` elements apart, of some heads.
+/// Operands of a head follow those of the head before it.
 template <class T>
 struct Packing {
   const void* from;
   std::int64_t stride, count, dim;
+  int heads;
+  std::int64_t head_stride;  // elements from a head to the next
   T scale;
-  T* transposed;    // [dim][ld], or where ld is 0 [count / width][dim][width]; may be null
+  T* transposed;  // [dim][ld], or where ld is 0 [count / width][dim][width]; may be null
   std::int64_t ld;
-  T* plain;  // [count][padded], or null; padding is set to 0
+  std::int64_t transposed_stride;  // from a head to the next
+  T* plain;                        // [count][padded], or null; padding is set to 0
   std::int64_t padded;
+  std::int64_t plain_stride;  // from a head to the next
 };
 
 template <class T>
