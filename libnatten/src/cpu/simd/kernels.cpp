@@ -716,41 +716,40 @@ void backward_key(const BackwardKey<T>& f) {
 
 // ---- conversion ----
 
-struct Float64 {
-  using Element = double;
-  using Sum = double;
-  static NATTEN_INLINE double read(Element x) { return x; }
-  static NATTEN_INLINE Element write(double x) { return x; }
-};
-struct Float32 {
-  using Element = float;
-  using Sum = float;
-  static NATTEN_INLINE float read(Element x) { return x; }
-  static NATTEN_INLINE Element write(float x) { return x; }
+// Element types, by vectors of as many elements as sums fit one.
+
+template <class T>
+struct Same {
+  using Element = T;
+  using Sum = T;
+  static NATTEN_INLINE Vector<T> read(const T* from) { return load(from); }
+  static NATTEN_INLINE void write(T* to, Vector<T> v) { store(to, v); }
 };
 
-NATTEN_INLINE std::uint32_t bits_of(float x) {
-  std::uint32_t b;
-  __builtin_memcpy(&b, &x, sizeof b);
-  return b;
+typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+typedef std::uint16_t Halves __attribute__((vector_size(kVectorBytes / 2)));
+
+NATTEN_INLINE Halves load_halves(const std::uint16_t* from) {
+  Halves v;
+  __builtin_memcpy(&v, from, sizeof v);
+  return v;
 }
-NATTEN_INLINE float float_of(std::uint32_t b) {
-  float x;
-  __builtin_memcpy(&x, &b, sizeof x);
-  return x;
+NATTEN_INLINE void store_halves(std::uint16_t* to, Halves v) {
+  __builtin_memcpy(to, &v, sizeof v);
 }
 
 /// As natten::bfloat16, which is not used here because its functions are inline.
 struct BFloat16 {
   using Element = std::uint16_t;
   using Sum = float;
-  static NATTEN_INLINE float read(Element x) {
-    return float_of(static_cast<std::uint32_t>(x) << 16);
+  static NATTEN_INLINE Vector<float> read(const Element* from) {
+    return reinterpret_cast<Vector<float>>(__builtin_convertvector(load_halves(from), Bits) << 16);
   }
-  static NATTEN_INLINE Element write(float x) {
-    const std::uint32_t b = bits_of(x);
-    const std::uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    return static_cast<Element>((b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded);
+  static NATTEN_INLINE void write(Element* to, Vector<float> v) {
+    const Bits b = reinterpret_cast<Bits>(v);
+    const Bits rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
+    const Bits half = (b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded;
+    store_halves(to, __builtin_convertvector(half, Halves));
   }
 };
 
@@ -758,33 +757,42 @@ struct BFloat16 {
 struct Float16 {
   using Element = std::uint16_t;
   using Sum = float;
-  static NATTEN_INLINE float read(Element x) {
+  static NATTEN_INLINE Vector<float> read(const Element* from) {
 #if defined(__F16C__)
-    return _cvtsh_ss(x);
+    float sums[kWidth<float>];
+    for (int i = 0; i < kWidth<float>; i += 8)
+      _mm256_storeu_ps(sums + i, _mm256_cvtph_ps(_mm_loadu_si128(
+                                     reinterpret_cast<const __m128i*>(from + i))));
+    return load(sums);
 #else
-    const std::uint32_t sign = static_cast<std::uint32_t>(x & 0x8000u) << 16;
-    const std::uint32_t magnitude = x & 0x7fffu;
-    const float subnormal = static_cast<float>(static_cast<std::int32_t>(magnitude)) * 0x1p-24f;
-    const std::uint32_t normal =
-        (magnitude << 13) + (magnitude >= 0x7c00u ? 0x70000000u : 0x38000000u);
-    return float_of((magnitude < 0x400u ? bits_of(subnormal) : normal) | sign);
+    const Bits x = __builtin_convertvector(load_halves(from), Bits);
+    const Bits sign = (x & 0x8000u) << 16, magnitude = x & 0x7fffu;
+    const Vector<float> subnormal =
+        __builtin_convertvector(reinterpret_cast<Ints<float>>(magnitude), Vector<float>) * 0x1p-24f;
+    const Bits normal = (magnitude << 13) + (magnitude >= 0x7c00u ? Bits{} + 0x70000000u
+                                                                  : Bits{} + 0x38000000u);
+    return reinterpret_cast<Vector<float>>(
+        (magnitude < 0x400u ? reinterpret_cast<Bits>(subnormal) : normal) | sign);
 #endif
   }
-  static NATTEN_INLINE Element write(float x) {
+  static NATTEN_INLINE void write(Element* to, Vector<float> v) {
 #if defined(__F16C__)
-    return static_cast<Element>(_cvtss_sh(x, 0));
+    float sums[kWidth<float>];
+    store(sums, v);
+    for (int i = 0; i < kWidth<float>; i += 8)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i),
+                       _mm256_cvtps_ph(_mm256_loadu_ps(sums + i), 0));
 #else
-    const std::uint32_t b = bits_of(x);
-    const std::uint32_t magnitude = b & 0x7fffffffu;
-    const std::uint32_t tiny = bits_of(float_of(magnitude) + 0.5f) - 0x3f000000u;
-    const std::uint32_t normal =
-        (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-    const std::uint32_t nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
-    const std::uint32_t half = magnitude > 0x7f800000u    ? nan
-                               : magnitude >= 0x477ff000u ? 0x7c00u
-                               : magnitude < 0x38800000u  ? tiny
-                                                          : normal;
-    return static_cast<Element>(half | ((b >> 16) & 0x8000u));
+    const Bits b = reinterpret_cast<Bits>(v);
+    const Bits magnitude = b & 0x7fffffffu;
+    const Bits tiny =
+        reinterpret_cast<Bits>(reinterpret_cast<Vector<float>>(magnitude) + 0.5f) - 0x3f000000u;
+    const Bits normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    const Bits nan = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+    Bits half = magnitude < 0x38800000u ? tiny : normal;
+    half = magnitude >= 0x477ff000u ? Bits{} + 0x7c00u : half;
+    half = magnitude > 0x7f800000u ? nan : half;
+    store_halves(to, __builtin_convertvector(half | ((b >> 16) & 0x8000u), Halves));
 #endif
   }
 };
@@ -815,13 +823,17 @@ NATTEN_INLINE void transpose(Vector<T> (&rows)[kWidth<T>]) {
 template <class T>
 constexpr int kPiece = 256 / static_cast<int>(sizeof(T));
 
-/// Converts `length` elements, and sets the rest of the piece to 0. Inlined twice: for whole pieces
-/// the length is a constant.
+/// Converts `length` elements, and sets the rest of the last vector to 0. Inlined twice: for whole
+/// pieces the length is a constant.
 template <class Type, class T>
 NATTEN_INLINE void convert(const typename Type::Element* from, std::int64_t length, T scale,
                            T* piece) {
-  for (std::int64_t i = 0; i < length; ++i) piece[i] = Type::read(from[i]) * scale;
-  for (std::int64_t i = length; i < kPiece<T>; ++i) piece[i] = T(0);
+  std::int64_t i = 0;
+  for (; i + kWidth<T> <= length; i += kWidth<T>) store(piece + i, Type::read(from + i) * scale);
+  if (i == length) return;
+  typename Type::Element rest[kWidth<T>] = {};
+  for (std::int64_t k = 0; k < length - i; ++k) rest[k] = from[i + k];
+  store(piece + i, Type::read(rest) * scale);
 }
 
 /// Writes elements d to d + length of some tokens from `first` on to the operands.
@@ -832,7 +844,7 @@ NATTEN_INLINE void spread(const Packing<T>& p, int head, std::int64_t first, int
   if (p.plain) {
     T* to = p.plain + head * p.plain_stride + first * p.padded + d;
     for (int i = 0; i < tokens; ++i)
-      for (std::int64_t e = 0; e < kPiece<T> && d + e < p.padded; e += kW)
+      for (std::int64_t e = 0; e < length; e += kW)
         store(to + i * p.padded + e, load(pieces[i] + e));
   }
   if (!p.transposed) return;
@@ -887,8 +899,14 @@ void pack(const Packing<typename Type::Sum>& p) {
 template <class Type>
 void unpack(const typename Type::Sum* from, typename Type::Sum scale, void* to,
             std::int64_t count) {
+  using T = typename Type::Sum;
   auto* out = static_cast<typename Type::Element*>(to);
-  for (std::int64_t i = 0; i < count; ++i) out[i] = Type::write(from[i] * scale);
+  std::int64_t i = 0;
+  for (; i + kWidth<T> <= count; i += kWidth<T>) Type::write(out + i, load(from + i) * scale);
+  if (i == count) return;
+  typename Type::Element rest[kWidth<T>];
+  Type::write(rest, load(from + i) * scale);
+  for (std::int64_t k = 0; k < count - i; ++k) out[i + k] = rest[k];
 }
 
 template <class T>
@@ -909,9 +927,9 @@ const InstructionSet NATTEN_NAMED(isa_, NATTEN_ISA) = {
     NATTEN_TEXT(NATTEN_ISA),
     kernels<float>(),
     kernels<double>(),
-    {pack<Float64>,
-     {nullptr, pack<Float32>, pack<BFloat16>, pack<Float16>},
-     unpack<Float64>,
-     {nullptr, unpack<Float32>, unpack<BFloat16>, unpack<Float16>}}};
+    {pack<Same<double>>,
+     {nullptr, pack<Same<float>>, pack<BFloat16>, pack<Float16>},
+     unpack<Same<double>>,
+     {nullptr, unpack<Same<float>>, unpack<BFloat16>, unpack<Float16>}}};
 
 }  // namespace natten::detail::cpu::simd
