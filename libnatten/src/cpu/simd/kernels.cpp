@@ -510,14 +510,22 @@ void row_products(const Slots<T>& slots, const Batch& batch, const T* weights,
     }
 }
 
+struct True {
+  static constexpr bool value = true;
+};
+struct False {
+  static constexpr bool value = false;
+};
+
 /// Visits a batch's slots of one vector: `f(offset, line, slot)`.
 template <class T, class F>
 NATTEN_INLINE void for_each_slot(const Slots<T>& slots, const Batch& batch, int v, F&& f) {
   for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
     const Line<T>& line = slots.block.lines[l];
     if (v < line.first_vector || v >= line.last_vector) continue;
-    for (std::int64_t slot = batch.slot0; slot < batch.slot1; ++slot)
-      f((batch.at(l) + slot) * kWidth<T>, line, slot);
+    std::int64_t offset = (batch.at(l) + batch.slot0) * kWidth<T>;
+    for (std::int64_t slot = batch.slot0; slot < batch.slot1; ++slot, offset += kWidth<T>)
+      f(offset, line, slot);
   }
 }
 
@@ -531,10 +539,22 @@ NATTEN_INLINE void clear_spare_slots(const Batch& batch, T* weights) {
     }
 }
 
+/// Calls f<true> where the products of a vector's batch are its scores as they are: without biases,
+/// and with nothing that a row does not see.
+template <class T, class F>
+NATTEN_INLINE void with_kind_of_scores(const Slots<T>& slots, const Batch& batch, int v, F&& f) {
+  if (!slots.block.lines->bias && slots.sees_all(v, batch.slot0) &&
+      slots.sees_all(v, batch.slot1 - 1))
+    f(True{});
+  else
+    f(False{});
+}
+
 /// The score of a slot: adds the bias, and sets what a row does not see to -inf.
-template <class T>
+template <bool kPlain, class T>
 NATTEN_INLINE Vector<T> finish_score(const Slots<T>& slots, const Line<T>& line, int v,
                                      std::int64_t slot, Vector<T> score) {
+  if constexpr (kPlain) return score;
   if (line.bias) {
     const T* bias = line.bias + slots.bias_at(v, slot);
     score += slots.columns == Columns::permuted ? __builtin_shuffle(load(bias), slots.bias_index)
@@ -557,12 +577,15 @@ void forward(const Forward<T>& f) {
       const std::int64_t first_row = v * block.vector_stride;
       const Vector<T> before = load(f.largest + first_row);
       Vector<T> largest = before;
-      for_each_slot(
-          slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
-            const Vector<T> score = finish_score(slots, line, v, slot, load(scores + offset));
-            store(scores + offset, score);
-            largest = score > largest ? score : largest;
-          });
+      with_kind_of_scores(slots, batch, v, [&](auto plain) {
+        for_each_slot(slots, batch, v,
+                      [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+                        const Vector<T> score =
+                            finish_score<plain.value>(slots, line, v, slot, load(scores + offset));
+                        if (!plain.value) store(scores + offset, score);
+                        largest = score > largest ? score : largest;
+                      });
+      });
       // Where a row sees nothing yet all weights are 0, not exp(-inf + inf).
       const Vector<T> reference = largest == -kInfinity<T> ? Vector<T>{} : largest;
       Vector<T> total{};
@@ -646,18 +669,20 @@ void backward_query(const BackwardQuery<T>& f) {
         const std::int64_t first_row = v * block.vector_stride;
         const Vector<T> logsumexp = load(f.logsumexp + first_row);
         Vector<T> sum{};
-        for_each_slot(
-            slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
-              const Vector<T> weight =
-                  exp<T>(finish_score(slots, line, v, slot, load(w + offset)) - logsumexp);
-              store(w + offset, weight);
-              Vector<T> grad = load(g + offset);
-              if (!slots.sees_all(v, slot)) {
-                grad = slots.mask(v, slot) ? grad : Vector<T>{};
-                store(g + offset, grad);
-              }
-              sum += weight * grad;
-            });
+        with_kind_of_scores(slots, batch, v, [&](auto plain) {
+          for_each_slot(
+              slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+                const Vector<T> weight = exp<T>(
+                    finish_score<plain.value>(slots, line, v, slot, load(w + offset)) - logsumexp);
+                store(w + offset, weight);
+                Vector<T> grad = load(g + offset);
+                if (!plain.value && !slots.sees_all(v, slot)) {
+                  grad = slots.mask(v, slot) ? grad : Vector<T>{};
+                  store(g + offset, grad);
+                }
+                sum += weight * grad;
+              });
+        });
         if (sums_row_term) store(f.row_term + first_row, load(f.row_term + first_row) + sum);
         if (at_once && f.grad_logsumexp) take_off_grad_logsumexp(v);
         if (!sums_gradients) continue;
@@ -693,19 +718,22 @@ void backward_key(const BackwardKey<T>& f) {
     for (int v = 0; v < block.vectors; ++v) {
       T* w = weights + v * kScores<T>;
       T* g = grads + v * kScores<T>;
-      for_each_slot(
-          slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
-            const Vector<T> score = finish_score(slots, line, v, slot, load(w + offset));
-            Vector<T> weight = exp<T>(score - slots.read(line.logsumexp, v, slot));
-            Vector<T> grad = weight * (load(g + offset) - slots.read(line.row_term, v, slot));
-            if (!slots.sees_all(v, slot)) {
-              const Ints<T> mask = slots.mask(v, slot);
-              weight = mask ? weight : Vector<T>{};
-              grad = mask ? grad : Vector<T>{};
-            }
-            store(w + offset, weight);
-            store(g + offset, grad);
-          });
+      with_kind_of_scores(slots, batch, v, [&](auto plain) {
+        for_each_slot(
+            slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+              const Vector<T> score =
+                  finish_score<plain.value>(slots, line, v, slot, load(w + offset));
+              Vector<T> weight = exp<T>(score - slots.read(line.logsumexp, v, slot));
+              Vector<T> grad = weight * (load(g + offset) - slots.read(line.row_term, v, slot));
+              if (!plain.value && !slots.sees_all(v, slot)) {
+                const Ints<T> mask = slots.mask(v, slot);
+                weight = mask ? weight : Vector<T>{};
+                grad = mask ? grad : Vector<T>{};
+              }
+              store(w + offset, weight);
+              store(g + offset, grad);
+            });
+      });
       clear_spare_slots(batch, w);
       clear_spare_slots(batch, g);
     }
@@ -734,9 +762,7 @@ NATTEN_INLINE Halves load_halves(const std::uint16_t* from) {
   __builtin_memcpy(&v, from, sizeof v);
   return v;
 }
-NATTEN_INLINE void store_halves(std::uint16_t* to, Halves v) {
-  __builtin_memcpy(to, &v, sizeof v);
-}
+NATTEN_INLINE void store_halves(std::uint16_t* to, Halves v) { __builtin_memcpy(to, &v, sizeof v); }
 
 /// As natten::bfloat16, which is not used here because its functions are inline.
 struct BFloat16 {
@@ -761,16 +787,16 @@ struct Float16 {
 #if defined(__F16C__)
     float sums[kWidth<float>];
     for (int i = 0; i < kWidth<float>; i += 8)
-      _mm256_storeu_ps(sums + i, _mm256_cvtph_ps(_mm_loadu_si128(
-                                     reinterpret_cast<const __m128i*>(from + i))));
+      _mm256_storeu_ps(
+          sums + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
     return load(sums);
 #else
     const Bits x = __builtin_convertvector(load_halves(from), Bits);
     const Bits sign = (x & 0x8000u) << 16, magnitude = x & 0x7fffu;
     const Vector<float> subnormal =
         __builtin_convertvector(reinterpret_cast<Ints<float>>(magnitude), Vector<float>) * 0x1p-24f;
-    const Bits normal = (magnitude << 13) + (magnitude >= 0x7c00u ? Bits{} + 0x70000000u
-                                                                  : Bits{} + 0x38000000u);
+    const Bits normal =
+        (magnitude << 13) + (magnitude >= 0x7c00u ? Bits{} + 0x70000000u : Bits{} + 0x38000000u);
     return reinterpret_cast<Vector<float>>(
         (magnitude < 0x400u ? reinterpret_cast<Bits>(subnormal) : normal) | sign);
 #endif
