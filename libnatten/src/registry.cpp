@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/fused.h"
+#include "cpu/vectorized.h"
 #include "cpu/naive.h"
 
 namespace natten {
@@ -14,7 +14,7 @@ namespace {
 
 /// Best first for each device; the readable reference comes last.
 const Backend* const kBackends[] = {
-    &cpu::fused,
+    &cpu::vectorized,
     &cpu::naive,
 };
 

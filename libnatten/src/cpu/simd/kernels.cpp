@@ -11,7 +11,10 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(NATTEN_VECTOR_BYTES)
+constexpr int kVectorBytes = NATTEN_VECTOR_BYTES;
+constexpr int kRegisters = 32;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 32;
 constexpr int kRegisters = 32;
 #elif defined(__AVX2__)
@@ -742,6 +745,59 @@ void backward_key(const BackwardKey<T>& f) {
   });
 }
 
+// ---- the unfused operations ----
+
+/// Visits the weights of a batch: `f(in scratch, [row][..])`.
+template <class T, class F>
+NATTEN_INLINE void for_each_weight(const Slots<T>& slots, const Batch& batch, const Weights<T>& w,
+                                   F&& f) {
+  for (int v = 0; v < slots.block.vectors; ++v)
+    for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+      const Line<T>& line = slots.block.lines[l];
+      if (v < line.first_vector || v >= line.last_vector) continue;
+      T* in_scratch = w.block.scratch + v * kScores<T> + batch.at(l) * kWidth<T>;
+      for (int row = 0; row < slots.rows_of(v); ++row) {
+        const std::int64_t low = slots.low[slots.of(v)][row];
+        const std::int64_t end = min(slots.high[slots.of(v)][row], batch.slot1);
+        T* by_row = w.weights + (v * kWidth<T> + row) * w.stride + line.weights[v] - low;
+        for (std::int64_t slot = max(low, batch.slot0); slot < end; ++slot)
+          f(in_scratch[slot * kWidth<T> + row], by_row[slot]);
+      }
+    }
+}
+
+template <class T>
+void score(const Weights<T>& w) {
+  const Slots<T> slots(w.block);
+  for_each_batch(slots, [&](const Batch& batch) {
+    T* scores = w.block.scratch;
+    column_products(slots, batch, w.rows, &Line<T>::transposed, w.block.dim, w.block.padded,
+                    scores);
+    if (w.block.lines->bias)
+      for (int v = 0; v < w.block.vectors; ++v)
+        for_each_slot(slots, batch, v,
+                      [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
+                        T* at = scores + v * kScores<T> + offset;
+                        store(at, finish_score<false>(slots, line, v, slot, load(at)));
+                      });
+    for_each_weight(slots, batch, w, [](const T& score, T& to) { to = score; });
+  });
+}
+
+template <class T>
+void weigh(const Weights<T>& w) {
+  const Slots<T> slots(w.block);
+  for_each_batch(slots, [&](const Batch& batch) {
+    // Rows of a vector share columns that not all of them see.
+    if (w.block.adjacent)
+      for (int v = 0; v < w.block.vectors; ++v)
+        for (std::int64_t i = 0; i < (batch.line1 - batch.line0) * batch.per_line(); ++i)
+          store(w.block.scratch + v * kScores<T> + i * kWidth<T>, Vector<T>{});
+    for_each_weight(slots, batch, w, [](T& weight, const T& from) { weight = from; });
+    row_products(slots, batch, w.block.scratch, &Line<T>::plain, w.block.padded, w.sums);
+  });
+}
+
 // ---- conversion ----
 
 // Element types, by vectors of as many elements as sums fit one.
@@ -938,7 +994,8 @@ void unpack(const typename Type::Sum* from, typename Type::Sum scale, void* to,
 template <class T>
 constexpr Kernels<T> kernels() {
   return {forward<T>, backward_query<T>, backward_key<T>,
-          static_cast<std::size_t>(2 * kMostVectors * kScores<T>), kWidth<T>};
+          score<T>,   weigh<T>,          static_cast<std::size_t>(2 * kMostVectors * kScores<T>),
+          kWidth<T>};
 }
 
 }  // namespace

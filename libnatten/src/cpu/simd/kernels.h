@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-/// What the code that is compiled once per instruction set offers to `fused.cpp`: plain structs and
+/// What the code that is compiled once per instruction set offers to `vectorized.cpp`: plain structs and
 /// a table of functions. Nothing here is inline, so that no code compiled for one instruction set
 /// can be merged with that of another.
 namespace natten::detail::cpu::simd {
@@ -32,6 +32,8 @@ struct Line {
   const T* row_term = nullptr;   // by column, where columns are queries
   // Those of the block's vectors that see this line.
   int first_vector = 0, last_vector = kMostVectors;
+  // By vector, where this line's weights begin among those of a row; for Weights.
+  std::int64_t weights[kMostVectors] = {};
 };
 
 /// Some vectors of rows, with the lines of columns that they see. Stacked vectors belong to
@@ -100,6 +102,17 @@ struct BackwardKey {
   T* grad_value;   // [rows][value_padded], accumulated
 };
 
+/// The weights, or scores, of a block, by row: weights[vector * width + row][..], a line's from
+/// Line::weights on, for the columns that the row sees.
+template <class T>
+struct Weights {
+  Block<T> block;
+  T* weights;
+  std::int64_t stride;  // from a row to the next
+  const T* rows;        // `score` reads them, transposed
+  T* sums;              // `weigh` adds to them: [rows][padded]
+};
+
 /// How to pack a line: `count` tokens of `dim` elements, `stride` elements apart, of some heads.
 /// Operands of a head follow those of the head before it.
 template <class T>
@@ -122,8 +135,10 @@ struct Kernels {
   void (*forward)(const Forward<T>&);
   void (*backward_query)(const BackwardQuery<T>&);
   void (*backward_key)(const BackwardKey<T>&);
-  std::size_t scratch_elements;  // of Block::scratch
-  int width;                     // elements per vector; padded dims are a multiple
+  void (*score)(const Weights<T>&);  // writes weights, as products of rows and columns
+  void (*weigh)(const Weights<T>&);  // reads weights, sums up columns (Line::plain)
+  std::size_t scratch_elements;      // of Block::scratch
+  int width;                         // elements per vector; padded dims are a multiple
 };
 
 /// Conversion between tensor elements and sums, per element type in the order of DType.

@@ -1,4 +1,4 @@
-#include "fused.h"
+#include "vectorized.h"
 
 #include <algorithm>
 #include <cmath>
@@ -33,9 +33,20 @@ using simd::kMostVectors;
 constexpr std::size_t kAimedBytes = 896 << 10;
 constexpr std::size_t kMostBytes = 5 << 19;
 constexpr std::int64_t kPieceColumns = 256;
+constexpr std::int64_t kMostWeights = 4096;  // per row, of the unfused operations
 constexpr std::int64_t kSpareBias = 64;  // elements around a table of biases that vectors may touch
 
-enum class Pass { forward, backward_query, backward_key };
+enum class Pass { forward, backward_query, backward_key, qk, av, av_transpose };
+
+Pass first_pass(Op op) {
+  return op == Op::qk             ? Pass::qk
+         : op == Op::av           ? Pass::av
+         : op == Op::av_transpose ? Pass::av_transpose
+                                  : Pass::forward;
+}
+
+bool rows_are_keys(Pass pass) { return pass == Pass::backward_key || pass == Pass::av_transpose; }
+bool is_fused(Pass pass) { return pass < Pass::qk; }
 
 std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
@@ -75,12 +86,11 @@ struct Grid {
 
   std::int64_t row_length(int axis) const {
     const Axis& a = p.axes[axis];
-    return pass == Pass::backward_key ? a.key_length : a.query_length;
+    return rows_are_keys(pass) ? a.key_length : a.query_length;
   }
   Interval columns(int axis, std::int64_t group, std::int64_t position) const {
     const Axis& a = p.axes[axis];
-    return pass == Pass::backward_key ? inverse_window(a, group, position)
-                                      : window(a, group, position);
+    return rows_are_keys(pass) ? inverse_window(a, group, position) : window(a, group, position);
   }
   std::int64_t rows(int axis, std::int64_t group) const {
     return group_length(p.axes[axis], row_length(axis), group);
@@ -105,6 +115,7 @@ struct Plan {
   std::int64_t row_heads, column_heads;     // that are handled together
   std::int64_t stack;                       // lines of rows along axis 1 that are handled together
   std::int64_t ring0, ring1;                // lines of axes 0 and 1 that these see at most
+  std::int64_t ring2;                       // columns of a line that a row sees at most
   std::int64_t strip;                       // rows of the innermost axis that share packed columns
   std::int64_t sweep;                       // lines of axis 1 that one item handles in turn
   bool in_pieces;                           // columns do not fit a ring
@@ -120,10 +131,12 @@ struct Plan {
     stack = grid.rows(1, 0) > 1 && grid.most_columns(1, 1) > 1 ? kMostVectors : 1;
     ring0 = std::max<std::int64_t>(1, grid.most_columns(0, 1));
     ring1 = std::max<std::int64_t>(1, grid.most_columns(1, stack));
+    ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));
     const std::int64_t least_strip = stack > 1 ? std::max<std::int64_t>(16, width)
                                                : std::max<std::int64_t>(16, kMostVectors * width);
     const std::int64_t longest = grid.rows(2, 0);
-    const std::int64_t operands = pass == Pass::forward          ? padded + value_padded
+    const std::int64_t operands = !is_fused(pass)                ? padded
+                                  : pass == Pass::forward        ? padded + value_padded
                                   : pass == Pass::backward_query ? 2 * padded + value_padded
                                                                  : 2 * (padded + value_padded);
     // Of the packed columns and rows, with strips of some rows.
@@ -137,6 +150,8 @@ struct Plan {
     row_heads = std::max<std::int64_t>(
         1, std::min<std::int64_t>(simd::kMostHeads,
                                   pass == Pass::backward_key ? p.kv_heads : p.heads));
+    // Unfused tensors are heads-first.
+    if (!is_fused(pass)) row_heads = 1;
     column_heads = row_heads;
     if (p.heads != p.kv_heads) {
       // Heads of one key head; the gradients of that are added up head by head.
@@ -215,6 +230,9 @@ class Engine {
     additional_keys_ = operand<const E>(p_, tensors_, &Tensors::additional_keys);
     additional_values_ = operand<const E>(p_, tensors_, &Tensors::additional_values);
     output_ = operand<E>(p_, tensors_, &Tensors::output);
+    if (pass == Pass::av_transpose) output_ = operand<E>(p_, tensors_, &Tensors::key);
+    attn_ = operand<E>(p_, tensors_, &Tensors::attn);
+    if (!is_fused(pass)) return;
     if (pass == Pass::forward) {
       logsumexp_out_ = operand<T>(p_, tensors_, &Tensors::logsumexp);
     } else {
@@ -265,7 +283,7 @@ class Engine {
 
  private:
   std::int64_t heads_per_kv_head() const { return p_.heads / p_.kv_heads; }
-  bool rows_are_keys() const { return pass_ == Pass::backward_key; }
+  bool rows_are_keys() const { return cpu::rows_are_keys(pass_); }
   /// Heads of columns that are packed together.
   std::int64_t column_heads(const Plan& plan) const {
     return plan.column_heads == 1 ? 1 : head_count_;
@@ -289,7 +307,9 @@ class Engine {
         return taken ? taken + spare : nullptr;
       };
       const std::int64_t d = plan.padded, v = plan.value_padded;
-      const bool backward = pass_ != Pass::forward;
+      const bool backward = is_fused(pass_) && pass_ != Pass::forward;
+      const bool keyed = pass_ == Pass::backward_key;
+      const bool scores = is_fused(pass_) || pass_ == Pass::qk;
       const std::int64_t lines = plan.piece_lines;
       slots_.resize(lines);
       // The operands of the first head; those of the others follow at slot_stride_.
@@ -297,19 +317,21 @@ class Engine {
       for (std::int64_t head = 0; head < plan.column_heads; ++head) {
         for (Slot& slot : slots_) {
           Slot taken;
-          taken.transposed = take_transposed(p_.head_dim);
-          taken.plain = pass_ == Pass::backward_query ? nullptr : arena.take<T>(columns * v);
+          taken.transposed = scores ? take_transposed(p_.head_dim) : nullptr;
+          taken.plain = pass_ == Pass::backward_query || pass_ == Pass::qk
+                            ? nullptr
+                            : arena.take<T>(columns * (is_fused(pass_) ? v : d));
           taken.transposed_grad = backward ? take_transposed(p_.value_dim) : nullptr;
           taken.plain_grad = backward ? arena.take<T>(columns * d) : nullptr;
-          taken.logsumexp = rows_are_keys() ? take_transposed(1) : nullptr;
-          taken.row_term = rows_are_keys() ? take_transposed(1) : nullptr;
+          taken.logsumexp = keyed ? take_transposed(1) : nullptr;
+          taken.row_term = keyed ? take_transposed(1) : nullptr;
           if (head == 0) slot = taken;
         }
         if (head == 0) slot_stride_ = arena.used<T>() - before;
       }
       lines_.resize(lines);
       additional_keys_plain_ = arena.take<T>(plan.column_heads * p_.additional * d);
-      additional_values_plain_ = arena.take<T>(plan.column_heads * p_.additional * v);
+      additional_values_plain_ = arena.take<T>(plan.column_heads * p_.additional * std::max(d, v));
       bias_memory_ = arena.take<T>(rpb_ ? plan.row_heads * bias_elements() : 0);
       line_rows_ = round_up(plan.strip, plan.width);
       head_rows_ = plan.stack * line_rows_;
@@ -320,7 +342,10 @@ class Engine {
       plain_row_a_ = plain_rows ? arena.take<T>(rows * d) : nullptr;
       plain_row_b_ = plain_rows ? arena.take<T>(rows * v) : nullptr;
       sums_a_ = arena.take<T>(rows * std::max(d, v));
-      sums_b_ = arena.take<T>(rows_are_keys() ? rows * v : 0);
+      sums_b_ = arena.take<T>(keyed ? rows * v : 0);
+      weights_stride_ = round_up(std::max(weights_per_row(plan), p_.additional), plan.width);
+      weights_ =
+          is_fused(pass_) ? nullptr : arena.take<T>(kMostVectors * plan.width * weights_stride_);
       for (T** statistic : {&largest_, &total_, &row_logsumexp_, &row_term_, &row_grad_logsumexp_})
         *statistic = arena.take<T>(rows);
       scratch_ = arena.take<T>(static_cast<std::int64_t>(kernels_.scratch_elements));
@@ -360,6 +385,7 @@ class Engine {
   /// The rows of one strip of some neighboring lines.
   void run_lines(const Plan& plan, std::int64_t line0, std::int64_t line1) {
     const Coordinate first{line0, line1, first_row_};
+    first_line_ = first;
     load_rows(plan, first);
     // Where rows are keys, all heads that share one give it gradients.
     const std::int64_t rounds = rows_are_keys() ? heads_per_kv_head() : 1;
@@ -428,6 +454,11 @@ class Engine {
                      plain ? plain + row * padded : nullptr, padded, head_rows_ * padded});
       }
     };
+    if (!is_fused(pass_)) {
+      if (pass_ == Pass::qk) pack_rows(query_, p_.head_dim, 1.0, row_a_, nullptr, d);
+      std::fill(sums_a_, sums_a_ + rows * d, T(0));
+      return;
+    }
     if (rows_are_keys()) {
       pack_rows(key_, p_.head_dim, 1.0, row_a_, nullptr, d);
       pack_rows(value_, p_.value_dim, 1.0, row_b_, nullptr, v);
@@ -452,8 +483,11 @@ class Engine {
 
   void store_rows(const Plan& plan, const Coordinate& first) {
     const std::int64_t d = plan.padded, v = plan.value_padded;
+    if (pass_ == Pass::qk) return;
     for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
-      if (pass_ == Pass::forward) {
+      if (!is_fused(pass_)) {
+        store(isa_, p_.dtype, sums_a_ + r * d, T(1), output_.at(batch_, head, at), p_.head_dim);
+      } else if (pass_ == Pass::forward) {
         store(isa_, p_.dtype, sums_a_ + r * v, T(1) / total_[r], output_.at(batch_, head, at),
               p_.value_dim);
         if (logsumexp_out_)
@@ -494,6 +528,11 @@ class Engine {
       pack_tokens(from, column_head_, column_heads(plan), first, count, dim, scale,
                   {transposed, ld_, slot_stride_, plain, padded, slot_stride_});
     };
+    if (!is_fused(pass_)) {
+      const In& from = pass_ == Pass::qk ? key_ : pass_ == Pass::av ? value_ : query_;
+      pack_columns(from, p_.head_dim, 1.0, slot.transposed, slot.plain, d);
+      return;
+    }
     if (!rows_are_keys()) {
       pack_columns(key_, p_.head_dim, 1.0, slot.transposed, slot.plain_grad, d);
       pack_columns(value_, p_.value_dim, 1.0, slot.transposed_grad, slot.plain, v);
@@ -563,7 +602,15 @@ class Engine {
                 ++line.last_vector;
             }
             if (rpb_) set_bias(line, h, at0 - line0, at1 - line1);
+            for (std::int64_t n = 0; n < kMostVectors; ++n)
+              line.weights[n] = pass_ == Pass::av_transpose
+                                    ? i * plan.ring2
+                                    : ((at0 - i0.begin) * p_.axes[1].kernel_size + at1 -
+                                       seen[std::min(n, line_count_ - 1)].begin) *
+                                          p_.axes[2].kernel_size;
           }
+          columns_of_lines_ = {i0.begin, i1.begin, 0};
+          lines_per_plane_ = i1.size();
           visit_blocks(plan, h, lines_.data(), count, c, stop);
         }
       }
@@ -580,8 +627,10 @@ class Engine {
                               static_cast<int>(column_heads(plan)), from.head, T(1), nullptr, 0, 0,
                               to, padded, n * padded});
       };
-      pack_all(additional_keys_, p_.head_dim, additional_keys_plain_, d);
-      pack_all(additional_values_, p_.value_dim, additional_values_plain_, v);
+      if (additional_keys_) pack_all(additional_keys_, p_.head_dim, additional_keys_plain_, d);
+      if (additional_values_)
+        pack_all(additional_values_, is_fused(pass_) ? p_.value_dim : p_.head_dim,
+                 additional_values_plain_, is_fused(pass_) ? v : d);
       additional_of_ = of;
     }
     for (std::int64_t h = 0; h < head_count_; ++h) {
@@ -632,7 +681,9 @@ class Engine {
     const std::int64_t d = plan.padded, v = plan.value_padded;
     const T* a = row_a_ + row * p_.head_dim;
     const T* b = row_b_ + row * p_.value_dim;
-    if (pass_ == Pass::forward) {
+    if (!is_fused(pass_)) {
+      run_unfused(plan, block, head, row);
+    } else if (pass_ == Pass::forward) {
       kernels_.forward({block, a, sums_a_ + row * v, largest_ + row, total_ + row});
     } else if (pass_ == Pass::backward_key) {
       kernels_.backward_key({block, a, b, sums_a_ + row * d, sums_b_ + row * v});
@@ -655,6 +706,87 @@ class Engine {
       if (sum_row_term_ && sum_gradients_) f.grad_logsumexp = row_grad_logsumexp_ + row;
       f.grad_query = sums_a_ + row * d;
       kernels_.backward_query(f);
+    }
+  }
+
+  // ---- weights of the unfused operations ----
+
+  std::int64_t weights_per_row(const Plan& plan) const {
+    return pass_ == Pass::av_transpose ? plan.ring0 * plan.ring1 * plan.ring2 : p_.window_size();
+  }
+
+  /// Visits a block's rows: `f(their weights, their place in attn)`.
+  template <class F>
+  void for_each_weights(const Plan& plan, const simd::Block<T>& block, std::int64_t head,
+                        std::int64_t row, F&& f) const {
+    const std::int64_t first = block.everywhere ? p_.window_size() : 0;
+    for (std::int64_t v = 0; v < block.vectors; ++v)
+      for (std::int64_t r = 0; r < plan.width; ++r) {
+        if ((block.adjacent ? v * plan.width : 0) + r >= block.rows) break;
+        const std::int64_t at = row - head * head_rows_ + v * block.vector_stride + r;
+        f(weights_ + (v * plan.width + r) * weights_stride_,
+          attn_.at(batch_, first_head_ + head,
+                   token({first_line_[0], first_line_[1] + at / line_rows_,
+                          first_row_ + at % line_rows_})) +
+              first);
+      }
+  }
+
+  void run_unfused(const Plan& plan, const simd::Block<T>& block, std::int64_t head,
+                   std::int64_t row) {
+    const std::int64_t count = block.everywhere ? p_.additional : p_.window_size();
+    simd::Weights<T> w{block, weights_, weights_stride_, row_a_ + row * p_.head_dim,
+                       sums_a_ + row * plan.padded};
+    if (pass_ == Pass::qk) {
+      const bool is_causal = p_.axes[0].is_causal || p_.axes[1].is_causal || p_.axes[2].is_causal;
+      if (is_causal && !block.everywhere)
+        std::fill(weights_, weights_ + kMostVectors * plan.width * weights_stride_,
+                  p_.empty_slots == EmptySlots::zero ? T(0) : -std::numeric_limits<T>::infinity());
+      kernels_.score(w);
+      for_each_weights(plan, block, head, row, [&](const T* weights, E* attn) {
+        store(isa_, p_.dtype, weights, T(1), attn, count);
+      });
+      return;
+    }
+    if (pass_ == Pass::av)
+      for_each_weights(plan, block, head, row, [&](T* weights, const E* attn) {
+        pack(isa_, p_.dtype,
+             simd::Packing<T>{attn, 0, 1, count, 1, 0, T(1), nullptr, 0, 0, weights,
+                              weights_stride_, 0});
+      });
+    else
+      gather_weights(plan, block);
+    kernels_.weigh(w);
+  }
+
+  /// The weights that queries, the columns, give to a block's keys.
+  void gather_weights(const Plan& plan, const simd::Block<T>& block) {
+    const Axis* axes = p_.axes;
+    const std::int64_t low = block.begin[0], high = block.end[block.rows - 1];
+    for (std::int64_t l = 0; l < block.line_count; ++l) {
+      const Coordinate line{columns_of_lines_[0] + l / lines_per_plane_,
+                            columns_of_lines_[1] + l % lines_per_plane_, 0};
+      const Interval seen0 = window(axes[0], group_[0], line[0]);
+      const Interval seen1 = window(axes[1], group_[1], line[1]);
+      for (std::int64_t c = low; c < high; ++c) {
+        const Coordinate at{line[0], line[1], intervals_.front().begin + c};
+        const Interval seen2 = window(axes[2], group_[2], at[2]);
+        const E* attn = attn_.at(batch_, first_head_, token(at));
+        for (std::int64_t v = 0; v < block.vectors; ++v) {
+          if (v < block.lines[l].first_vector || v >= block.lines[l].last_vector) continue;
+          const std::int64_t line1 = first_line_[1] + (block.adjacent ? 0 : v);
+          const E* of_line =
+              attn + ((first_line_[0] - seen0.begin) * axes[1].kernel_size + line1 - seen1.begin) *
+                         axes[2].kernel_size;
+          const std::int64_t first = block.adjacent ? v * plan.width : 0;
+          const std::int64_t last = std::min<std::int64_t>(first + plan.width, block.rows);
+          const std::int64_t position = block.position + intervals_.front().begin;
+          for (std::int64_t r = std::max(first, seen2.begin - position);
+               r < std::min(last, seen2.end - position); ++r)
+            weights_[(v * plan.width + r - first) * weights_stride_ + block.lines[l].weights[v] +
+                     c - block.begin[r]] = static_cast<T>(of_line[position + r - seen2.begin]);
+        }
+      }
     }
   }
 
@@ -703,7 +835,7 @@ class Engine {
   const Tensors tensors_;
   In query_, key_, value_, rpb_, additional_keys_, additional_values_, grad_output_;
   Operand<const T> logsumexp_, grad_logsumexp_;
-  Operand<E> output_, grad_query_, grad_key_, grad_value_;
+  Operand<E> output_, attn_, grad_query_, grad_key_, grad_value_;
   Operand<T> logsumexp_out_;
   T* row_terms_;
 
@@ -713,6 +845,9 @@ class Engine {
   std::int64_t column_head_ = 0, query_head_ = 0;  // first of the columns', of the queries'
   Coordinate group_{};
   std::int64_t first_row_ = 0, row_count_ = 0;
+  Coordinate first_line_{};        // of rows
+  Coordinate columns_of_lines_{};  // the first line of columns
+  std::int64_t lines_per_plane_ = 0;
   std::vector<Interval> intervals_;  // columns that each row of the strip sees
   std::vector<std::int64_t> tags_;   // which line a slot of the ring holds
   std::vector<Slot> slots_;
@@ -727,7 +862,8 @@ class Engine {
   T* bias_memory_ = nullptr;
   T *additional_keys_plain_ = nullptr, *additional_values_plain_ = nullptr;
   T *row_a_ = nullptr, *row_b_ = nullptr, *plain_row_a_ = nullptr, *plain_row_b_ = nullptr;
-  T *sums_a_ = nullptr, *sums_b_ = nullptr;
+  T *sums_a_ = nullptr, *sums_b_ = nullptr, *weights_ = nullptr;
+  std::int64_t weights_stride_ = 0;
   T *largest_ = nullptr, *total_ = nullptr, *row_logsumexp_ = nullptr, *row_term_ = nullptr;
   T *row_grad_logsumexp_ = nullptr, *scratch_ = nullptr;
 };
@@ -804,7 +940,7 @@ void reduce_partials(const Job& job, std::vector<Phase>& phases) {
 template <class E>
 std::vector<Phase> phases_of(const Job& job) {
   const Problem& p = job.problem;
-  if (p.op == Op::attention_forward) return {pass_phase<E>(job, Pass::forward)};
+  if (p.op != Op::attention_backward) return {pass_phase<E>(job, first_pass(p.op))};
   std::vector<Phase> phases{pass_phase<E>(job, Pass::backward_query)};
   if (p.wants_grad_key || p.wants_grad_value)
     phases.push_back(pass_phase<E>(job, Pass::backward_key));
@@ -813,11 +949,20 @@ std::vector<Phase> phases_of(const Job& job) {
 }
 
 std::string refuse_reason(const Problem& p) {
-  if (p.op != Op::attention_forward && p.op != Op::attention_backward)
-    return std::string("it computes fused attention, not ") + name_of(p.op);
+  if (p.op == Op::rpb_gather || p.op == Op::rpb_scatter)
+    return std::string("it has no ") + name_of(p.op);
+  if (p.op == Op::av_transpose && p.additional > 0) return "av_transpose has additional tokens";
   if (p.queries() == 0) return "there are no queries";
   if (p.additional > 4096)
     return std::to_string(p.additional) + " additional tokens; it packs at most 4096 at a time";
+  const Pass pass = first_pass(p.op);
+  if (is_fused(pass)) return {};
+  const bool in_pieces = dispatch_dtype(p.dtype, [&](auto type) {
+    using T = StatisticOf<typename decltype(type)::type>;
+    return Plan(p, pass, kernels_for<T>(instruction_set()).width, sizeof(T)).in_pieces;
+  });
+  if (in_pieces || p.window_size() > kMostWeights)
+    return "the window is too large: the weights of a row must fit the cache";
   return {};
 }
 
@@ -845,6 +990,6 @@ void run(const std::vector<Job>& jobs, const Context& context) {
 
 }  // namespace
 
-const Backend fused = {"fused", DeviceType::cpu, refuse_reason, workspace_bytes, run};
+const Backend vectorized = {"vectorized", DeviceType::cpu, refuse_reason, workspace_bytes, run};
 
 }  // namespace natten::detail::cpu

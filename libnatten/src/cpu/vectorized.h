@@ -4,7 +4,7 @@
 
 namespace natten::detail::cpu {
 
-/// Fused attention, forward and backward, with vector instructions.
-extern const Backend fused;
+/// Attention, fused and unfused, with vector instructions.
+extern const Backend vectorized;
 
 }  // namespace natten::detail::cpu
