@@ -343,7 +343,9 @@ class Engine {
       plain_row_b_ = plain_rows ? arena.take<T>(rows * v) : nullptr;
       sums_a_ = arena.take<T>(rows * std::max(d, v));
       sums_b_ = arena.take<T>(keyed ? rows * v : 0);
-      weights_stride_ = round_up(std::max(weights_per_row(plan), p_.additional), plan.width);
+      // With a vector to spare.
+      weights_stride_ =
+          round_up(std::max(weights_per_row(plan), p_.additional), plan.width) + plan.width;
       weights_ =
           is_fused(pass_) ? nullptr : arena.take<T>(kMostVectors * plan.width * weights_stride_);
       for (T** statistic : {&largest_, &total_, &row_logsumexp_, &row_term_, &row_grad_logsumexp_})

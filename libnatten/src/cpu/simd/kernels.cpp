@@ -130,6 +130,28 @@ NATTEN_INLINE T sum_of(Vector<T> v) {
 /// Bytes of a cache line.
 constexpr std::int64_t kLine = 64;
 
+/// Transposes a square of vectors in place: each round interleaves the halves.
+template <class T>
+NATTEN_INLINE void transpose(Vector<T> (&rows)[kWidth<T>]) {
+  constexpr int kW = kWidth<T>;
+  Ints<T> low, high;
+  for (int i = 0; i < kW; ++i) {
+    low[i] = (i % 2) * kW + i / 2;
+    high[i] = (i % 2) * kW + i / 2 + kW / 2;
+  }
+#pragma GCC unroll 8
+  for (int round = 1; round < kW; round *= 2) {
+    Vector<T> next[kW];
+#pragma GCC unroll 16
+    for (int i = 0; i < kW / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kW / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kW / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kW; ++i) rows[i] = next[i];
+  }
+}
+
 // ---- products ----
 
 /// Most slots of a row that are handled at once. It bounds the scratch, and the number of terms
@@ -747,23 +769,52 @@ void backward_key(const BackwardKey<T>& f) {
 
 // ---- the unfused operations ----
 
-/// Visits the weights of a batch: `f(in scratch, [row][..])`.
-template <class T, class F>
-NATTEN_INLINE void for_each_weight(const Slots<T>& slots, const Batch& batch, const Weights<T>& w,
-                                   F&& f) {
-  for (int v = 0; v < slots.block.vectors; ++v)
+/// Copies a batch's weights between the scratch, [slot][row], and Weights, [row][slot].
+template <bool kToScratch, class T>
+NATTEN_INLINE void copy_weights(const Slots<T>& slots, const Batch& batch, const Weights<T>& w) {
+  constexpr int kW = kWidth<T>;
+  for (int v = 0; v < slots.block.vectors; ++v) {
+    const bool by_square =
+        slots.all_low[slots.of(v)] == 0 && slots.all_high[slots.of(v)] == slots.count;
     for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
       const Line<T>& line = slots.block.lines[l];
       if (v < line.first_vector || v >= line.last_vector) continue;
-      T* in_scratch = w.block.scratch + v * kScores<T> + batch.at(l) * kWidth<T>;
-      for (int row = 0; row < slots.rows_of(v); ++row) {
+      T* in_scratch = w.block.scratch + v * kScores<T> + batch.at(l) * kW;
+      T* by_row = w.weights + v * kW * w.stride + line.weights[v];
+      if (by_square) {
+        for (std::int64_t slot = batch.slot0; slot < batch.slot1; slot += kW) {
+          const std::int64_t count = min(kW, batch.slot1 - slot);
+          Vector<T> square[kW];
+          if constexpr (kToScratch) {
+            for (int i = 0; i < kW; ++i) square[i] = load(by_row + i * w.stride + slot);
+            transpose<T>(square);
+            for (int i = 0; i < count; ++i) store(in_scratch + (slot + i) * kW, square[i]);
+          } else {
+            for (int i = 0; i < kW; ++i)
+              square[i] = load(in_scratch + (slot + min(i, count - 1)) * kW);
+            transpose<T>(square);
+            const Ints<T> in_range = lanes<T>() < static_cast<typename VectorOf<T>::Int>(count);
+            for (int i = 0; i < kW; ++i) {
+              T* to = by_row + i * w.stride + slot;
+              store(to, in_range ? square[i] : load(to));
+            }
+          }
+        }
+        continue;
+      }
+      for (int row = 0; row < slots.rows_of(v); ++row, by_row += w.stride) {
         const std::int64_t low = slots.low[slots.of(v)][row];
         const std::int64_t end = min(slots.high[slots.of(v)][row], batch.slot1);
-        T* by_row = w.weights + (v * kWidth<T> + row) * w.stride + line.weights[v] - low;
-        for (std::int64_t slot = max(low, batch.slot0); slot < end; ++slot)
-          f(in_scratch[slot * kWidth<T> + row], by_row[slot]);
+        for (std::int64_t slot = max(low, batch.slot0); slot < end; ++slot) {
+          T& weight = in_scratch[slot * kW + row];
+          if constexpr (kToScratch)
+            weight = by_row[slot - low];
+          else
+            by_row[slot - low] = weight;
+        }
       }
     }
+  }
 }
 
 template <class T>
@@ -780,7 +831,7 @@ void score(const Weights<T>& w) {
                         T* at = scores + v * kScores<T> + offset;
                         store(at, finish_score<false>(slots, line, v, slot, load(at)));
                       });
-    for_each_weight(slots, batch, w, [](const T& score, T& to) { to = score; });
+    copy_weights<false>(slots, batch, w);
   });
 }
 
@@ -793,7 +844,7 @@ void weigh(const Weights<T>& w) {
       for (int v = 0; v < w.block.vectors; ++v)
         for (std::int64_t i = 0; i < (batch.line1 - batch.line0) * batch.per_line(); ++i)
           store(w.block.scratch + v * kScores<T> + i * kWidth<T>, Vector<T>{});
-    for_each_weight(slots, batch, w, [](T& weight, const T& from) { weight = from; });
+    copy_weights<true>(slots, batch, w);
     row_products(slots, batch, w.block.scratch, &Line<T>::plain, w.block.padded, w.sums);
   });
 }
@@ -878,28 +929,6 @@ struct Float16 {
 #endif
   }
 };
-
-/// Transposes a square of vectors in place: each round interleaves the halves.
-template <class T>
-NATTEN_INLINE void transpose(Vector<T> (&rows)[kWidth<T>]) {
-  constexpr int kW = kWidth<T>;
-  Ints<T> low, high;
-  for (int i = 0; i < kW; ++i) {
-    low[i] = (i % 2) * kW + i / 2;
-    high[i] = (i % 2) * kW + i / 2 + kW / 2;
-  }
-#pragma GCC unroll 8
-  for (int round = 1; round < kW; round *= 2) {
-    Vector<T> next[kW];
-#pragma GCC unroll 16
-    for (int i = 0; i < kW / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kW / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kW / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kW; ++i) rows[i] = next[i];
-  }
-}
 
 /// Elements of a token that are converted at a time.
 template <class T>

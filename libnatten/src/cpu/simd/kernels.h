@@ -3,9 +3,9 @@
 #include <cstddef>
 #include <cstdint>
 
-/// What the code that is compiled once per instruction set offers to `vectorized.cpp`: plain structs and
-/// a table of functions. Nothing here is inline, so that no code compiled for one instruction set
-/// can be merged with that of another.
+/// What the code that is compiled once per instruction set offers to `vectorized.cpp`: plain
+/// structs and a table of functions. Nothing here is inline, so that no code compiled for one
+/// instruction set can be merged with that of another.
 namespace natten::detail::cpu::simd {
 
 /// Most vectors of rows (queries, or keys where keys gather from queries) that a block holds.
@@ -103,7 +103,7 @@ struct BackwardKey {
 };
 
 /// The weights, or scores, of a block, by row: weights[vector * width + row][..], a line's from
-/// Line::weights on, for the columns that the row sees.
+/// Line::weights on, for the columns that the row sees. Rows have a vector to spare at their end.
 template <class T>
 struct Weights {
   Block<T> block;
