@@ -28,13 +28,11 @@ inline void pack(const simd::InstructionSet& isa, DType, const simd::Packing<dou
 inline void pack(const simd::InstructionSet& isa, DType dtype, const simd::Packing<float>& p) {
   isa.convert.pack[static_cast<int>(dtype)](p);
 }
-inline void store(const simd::InstructionSet& isa, DType, const double* from, double scale,
-                  void* to, std::int64_t count) {
-  isa.convert.store_f64(from, scale, to, count);
+inline void unpack(const simd::InstructionSet& isa, DType, const simd::Unpacking<double>& u) {
+  isa.convert.unpack_f64(u);
 }
-inline void store(const simd::InstructionSet& isa, DType dtype, const float* from, float scale,
-                  void* to, std::int64_t count) {
-  isa.convert.store[static_cast<int>(dtype)](from, scale, to, count);
+inline void unpack(const simd::InstructionSet& isa, DType dtype, const simd::Unpacking<float>& u) {
+  isa.convert.unpack[static_cast<int>(dtype)](u);
 }
 
 }  // namespace natten::detail::cpu

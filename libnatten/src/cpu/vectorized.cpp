@@ -28,10 +28,9 @@ namespace {
 
 using simd::kMostVectors;
 
-// Packed columns and rows of a thread: what is aimed at, to stay in the L2 cache, and the most;
-// beyond it the columns are cut into pieces.
-constexpr std::size_t kAimedBytes = 896 << 10;
-constexpr std::size_t kMostBytes = 5 << 19;
+// Packed columns and rows of a thread: strips are as long as fits. Heads take turns, and what one
+// of them needs at a time fits the L2 cache; packing less often is worth more than packing less.
+constexpr std::size_t kMostBytes = 3 << 20;
 constexpr std::int64_t kPieceColumns = 256;
 constexpr std::int64_t kMostWeights = 4096;  // per row, of the unfused operations
 constexpr std::int64_t kSpareBias = 64;  // elements around a table of biases that vectors may touch
@@ -162,7 +161,7 @@ struct Plan {
     while (column_heads > 1 && bytes(least_strip) > kMostBytes)
       row_heads = column_heads = (column_heads + 1) / 2;
     strip = round_up(std::min<std::int64_t>(longest, 256), width);
-    while (strip > least_strip && bytes(strip) > kAimedBytes)
+    while (strip > least_strip && bytes(strip) > kMostBytes)
       strip = std::max(least_strip, round_up(strip / 2, width));
     in_pieces = bytes(strip) > kMostBytes;
     if (in_pieces) row_heads = column_heads = 1;
@@ -173,7 +172,7 @@ struct Plan {
       strip = round_up(std::min<std::int64_t>(longest, 128), width);
       piece_columns = std::min(grid.most_columns(2, strip), kPieceColumns);
       piece_lines = std::max<std::int64_t>(
-          1, static_cast<std::int64_t>(kAimedBytes / 2 / element) / (operands * piece_columns));
+          1, static_cast<std::int64_t>(kMostBytes / 4 / element) / (operands * piece_columns));
     }
     strips = (longest + strip - 1) / strip;
     const std::int64_t lines = grid.rows(1, 0);
@@ -423,14 +422,18 @@ class Engine {
     T* plain;
     std::int64_t padded, plain_stride;
   };
-  /// Packs `count` tokens of some heads from a position on, along the innermost axis.
+  /// Has `pack_all` pack `count` tokens of some heads from a position on, along the innermost axis.
   void pack_tokens(const In& from, std::int64_t head, std::int64_t heads, const Coordinate& first,
-                   std::int64_t count, std::int64_t dim, double scale, const Packed& to) const {
-    pack(isa_, p_.dtype,
-         simd::Packing<T>{from.at(batch_, head, token(first)), from.grid[2] * p_.axes[2].dilation,
-                          count, dim, static_cast<int>(heads), from.head, static_cast<T>(scale),
-                          to.transposed, to.ld, to.transposed_stride, to.plain, to.padded,
-                          to.plain_stride});
+                   std::int64_t count, std::int64_t dim, double scale, const Packed& to) {
+    packings_.push_back({from.at(batch_, head, token(first)), from.grid[2] * p_.axes[2].dilation,
+                         count, dim, static_cast<int>(heads), from.head, static_cast<T>(scale),
+                         to.transposed, to.ld, to.transposed_stride, to.plain, to.padded,
+                         to.plain_stride, nullptr});
+  }
+  void pack_all() {
+    for (std::size_t i = 0; i + 1 < packings_.size(); ++i) packings_[i].next = &packings_[i + 1];
+    for (const auto& packing : packings_) pack(isa_, p_.dtype, packing);
+    packings_.clear();
   }
 
   /// Visits the strip's rows in all of its lines and heads: `f(row, its head, its token)`.
@@ -485,28 +488,39 @@ class Engine {
 
   void store_rows(const Plan& plan, const Coordinate& first) {
     const std::int64_t d = plan.padded, v = plan.value_padded;
-    if (pass_ == Pass::qk) return;
-    for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
-      if (!is_fused(pass_)) {
-        store(isa_, p_.dtype, sums_a_ + r * d, T(1), output_.at(batch_, head, at), p_.head_dim);
-      } else if (pass_ == Pass::forward) {
-        store(isa_, p_.dtype, sums_a_ + r * v, T(1) / total_[r], output_.at(batch_, head, at),
-              p_.value_dim);
-        if (logsumexp_out_)
-          *logsumexp_out_.at(batch_, head, at) = largest_[r] + std::log(total_[r]);
-      } else if (pass_ == Pass::backward_query) {
-        *row_term_at(head, at) = row_term_[r];
-        if (grad_query_)
-          store(isa_, p_.dtype, sums_a_ + r * d, static_cast<T>(p_.scale),
-                grad_query_.at(batch_, head, at), p_.head_dim);
-      } else {
-        if (grad_key_)
-          store(isa_, p_.dtype, sums_a_ + r * d, T(1), grad_key_.at(batch_, head, at), p_.head_dim);
-        if (grad_value_)
-          store(isa_, p_.dtype, sums_b_ + r * v, T(1), grad_value_.at(batch_, head, at),
-                p_.value_dim);
+    const auto unpack_rows = [&](const Operand<E>& to, std::int64_t dim, const T* sums,
+                                 std::int64_t padded, double scale, const T* scales) {
+      if (!to) return;
+      for (std::int64_t line = 0; line < line_count_; ++line) {
+        const std::int64_t row = line * line_rows_;
+        unpack(isa_, p_.dtype,
+               simd::Unpacking<T>{
+                   sums + row * padded, padded, head_rows_ * padded,
+                   scales ? scales + row : nullptr, head_rows_, static_cast<T>(scale),
+                   to.at(batch_, first_head_, token({first[0], first[1] + line, first[2]})),
+                   to.grid[2] * p_.axes[2].dilation, row_count_, dim, static_cast<int>(head_count_),
+                   to.head});
       }
-    });
+    };
+    if (pass_ == Pass::qk) return;
+    if (!is_fused(pass_)) {
+      unpack_rows(output_, p_.head_dim, sums_a_, d, 1.0, nullptr);
+    } else if (pass_ == Pass::forward) {
+      kernels_.finish(largest_, total_, head_count_ * head_rows_);
+      unpack_rows(output_, p_.value_dim, sums_a_, v, 1.0, total_);
+      if (logsumexp_out_)
+        for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
+          *logsumexp_out_.at(batch_, head, at) = largest_[r];
+        });
+    } else if (pass_ == Pass::backward_query) {
+      unpack_rows(grad_query_, p_.head_dim, sums_a_, d, p_.scale, nullptr);
+      for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
+        *row_term_at(head, at) = row_term_[r];
+      });
+    } else {
+      unpack_rows(grad_key_, p_.head_dim, sums_a_, d, 1.0, nullptr);
+      unpack_rows(grad_value_, p_.value_dim, sums_b_, v, 1.0, nullptr);
+    }
   }
 
   T* row_term_at(std::int64_t head, const Coordinate& at) const {
@@ -623,16 +637,18 @@ class Engine {
     const std::int64_t n = p_.additional, d = plan.padded, v = plan.value_padded;
     const std::int64_t of = batch_ * p_.kv_heads + column_head_;
     if (additional_of_ != of) {
-      const auto pack_all = [&](const In& from, std::int64_t dim, T* to, std::int64_t padded) {
+      const auto pack_additional = [&](const In& from, std::int64_t dim, T* to,
+                                       std::int64_t padded) {
         pack(isa_, p_.dtype,
              simd::Packing<T>{from.at(batch_, column_head_, 0), from.token, n, dim,
                               static_cast<int>(column_heads(plan)), from.head, T(1), nullptr, 0, 0,
-                              to, padded, n * padded});
+                              to, padded, n * padded, nullptr});
       };
-      if (additional_keys_) pack_all(additional_keys_, p_.head_dim, additional_keys_plain_, d);
+      if (additional_keys_)
+        pack_additional(additional_keys_, p_.head_dim, additional_keys_plain_, d);
       if (additional_values_)
-        pack_all(additional_values_, is_fused(pass_) ? p_.value_dim : p_.head_dim,
-                 additional_values_plain_, is_fused(pass_) ? v : d);
+        pack_additional(additional_values_, is_fused(pass_) ? p_.value_dim : p_.head_dim,
+                        additional_values_plain_, is_fused(pass_) ? v : d);
       additional_of_ = of;
     }
     for (std::int64_t h = 0; h < head_count_; ++h) {
@@ -648,6 +664,7 @@ class Engine {
   /// which every row sees.
   void visit_blocks(const Plan& plan, std::int64_t head, const simd::Line<T>* lines,
                     std::int64_t line_count, std::int64_t start, std::int64_t stop) {
+    pack_all();
     simd::Block<T> block;
     block.adjacent = plan.stack == 1;
     block.everywhere = stop < 0;
@@ -746,7 +763,8 @@ class Engine {
                   p_.empty_slots == EmptySlots::zero ? T(0) : -std::numeric_limits<T>::infinity());
       kernels_.score(w);
       for_each_weights(plan, block, head, row, [&](const T* weights, E* attn) {
-        store(isa_, p_.dtype, weights, T(1), attn, count);
+        unpack(isa_, p_.dtype,
+               simd::Unpacking<T>{weights, 0, 0, nullptr, 0, T(1), attn, 0, 1, count, 1, 0});
       });
       return;
     }
@@ -754,7 +772,7 @@ class Engine {
       for_each_weights(plan, block, head, row, [&](T* weights, const E* attn) {
         pack(isa_, p_.dtype,
              simd::Packing<T>{attn, 0, 1, count, 1, 0, T(1), nullptr, 0, 0, weights,
-                              weights_stride_, 0});
+                              weights_stride_, 0, nullptr});
       });
     else
       gather_weights(plan, block);
@@ -854,6 +872,7 @@ class Engine {
   std::vector<std::int64_t> tags_;   // which line a slot of the ring holds
   std::vector<Slot> slots_;
   std::vector<simd::Line<T>> lines_;
+  std::vector<simd::Packing<T>> packings_;
   std::int64_t ld_ = 0, bias_head_ = -1, additional_of_ = -1;
   std::int64_t line_count_ = 0;   // lines of rows at hand
   std::int64_t line_rows_ = 0;    // rows from one of them to the next in operands by row

@@ -121,6 +121,23 @@ NATTEN_INLINE Vector<T> exp(Vector<T> x) {
   return x < E::lowest ? Vector<T>{} : sum * reinterpret_cast<Vector<T>>(exponent);
 }
 
+/// log(x) for normal x >= 1, to within some 2^-mantissa, and for 0: Halley's iteration on
+/// exp(y) = x.
+template <class T>
+NATTEN_INLINE Vector<T> log(Vector<T> x) {
+  using E = Exp<T>;
+  // Taking a mantissa for its own logarithm is off by less than 0.06.
+  constexpr T unit = static_cast<T>(std::int64_t{1} << E::mantissa), ln2 = T(1) / E::log2e;
+  Vector<T> y =
+      (__builtin_convertvector(reinterpret_cast<Ints<T>>(x), Vector<T>) / unit - E::bias) * ln2;
+  // Each round cubes the error and divides it by 12.
+  for (int round = 0; round < (E::mantissa > 30 ? 3 : 2); ++round) {
+    const Vector<T> power = exp<T>(y);
+    y += 2 * (x - power) / (x + power);
+  }
+  return x == 0 ? broadcast<T>(-kInfinity<T>) : y;
+}
+
 template <class T>
 NATTEN_INLINE T sum_of(Vector<T> v) {
   T sum = v[0];
@@ -634,6 +651,15 @@ void forward(const Forward<T>& f) {
   });
 }
 
+template <class T>
+void finish(T* largest, T* total, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += kWidth<T>) {
+    const Vector<T> sum = load(total + i);
+    store(largest + i, load(largest + i) + log<T>(sum));
+    store(total + i, 1 / sum);
+  }
+}
+
 /// Adds the gradients that rows give to columns, which all rows see.
 template <class T>
 NATTEN_INLINE void add_to_columns(const Slots<T>& slots, const Batch& batch, int v,
@@ -947,21 +973,14 @@ NATTEN_INLINE void convert(const typename Type::Element* from, std::int64_t leng
   store(piece + i, Type::read(rest) * scale);
 }
 
-/// Writes elements d to d + length of some tokens from `first` on to the operands.
+/// Transposes elements d to d + length of some tokens from `first` on.
 template <class T>
-NATTEN_INLINE void spread(const Packing<T>& p, int head, std::int64_t first, int tokens,
-                          std::int64_t d, std::int64_t length, const T (*pieces)[kPiece<T>]) {
+NATTEN_INLINE void spread(const Packing<T>& p, int head, std::int64_t first, std::int64_t d,
+                          std::int64_t length, const T* const (&tokens)[kWidth<T>]) {
   constexpr int kW = kWidth<T>;
-  if (p.plain) {
-    T* to = p.plain + head * p.plain_stride + first * p.padded + d;
-    for (int i = 0; i < tokens; ++i)
-      for (std::int64_t e = 0; e < length; e += kW)
-        store(to + i * p.padded + e, load(pieces[i] + e));
-  }
-  if (!p.transposed) return;
   for (std::int64_t e = 0; e < length; e += kW) {
     Vector<T> square[kW];
-    for (int i = 0; i < kW; ++i) square[i] = load(pieces[i] + e);
+    for (int i = 0; i < kW; ++i) square[i] = load(tokens[i] + e);
     transpose<T>(square);
     const std::int64_t ld = p.ld ? p.ld : kW;
     T* to =
@@ -975,55 +994,87 @@ NATTEN_INLINE void spread(const Packing<T>& p, int head, std::int64_t first, int
   }
 }
 
-/// Tokens that are fetched before they are packed, to the L2 cache: in the L1 cache those of one
-/// head displace each other.
+/// How many tokens before it is packed a token is fetched, to the L2 cache: in the L1 cache those
+/// of one head displace each other.
 constexpr std::int64_t kAhead = 16;
+
+/// Fetches a token of those that follow.
+template <class Element, class T>
+NATTEN_INLINE void fetch(const Packing<T>& first, std::int64_t index) {
+  const Packing<T>* p = &first;
+  while (index >= p->count) {
+    index -= p->count;
+    p = p->next;
+    if (!p) return;
+  }
+  const auto* token = static_cast<const Element*>(p->from) + index * p->stride;
+  for (int head = 0; head < p->heads; ++head, token += p->head_stride)
+    for (std::int64_t d = 0; d < p->dim; d += kLine / static_cast<std::int64_t>(sizeof(Element)))
+      __builtin_prefetch(token + d, 0, 1);
+}
+
 template <class Type>
 void pack(const Packing<typename Type::Sum>& p) {
   using T = typename Type::Sum;
   constexpr int kW = kWidth<T>;
   const auto* from = static_cast<const typename Type::Element*>(p.from);
   for (std::int64_t first = 0; first < p.count; first += kW) {
-    const int tokens = static_cast<int>(min(kW, p.count - first));
+    const int count = static_cast<int>(min(kW, p.count - first));
     for (std::int64_t d = 0; d < p.dim; d += kPiece<T>) {
       const std::int64_t length = min(kPiece<T>, p.dim - d);
       T pieces[kMostHeads][kW][kPiece<T>];
-      // In the order of memory, where heads of a token follow each other.
-      for (int i = 0; i < kW; ++i) {
-        const auto* token = from + (first + (i < tokens ? i : 0)) * p.stride + d;
+      const T* converted[kMostHeads][kW];
+      // In the order of memory, where heads of a token follow each other. What a square has to
+      // spare is the first token.
+      for (int i = 0; i < (p.transposed ? kW : count); ++i) {
+        const auto* token = from + (first + (i < count ? i : 0)) * p.stride + d;
+        if (d == 0) fetch<typename Type::Element>(p, first + i + kAhead);
         for (int head = 0; head < p.heads; ++head, token += p.head_stride) {
-          for (std::int64_t e = 0; e < length;
-               e += kLine / static_cast<std::int64_t>(sizeof(*token)))
-            __builtin_prefetch(token + kAhead * p.stride + e, 0, 1);
+          T* to = p.plain && i < count
+                      ? p.plain + head * p.plain_stride + (first + i) * p.padded + d
+                      : pieces[head][i];
+          converted[head][i] = to;
           if (length == kPiece<T>)
-            convert<Type, T>(token, kPiece<T>, p.scale, pieces[head][i]);
+            convert<Type, T>(token, kPiece<T>, p.scale, to);
           else
-            convert<Type, T>(token, length, p.scale, pieces[head][i]);
+            convert<Type, T>(token, length, p.scale, to);
         }
       }
-      for (int head = 0; head < p.heads; ++head)
-        spread(p, head, first, tokens, d, length, pieces[head]);
+      for (int head = 0; head < p.heads && p.transposed; ++head)
+        spread(p, head, first, d, length, converted[head]);
     }
   }
 }
 
 template <class Type>
-void unpack(const typename Type::Sum* from, typename Type::Sum scale, void* to,
-            std::int64_t count) {
+void unpack(const Unpacking<typename Type::Sum>& u) {
   using T = typename Type::Sum;
-  auto* out = static_cast<typename Type::Element*>(to);
-  std::int64_t i = 0;
-  for (; i + kWidth<T> <= count; i += kWidth<T>) Type::write(out + i, load(from + i) * scale);
-  if (i == count) return;
-  typename Type::Element rest[kWidth<T>];
-  Type::write(rest, load(from + i) * scale);
-  for (std::int64_t k = 0; k < count - i; ++k) out[i + k] = rest[k];
+  constexpr int kW = kWidth<T>;
+  auto* token = static_cast<typename Type::Element*>(u.to);
+  for (std::int64_t r = 0; r < u.count; ++r, token += u.stride) {
+    auto* to = token;
+    for (int head = 0; head < u.heads; ++head, to += u.head_stride) {
+      const T* from = u.from + head * u.from_stride + r * u.padded;
+      const T scale = u.scales ? u.scale * u.scales[head * u.scales_stride + r] : u.scale;
+      std::int64_t i = 0;
+      for (; i + kW <= u.dim; i += kW) Type::write(to + i, load(from + i) * scale);
+      if (i == u.dim) continue;
+      typename Type::Element rest[kW];
+      Type::write(rest, load(from + i) * scale);
+      for (std::int64_t k = 0; k < u.dim - i; ++k) to[i + k] = rest[k];
+    }
+  }
 }
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {forward<T>, backward_query<T>, backward_key<T>,
-          score<T>,   weigh<T>,          static_cast<std::size_t>(2 * kMostVectors * kScores<T>),
+  return {forward<T>,
+          finish<T>,
+          backward_query<T>,
+          backward_key<T>,
+          score<T>,
+          weigh<T>,
+          static_cast<std::size_t>(2 * kMostVectors * kScores<T>),
           kWidth<T>};
 }
 

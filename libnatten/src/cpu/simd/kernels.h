@@ -128,11 +128,30 @@ struct Packing {
   T* plain;                        // [count][padded], or null; padding is set to 0
   std::int64_t padded;
   std::int64_t plain_stride;  // from a head to the next
+  const Packing* next;        // what is packed after this and can be fetched meanwhile; may be null
+};
+
+/// How to write sums, times a scale, to a line of tokens of some heads.
+template <class T>
+struct Unpacking {
+  const T* from;  // [count][padded]
+  std::int64_t padded;
+  std::int64_t from_stride;  // from a head to the next
+  const T* scales;           // [count], null for 1
+  std::int64_t scales_stride;
+  T scale;  // of all
+  void* to;
+  std::int64_t stride, count, dim;  // of tokens
+  int heads;
+  std::int64_t head_stride;
 };
 
 template <class T>
 struct Kernels {
   void (*forward)(const Forward<T>&);
+  /// Makes largest logsumexp, and total the factor of sums, for `count` rows; the last vector is
+  /// written whole.
+  void (*finish)(T* largest, T* total, std::int64_t count);
   void (*backward_query)(const BackwardQuery<T>&);
   void (*backward_key)(const BackwardKey<T>&);
   void (*score)(const Weights<T>&);  // writes weights, as products of rows and columns
@@ -145,9 +164,8 @@ struct Kernels {
 struct Conversions {
   void (*pack_f64)(const Packing<double>&);
   void (*pack[4])(const Packing<float>&);  // [0] unused
-  /// Writes `count` sums, times `scale`.
-  void (*store_f64)(const double* from, double scale, void* to, std::int64_t count);
-  void (*store[4])(const float* from, float scale, void* to, std::int64_t count);
+  void (*unpack_f64)(const Unpacking<double>&);
+  void (*unpack[4])(const Unpacking<float>&);
 };
 
 struct InstructionSet {
