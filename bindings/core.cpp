@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "call.h"
+#include "openmp.h"
 #include "views.h"
 
 namespace nb = nanobind;
@@ -85,7 +86,8 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(const std::string&
 }
 
 void run_call(const std::string& op, const Config& config, Scale scale, const std::string& backend,
-              const nb::sequence& inputs, const nb::sequence& outputs) {
+              const nb::sequence& inputs, const nb::sequence& outputs,
+              std::optional<int> openmp_threads) {
   Views views;
   Call call = call_of(views, op, config, scale, inputs);
   bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
@@ -93,6 +95,8 @@ void run_call(const std::string& op, const Config& config, Scale scale, const st
   });
   Context context;
   context.backend = backend.c_str();
+  OpenMpExecutor openmp(openmp_threads.value_or(1));
+  if (openmp_threads) context.executor = &openmp;
   nb::gil_scoped_release unlocked;
   run(call, context);
 }
@@ -176,9 +180,12 @@ NB_MODULE(_core, m) {
       "Checks a call and returns (outputs, workspace bytes). inputs: arrays, (shape, dtype name)\n"
       "tuples or None; outputs: True (wanted, described in the result), None, or as inputs. Each\n"
       "described output is (shape, dtype name), or None where it is not wanted.");
-  m.def("run", &run_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
-        "outputs"_a,
-        "Checks a call, runs it and writes the outputs, which the caller has allocated.");
+  m.def(
+      "run", &run_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a, "outputs"_a,
+      "openmp_threads"_a = nb::none(),
+      "Checks a call, runs it and writes the outputs, which the caller has allocated.\n"
+      "openmp_threads: runs on so many threads of the process's OpenMP runtime where it has one;\n"
+      "None: on the library's pool.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
   m.def(

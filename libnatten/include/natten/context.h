@@ -16,6 +16,9 @@ class NATTEN_EXPORT Executor {
   /// Runs `task` now or later on any thread. The caller of a kernel always takes part in its work,
   /// so a task that runs late, or waits for a busy pool, only costs speed.
   virtual void schedule(std::function<void()> task) = 0;
+  /// Runs `task` here and on up to `threads` - 1 other threads; returns once it has returned here.
+  /// By default schedules it on the others. Override it for a pool that only forks and joins.
+  virtual void run_on(int threads, const std::function<void()>& task);
 };
 
 /// The library's own pool, used where a context names no executor. Survives fork().

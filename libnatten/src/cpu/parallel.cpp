@@ -103,13 +103,7 @@ void run_phase(const std::vector<const Phase*>& phases, Executor& executor) {
   auto region = std::make_shared<Region>(chunks, [&](std::int64_t chunk) {
     run_items(items * chunk / chunks, items * (chunk + 1) / chunks);
   });
-  try {
-    for (std::int64_t i = 1; i < threads; ++i) executor.schedule([region] { region->work(); });
-  } catch (...) {
-    // An executor that takes no more tasks only costs speed: this thread does what is left. Leaving
-    // here would take the region's work away from the tasks that are queued already.
-  }
-  region->work();
+  executor.run_on(static_cast<int>(threads), [region] { region->work(); });
   region->wait();
 }
 

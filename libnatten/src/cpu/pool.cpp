@@ -26,6 +26,16 @@ namespace natten {
 
 Executor::~Executor() = default;
 
+void Executor::run_on(int threads, const std::function<void()>& task) {
+  try {
+    for (int i = 1; i < threads; ++i) schedule(task);
+  } catch (...) {
+    // An executor that takes no more tasks only costs speed: this thread does what is left. Leaving
+    // here would take away what the tasks work on that are queued already.
+  }
+  task();
+}
+
 namespace {
 
 int initial_threads() {

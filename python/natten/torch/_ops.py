@@ -49,7 +49,7 @@ def _run(
         None if spec is None else torch.empty(spec[0], dtype=_DTYPES[spec[1]], device=device)
         for spec in specs
     ]
-    _core.run(op, config, scale, backend, inputs, results)
+    _core.run(op, config, scale, backend, inputs, results, torch.get_num_threads())
     return results
 
 
