@@ -11,7 +11,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: demo test test-cpp test-sanitize test-python lint format consumer wheel test-wheel clean gtest
+.PHONY: demo test test-cpp test-sanitize test-aarch64 test-python lint format consumer wheel \
+  test-wheel clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -27,6 +28,10 @@ test-sanitize: $(VENV)/build gtest
 	cmake --preset sanitize
 	cmake --build --preset sanitize
 	ctest --preset sanitize
+
+# Not part of `test`: it needs a cross-compiler and QEMU, whose Debian packages it names.
+test-aarch64: $(VENV)/build
+	cpp_tests/aarch64.sh
 
 test-python: $(VENV)/package $(VENV)/test
 	$(BIN)/python -m pytest

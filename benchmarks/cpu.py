@@ -1,175 +1,210 @@
 """Times neighborhood attention on the CPU beside other ways to compute it, in one run.
 
-    python benchmarks/cpu.py [--cases NAME ...] [--dtype float32] [--repeats 7] [--json FILE]
+    python benchmarks/cpu.py                                 # ours, all cases, float32
+    python benchmarks/cpu.py --ways all --json all.json --plot all.png
+    python benchmarks/cpu.py --cases 2d_64_k7 --ways ours flex --dtypes float32 bfloat16
+    python benchmarks/cpu.py --from-json all.json --plot all.png
+    python benchmarks/cpu.py --memory
 
 Prints useful GFLOP/s, and in brackets the ratio to a float32 matrix product of 2048^3 on the same
 threads, timed in turn with each row: machines are noisy, ratios less so. Useful means
 4 * batch * heads * tokens * window * head_dim for the forward pass and 3.5 times that for forward
 and backward; work that a mask throws away does not count. Causal windows are full but at the start.
+Before a way is timed, its results are compared with ours; one that computes something else is
+reported, not timed, and makes the exit status 1.
 
     ours          the backend that natten chooses
     naive         natten's readable reference backend
     gather        keys gathered into [.., tokens, window, head_dim], einsum, softmax, einsum
-    sdpa          full attention by scaled_dot_product_attention, counted by the window
+    flex          FlexAttention, compiled before it is timed, tokens in row-major order; no backward
+    sdpa_mask     scaled_dot_product_attention with the neighborhood as a boolean mask, built before
+    sdpa_full     scaled_dot_product_attention over all tokens, counted by the window
+    qk, av        natten's unfused operations, heads-first; each counts half of a forward pass
+
+With --memory every case and pass of ours runs once in a process of its own, which has run another,
+tiny case before. That prints the peak resident memory above that with the inputs in place, and what
+the results need: output, logsumexp, gradients and one float per token and head. (Linux only.)
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
+import multiprocessing
+import os
+import platform
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from cases import PASSES, Case, call_of, case_named, ours, parser_of, seconds, tensors_of
+from ways import WAYS, Skip, Wrong, check
 
-import natten.functional as F
 from natten import _core
 
+Row = dict[str, Any]
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    batch: int
-    heads: int
-    grid: tuple[int, ...]
-    head_dim: int
-    kernel: tuple[int, ...]
-    dilation: int = 1
-    is_causal: bool = False
-
-    @property
-    def flops(self) -> float:
-        pairs = 1
-        for length, k in zip(self.grid, self.kernel, strict=True):
-            missing = k * (k - 1) // 2 if self.is_causal else 0  # at the start of the axis
-            pairs *= length * k - missing
-        return 4 * self.batch * self.heads * pairs * self.head_dim
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "performance.png"
 
 
-CASES = [
-    Case("1d_8k_w127", 1, 8, (8192,), 64, (127,)),
-    Case("1d_8k_w127_causal", 1, 8, (8192,), 64, (127,), is_causal=True),
-    Case("2d_nat56_k7", 4, 2, (56, 56), 32, (7, 7)),
-    Case("2d_64_k7", 1, 8, (64, 64), 64, (7, 7)),
-    Case("2d_128_k13", 1, 4, (128, 128), 64, (13, 13)),
-    Case("2d_128_k13d4", 1, 4, (128, 128), 64, (13, 13), dilation=4),
-    Case("3d_16_k577", 1, 4, (16, 32, 32), 64, (5, 7, 7)),
-]
-
-Tensors = tuple[Tensor, Tensor, Tensor]
-
-
-def neighborhood(case: Case, backend: str | None) -> Callable[..., Tensor]:
-    function = (F.na1d, F.na2d, F.na3d)[len(case.grid) - 1]
-    return lambda q, k, v: function(
-        q, k, v, case.kernel, case.dilation, case.is_causal, backend=backend
-    )
+def machine() -> Row:
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return {
+        "cpu": models[0] if models else platform.machine(),
+        "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "threads_of_torch": torch.get_num_threads(),
+        "threads_of_natten": _core.num_threads(),
+        **{name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "NATTEN_CPU_ISA")},
+    }
 
 
-def gather(case: Case) -> Callable[..., Tensor] | None:
-    """What one writes without a kernel. Its memory grows with tokens * window."""
-    pairs = math.prod(case.grid) * math.prod(case.kernel)
-    if case.is_causal or 8 * case.batch * case.heads * pairs * case.head_dim > 4e9:
-        return None
-    index = torch.zeros(1, 1, dtype=torch.long)
-    for length, k in zip(case.grid, case.kernel, strict=True):
-        keys = torch.tensor(
-            [_core.window(False, i, length, k, 1, case.dilation) for i in range(length)]
-        )
-        index = index[:, None, :, None] * length + keys[None, :, None, :]
-        index = index.reshape(index.shape[0] * length, -1)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (x.flatten(1, -3) for x in (q, k, v))
-        scores = torch.einsum("bthd,btkhd->bhtk", q, k[:, index]) * case.head_dim**-0.5
-        return torch.einsum("bhtk,btkhd->bthd", scores.softmax(-1), v[:, index])
-
-    return run
-
-
-def sdpa(case: Case) -> Callable[..., Tensor]:
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = (x.flatten(1, -3).transpose(1, 2) for x in (q, k, v))
-        return torch.nn.functional.scaled_dot_product_attention(
-            *heads_first, is_causal=case.is_causal
-        )
-
-    return run
-
-
-def with_backward(run: Callable[..., Tensor]) -> Callable[..., object]:
-    return lambda *inputs: torch.autograd.grad(run(*inputs).sum(), inputs)
-
-
-def seconds(run: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--cases", nargs="*", default=[c.name for c in CASES])
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--repeats", type=int, default=7, help="the median is reported")
-    parser.add_argument("--others", action="store_true", help="also naive, gather and sdpa: slow")
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
-    args = parser.parse_args()
-    print(
-        f"{torch.get_num_threads()} threads of torch, {_core.num_threads()} of natten; "
-        f"torch {torch.__version__}, {args.dtype}, median of {args.repeats}"
-    )
-    square = torch.randn(2048, 2048)
+def time_case(case: Case, dtype: str, ways: list[str], repeats: int) -> list[Row]:
     rows = []
-    for case in (c for c in CASES if c.name in args.cases):
-        shape = (case.batch, *case.grid, case.heads, case.head_dim)
-        inputs = [
-            torch.randn(shape).to(getattr(torch, args.dtype)).requires_grad_() for _ in range(3)
-        ]
-        ways: dict[str, Callable[..., Tensor] | None] = {"ours": neighborhood(case, None)}
-        if args.others:
-            ways |= {
-                "naive": neighborhood(case, "naive"),
-                "gather": gather(case),
-                "sdpa": sdpa(case),
-            }
-        for way, run in ways.items():
-            if run is None:
-                continue
-            for name, factor, timed in (
-                ("forward", 1.0, run),
-                ("forward+backward", 3.5, with_backward(run)),
-            ):
-                repeats = args.repeats if way == "ours" else min(args.repeats, 3)
-                timed(*inputs)
-                ratios, rates = [], []
-                for _ in range(repeats):
-                    product = 2 * 2048**3 / seconds(lambda: square @ square)
-                    rate = factor * case.flops / seconds(lambda: timed(*inputs))  # noqa: B023
-                    rates.append(rate / 1e9)
-                    ratios.append(rate / product)
-                row = {
-                    "case": case.name,
-                    "way": way,
-                    "pass": name,
-                    "dtype": args.dtype,
-                    "gflops": round(statistics.median(rates), 2),
-                    "ratio": round(statistics.median(ratios), 3),
-                }
-                rows.append(row)
-                print(
-                    f"{case.name:18} {way:7} {name:17} {row['gflops']:8.1f} GFLOP/s "
-                    f"({row['ratio']:.3f})",
-                    flush=True,
+    square = torch.randn(2048, 2048)
+    inputs, gradient = tensors_of(case, dtype)
+    references = {name: call_of(ours(case), inputs, gradient, name)() for name in PASSES}
+    for way_name in ways:
+        way = WAYS[way_name]
+        head = {"case": case.name, "dtype": dtype, "way": way_name}
+        try:
+            run = way.build(case, inputs)
+            for name in way.passes:
+                call = call_of(run, inputs, gradient, name)
+                results = call()
+                if not way.is_checked_when_built:
+                    check(results, references[name])
+                del results
+                products, times = [], []
+                for _ in range(repeats if way_name == "ours" else min(repeats, 3)):
+                    products.append(seconds(lambda: square @ square))
+                    times.append(seconds(call))
+                flops = PASSES[name] * way.share * case.flops
+                ratios = [
+                    flops / (2 * 2048**3) * p / t for p, t in zip(products, times, strict=True)
+                ]
+                rows.append(
+                    {
+                        **head,
+                        "pass": name,
+                        "milliseconds": round(1e3 * statistics.median(times), 3),
+                        "gflops": round(flops / statistics.median(times) / 1e9, 2),
+                        "ratio": round(statistics.median(ratios), 4),
+                    }
                 )
+                show(rows[-1])
+        except Skip as reason:
+            rows.append({**head, "skipped": str(reason), "wrong": isinstance(reason, Wrong)})
+            show(rows[-1])
+    return rows
+
+
+def resident(name: str) -> int:
+    """VmRSS or VmHWM of this process, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return 1024 * int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {name}")
+
+
+def peak_memory(case: Case, dtype: str, pass_name: str) -> Row:
+    """Runs in a fresh process."""
+    tiny = Case("tiny", 1, 1, (2,), 8, (1,))
+    inputs, gradient = tensors_of(tiny, dtype)
+    call_of(ours(tiny), inputs, gradient, pass_name)()
+
+    inputs, gradient = tensors_of(case, dtype)
+    call = call_of(ours(case), inputs, gradient, pass_name)
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = resident("VmRSS")
+    results = call()
+    peak = resident("VmHWM") - before
+    statistic = 8 if dtype == "float64" else 4
+    needed = gradient.nbytes + case.batch * case.tokens * case.heads * statistic
+    if pass_name != "forward":
+        needed += sum(x.nbytes for x in results) + case.batch * case.tokens * case.heads * statistic
+    return {
+        "case": case.name,
+        "dtype": dtype,
+        "pass": pass_name,
+        "input_bytes": sum(x.nbytes for x in inputs),
+        "needed_bytes": needed,
+        "peak_bytes": peak,
+        "excess_bytes_per_thread": (peak - needed) // _core.num_threads(),
+    }
+
+
+def measure_memory(case: Case, dtype: str) -> list[Row]:
+    # The allocator then returns what is freed, so that nothing old is used again unseen.
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
+    rows = []
+    for name in PASSES:
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            rows.append(pool.apply(peak_memory, (case, dtype, name)))
+        show(rows[-1])
+    return rows
+
+
+def show(row: Row) -> None:
+    head = f"{row['case']:17} {row['dtype']:8}"
+    if "skipped" in row:
+        print(f"{head} {row['way']:9} skipped: {row['skipped']}", flush=True)
+    elif "way" in row:
+        print(
+            f"{head} {row['way']:9} {row['pass']:16} {row['milliseconds']:9.2f} ms "
+            f"{row['gflops']:7.1f} GFLOP/s ({row['ratio']:.3f})",
+            flush=True,
+        )
+    else:
+        needed, peak, excess = (
+            row[name] / 2**20 for name in ("needed_bytes", "peak_bytes", "excess_bytes_per_thread")
+        )
+        print(
+            f"{head} {row['pass']:16} needs {needed:7.2f} MiB, peak {peak:7.2f} MiB, "
+            f"{excess:6.2f} MiB of excess per thread",
+            flush=True,
+        )
+
+
+def main() -> int:
+    parser = parser_of(__doc__)
+    parser.add_argument("--ways", nargs="+", choices=["all", *WAYS], default=["ours"])
+    parser.add_argument("--others", action="store_const", dest="ways", const=["all"])
+    parser.add_argument("--memory", action="store_true", help="instead of times")
+    parser.add_argument("--from-json", type=Path, help="file to read the figures from")
+    parser.add_argument("--plot", type=Path, nargs="?", const=PICTURE, help="picture to draw")
+    args = parser.parse_args()
+    if args.memory and args.plot:
+        parser.error("--plot draws times, not memory")
+
+    if args.from_json:
+        figures = json.loads(args.from_json.read_text())
+        for row in figures["rows"]:
+            show(row)
+    else:
+        rows: list[Row] = []
+        figures = {"machine": machine(), "rows": rows}
+        print(*(f"{name}: {value}" for name, value in figures["machine"].items()), sep="\n")
+        ways = list(WAYS) if "all" in args.ways else args.ways
+        for case in map(case_named, args.cases):
+            for dtype in args.dtypes:
+                if args.memory:
+                    rows += measure_memory(case, dtype)
+                else:
+                    rows += time_case(case, dtype, ways, args.repeats)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        args.json.write_text(json.dumps(figures, indent=1))
+    if args.plot:
+        import chart
+
+        chart.draw(figures["machine"], figures["rows"], args.plot)
+    return int(any(row.get("wrong") for row in figures["rows"]))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,7 +5,10 @@ PyTorch's attention wants heads first: the transposes are part of each call, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,12 +21,14 @@ import natten.functional as F
 
 Inputs = Sequence[Tensor]
 
-# Of the norm of the difference to the norm of our result, by which a way may be off.
+MAX_BYTES = 4e9  # of what a way needs only because it is not written for neighborhoods
+
+# By how much a way may differ from ours, as norm of the difference to norm of the result.
 TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 class Skip(Exception):
-    """Why a way cannot compute a case."""
+    """A way cannot compute a case."""
 
 
 class Wrong(Skip):
@@ -33,8 +38,9 @@ class Wrong(Skip):
 def check(results: Inputs, references: Inputs) -> None:
     for result, reference in zip(results, references, strict=True):
         if result.shape != reference.shape:
-            raise Wrong(f"WRONG: shape {list(result.shape)} instead of {list(reference.shape)}")
-        difference = (result.double() - reference.double()).norm() / reference.double().norm()
+            raise Wrong(f"WRONG: shape {list(result.shape)}; ours is {list(reference.shape)}")
+        wide = reference.detach().double()
+        difference = float((result.detach() - wide).norm() / wide.norm())
         if not difference < TOLERANCES[str(reference.dtype).removeprefix("torch.")]:
             raise Wrong(f"WRONG: differs from ours by {difference:.1e}")
 
@@ -47,21 +53,168 @@ def heads_last(case: Case, x: Tensor) -> Tensor:
     return x.transpose(1, 2).unflatten(1, case.grid)
 
 
-def sees(case: Case, query: Tensor, key: Tensor) -> Tensor:
-    """Whether a token sees another, both given as numbers in row-major order."""
-    seen = []
+def coordinates(case: Case, *tokens: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
+    """Each axis, the last one first, and where on it tokens numbered in row-major order are."""
     for axis, length in reversed(list(enumerate(case.grid))):
-        begin, end = case.window(axis, query % length)
-        position = key % length // case.dilation
-        seen += [position >= begin, position < end]
+        yield axis, [token % length for token in tokens]
+        tokens = tuple(token // length for token in tokens)
+
+
+def sees(case: Case, query: Tensor, key: Tensor) -> Tensor:
+    """Whether tokens see others."""
+    conditions = []
+    for axis, (i, j) in coordinates(case, query, key):
+        begin, end = case.window(axis, i)
+        position = j // case.dilation
+        conditions += [position >= begin, position < end]
         if case.dilation > 1:
-            seen += [query % length % case.dilation == key % length % case.dilation]
-        query, key = query // length, key // length
-    return torch.stack(torch.broadcast_tensors(*seen)).all(0) if False else _all(seen)
+            conditions.append(i % case.dilation == j % case.dilation)
+    return functools.reduce(operator.and_, conditions)
 
 
-def _all(conditions: list[Tensor]) -> Tensor:
-    result = conditions[0]
-    for condition in conditions[1:]:
-        result = result & condition
-    return result
+def bias_index(case: Case, query: Tensor, key: Tensor) -> Tensor:
+    """The place of pairs of tokens among the biases of a head; any place where they are apart."""
+    index, size = torch.zeros_like(query), 1
+    for axis, (i, j) in coordinates(case, query, key):
+        reach = case.kernel[axis] - 1
+        distance = (j // case.dilation - i // case.dilation).clamp(-reach, reach)
+        index = index + (distance + reach) * size
+        size *= 2 * reach + 1
+    return index
+
+
+def gather(case: Case, inputs: Inputs) -> Attention:
+    """What one writes without a kernel. Its memory grows with tokens * window."""
+    if case.is_causal:
+        raise Skip("causal windows are not full")
+    window = math.prod(case.kernel)
+    needed = 2 * inputs[0].nbytes * window
+    if needed > MAX_BYTES:
+        raise Skip(f"gathered keys and values need {needed / 1e9:.1f} GB")
+    index = torch.zeros(1, 1, dtype=torch.long)
+    for axis, (length, k) in enumerate(zip(case.grid, case.kernel, strict=True)):
+        i = torch.arange(length)[:, None]
+        position = case.window(axis, i)[0] + torch.arange(k)
+        keys = position * case.dilation + i % case.dilation
+        index = index[:, None, :, None] * length + keys[None, :, None, :]
+        index = index.reshape(-1, index.shape[2] * k)
+    place = bias_index(case, torch.arange(case.tokens)[:, None], index)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        q, k, v = (x.flatten(1, -3) for x in (query, key, value))
+        scores = torch.einsum("bthd,btkhd->bhtk", q, k[:, index]) * case.head_dim**-0.5
+        if bias is not None:
+            scores = scores + bias.flatten(1)[:, place]
+        return torch.einsum("bhtk,btkhd->bthd", scores.softmax(-1), v[:, index]).view_as(query)
+
+    return run
+
+
+def flex(case: Case, inputs: Inputs) -> Attention:
+    """FlexAttention, compiled here. On the CPU it has no backward pass and no float64."""
+    bias = inputs[3].detach().flatten(1) if case.has_bias else None
+
+    def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return sees(case, query, key)
+
+    def score_mod(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert bias is not None
+        return score + bias[head, bias_index(case, query, key)]
+
+    # Blocks of 64 tokens skip more than those of 128, the default.
+    mask = create_block_mask(
+        mask_mod, None, None, case.tokens, case.tokens, device="cpu", BLOCK_SIZE=64
+    )
+    torch.compiler.reset()
+    compiled = torch.compile(flex_attention, dynamic=False)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        with torch.no_grad():
+            output = compiled(
+                *heads_first(query, key, value),
+                score_mod=None if bias is None else score_mod,
+                block_mask=mask,
+            )
+        return heads_last(case, output)
+
+    try:
+        run(*inputs)
+    except Exception as error:
+        raise Skip(f"does not compile: {str(error).splitlines()[0]}") from error
+    return run
+
+
+def masked(case: Case, inputs: Inputs) -> Attention:
+    heads = case.heads if case.has_bias else 1
+    needed = case.tokens**2 * heads * (inputs[0].itemsize if case.has_bias else 1)
+    if needed > MAX_BYTES:
+        raise Skip(f"the mask needs {needed / 1e9:.1f} GB")
+    token = torch.arange(case.tokens)
+    mask = sees(case, token[:, None], token)
+    place = bias_index(case, token[:, None], token) if case.has_bias else None
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        biased = mask if bias is None else bias.flatten(1)[:, place].where(mask, -torch.inf)
+        output = scaled_dot_product_attention(*heads_first(query, key, value), attn_mask=biased)
+        return heads_last(case, output)
+
+    return run
+
+
+def full(case: Case, inputs: Inputs) -> Attention:
+    """Attends to everything, so it is checked with windows that hold everything."""
+    if case.has_bias:
+        raise Skip("takes no bias")
+
+    def run_on(grid: Case) -> Attention:
+        causal = case.is_causal and len(case.grid) == 1
+        return lambda *qkv: heads_last(
+            grid, scaled_dot_product_attention(*heads_first(*qkv), is_causal=causal)
+        )
+
+    small = replace(case, grid=case.kernel, stride=1, dilation=1)
+    dtype = str(inputs[0].dtype).removeprefix("torch.")
+    small_inputs, _ = tensors_of(small, dtype)
+    check([run_on(small)(*small_inputs)], [ours(small)(*small_inputs)])
+    return run_on(case)
+
+
+def unfused(case: Case, inputs: Inputs) -> tuple[Attention, Attention]:
+    """Scores from queries and keys, and output from weights and values, on heads-first tensors of
+    their own."""
+    query, key, value = (x.detach().movedim(-2, 1).contiguous() for x in inputs[:3])
+    query *= case.head_dim**-0.5
+    bias = inputs[3].detach() if case.has_bias else None
+    parameters = {"dilation": case.dilation, "is_causal": case.is_causal, "stride": case.stride}
+    qk, av = (getattr(F, f"na{len(case.grid)}d_{name}") for name in ("qk", "av"))
+
+    def scores(*_: Tensor) -> Tensor:
+        return qk(query, key, case.kernel, rpb=bias, **parameters)
+
+    weights = scores().softmax(-1)
+
+    def output(*_: Tensor) -> Tensor:
+        return av(weights, value, case.kernel, **parameters).movedim(1, -2)
+
+    check([output()], [ours(case)(*inputs)])
+    return scores, output
+
+
+@dataclass(frozen=True)
+class Way:
+    build: Callable[[Case, Inputs], Attention]
+    passes: Sequence[str] = tuple(PASSES)
+    share: float = 1.0  # of `Case.flops`
+    is_checked_when_built: bool = False
+
+
+WAYS = {
+    "ours": Way(lambda case, inputs: ours(case)),
+    "naive": Way(lambda case, inputs: ours(case, "naive")),
+    "gather": Way(gather),
+    "flex": Way(flex, ["forward"]),
+    "sdpa_mask": Way(masked),
+    "sdpa_full": Way(full, is_checked_when_built=True),
+    "qk": Way(lambda *given: unfused(*given)[0], ["forward"], 0.5, is_checked_when_built=True),
+    "av": Way(lambda *given: unfused(*given)[1], ["forward"], 0.5, is_checked_when_built=True),
+}
