@@ -707,8 +707,7 @@ class Engine {
     } else if (pass_ == Pass::backward_key) {
       kernels_.backward_key({block, a, b, sums_a_ + row * d, sums_b_ + row * v});
     } else {
-      simd::BackwardQuery<T> f{};
-      f.block = block;
+      simd::BackwardQuery<T> f{block};
       f.query = a;
       f.grad_output = b;
       if (block.everywhere && grad_additional_[head]) {

@@ -66,7 +66,7 @@ struct Block {
 /// total = sums = 0; the result is sums / total, and logsumexp = largest + log(total).
 template <class T>
 struct Forward {
-  Block<T> block;
+  const Block<T>& block;
   const T* query;  // transposed, scaled
   T* sums;         // [rows][value_padded]
   T* largest;      // [rows]
@@ -77,7 +77,7 @@ struct Forward {
 /// the sum of P * dP; the second uses it.
 template <class T>
 struct BackwardQuery {
-  Block<T> block;
+  const Block<T>& block;
   const T* query;              // transposed, scaled
   const T* grad_output;        // transposed
   const T* plain_query;        // [rows][padded]; for gradients of columns
@@ -95,7 +95,7 @@ struct BackwardQuery {
 /// Gradients of a block of keys, the rows, from the queries that see them, the columns.
 template <class T>
 struct BackwardKey {
-  Block<T> block;
+  const Block<T>& block;
   const T* key;    // transposed
   const T* value;  // transposed
   T* grad_key;     // [rows][padded], accumulated
@@ -106,7 +106,7 @@ struct BackwardKey {
 /// Line::weights on, for the columns that the row sees. Rows have a vector to spare at their end.
 template <class T>
 struct Weights {
-  Block<T> block;
+  const Block<T>& block;
   T* weights;
   std::int64_t stride;  // from a row to the next
   const T* rows;        // `score` reads them, transposed
