@@ -7,7 +7,8 @@
 namespace natten::detail::cpu {
 
 /// The kernels for this processor: the best that it can run, or the one that the environment
-/// variable NATTEN_CPU_ISA names (base, avx2, avx512). Throws Error where that cannot run.
+/// variable NATTEN_CPU_ISA names (base, avx2, avx512, avx512wide, and avx2wide, which is for
+/// tests). Throws Error where that cannot run.
 const simd::InstructionSet& instruction_set();
 
 template <class T>

@@ -1,4 +1,4 @@
-// Compiled once per instruction set, with NATTEN_ISA naming it. Everything is in an unnamed
+// Compiled once per instruction set, with NATTEN_ISA naming it and NATTEN_VECTOR_BYTES. Everything is in an unnamed
 // namespace and nothing from the standard library or the other headers is used, so that the object
 // file shares no inline function with code for other processors.
 
@@ -11,20 +11,12 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
-#if defined(NATTEN_VECTOR_BYTES)
+// Vectors may be shorter than the processor's, which halves the work on 512 bits where it pays, or
+// longer: the compiler then makes each of several.
 constexpr int kVectorBytes = NATTEN_VECTOR_BYTES;
-constexpr int kRegisters = 32;
-#elif defined(__AVX512F__)
-constexpr int kVectorBytes = 32;
-constexpr int kRegisters = 32;
-#elif defined(__AVX2__)
-constexpr int kVectorBytes = 32;
-constexpr int kRegisters = 16;
-#elif defined(__aarch64__)
-constexpr int kVectorBytes = 16;
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRegisters = 32;
 #else
-constexpr int kVectorBytes = 16;
 constexpr int kRegisters = 16;
 #endif
 

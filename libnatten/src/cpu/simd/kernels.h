@@ -78,18 +78,19 @@ struct Forward {
 template <class T>
 struct BackwardQuery {
   const Block<T>& block;
-  const T* query;              // transposed, scaled
-  const T* grad_output;        // transposed
-  const T* plain_query;        // [rows][padded]; for gradients of columns
-  const T* plain_grad_output;  // [rows][value_padded]; likewise
-  const T* logsumexp;          // [rows]
-  T* row_term;                 // [rows]
-  bool sum_row_term;           // first step
-  bool sum_gradients;          // second step; both at once where all columns of the rows are here
-  const T* grad_logsumexp;     // [rows], taken off row_term once that is complete; may be null
-  T* grad_query;               // [rows][padded], accumulated, lacks the scale
-  T* grad_key;                 // [columns of the only line][padded], accumulated; may be null
-  T* grad_value;               // likewise [value_padded]
+  const T* query = nullptr;              // transposed, scaled
+  const T* grad_output = nullptr;        // transposed
+  const T* plain_query = nullptr;        // [rows][padded]; for gradients of columns
+  const T* plain_grad_output = nullptr;  // [rows][value_padded]; likewise
+  const T* logsumexp = nullptr;          // [rows]
+  T* row_term = nullptr;                 // [rows]
+  bool sum_row_term = false;             // first step
+  bool sum_gradients = false;  // second step; both at once where all columns of the rows are here
+  const T* grad_logsumexp =
+      nullptr;              // [rows], taken off row_term once that is complete; may be null
+  T* grad_query = nullptr;  // [rows][padded], accumulated, lacks the scale
+  T* grad_key = nullptr;    // [columns of the only line][padded], accumulated; may be null
+  T* grad_value = nullptr;  // likewise [value_padded]
 };
 
 /// Gradients of a block of keys, the rows, from the queries that see them, the columns.
