@@ -957,9 +957,61 @@ void reduce_partials(const Job& job, std::vector<Phase>& phases) {
   }
 }
 
+/// Sums the slots at each offset. An item is a head and a line of its biases, to which the slots of
+/// a token's lines at one offset add.
+template <class E>
+Phase rpb_scatter(const Job& job) {
+  const Problem p = job.problem;
+  const auto attn = operand<const E>(p, job.tensors, &Tensors::attn);
+  const auto grad_rpb = operand<E>(p, job.tensors, &Tensors::grad_rpb);
+  const Coordinate shape = relative_positions(p);
+  // What a token sees of an axis.
+  const auto seen = [p](int axis, std::int64_t token) {
+    const Axis& a = p.axes[axis];
+    return window(a, group_of(a, token), position_of(a, token));
+  };
+  // The slot of an axis that is at an offset from a token, or -1.
+  const auto slot_at = [p, seen](int axis, std::int64_t token, std::int64_t offset) {
+    const Axis& a = p.axes[axis];
+    const std::int64_t key = position_of(a, token) + offset - (a.kernel_size - 1);
+    const Interval keys = seen(axis, token);
+    return key >= keys.begin && key < keys.end ? key - keys.begin : -1;
+  };
+  return {p.heads * shape[0] * shape[1], [=](std::int64_t first, std::int64_t last) {
+            const Axis* axes = p.axes;
+            std::vector<double> sums;
+            for (std::int64_t item = first; item < last; ++item) {
+              Coordinate at{item / shape[1] % shape[0], item % shape[1], 0};
+              const std::int64_t head = item / shape[1] / shape[0];
+              sums.assign(static_cast<std::size_t>(shape[2]), 0.0);
+              Coordinate token;
+              for (std::int64_t batch = 0; batch < p.batch; ++batch)
+                for (token[0] = 0; token[0] < axes[0].query_length; ++token[0])
+                  for (token[1] = 0; token[1] < axes[1].query_length; ++token[1]) {
+                    const std::int64_t slot0 = slot_at(0, token[0], at[0]);
+                    const std::int64_t slot1 = slot_at(1, token[1], at[1]);
+                    if (slot0 < 0 || slot1 < 0) continue;
+                    const std::int64_t slot =
+                        (slot0 * axes[1].kernel_size + slot1) * axes[2].kernel_size;
+                    for (token[2] = 0; token[2] < axes[2].query_length; ++token[2]) {
+                      const Interval keys = seen(2, token[2]);
+                      const E* slots = attn.at(batch, head, token) + slot;
+                      double* to = sums.data() + keys.begin - position_of(axes[2], token[2]) +
+                                   axes[2].kernel_size - 1;
+                      for (std::int64_t i = 0; i < keys.size(); ++i)
+                        to[i] += static_cast<double>(slots[i]);
+                    }
+                  }
+              for (at[2] = 0; at[2] < shape[2]; ++at[2])
+                *grad_rpb.at(0, head, at) = static_cast<E>(sums[static_cast<std::size_t>(at[2])]);
+            }
+          }};
+}
+
 template <class E>
 std::vector<Phase> phases_of(const Job& job) {
   const Problem& p = job.problem;
+  if (p.op == Op::rpb_scatter) return {rpb_scatter<E>(job)};
   if (p.op != Op::attention_backward) return {pass_phase<E>(job, first_pass(p.op))};
   std::vector<Phase> phases{pass_phase<E>(job, Pass::backward_query)};
   if (p.wants_grad_key || p.wants_grad_value)
@@ -969,10 +1021,10 @@ std::vector<Phase> phases_of(const Job& job) {
 }
 
 std::string refuse_reason(const Problem& p) {
-  if (p.op == Op::rpb_gather || p.op == Op::rpb_scatter)
-    return std::string("it has no ") + name_of(p.op);
+  if (p.op == Op::rpb_gather) return "it has no rpb_gather";
   if (p.op == Op::av_transpose && p.additional > 0) return "av_transpose has additional tokens";
   if (p.queries() == 0) return "there are no queries";
+  if (p.op == Op::rpb_scatter) return {};
   if (p.additional > 4096)
     return std::to_string(p.additional) + " additional tokens; it packs at most 4096 at a time";
   const Pass pass = first_pass(p.op);
