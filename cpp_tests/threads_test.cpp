@@ -28,7 +28,19 @@ class Threads {
   int before_;
 };
 
-/// Forward and backward of random problems; the bytes of all that was written.
+/// Forward and backward of a problem; the bytes of all that was written.
+std::vector<std::vector<unsigned char>> results_of(const Case& c, const natten::Context& context) {
+  std::vector<std::vector<unsigned char>> bytes;
+  FusedProblem problem(c);
+  natten::run(problem.forward(), context);
+  natten::run(problem.backward(), context);
+  problem.buffers.for_each([&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*) {
+    bytes.push_back(buffer.bytes());
+  });
+  return bytes;
+}
+
+/// Those of random problems.
 std::vector<std::vector<unsigned char>> results(const natten::Context& context = {}) {
   std::vector<std::vector<unsigned char>> bytes;
   for (int i = 0; i < 9; ++i) {
@@ -36,13 +48,7 @@ std::vector<std::vector<unsigned char>> results(const natten::Context& context =
         random_case(base_seed() + 500 + static_cast<std::uint64_t>(i), kDTypes[i % 4], 1 + i % 3);
     c.logsumexp = true;
     c.rpb = i % 2 == 0;
-    FusedProblem problem(c);
-    natten::run(problem.forward(), context);
-    natten::run(problem.backward(), context);
-    problem.buffers.for_each(
-        [&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*) {
-          bytes.push_back(buffer.bytes());
-        });
+    for (auto& one : results_of(c, context)) bytes.push_back(std::move(one));
   }
   return bytes;
 }
@@ -56,6 +62,27 @@ TEST(Threading, ResultsDoNotDependOnTheirNumber) {
     EXPECT_EQ(natten::default_executor().concurrency(), count);
     for (int repeat = 0; repeat < 3; ++repeat)
       ASSERT_EQ(results(), expected) << count << " threads";
+  }
+}
+
+/// Of problems with many lines and heads, which are cut into more items where there are more
+/// threads.
+TEST(Threading, LargeProblemsAreCutForAnyNumber) {
+  for (bool with_bias : {false, true}) {
+    Case c;
+    c.seed = base_seed() + 600;
+    c.axes = {{41, 5, 1, 1, false}, {37, 7, 1, 1, false}};
+    c.heads = with_bias ? 2 : 12;
+    c.kv_heads = with_bias ? 2 : 12;
+    c.dim = 8;
+    c.value_dim = 12;
+    c.rpb = with_bias;
+    Threads one(1);
+    const auto expected = results_of(c, {});
+    for (int count : {2, 5, 40}) {
+      natten::set_num_threads(count);
+      ASSERT_EQ(results_of(c, {}), expected) << c << " with " << count << " threads";
+    }
   }
 }
 

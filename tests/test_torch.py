@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import pickle
 
 import pytest
+from test_package import run_python
 
 torch = pytest.importorskip("torch")
 
@@ -478,3 +480,42 @@ def test_module_trains():
         optimizer.step()
         first, last = first or loss.item(), loss.item()
     assert last < 0.3 * first
+
+
+def test_runs_on_the_threads_of_torch():
+    """Starts none of its own, follows torch.set_num_threads; any number gives the same bits."""
+    code = """
+import os, torch, natten.functional as F
+def threads(): return len(os.listdir("/proc/self/task"))
+torch.manual_seed(0)
+x, y = torch.randn(1, 32, 32, 4, 32), torch.randn(512, 512)
+torch.set_num_threads(1)
+before = threads()
+one = F.na2d(x, x, x, 7)
+assert threads() == before, "one thread was asked for"
+torch.set_num_threads(3)
+y @ y
+y.exp()  # has started PyTorch's threads
+before = threads()
+assert torch.equal(F.na2d(x, x, x, 7), one)
+assert threads() == before, f"{threads() - before} more threads"
+"""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("needs /proc")
+    run_python(code)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_works_in_forked_children():
+    """There OpenMP's threads are missing."""
+    code = """
+import os, sys, torch, natten.functional as F
+torch.set_num_threads(2)
+x = torch.randn(1, 32, 32, 4, 32)
+want = F.na2d(x, x, x, 7)
+pid = os.fork()
+if pid == 0:
+    os._exit(0 if (F.na2d(x, x, x, 7).numpy() == want.numpy()).all() else 1)
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+    run_python(code)

@@ -11,10 +11,9 @@
 #include "operand.h"
 #include "parallel.h"
 
-// One engine runs three passes. Each has rows and columns: rows gather from the columns that they
-// see. In the forward pass and for the gradient of queries the rows are queries and the columns
-// keys; for the gradients of keys and values the rows are keys and the columns the queries that see
-// them.
+// One engine runs all passes. Each has rows and columns: rows gather from the columns that they
+// see. Rows are queries and columns keys, but for the gradients of keys and values and for
+// av_transpose, where rows are keys and columns the queries that see them.
 //
 // Along the innermost axis what a row sees is contiguous (within its dilation group), so the
 // columns of one line serve all rows of a strip, and most of the lines that one line of rows sees
@@ -32,6 +31,10 @@ using simd::kMostVectors;
 // of them needs at a time fits the L2 cache; packing less often is worth more than packing less.
 constexpr std::size_t kMostBytes = 3 << 20;
 constexpr std::int64_t kPieceColumns = 256;
+constexpr std::int64_t kItemsPerThread = 2;  // at least, to even out threads that start late
+// Partial sums are cut for so many threads, whatever there are: how they are cut shows in the
+// result.
+constexpr int kThreadsOfPartialSums = 16;
 constexpr std::int64_t kMostWeights = 4096;  // per row, of the unfused operations
 constexpr std::int64_t kSpareBias = 64;  // elements around a table of biases that vectors may touch
 
@@ -106,7 +109,8 @@ struct Grid {
   }
 };
 
-/// How a pass is cut into work, decided from the problem alone.
+/// How a pass is cut into work. Strips, whose rows share vectors, are decided from the problem
+/// alone; the rest changes no sum and may depend on threads.
 struct Plan {
   Grid grid;
   std::int64_t padded, value_padded;        // head dims as multiples of the vector width
@@ -121,7 +125,7 @@ struct Plan {
   std::int64_t piece_lines, piece_columns;  // what is packed at a time
   std::int64_t strips, sweeps, items;       // items per batch entry and head
 
-  Plan(const Problem& p, Pass pass, int vector_width, std::size_t element)
+  Plan(const Problem& p, Pass pass, int vector_width, std::size_t element, int threads)
       : grid{p, pass},
         padded(round_up(p.head_dim, vector_width)),
         value_padded(round_up(p.value_dim, vector_width)),
@@ -152,14 +156,16 @@ struct Plan {
     // Unfused tensors are heads-first.
     if (!is_fused(pass)) row_heads = 1;
     column_heads = row_heads;
-    if (p.heads != p.kv_heads) {
+    const auto take_heads = [&](std::int64_t count) {
+      row_heads = column_heads = count;
+      if (p.heads == p.kv_heads) return;
       // Heads of one key head; the gradients of that are added up head by head.
       if (pass == Pass::backward_key) row_heads = 1;
       while (p.heads / p.kv_heads % row_heads != 0) --row_heads;
       column_heads = 1;
-    }
-    while (column_heads > 1 && bytes(least_strip) > kMostBytes)
-      row_heads = column_heads = (column_heads + 1) / 2;
+    };
+    take_heads(row_heads);
+    while (column_heads > 1 && bytes(least_strip) > kMostBytes) take_heads((row_heads + 1) / 2);
     strip = round_up(std::min<std::int64_t>(longest, 256), width);
     while (strip > least_strip && bytes(strip) > kMostBytes)
       strip = std::max(least_strip, round_up(strip / 2, width));
@@ -175,11 +181,21 @@ struct Plan {
           1, static_cast<std::int64_t>(kMostBytes / 4 / element) / (operands * piece_columns));
     }
     strips = (longest + strip - 1) / strip;
+    // Items for all threads: by shorter sweeps as long as few lines are packed twice, then by fewer
+    // heads, which reads memory in pieces, then by even shorter sweeps.
     const std::int64_t lines = grid.rows(1, 0);
-    const std::int64_t others = strips * grid.rows(0, 0) * groups() * p.batch * head_groups();
-    sweep = others >= 32 ? lines : std::min(lines, round_up(4 * ring1, stack));
-    sweeps = (lines + sweep - 1) / sweep;
-    items = groups() * grid.rows(0, 0) * sweeps * strips;
+    const auto set_sweep = [&](std::int64_t length) {
+      sweep = std::min(lines, round_up(length, stack));
+      sweeps = (lines + sweep - 1) / sweep;
+      items = groups() * grid.rows(0, 0) * sweeps * strips;
+    };
+    set_sweep(lines);
+    const auto too_few = [&] {
+      return items * p.batch * head_groups() < kItemsPerThread * threads;
+    };
+    while (too_few() && sweep > 2 * ring1) set_sweep(sweep / 2);
+    while (too_few() && row_heads > 1) take_heads((row_heads + 1) / 2);
+    while (too_few() && sweep > stack) set_sweep(sweep / 2);
   }
 
   std::int64_t head_groups() const {
@@ -244,7 +260,11 @@ class Engine {
     }
   }
 
-  Plan plan() const { return Plan(p_, pass_, kernels_.width, sizeof(T)); }
+  Plan plan(int threads) const {
+    const bool sums_up =
+        pass_ == Pass::backward_query && (p_.wants_grad_rpb || p_.wants_grad_additional);
+    return Plan(p_, pass_, kernels_.width, sizeof(T), sums_up ? kThreadsOfPartialSums : threads);
+  }
 
   static Partials partials_of(const Problem& p, const Plan& plan) {
     Partials partials;
@@ -889,10 +909,10 @@ class Engine {
 };
 
 template <class E>
-Phase pass_phase(const Job& job, Pass pass) {
+Phase pass_phase(const Job& job, Pass pass, int threads) {
   const Engine<E> engine(job, pass);
   const Problem& p = job.problem;
-  const Plan plan = engine.plan();
+  const Plan plan = engine.plan(threads);
   Partials partials;
   partials.units = plan.items;
   if (pass == Pass::backward_query) partials = Engine<E>::partials_of(p, plan);
@@ -905,11 +925,11 @@ Phase pass_phase(const Job& job, Pass pass) {
 
 /// Adds up the partial sums of the bias and of additional tokens.
 template <class E>
-void reduce_partials(const Job& job, std::vector<Phase>& phases) {
+void reduce_partials(const Job& job, int threads, std::vector<Phase>& phases) {
   using T = StatisticOf<E>;
   const Engine<E> engine(job, Pass::backward_query);
   const Problem p = job.problem;
-  const Plan plan = engine.plan();
+  const Plan plan = engine.plan(threads);
   const Partials partials = Engine<E>::partials_of(p, plan);
   const T* sums = engine.partial_sums();
   // The sum over units first to last of one element.
@@ -1009,14 +1029,14 @@ Phase rpb_scatter(const Job& job) {
 }
 
 template <class E>
-std::vector<Phase> phases_of(const Job& job) {
+std::vector<Phase> phases_of(const Job& job, int threads) {
   const Problem& p = job.problem;
   if (p.op == Op::rpb_scatter) return {rpb_scatter<E>(job)};
-  if (p.op != Op::attention_backward) return {pass_phase<E>(job, first_pass(p.op))};
-  std::vector<Phase> phases{pass_phase<E>(job, Pass::backward_query)};
+  if (p.op != Op::attention_backward) return {pass_phase<E>(job, first_pass(p.op), threads)};
+  std::vector<Phase> phases{pass_phase<E>(job, Pass::backward_query, threads)};
   if (p.wants_grad_key || p.wants_grad_value)
-    phases.push_back(pass_phase<E>(job, Pass::backward_key));
-  reduce_partials<E>(job, phases);
+    phases.push_back(pass_phase<E>(job, Pass::backward_key, threads));
+  reduce_partials<E>(job, threads, phases);
   return phases;
 }
 
@@ -1031,7 +1051,7 @@ std::string refuse_reason(const Problem& p) {
   if (is_fused(pass)) return {};
   const bool in_pieces = dispatch_dtype(p.dtype, [&](auto type) {
     using T = StatisticOf<typename decltype(type)::type>;
-    return Plan(p, pass, kernels_for<T>(instruction_set()).width, sizeof(T)).in_pieces;
+    return Plan(p, pass, kernels_for<T>(instruction_set()).width, sizeof(T), 1).in_pieces;
   });
   if (in_pieces || p.window_size() > kMostWeights)
     return "the window is too large: the weights of a row must fit the cache";
@@ -1044,7 +1064,7 @@ std::size_t workspace_bytes(const Problem& p) {
     using E = typename decltype(type)::type;
     Job job{p, {}, nullptr};
     const Engine<E> engine(job, Pass::backward_query);
-    const Partials partials = Engine<E>::partials_of(p, engine.plan());
+    const Partials partials = Engine<E>::partials_of(p, engine.plan(1));
     const std::int64_t heads = p.batch * p.heads;
     return static_cast<std::size_t>(heads * (p.queries() + partials.units * partials.stride())) *
            sizeof(StatisticOf<E>);
@@ -1052,10 +1072,11 @@ std::size_t workspace_bytes(const Problem& p) {
 }
 
 void run(const std::vector<Job>& jobs, const Context& context) {
+  const Executor& executor = context.executor ? *context.executor : default_executor();
   std::vector<std::vector<Phase>> phases;
   for (const Job& job : jobs)
     phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
-      return phases_of<typename decltype(type)::type>(job);
+      return phases_of<typename decltype(type)::type>(job, executor.concurrency());
     }));
   run_phases(phases, context.executor);
 }

@@ -1,0 +1,90 @@
+"""Draws the times that cpu.py measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import Patch
+
+COLORS = {
+    "ours": "#d9480f",
+    "naive": "#f7b48a",
+    "gather": "#adb5bd",
+    "flex": "#1c7ed6",
+    "sdpa_mask": "#2b8a3e",
+    "sdpa_full": "#8fd19e",
+    "qk": "#7048e8",
+    "av": "#b197fc",
+}
+INK = "#333333"
+GRID = "#c9ced6"
+
+
+def draw(machine: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
+    """Bars of the ratio to the matrix product: cases from top to bottom, a panel per pass."""
+    timed = [row for row in rows if "ratio" in row]
+    passes = list(dict.fromkeys(row["pass"] for row in timed))
+    dtypes = list(dict.fromkeys(row["dtype"] for row in timed))
+    places: dict[tuple[str, str, str], float] = {}  # of case, dtype and way
+    labels: dict[str, list[float]] = {}
+    y = 0.0
+    for row in timed:
+        key = (row["case"], row["dtype"], row["way"])
+        if key in places:
+            continue
+        label = row["case"] + (f"\n{row['dtype']}" if len(dtypes) > 1 else "")
+        if labels and label not in labels:
+            y += 0.8
+        places[key] = y
+        labels.setdefault(label, []).append(y)
+        y += 1
+
+    figure, panels = plt.subplots(
+        1,
+        len(passes),
+        sharey=True,
+        squeeze=False,
+        figsize=(11, 1.6 + 0.19 * y),
+        layout="constrained",
+    )
+    for panel, name in zip(panels[0], passes, strict=True):
+        here = [row for row in timed if row["pass"] == name]
+        bars = panel.barh(
+            [places[row["case"], row["dtype"], row["way"]] for row in here],
+            [row["ratio"] for row in here],
+            height=0.9,
+            color=[COLORS[row["way"]] for row in here],
+        )
+        texts = [f"{row['ratio']:.2g}" for row in here]
+        panel.bar_label(bars, texts, padding=3, fontsize=7, color=INK)
+        panel.set_title(name, fontsize=11, color=INK)
+        panel.set_xlabel("speed, as a share of a float32 matrix product's", fontsize=9, color=INK)
+        panel.margins(x=0.12, y=0.01)
+        panel.grid(axis="x", color=GRID, linewidth=0.6)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right", "left"]].set_visible(False)
+        panel.tick_params(labelsize=9, labelcolor=INK, length=0)
+    middles = [sum(group) / len(group) for group in labels.values()]
+    panels[0, 0].set_yticks(middles, list(labels))
+    panels[0, 0].invert_yaxis()
+    ways = list(dict.fromkeys(row["way"] for row in timed))
+    figure.legend(
+        handles=[Patch(color=COLORS[way], label=way) for way in ways],
+        loc="outside upper center",
+        ncols=len(ways),
+        frameon=False,
+        fontsize=9,
+    )
+    threads = machine["threads_of_natten"]
+    figure.supxlabel(
+        f"{machine['cpu']}, {threads} threads, PyTorch {machine['torch']}, " + ", ".join(dtypes),
+        fontsize=8,
+        color=INK,
+    )
+    figure.savefig(path, dpi=130)
