@@ -131,7 +131,7 @@ def flex(case: Case, inputs: Inputs) -> Attention:
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         with torch.no_grad():
             output = compiled(
-                *heads_first(query, key, value),
+                *heads_first(query.detach(), key.detach(), value.detach()),
                 score_mod=None if bias is None else score_mod,
                 block_mask=mask,
             )
