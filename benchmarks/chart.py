@@ -81,7 +81,7 @@ def draw(machine: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> Non
         frameon=False,
         fontsize=9,
     )
-    threads = machine["threads_of_natten"]
+    threads = machine["threads"]
     figure.supxlabel(
         f"{machine['cpu']}, {threads} threads, PyTorch {machine['torch']}, " + ", ".join(dtypes),
         fontsize=8,

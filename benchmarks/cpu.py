@@ -41,8 +41,6 @@ import torch
 from cases import PASSES, Case, call_of, case_named, ours, parser_of, seconds, tensors_of
 from ways import WAYS, Skip, Wrong, check
 
-from natten import _core
-
 Row = dict[str, Any]
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "performance.png"
@@ -58,8 +56,7 @@ def machine() -> Row:
         "cpu": models[0] if models else platform.machine(),
         "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "threads_of_torch": torch.get_num_threads(),
-        "threads_of_natten": _core.num_threads(),
+        "threads": torch.get_num_threads(),
         **{name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "NATTEN_CPU_ISA")},
     }
 
@@ -135,7 +132,7 @@ def peak_memory(case: Case, dtype: str, pass_name: str) -> Row:
         "input_bytes": sum(x.nbytes for x in inputs),
         "needed_bytes": needed,
         "peak_bytes": peak,
-        "excess_bytes_per_thread": (peak - needed) // _core.num_threads(),
+        "excess_bytes_per_thread": (peak - needed) // torch.get_num_threads(),
     }
 
 
