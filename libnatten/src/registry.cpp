@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "cpu/vectorized.h"
 #include "cpu/naive.h"
+#include "cpu/vectorized.h"
 
 namespace natten {
 namespace detail {

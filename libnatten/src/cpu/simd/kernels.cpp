@@ -1,6 +1,6 @@
-// Compiled once per instruction set, with NATTEN_ISA naming it and NATTEN_VECTOR_BYTES. Everything is in an unnamed
-// namespace and nothing from the standard library or the other headers is used, so that the object
-// file shares no inline function with code for other processors.
+// Compiled once per instruction set, with NATTEN_ISA naming it and NATTEN_VECTOR_BYTES. Everything
+// is in an unnamed namespace and nothing from the standard library or the other headers is used, so
+// that the object file shares no inline function with code for other processors.
 
 #include "kernels.h"
 
