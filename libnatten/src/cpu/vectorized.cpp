@@ -1,9 +1,7 @@
 #include "vectorized.h"
 
 #include <algorithm>
-#include <cmath>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "../dispatch.h"
@@ -86,6 +84,7 @@ struct Grid {
   Problem p;
   Pass pass;
 
+  std::int64_t heads() const { return rows_are_keys(pass) ? p.kv_heads : p.heads; }
   std::int64_t row_length(int axis) const {
     const Axis& a = p.axes[axis];
     return rows_are_keys(pass) ? a.key_length : a.query_length;
@@ -150,9 +149,7 @@ struct Plan {
              element;
     };
     // Heads of a token are neighbors in memory: it is read in order where they are packed together.
-    row_heads = std::max<std::int64_t>(
-        1, std::min<std::int64_t>(simd::kMostHeads,
-                                  pass == Pass::backward_key ? p.kv_heads : p.heads));
+    row_heads = std::clamp<std::int64_t>(grid.heads(), 1, simd::kMostHeads);
     // Unfused tensors are heads-first.
     if (!is_fused(pass)) row_heads = 1;
     column_heads = row_heads;
@@ -172,11 +169,11 @@ struct Plan {
     in_pieces = bytes(strip) > kMostBytes;
     if (in_pieces) row_heads = column_heads = 1;
     piece_lines = ring0 * ring1;
-    piece_columns = std::numeric_limits<std::int64_t>::max() / 2;
+    // Packing is paid by the rows of a strip, so strips are long where columns are cut.
+    if (in_pieces) strip = round_up(std::min<std::int64_t>(longest, 128), width);
+    piece_columns = grid.most_columns(2, strip);
     if (in_pieces) {
-      // Packing is paid by the rows of a strip, so strips are long here.
-      strip = round_up(std::min<std::int64_t>(longest, 128), width);
-      piece_columns = std::min(grid.most_columns(2, strip), kPieceColumns);
+      piece_columns = std::min(piece_columns, kPieceColumns);
       piece_lines = std::max<std::int64_t>(
           1, static_cast<std::int64_t>(kMostBytes / 4 / element) / (operands * piece_columns));
     }
@@ -198,10 +195,7 @@ struct Plan {
     while (too_few() && sweep > stack) set_sweep(sweep / 2);
   }
 
-  std::int64_t head_groups() const {
-    const Problem& p = grid.p;
-    return ((grid.pass == Pass::backward_key ? p.kv_heads : p.heads) + row_heads - 1) / row_heads;
-  }
+  std::int64_t head_groups() const { return (grid.heads() + row_heads - 1) / row_heads; }
   std::int64_t groups() const {
     return grid.p.axes[0].dilation * grid.p.axes[1].dilation * grid.p.axes[2].dilation;
   }
@@ -223,6 +217,8 @@ struct Partials {
 };
 
 std::int64_t bias_count(const Problem& p) { return volume(relative_positions(p)); }
+/// Of a head's table of biases, with those to spare.
+std::int64_t bias_elements(const Problem& p) { return bias_count(p) + 2 * kSpareBias; }
 
 /// One pass over one job. Copies share nothing that is written.
 template <class E>
@@ -244,8 +240,8 @@ class Engine {
     rpb_ = operand<const E>(p_, tensors_, &Tensors::rpb);
     additional_keys_ = operand<const E>(p_, tensors_, &Tensors::additional_keys);
     additional_values_ = operand<const E>(p_, tensors_, &Tensors::additional_values);
-    output_ = operand<E>(p_, tensors_, &Tensors::output);
-    if (pass == Pass::av_transpose) output_ = operand<E>(p_, tensors_, &Tensors::key);
+    output_ =
+        operand<E>(p_, tensors_, pass == Pass::av_transpose ? &Tensors::key : &Tensors::output);
     attn_ = operand<E>(p_, tensors_, &Tensors::attn);
     if (!is_fused(pass)) return;
     if (pass == Pass::forward) {
@@ -268,7 +264,7 @@ class Engine {
 
   static Partials partials_of(const Problem& p, const Plan& plan) {
     Partials partials;
-    if (p.wants_grad_rpb) partials.bias = bias_count(p) + 2 * kSpareBias;
+    if (p.wants_grad_rpb) partials.bias = bias_elements(p);
     if (p.wants_grad_additional)
       partials.additional = p.additional * (plan.padded + plan.value_padded);
     partials.units = units_of(plan, partials.stride() > 0);
@@ -280,7 +276,7 @@ class Engine {
     allocate(plan);
     for (std::int64_t unit = first; unit < last; ++unit) {
       const std::int64_t of_head = unit % partials.units;
-      const std::int64_t row_heads = rows_are_keys() ? p_.kv_heads : p_.heads;
+      const std::int64_t row_heads = plan.grid.heads();
       batch_ = unit / partials.units / plan.head_groups();
       first_head_ = unit / partials.units % plan.head_groups() * plan.row_heads;
       head_count_ = std::min(plan.row_heads, row_heads - first_head_);
@@ -312,8 +308,7 @@ class Engine {
     thread_local std::vector<char> memory;
     Arena arena(memory);
     for (int round = 0; round < 2; ++round) {
-      const std::int64_t columns =
-          std::min(plan.grid.most_columns(2, plan.strip), plan.piece_columns);
+      const std::int64_t columns = plan.piece_columns;
       const std::int64_t per_line = 64 / sizeof(T);
       ld_ = round_up(columns, per_line);
       // An odd number of cache lines: rows of a transposed operand then spread over the cache.
@@ -351,7 +346,7 @@ class Engine {
       lines_.resize(lines);
       additional_keys_plain_ = arena.take<T>(plan.column_heads * p_.additional * d);
       additional_values_plain_ = arena.take<T>(plan.column_heads * p_.additional * std::max(d, v));
-      bias_memory_ = arena.take<T>(rpb_ ? plan.row_heads * bias_elements() : 0);
+      bias_memory_ = arena.take<T>(rpb_ ? plan.row_heads * bias_elements(p_) : 0);
       line_rows_ = round_up(plan.strip, plan.width);
       head_rows_ = plan.stack * line_rows_;
       const std::int64_t rows = plan.row_heads * head_rows_;
@@ -831,8 +826,6 @@ class Engine {
 
   // ---- bias ----
 
-  std::int64_t bias_elements() const { return bias_count(p_) + 2 * kSpareBias; }
-
   /// Converts the heads' biases. Where rows are keys, columns run against the offset: the innermost
   /// dimension is reversed.
   void load_bias() {
@@ -843,7 +836,7 @@ class Engine {
       for (std::int64_t i = 0; i < bias_count(p_); ++i) {
         Coordinate at = unravel(i, shape);
         if (rows_are_keys()) at[2] = shape[2] - 1 - at[2];
-        bias_memory_[h * bias_elements() + kSpareBias + i] =
+        bias_memory_[h * bias_elements(p_) + kSpareBias + i] =
             static_cast<T>(*rpb_.at(0, query_head_ + h, at));
       }
   }
@@ -863,7 +856,7 @@ class Engine {
     const std::int64_t row = (distance0 + p_.axes[0].kernel_size - 1) * shape[1] + distance1 +
                              p_.axes[1].kernel_size - 1;
     const std::int64_t offset = row * shape[2] + p_.axes[2].kernel_size - 1;
-    line.bias = bias_memory_ + head * bias_elements() + kSpareBias + offset;
+    line.bias = bias_memory_ + head * bias_elements(p_) + kSpareBias + offset;
     line.grad_bias = grad_bias_[head] ? grad_bias_[head] + offset : nullptr;
   }
 

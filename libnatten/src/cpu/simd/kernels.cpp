@@ -137,8 +137,6 @@ NATTEN_INLINE T sum_of(Vector<T> v) {
   for (int i = 1; i < kWidth<T>; ++i) sum += v[i];
   return sum;
 }
-/// Bytes of a cache line.
-constexpr std::int64_t kLine = 64;
 
 /// Transposes a square of vectors in place: each round interleaves the halves.
 template <class T>
@@ -987,6 +985,8 @@ NATTEN_INLINE void spread(const Packing<T>& p, int head, std::int64_t first, std
   }
 }
 
+/// Bytes of a cache line.
+constexpr std::int64_t kLine = 64;
 /// How many tokens before it is packed a token is fetched, to the L2 cache: in the L1 cache those
 /// of one head displace each other.
 constexpr std::int64_t kAhead = 16;
