@@ -46,6 +46,12 @@ void bind_tensors(Call& call, const nb::sequence& tensors, bool outputs, Bind&& 
                     (outputs ? " outputs" : " inputs") + "; must be " + std::to_string(at));
 }
 
+nb::tuple shape_of(const TensorView& view) {
+  nb::list shape;
+  for (int i = 0; i < view.ndim; ++i) shape.append(view.shape[i]);
+  return nb::tuple(shape);
+}
+
 /// A call with its inputs bound. The views live as long as `views`.
 Call call_of(Views& views, const std::string& op, const Config& config, Scale scale,
              const nb::sequence& inputs) {
@@ -85,20 +91,35 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(const std::string&
   return {std::move(specs), workspace_bytes(call, context)};
 }
 
-void run_call(const std::string& op, const Config& config, Scale scale, const std::string& backend,
-              const nb::sequence& inputs, const nb::sequence& outputs,
-              std::optional<int> openmp_threads) {
+/// `allocate(shape, dtype name)` makes the outputs that are not there yet.
+nb::list run_call(const std::string& op, const Config& config, Scale scale,
+                  const std::string& backend, const nb::sequence& inputs,
+                  const nb::sequence& outputs, std::optional<int> openmp_threads,
+                  const std::optional<nb::callable>& allocate) {
   Views views;
   Call call = call_of(views, op, config, scale, inputs);
+  nb::list results;
+  const Call given = call;
   bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
-    call.tensors.*role.tensor = views.view(object, role.name);
+    TensorView& view = call.tensors.*role.tensor;
+    nb::object result = object;
+    const bool is_wanted = object.is(nb::handle(Py_True));
+    if (allocate && (is_wanted || nb::isinstance<nb::tuple>(object))) {
+      view = is_wanted ? expected(given, role.tensor) : views.view(object, role.name);
+      result = (*allocate)(shape_of(view), name_of(view.dtype));
+    }
+    view = views.view(result, role.name);
+    results.append(result);
   });
   Context context;
   context.backend = backend.c_str();
   OpenMpExecutor openmp(openmp_threads.value_or(1));
   if (openmp_threads) context.executor = &openmp;
-  nb::gil_scoped_release unlocked;
-  run(call, context);
+  {
+    nb::gil_scoped_release unlocked;
+    run(call, context);
+  }
+  return results;
 }
 
 std::vector<std::tuple<std::string, std::string, bool>> explain_call(const std::string& op,
@@ -116,10 +137,10 @@ std::vector<std::tuple<std::string, std::string, bool>> explain_call(const std::
   return rows;
 }
 
-std::vector<std::tuple<std::string, std::string, bool, bool>> roles(const std::string& op) {
-  std::vector<std::tuple<std::string, std::string, bool, bool>> rows;
+std::vector<std::tuple<std::string, std::string, bool, bool, bool>> roles(const std::string& op) {
+  std::vector<std::tuple<std::string, std::string, bool, bool, bool>> rows;
   for (const Role& role : roles_of(op_named(op)))
-    rows.emplace_back(role.name, role.dims, role.is_output, role.is_required);
+    rows.emplace_back(role.name, role.dims, role.is_output, role.is_required, role.is_statistic);
   return rows;
 }
 
@@ -182,16 +203,17 @@ NB_MODULE(_core, m) {
       "described output is (shape, dtype name), or None where it is not wanted.");
   m.def(
       "run", &run_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a, "outputs"_a,
-      "openmp_threads"_a = nb::none(),
-      "Checks a call, runs it and writes the outputs, which the caller has allocated.\n"
+      "openmp_threads"_a = nb::none(), "allocate"_a = nb::none(),
+      "Checks a call, runs it and returns its outputs. outputs: arrays to write to, None (not\n"
+      "wanted), or, given allocate(shape, dtype name), True or a (shape, dtype name) tuple.\n"
       "openmp_threads: runs on so many threads of the process's OpenMP runtime where it has one;\n"
       "None: on the library's pool.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
   m.def(
       "roles", &roles, "op"_a,
-      "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required);\n"
-      "dims as in natten/roles.h.");
+      "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required, is\n"
+      "statistic); dims as in natten/roles.h.");
   m.def("window", &tokens_of, "inverse"_a, "token"_a, "length"_a, "kernel_size"_a, "stride"_a = 1,
         "dilation"_a = 1, "is_causal"_a = false,
         "The tokens of one axis that a query token attends to, in slot order; with inverse=True\n"

@@ -19,6 +19,7 @@ from jax.interpreters import ad, batching, mlir, partial_eval
 
 from natten import _core
 from natten._args import Config
+from natten._roles import roles_of
 from natten.jax import _ffi
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
@@ -34,31 +35,12 @@ class Setup:
     backend: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Role:
-    """One tensor of an operation; `dims` as in libnatten/include/natten/roles.h."""
-
-    name: str
-    dims: str
-    is_output: bool
-    is_required: bool
-
-    def axis_of(self, dim: str, rank: int) -> int | None:
-        """The axis that a dimension is at, or None. Q, K and R stand for `rank` axes each."""
-        if dim not in self.dims:
-            return None
-        before = self.dims[: self.dims.index(dim)]
-        return sum(rank if d in "QKR" else 1 for d in before)
-
-
 class Operation:
     """Calls one operation of libnatten, by its name there."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        roles = [Role(*row) for row in _core.roles(name)]
-        self.inputs = tuple(role for role in roles if not role.is_output)
-        self.outputs = tuple(role for role in roles if role.is_output)
+        self.inputs, self.outputs = roles_of(name)
         self.primitive = Primitive(f"natten_{name}")
         self.primitive.multiple_results = True
         self.primitive.def_impl(self._run)
@@ -170,12 +152,9 @@ class Operation:
         ) or any("R" in role.dims and w for role, w in zip(self.outputs, wanted, strict=True))
         dims = "HG" if per_example_bias else "B"
 
-        def fold_axis(role: Role) -> int | None:
-            return next((a for d in dims if (a := role.axis_of(d, rank)) is not None), None)
-
         folded = []
         for role, x, mapped in zip(inputs, arrays, mapped_axes, strict=True):
-            axis = fold_axis(role)
+            axis = role.axis_of(dims, rank)
             if axis is None:  # a bias that all examples share
                 folded.append(x)
                 continue
@@ -191,7 +170,7 @@ class Operation:
         for i, (role, w) in enumerate(zip(self.outputs, wanted, strict=True)):
             if w is False:
                 continue
-            axis = fold_axis(role)
+            axis = role.axis_of(dims, rank)
             assert axis is not None, "a wanted gradient of a bias folds into the heads"
             axes.append(axis)
             if w is not True:

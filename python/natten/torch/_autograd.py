@@ -1,7 +1,7 @@
-"""Derivatives of the operators.
+"""Derivatives of the operators, at PyTorch's dispatch key Autograd.
 
 The unfused operators are linear in each argument, and the derivative of each is made of the others,
-so they can be differentiated in reverse any number of times:
+so they can be differentiated any number of times:
 
     qk(q, k)            dq = av(g, k)    dk = av_transpose(g, q)    drpb = rpb_scatter(g)
     av(a, v)            da = qk(g, v)    dv = av_transpose(a, g)
@@ -9,243 +9,397 @@ so they can be differentiated in reverse any number of times:
     rpb_scatter(a)      da = rpb_gather(g)
     rpb_gather(rpb)     drpb = rpb_scatter(g)
 
-Inside derivatives empty slots hold 0, which keeps them linear.
+Inside derivatives empty slots hold 0, which keeps them linear. In forward mode the tangent of each
+is the sum of the operator applied to one tangent at a time.
 
-The first derivative of fused attention is fused too. Higher ones are those of the same attention
-composed of the unfused operators, which store the weights.
+The first reverse derivative of fused attention is fused too. All others are those of the same
+attention composed of the unfused operators, which store the weights.
+
+As the rules sit at the dispatcher, below everything that can wrap a tensor, they hold in eager mode,
+under `torch.func` transforms and while a graph is traced.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
 from natten._args import EMPTY_SLOTS_ZERO, Config, with_flags
 from natten.torch import _ops
 
 
-class Attention(Function):
-    """(query, key, value, rpb, additional_keys, additional_values, config, scale, backend) ->
-    (output, logsumexp)."""
+class Rule(_SingleLevelFunction):
+    """The derivatives of one operator; as a PyTorch function, those of reverse mode."""
+
+    operator: ClassVar[_ops.Operator]
+
+    def __init_subclass__(cls) -> None:
+        _ops.library.impl(cls.operator.name, cls.differentiate, "Autograd")
+        cls.operator.differentiate = cls.differentiate
+
+    @classmethod
+    def differentiate(cls, *args: Any) -> Any:
+        """The operator's kernel at the key Autograd."""
+        if forward_ad._current_level >= 0:
+            count = len(cls.operator.inputs)
+            primals, tangents = _unpack(args[:count])
+            if any(tangent is not None for tangent in tangents):
+                _refuse_forward_mode_that_is_nested()
+                return cls.forward_mode(primals, tangents, *args[count:])
+        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
+            return cls.operator.below_autograd(*args)
+        if torch._C._are_functorch_transforms_active():
+            with enable_single_level_autograd_function():
+                return cls.apply(*args)
+        return cls.apply(*args)
+
+    @classmethod
+    def forward_mode(cls, primals: list, tangents: list, *options: Any) -> Any:
+        """The outputs as dual tensors. `tangents` holds None where an input has none."""
+        output = cls.operator(*primals, *options)
+        return forward_ad.make_dual(output, cls.tangent(primals, tangents, *options))
 
     @staticmethod
-    def forward(*args):
-        return _ops.attention_forward(*args)
+    def tangent(primals: list, tangents: list, *options: Any) -> Any:
+        """The outputs' tangents."""
+        raise NotImplementedError
+
+    @classmethod
+    def forward(cls, ctx: Any, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            # A transform further out may want derivatives of what happens here.
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+                outputs = cls.operator.below_autograd(*args)
+        else:
+            outputs = cls.operator.below_autograd(*args)
+        count = len(cls.operator.inputs)
+        ctx.options = args[count:]
+        cls.save(ctx, args[:count], outputs)
+        return tuple(outputs) if isinstance(outputs, list) else outputs
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.config, ctx.scale, ctx.backend = inputs
-        ctx.save_for_backward(*tensors, output[1])
+    def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @classmethod
+    def backward(cls, ctx: Any, *grads: Any) -> Any:
+        """The gradient of each argument; those after the tensors have none."""
+        return *cls.reverse(ctx, *grads), *(None for _ in ctx.options)
+
+    @staticmethod
+    def reverse(ctx: Any, *grads: Any) -> Sequence[Tensor | None]:
+        """The gradients of the inputs."""
+        raise NotImplementedError
+
+
+def _unpack(inputs: Sequence[Tensor | None]) -> tuple[list, list]:
+    """(primals, tangents), None where an input is absent or has no tangent."""
+    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
+    return [p for p, _ in pairs], [t for _, t in pairs]
+
+
+def _refuse_forward_mode_that_is_nested() -> None:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError(
+            "natten: forward mode under torch.compile and torch.export is not supported; "
+            "call torch.func.jvp outside of them"
+        )
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    levels = [x for x in stack if x.key() == torch._C._functorch.TransformType.Jvp]
+    if len(levels) > 1:
+        raise NotImplementedError(
+            "natten: forward mode inside forward mode is not supported; "
+            "use forward over reverse, torch.func.jvp of torch.func.grad, or reverse over forward"
+        )
+
+
+def _or_zeros(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+    return torch.zeros_like(like) if x is None and like is not None else x
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+class Qk(Rule):
+    operator = _ops.qk
+
+    @staticmethod
+    def tangent(primals, tangents, config, backend):
+        query, key, rpb, additional = primals
+        query_t, key_t, rpb_t, additional_t = tangents
+        terms = []
+        if query_t is not None:
+            terms.append(_linear_qk(query_t, key, additional, config, backend))
+        if key_t is not None or additional_t is not None:
+            keys = _or_zeros(key_t, key), _or_zeros(additional_t, additional)
+            terms.append(_linear_qk(query, *keys, config, backend))
+        if rpb_t is not None:
+            count = 0 if additional is None else additional.shape[2]
+            terms.append(_gather(rpb_t, query.shape[0], query.shape[2:-1], count, config))
+        return _sum(terms)
+
+    @staticmethod
+    def reverse(ctx, grad):
+        query, key, _, additional = ctx.saved_tensors
+        grad_query = grad_key = grad_rpb = grad_additional = None
+        if ctx.needs_input_grad[0]:
+            grad_query = _ops.av(grad, key, additional, *ctx.options)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
+            grad_key, grad_additional = _transpose(grad, query, key, additional, *ctx.options)
+        if ctx.needs_input_grad[2]:
+            grad_rpb = _ops.rpb_scatter(grad, *ctx.options)
+        return grad_query, grad_key, grad_rpb, grad_additional
+
+
+class Av(Rule):
+    operator = _ops.av
+
+    @staticmethod
+    def tangent(primals, tangents, *options):
+        attn, value, additional = primals
+        attn_t, value_t, additional_t = tangents
+        terms = []
+        if attn_t is not None:
+            terms.append(_ops.av(attn_t, value, additional, *options))
+        if value_t is not None or additional_t is not None:
+            values = _or_zeros(value_t, value), _or_zeros(additional_t, additional)
+            terms.append(_ops.av(attn, *values, *options))
+        return _sum(terms)
+
+    @staticmethod
+    def reverse(ctx, grad):
+        attn, value, additional = ctx.saved_tensors
+        grad_attn = grad_value = grad_additional = None
+        if ctx.needs_input_grad[0]:
+            grad_attn = _linear_qk(grad, value, additional, *ctx.options)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_value, grad_additional = _transpose(attn, grad, value, additional, *ctx.options)
+        return grad_attn, grad_value, grad_additional
+
+
+class AvTranspose(Rule):
+    operator = _ops.av_transpose
+
+    @classmethod
+    def forward_mode(cls, primals, tangents, *options):
+        outputs = cls.operator(*primals, *options)
+        attn, query = primals
+        attn_t, query_t = tangents
+        terms = []
+        if attn_t is not None:
+            terms.append(cls.operator(attn_t, query, *options))
+        if query_t is not None:
+            terms.append(cls.operator(attn, query_t, *options))
+        return tuple(
+            forward_ad.make_dual(output, _sum(parts))
+            for output, *parts in zip(outputs, *terms, strict=True)
+        )
+
+    @staticmethod
+    def reverse(ctx, grad_key, grad_additional):
+        attn, query = ctx.saved_tensors
+        _, count, *options = ctx.options
+        additional = grad_additional if count else None
+        grad_attn = grad_query = None
+        if ctx.needs_input_grad[0]:
+            grad_attn = _linear_qk(query, grad_key, additional, *options)
+        if ctx.needs_input_grad[1]:
+            grad_query = _ops.av(attn, grad_key, additional, *options)
+        return grad_attn, grad_query
+
+
+class RpbGather(Rule):
+    operator = _ops.rpb_gather
+
+    @staticmethod
+    def tangent(primals, tangents, *options):
+        return _ops.rpb_gather(*tangents, *options)
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        pass
+
+    @staticmethod
+    def reverse(ctx, grad):
+        return (_ops.rpb_scatter(grad, *ctx.options[-2:]),)
+
+
+class RpbScatter(Rule):
+    operator = _ops.rpb_scatter
+
+    @staticmethod
+    def tangent(primals, tangents, *options):
+        return _ops.rpb_scatter(*tangents, *options)
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        ctx.shape = inputs[0].shape
+
+    @staticmethod
+    def reverse(ctx, grad):
+        config, _ = ctx.options
+        batch, _, *grid, slots = ctx.shape
+        window = math.prod(config[1 : 1 + config[0]])
+        return (_gather(grad, batch, grid, slots - window, config),)
+
+
+class Attention(Rule):
+    operator = _ops.attention_forward
+
+    @classmethod
+    def forward_mode(cls, primals, tangents, *options):
+        return _composed(*_duals(primals, tangents), *options)
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs, outputs[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_output: Tensor | None, grad_logsumexp: Tensor | None):
+    def reverse(ctx, grad_output, grad_logsumexp):
         *inputs, logsumexp = ctx.saved_tensors
         query, value = inputs[0], inputs[2]
         if grad_output is None:
             grad_output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
         wanted = [bool(need) for need in ctx.needs_input_grad[: len(inputs)]]
         gradients = iter(
-            AttentionBackward.apply(
-                *inputs, logsumexp, grad_output, grad_logsumexp,
-                ctx.config, ctx.scale, ctx.backend, wanted,
-            )
-        )  # fmt: skip
-        return *(next(gradients) if want else None for want in wanted), None, None, None
-
-
-class AttentionBackward(Function):
-    """(the six inputs of Attention, logsumexp, grad_output, grad_logsumexp, config, scale, backend,
-    wanted) -> the wanted gradients. A function of the inputs and incoming gradients alone:
-    logsumexp only saves recomputing it."""
-
-    @staticmethod
-    def forward(*args):
-        return tuple(_ops.attention_backward(*args))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, ctx.config, ctx.scale, ctx.backend, ctx.wanted = inputs
-        ctx.save_for_backward(*tensors[:6], *tensors[7:])
-
-    @staticmethod
-    def backward(ctx, *grads):
-        *inputs, grad_output, grad_logsumexp = ctx.saved_tensors
-        with torch.enable_grad():
-            # Fresh aliases: in the caller's graph the inputs may depend on one another.
-            leaves = [
-                x if x is None else x.view_as(x).requires_grad_()
-                for x in (*inputs, grad_output, grad_logsumexp)
-            ]
-            *inputs, grad_output, grad_logsumexp = leaves
-            output, logsumexp = _composed(*inputs, ctx.config, ctx.scale, ctx.backend)
-            results = [output, logsumexp][: 1 if grad_logsumexp is None else 2]
-            incoming = [grad_output, grad_logsumexp][: len(results)]
-            wanted = [x for x, want in zip(inputs, ctx.wanted, strict=True) if want]
-            firsts = torch.autograd.grad(results, wanted, incoming, create_graph=True)
-        present = [x for x in leaves if x is not None]
-        seconds = iter(
-            torch.autograd.grad(
-                firsts, present, grads, create_graph=torch.is_grad_enabled(), allow_unused=True
+            _ops.attention_backward(
+                *inputs, logsumexp, grad_output, grad_logsumexp, wanted, *ctx.options
             )
         )
-        out = [None if x is None else next(seconds) for x in leaves]
-        return *out[:6], None, *out[6:], None, None, None, None
+        return [next(gradients) if want else None for want in wanted]
 
 
-def _composed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    rpb: Tensor | None,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    config: Config,
-    scale: float | None,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Fused attention composed of the unfused operators, in float32 at least."""
-    dtype, group = query.dtype, query.shape[-2] // key.shape[-2]
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
+class AttentionBackward(Rule):
+    """A function of the six inputs of attention and the incoming gradients alone: logsumexp only
+    saves recomputing it, so it has no gradient of its own."""
 
-    def heads_first(x: Tensor, repeats: int = 1) -> Tensor:
-        return x.to(wide).repeat_interleave(repeats, dim=-2).movedim(-2, 1)
+    operator = _ops.attention_backward
 
-    def additional(x: Tensor | None) -> Tensor | None:
-        return None if x is None else heads_first(x, group)
+    @classmethod
+    def differentiate(cls, *args):
+        return list(super().differentiate(*args))
 
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    attn = Qk.apply(
-        heads_first(query) * scale,
-        heads_first(key, group),
-        None if rpb is None else rpb.to(wide),
-        additional(additional_keys),
-        config,
-        backend,
-    )
-    values = heads_first(value, group), additional(additional_values)
-    output = Av.apply(attn.softmax(-1), *values, config, backend)
-    return output.movedim(1, -2).to(dtype), attn.logsumexp(-1).movedim(1, -1)
-
-
-class Qk(Function):
-    """(query, key, rpb, additional_keys, config, backend) -> attn"""
+    @classmethod
+    def forward_mode(cls, primals, tangents, *options):
+        return _composed_backward(*_duals(primals, tangents), *options)
 
     @staticmethod
-    def forward(*args):
-        return _ops.qk(*args)
+    def reverse(ctx, *grads):
+        present = [x is not None for x in ctx.saved_tensors]
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        query, key, _, additional_keys, ctx.config, ctx.backend = inputs
-        ctx.save_for_backward(query, key, additional_keys)
+        def function(*tensors: Tensor) -> list[Tensor]:
+            given = iter(tensors)
+            inputs = [next(given) if is_present else None for is_present in present]
+            return _composed_backward(*inputs, *ctx.options)
 
-    @staticmethod
-    def backward(ctx, grad):
-        query, key, additional_keys = ctx.saved_tensors
-        options = ctx.config, ctx.backend
-        grad_query = grad_key = grad_rpb = grad_additional = None
-        if ctx.needs_input_grad[0]:
-            grad_query = Av.apply(grad, key, additional_keys, *options)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            grad_key, grad_additional = _transpose(grad, query, key, additional_keys, *options)
-        if ctx.needs_input_grad[2]:
-            grad_rpb = RpbScatter.apply(grad, *options)
-        return grad_query, grad_key, grad_rpb, grad_additional, None, None
+        _, pull_back = torch.func.vjp(function, *(x for x in ctx.saved_tensors if x is not None))
+        gradients = iter(pull_back(list(grads)))
+        return [next(gradients) if is_present else None for is_present in present]
 
 
-class Av(Function):
-    """(attn, value, additional_values, config, backend) -> output"""
-
-    @staticmethod
-    def forward(*args):
-        return _ops.av(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        attn, value, additional_values, ctx.config, ctx.backend = inputs
-        ctx.save_for_backward(attn, value, additional_values)
-
-    @staticmethod
-    def backward(ctx, grad):
-        attn, value, additional_values = ctx.saved_tensors
-        options = ctx.config, ctx.backend
-        grad_attn = grad_value = grad_additional = None
-        if ctx.needs_input_grad[0]:
-            grad_attn = _linear_qk(grad, value, additional_values, *options)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_value, grad_additional = _transpose(attn, grad, value, additional_values, *options)
-        return grad_attn, grad_value, grad_additional, None, None
+def _duals(primals: list, tangents: list) -> list:
+    return [
+        primal if tangent is None else forward_ad.make_dual(primal, tangent)
+        for primal, tangent in zip(primals, tangents, strict=True)
+    ]
 
 
-class AvTranspose(Function):
-    """(attn, query, grid of the keys, number of additional tokens, config, backend) ->
-    (key, additional_keys)"""
+class _Composed:
+    """Fused attention composed of the unfused operators, heads-first and in float32 at least."""
 
-    @staticmethod
-    def forward(*args):
-        return _ops.av_transpose(*args)
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rpb: Tensor | None,
+        additional_keys: Tensor | None,
+        additional_values: Tensor | None,
+        config: Config,
+        scale: float | None,
+        backend: str,
+    ) -> None:
+        self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        self.group = query.shape[-2] // key.shape[-2]
+        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.options = config, backend
+        self.query = self.heads_first(query)
+        self.keys = self.expanded(key), self.expanded(additional_keys)
+        self.values = self.expanded(value), self.expanded(additional_values)
+        rpb = None if rpb is None else rpb.to(self.dtype)
+        scores = _ops.qk(self.query * self.scale, self.keys[0], rpb, self.keys[1], *self.options)
+        self.logsumexp = scores.logsumexp(-1)
+        self.weights = scores.softmax(-1)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        attn, query, _, ctx.additional, ctx.config, ctx.backend = inputs
-        ctx.save_for_backward(attn, query)
+    def heads_first(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype).movedim(-2, 1)
 
-    @staticmethod
-    def backward(ctx, grad_key, grad_additional):
-        attn, query = ctx.saved_tensors
-        additional = grad_additional if ctx.additional else None
-        options = ctx.config, ctx.backend
-        grad_attn = grad_query = None
-        if ctx.needs_input_grad[0]:
-            grad_attn = _linear_qk(query, grad_key, additional, *options)
-        if ctx.needs_input_grad[1]:
-            grad_query = Av.apply(attn, grad_key, additional, *options)
-        return grad_attn, grad_query, None, None, None, None
-
-
-class RpbGather(Function):
-    """(rpb, shape of attn, config, backend) -> attn"""
-
-    @staticmethod
-    def forward(*args):
-        return _ops.rpb_gather(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, ctx.config, ctx.backend = inputs
-
-    @staticmethod
-    def backward(ctx, grad):
-        return RpbScatter.apply(grad, ctx.config, ctx.backend), None, None, None
+    def expanded(self, x: Tensor | None) -> Tensor | None:
+        """Keys or values with as many heads as the queries have."""
+        return None if x is None else self.heads_first(x).repeat_interleave(self.group, dim=1)
 
 
-class RpbScatter(Function):
-    """(attn, config, backend) -> gradient of rpb"""
+def _composed(*args: Any) -> tuple[Tensor, Tensor]:
+    """What attention_forward computes."""
+    a = _Composed(*args)
+    output = _ops.av(a.weights, *a.values, *a.options)
+    return output.movedim(1, -2).to(args[0].dtype), a.logsumexp.movedim(1, -1)
 
-    @staticmethod
-    def forward(*args):
-        return _ops.rpb_scatter(*args)
 
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        attn, config, ctx.backend = inputs
-        ctx.config = with_flags(config, EMPTY_SLOTS_ZERO)
-        ctx.attn_shape = tuple(attn.shape)
+def _composed_backward(*args: Any) -> list[Tensor]:
+    """What attention_backward computes."""
+    *inputs, _, grad_output, grad_logsumexp, wanted, config, scale, backend = args
+    a = _Composed(*inputs, config, scale, backend)
+    grad = a.heads_first(grad_output)
+    grad_weights = _linear_qk(grad, *a.values, *a.options)
+    row = (a.weights * grad_weights).sum(-1, keepdim=True)
+    if grad_logsumexp is not None:
+        row = row - grad_logsumexp.movedim(-1, 1).unsqueeze(-1)
+    grad_scores = a.weights * (grad_weights - row)
+    grad_query = a.scale * _ops.av(grad_scores, *a.keys, *a.options)
+    grad_keys = _transpose(grad_scores, a.scale * a.query, *a.keys, *a.options)
+    grad_values = _transpose(a.weights, grad, *a.values, *a.options)
+    grad_rpb = _ops.rpb_scatter(grad_scores, *a.options) if wanted[3] else None
 
-    @staticmethod
-    def backward(ctx, grad):
-        return RpbGather.apply(grad, ctx.attn_shape, ctx.config, ctx.backend), None, None
+    def heads_last(x: Tensor, group: int) -> Tensor:
+        return x.unflatten(1, (-1, group)).sum(2).movedim(1, -2)
+
+    results = [
+        heads_last(grad_query, 1),
+        heads_last(grad_keys[0], a.group),
+        heads_last(grad_values[0], a.group),
+        grad_rpb,
+        *(None if x is None else heads_last(x, a.group) for x in (grad_keys[1], grad_values[1])),
+    ]
+    return [x.to(inputs[0].dtype) for x, want in zip(results, wanted, strict=True) if want]
 
 
 def _linear_qk(
     query: Tensor, key: Tensor, additional_keys: Tensor | None, config: Config, backend: str
 ) -> Tensor:
     """qk as derivatives need it: without bias, and 0 in empty slots."""
-    return Qk.apply(
-        query, key, None, additional_keys, with_flags(config, EMPTY_SLOTS_ZERO), backend
-    )
+    config = with_flags(config, EMPTY_SLOTS_ZERO)
+    return _ops.qk(query, key, None, additional_keys, config, backend)
+
+
+def _gather(
+    rpb: Tensor, batch: int, grid: Sequence[int], additional: int, config: Config
+) -> Tensor:
+    """The bias of every slot, 0 in empty ones. Any backend may do it: it only copies."""
+    config = with_flags(config, EMPTY_SLOTS_ZERO)
+    return _ops.rpb_gather(rpb, batch, grid, additional, config, "")
 
 
 def _transpose(
@@ -258,7 +412,5 @@ def _transpose(
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients shaped like `key` (or value) and `additional`, None where that is None."""
     count = 0 if additional is None else additional.shape[2]
-    grad, grad_additional = AvTranspose.apply(
-        attn, query, tuple(key.shape[2:-1]), count, config, backend
-    )
+    grad, grad_additional = _ops.av_transpose(attn, query, key.shape[2:-1], count, config, backend)
     return grad, None if additional is None else grad_additional

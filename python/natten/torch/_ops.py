@@ -1,19 +1,23 @@
-"""libnatten's operations as PyTorch operators `torch.ops.natten.*`, without derivatives.
+"""libnatten's operations as PyTorch operators `torch.ops.natten.*`.
 
-They go through PyTorch's dispatcher, not straight to the binding: it resolves what a tensor's
-memory alone does not show (conjugate and negative views, wrapper subclasses).
+Each operator has a kernel, shapes for fake tensors and a batching rule, all three made from
+libnatten's own table of tensors. Derivatives are in `_autograd.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from natten import _core
+from natten._args import Config
+from natten._roles import Role, roles_of
 
-_library = torch.library.Library("natten", "DEF")
+library = torch.library.Library("natten", "DEF")
 
 _DTYPES = {
     "float64": torch.float64,
@@ -21,9 +25,7 @@ _DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
-DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-Spec = tuple[Sequence[int], str]
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def _readable(x: Tensor | None) -> Tensor | None:
@@ -33,99 +35,180 @@ def _readable(x: Tensor | None) -> Tensor | None:
     return x.contiguous()
 
 
-def _run(
-    op: str,
-    config: Sequence[int],
-    scale: float | None,
-    backend: str,
-    inputs: Sequence[Tensor | None],
-    outputs: Sequence[bool | Spec | None],
-) -> list[Tensor | None]:
-    """Checks a call, allocates its outputs and runs it. `outputs`: True or a spec where wanted."""
-    inputs = [_readable(x) for x in inputs]
-    specs, _ = _core.plan(op, config, scale, backend, inputs, outputs)
-    device = next(x.device for x in inputs if x is not None)
-    results = [
-        None if spec is None else torch.empty(spec[0], dtype=_DTYPES[spec[1]], device=device)
-        for spec in specs
-    ]
-    _core.run(op, config, scale, backend, inputs, results, torch.get_num_threads())
-    return results
+class Operator:
+    """`torch.ops.natten.<name>(inputs..., extras..., config, scale (fused only), backend)`.
+
+    `extras` are the arguments that say what the inputs do not: sizes of outputs, by the letter that
+    stands for them in `Role.dims`, or, where there is "wanted", which outputs to compute.
+    """
+
+    differentiate: Callable[..., Any]  # the kernel at the key Autograd, from `_autograd.py`
+
+    def __init__(self, name: str, returns: str, extras: dict[str, str] | None = None) -> None:
+        self.name = name
+        self.inputs, self.outputs = roles_of(name)
+        self.extras = extras or {}
+        self.is_fused = name.startswith("attention")
+        arguments = [f"Tensor{'' if r.is_required else '?'} {r.name}" for r in self.inputs]
+        arguments += self.extras.values()
+        arguments += ["int[] config", "float? scale", "str backend"]
+        if not self.is_fused:
+            arguments.remove("float? scale")
+        library.define(f"{name}({', '.join(arguments)}) -> {returns}")
+        self.overload = getattr(torch.ops.natten, name).default
+        for key in ("CPU", "CUDA"):
+            library.impl(name, self._run, key)
+        torch.library.register_fake(self.overload, self._fake, lib=library)
+        torch.library.register_vmap(self.overload, self._batch, lib=library)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.overload(*args)
+
+    def below_autograd(self, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return self.overload(*args)
+
+    def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict, Config, float | None, str]:
+        """(inputs, extras by name, config, scale, backend)."""
+        count = len(self.inputs)
+        extras = dict(zip(self.extras, args[count:], strict=False)) if self.extras else {}
+        scale = args[-2] if self.is_fused else None
+        return args[:count], extras, args[-3 if self.is_fused else -2], scale, args[-1]
+
+    def _run(self, *args: Any) -> Any:
+        inputs, extras, config, scale, backend = self._split(args)
+        inputs = [_readable(x) for x in inputs]
+        first = inputs[0]
+
+        def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
+            return first.new_empty(shape, dtype=_DTYPES[dtype])
+
+        outputs = [True] * len(self.outputs)
+        if "wanted" in extras:
+            outputs = [True if want else None for want in extras["wanted"]]
+        elif extras:
+            sizes = _sizes(self.inputs, inputs, extras, config)
+            dtype = _DTYPE_NAMES[first.dtype]
+            outputs = [(_shape(role, sizes), dtype) for role in self.outputs]
+        results = _core.run(
+            self.name, config, scale, backend, inputs, outputs, torch.get_num_threads(), allocate
+        )
+        return self._returned(results)
+
+    def _returned(self, results: list[Tensor | None]) -> Any:
+        """`results` in the form that the schema has: absent outputs are left out of lists."""
+        if "wanted" in self.extras:
+            return [x for x in results if x is not None]
+        return tuple(results) if len(results) > 1 else results[0]
+
+    def _fake(self, *args: Any) -> Any:
+        inputs, extras, config, scale, backend = self._split(args)
+        wanted = extras.get("wanted", [True] * len(self.outputs))
+        sizes = _sizes(self.inputs, inputs, extras, config)
+        shapes = [_shape(role, sizes) for role in self.outputs]
+        first = inputs[0]
+        if not any(type(n) is torch.SymInt for x in inputs if x is not None for n in x.shape):
+            _core.plan(  # raises libnatten's own errors while a graph is traced
+                self.name,
+                config,
+                scale,
+                backend,
+                [None if x is None else (tuple(x.shape), _name_of(x)) for x in inputs],
+                [
+                    None if not want or role.is_statistic else (shape, _name_of(first))
+                    for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
+                ],
+            )
+        statistic = torch.float64 if first.dtype == torch.float64 else torch.float32
+        return self._returned(
+            [
+                first.new_empty(shape, dtype=statistic if role.is_statistic else first.dtype)
+                if want
+                else None
+                for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
+            ]
+        )
+
+    def _batch(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        """vmap: folds the mapped axis into the batch, or into the heads where a bias is mapped.
+
+        In both the mapped axis is the slower one. That keeps the heads that share a key-value head
+        together, as both kinds of heads are folded alike.
+        """
+        inputs, extras, config, *_ = self._split(args)
+        rank, size = config[0], info.batch_size
+        wanted = extras.get("wanted", [True] * len(self.outputs))
+        per_example_bias = any(
+            "R" in role.dims and dim is not None
+            for role, dim in zip(self.inputs, in_dims, strict=False)
+        ) or any("R" in role.dims and want for role, want in zip(self.outputs, wanted, strict=True))
+        dims = "HG" if per_example_bias else "B"
+        folded: list[Tensor | None] = []
+        for role, x, mapped in zip(self.inputs, inputs, in_dims, strict=False):
+            axis = role.axis_of(dims, rank)
+            if x is None or axis is None:  # absent, or a bias that all examples share
+                folded.append(x)
+                continue
+            if mapped is None:
+                x = x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])
+            else:
+                x = x.movedim(mapped, axis)
+            folded.append(x.flatten(axis, axis + 1))
+        results = self.overload(*folded, *args[len(folded) :])
+        many = isinstance(results, (tuple, list))
+        roles = [role for role, want in zip(self.outputs, wanted, strict=True) if want]
+        axes = [role.axis_of(dims, rank) for role in roles]
+        unfolded = [
+            x.unflatten(axis, (size, x.shape[axis] // max(size, 1)))
+            for x, axis in zip(results if many else [results], axes, strict=True)
+        ]
+        if many:
+            return type(results)(unfolded), type(results)(axes)
+        return unfolded[0], axes[0]
 
 
-def _define(schema: str):
-    """Registers the decorated function as the kernel of `torch.ops.natten.<its name>`."""
-
-    def register(kernel):
-        name = kernel.__name__
-        _library.define(f"{name}{schema}")
-        _library.impl(name, kernel, "CPU")
-        _library.impl(name, kernel, "CUDA")
-        return getattr(torch.ops.natten, name).default
-
-    return register
+def _name_of(x: Tensor) -> str:
+    return _DTYPE_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
 
 
-_FUSED_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? rpb, "
-    "Tensor? additional_keys, Tensor? additional_values"
+def _sizes(
+    roles: Sequence[Role], tensors: Sequence[Tensor | None], extras: dict, config: Config
+) -> dict[str, tuple]:
+    """What each letter of `Role.dims` stands for in a call; numbers may be symbolic."""
+    rank = config[0]
+    kernel_size = config[1 : rank + 1]
+    sizes: dict[str, tuple] = {"N": (0,), "R": tuple(2 * k - 1 for k in kernel_size)}
+    for role, x in zip(roles, tensors, strict=True):
+        if x is None:
+            continue
+        at = 0
+        for dim in role.dims:
+            count = rank if dim in "QKR" else 1
+            sizes[dim] = tuple(x.shape[at : at + count])
+            at += count
+    for dim, value in extras.items():
+        if dim in "QK":
+            sizes[dim] = tuple(value)
+        elif dim != "wanted":
+            sizes[dim] = (value,)
+    sizes["W"] = sizes["X"] = (math.prod(kernel_size) + sizes["N"][0],)
+    return sizes
+
+
+def _shape(role: Role, sizes: dict[str, tuple]) -> tuple:
+    return tuple(n for dim in role.dims for n in sizes[dim])
+
+
+attention_forward = Operator("attention_forward", "(Tensor output, Tensor logsumexp)")
+attention_backward = Operator("attention_backward", "Tensor[]", {"wanted": "bool[] wanted"})
+qk = Operator("qk", "Tensor")
+av = Operator("av", "Tensor")
+av_transpose = Operator(
+    "av_transpose", "(Tensor, Tensor)", {"K": "SymInt[] key_grid", "N": "SymInt additional"}
 )
-_OPTIONS = "int[] config, float? scale, str backend"
-
-
-@_define(f"({_FUSED_INPUTS}, {_OPTIONS}) -> (Tensor output, Tensor logsumexp)")
-def attention_forward(*args):
-    *inputs, config, scale, backend = args
-    return tuple(_run("attention_forward", config, scale, backend, inputs, [True, True]))
-
-
-@_define(
-    f"({_FUSED_INPUTS}, Tensor logsumexp, Tensor grad_output, Tensor? grad_logsumexp, "
-    f"{_OPTIONS}, bool[] wanted) -> Tensor[]"
+rpb_gather = Operator(
+    "rpb_gather",
+    "Tensor",
+    {"B": "SymInt batch", "Q": "SymInt[] grid", "N": "SymInt additional"},
 )
-def attention_backward(*args):
-    """The gradients of the first six arguments of which `wanted` is true, in that order."""
-    *inputs, config, scale, backend, wanted = args
-    outputs = [True if want else None for want in wanted]
-    results = _run("attention_backward", config, scale, backend, inputs, outputs)
-    return [result for result in results if result is not None]
-
-
-@_define(
-    "(Tensor query, Tensor key, Tensor? rpb, Tensor? additional_keys, int[] config, str backend)"
-    " -> Tensor"
-)
-def qk(*args):
-    *inputs, config, backend = args
-    return _run("qk", config, None, backend, inputs, [True])[0]
-
-
-@_define(
-    "(Tensor attn, Tensor value, Tensor? additional_values, int[] config, str backend) -> Tensor"
-)
-def av(*args):
-    *inputs, config, backend = args
-    return _run("av", config, None, backend, inputs, [True])[0]
-
-
-@_define(
-    "(Tensor attn, Tensor query, int[] key_grid, int additional, int[] config, str backend)"
-    " -> (Tensor, Tensor)"
-)
-def av_transpose(attn, query, key_grid, additional, config, backend):
-    """`(key [B, H, *key_grid, D], additional_keys [B, H, additional, D])`."""
-    batch, heads, dim = query.shape[0], query.shape[1], query.shape[-1]
-    dtype = DTYPE_NAMES[query.dtype]
-    specs = [((batch, heads, *grid, dim), dtype) for grid in (key_grid, (additional,))]
-    return tuple(_run("av_transpose", config, None, backend, [attn, query], specs))
-
-
-@_define("(Tensor rpb, int[] attn_shape, int[] config, str backend) -> Tensor")
-def rpb_gather(rpb, attn_shape, config, backend):
-    spec = (tuple(attn_shape), DTYPE_NAMES[rpb.dtype])
-    return _run("rpb_gather", config, None, backend, [rpb], [spec])[0]
-
-
-@_define("(Tensor attn, int[] config, str backend) -> Tensor")
-def rpb_scatter(attn, config, backend):
-    return _run("rpb_scatter", config, None, backend, [attn], [True])[0]
+rpb_scatter = Operator("rpb_scatter", "Tensor")

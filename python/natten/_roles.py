@@ -1,0 +1,34 @@
+"""The tensors of libnatten's operations, from its own table (libnatten/include/natten/roles.h)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from natten import _core
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """One tensor of an operation."""
+
+    name: str
+    dims: str
+    is_output: bool
+    is_required: bool
+    is_statistic: bool
+
+    def axis_of(self, dims: str, rank: int) -> int | None:
+        """The axis of the first of `dims` that the tensor has, or None. Q, K and R stand for `rank`
+        axes each."""
+        axis = 0
+        for dim in self.dims:
+            if dim in dims:
+                return axis
+            axis += rank if dim in "QKR" else 1
+        return None
+
+
+def roles_of(op: str) -> tuple[tuple[Role, ...], tuple[Role, ...]]:
+    """(inputs, outputs) of an operation, in the order in which the binding takes them."""
+    roles = [Role(*row) for row in _core.roles(op)]
+    return tuple(r for r in roles if not r.is_output), tuple(r for r in roles if r.is_output)
