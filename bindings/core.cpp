@@ -91,6 +91,18 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(const std::string&
   return {std::move(specs), workspace_bytes(call, context)};
 }
 
+/// Runs a call, or a list of calls in one parallel region.
+template <class Calls>
+void run_unlocked(const std::string& backend, std::optional<int> openmp_threads,
+                  const Calls& calls) {
+  Context context;
+  context.backend = backend.c_str();
+  OpenMpExecutor openmp(openmp_threads.value_or(1));
+  if (openmp_threads) context.executor = &openmp;
+  nb::gil_scoped_release unlocked;
+  run(calls, context);
+}
+
 /// `allocate(shape, dtype name)` makes the outputs that are not there yet.
 nb::list run_call(const std::string& op, const Config& config, Scale scale,
                   const std::string& backend, const nb::sequence& inputs,
@@ -111,15 +123,22 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
     view = views.view(result, role.name);
     results.append(result);
   });
-  Context context;
-  context.backend = backend.c_str();
-  OpenMpExecutor openmp(openmp_threads.value_or(1));
-  if (openmp_threads) context.executor = &openmp;
-  {
-    nb::gil_scoped_release unlocked;
-    run(call, context);
-  }
+  run_unlocked(backend, openmp_threads, call);
   return results;
+}
+
+void run_calls(const std::string& op, const Config& config, Scale scale, const std::string& backend,
+               const std::vector<std::pair<nb::sequence, nb::sequence>>& tensors,
+               std::optional<int> openmp_threads) {
+  Views views;
+  std::vector<Call> calls;
+  for (const auto& [inputs, outputs] : tensors) {
+    calls.push_back(call_of(views, op, config, scale, inputs));
+    bind_tensors(calls.back(), outputs, true, [&](const Role& role, const nb::object& object) {
+      calls.back().tensors.*role.tensor = views.view(object, role.name);
+    });
+  }
+  run_unlocked(backend, openmp_threads, calls);
 }
 
 std::vector<std::tuple<std::string, std::string, bool>> explain_call(const std::string& op,
@@ -208,6 +227,10 @@ NB_MODULE(_core, m) {
       "wanted), or, given allocate(shape, dtype name), True or a (shape, dtype name) tuple.\n"
       "openmp_threads: runs on so many threads of the process's OpenMP runtime where it has one;\n"
       "None: on the library's pool.");
+  m.def("run_all", &run_calls, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "tensors"_a,
+        "openmp_threads"_a = nb::none(),
+        "Runs one operation on several problems in one parallel region. tensors: (inputs, outputs)\n"
+        "of each, as in run.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
   m.def(

@@ -25,6 +25,14 @@ std::vector<const Backend*> backends_of(DeviceType device) {
   return found;
 }
 
+/// Stands for every backend but the reference.
+constexpr const char* kFused = "fused";
+
+bool answers_to(const Backend& backend, const std::string& forced) {
+  return forced.empty() || forced == backend.name ||
+         (forced == kFused && std::strcmp(backend.name, "naive") != 0);
+}
+
 std::string forced_name(const Context& context) {
   if (context.backend && *context.backend) return context.backend;
   const char* from_environment = std::getenv("NATTEN_BACKEND");
@@ -49,7 +57,7 @@ const Backend& select(const Problem& problem, const Context& context) {
   bool known = false;
   for (const Backend* backend : backends_of(problem.device.type)) {
     names += std::string(names.empty() ? "" : ", ") + backend->name;
-    if (!forced.empty() && forced != backend->name) continue;
+    if (!answers_to(*backend, forced)) continue;
     known = true;
     const std::string refusal = backend->refuse_reason(problem);
     if (refusal.empty()) return *backend;
@@ -57,7 +65,8 @@ const Backend& select(const Problem& problem, const Context& context) {
   }
   if (!known)
     throw Error(ErrorKind::invalid_value, "backend: got \"" + forced + "\"; must be one of " +
-                                              names + " for tensors on " +
+                                              names + ", or " + kFused +
+                                              " (any but naive), for tensors on " +
                                               name_of(problem.device.type));
   throw Error(ErrorKind::invalid_value,
               "backend: none runs this problem: " + refusals + "see natten::explain");
@@ -77,8 +86,7 @@ std::vector<Verdict> explain(const Problem& problem, const Context& context) {
   bool chosen = false;
   for (const detail::Backend* backend : detail::backends_of(problem.device.type)) {
     Verdict verdict{backend->name, backend->refuse_reason(problem), false};
-    verdict.chosen =
-        !chosen && verdict.refusal.empty() && (forced.empty() || forced == backend->name);
+    verdict.chosen = !chosen && verdict.refusal.empty() && detail::answers_to(*backend, forced);
     chosen = chosen || verdict.chosen;
     verdicts.push_back(verdict);
   }

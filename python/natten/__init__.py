@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from natten._kernel import na_kernel
 from natten.context import (
     are_deterministic_algorithms_enabled,
     disable_autotuner,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
         NeighborhoodAttention2D,
         NeighborhoodAttention3D,
         attention,
+        explain,
         merge_attentions,
         na1d,
         na2d,
@@ -75,6 +77,7 @@ _TORCH_NAMES = (
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "attention",
+    "explain",
     "merge_attentions",
     "na1d",
     "na2d",
@@ -112,6 +115,7 @@ __all__ = [
     "enable_gemm_na",
     "enable_tf32",
     "enable_tiled_na",
+    "explain",
     "get_memory_usage_preference",
     "has_bfloat",
     "has_cuda",
@@ -140,6 +144,7 @@ __all__ = [
     "na1d",
     "na2d",
     "na3d",
+    "na_kernel",
     "set_memory_usage_preference",
     "use_autotuner",
     "use_deterministic_algorithms",

@@ -55,8 +55,9 @@ def make_config(
     flags: int = 0,
 ) -> Config:
     """The flat list of integers that `natten._core` takes (bindings/call.h)."""
-    config = [rank, *per_axis("kernel_size", kernel_size, rank)]
+    config: list[int] = []
     for name, value in (
+        ("kernel_size", kernel_size),
         ("dilation", dilation),
         ("is_causal", is_causal),
         ("stride", stride),
@@ -69,10 +70,8 @@ def make_config(
         if value is None:
             config.append(0)
         else:
-            config.append(rank)
-            config.extend(per_axis(name, value, rank))
-    config.append(flags)
-    return tuple(config)
+            config += (rank, *per_axis(name, value, rank))
+    return (*config, flags)
 
 
 def with_flags(config: Config, flags: int) -> Config:

@@ -6,6 +6,8 @@ import dataclasses
 
 from natten import _core
 
+GRIDS = "QKR"  # the letters of `Role.dims` that stand for one axis per rank
+
 
 @dataclasses.dataclass(frozen=True)
 class Role:
@@ -18,14 +20,16 @@ class Role:
     is_statistic: bool
 
     def axis_of(self, dims: str, rank: int) -> int | None:
-        """The axis of the first of `dims` that the tensor has, or None. Q, K and R stand for `rank`
-        axes each."""
+        """The axis of the first of `dims` that the tensor has, or None."""
         axis = 0
         for dim in self.dims:
             if dim in dims:
                 return axis
-            axis += rank if dim in "QKR" else 1
+            axis += rank if dim in GRIDS else 1
         return None
+
+    def ndim(self, rank: int) -> int:
+        return sum(rank if dim in GRIDS else 1 for dim in self.dims)
 
 
 def roles_of(op: str) -> tuple[tuple[Role, ...], tuple[Role, ...]]:

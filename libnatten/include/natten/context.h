@@ -33,8 +33,8 @@ NATTEN_EXPORT void set_num_threads(int count);
 struct Context {
   Executor* executor = nullptr;  ///< null: default_executor()
   void* stream = nullptr;        ///< CUDA stream of the call
-  /// Forces a backend by name; null or "" lets the registry choose, after the environment variable
-  /// NATTEN_BACKEND.
+  /// Forces a backend by name, or with "fused" any but the reference; null or "" lets the registry
+  /// choose, after the environment variable NATTEN_BACKEND.
   const char* backend = nullptr;
   /// Scratch of at least `workspace_bytes`, aligned to 64 bytes. Null on the CPU: allocated for the
   /// duration of the call.

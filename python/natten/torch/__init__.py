@@ -1,5 +1,6 @@
 """The PyTorch adapter. Its public names are those of `natten` and `natten.functional`."""
 
+from natten.torch._explain import explain
 from natten.torch._functional import (
     attention,
     merge_attentions,
@@ -24,6 +25,7 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "attention",
+    "explain",
     "merge_attentions",
     "na1d",
     "na1d_av",

@@ -15,8 +15,8 @@ is the sum of the operator applied to one tangent at a time.
 The first reverse derivative of fused attention is fused too. All others are those of the same
 attention composed of the unfused operators, which store the weights.
 
-As the rules sit at the dispatcher, below everything that can wrap a tensor, they hold in eager mode,
-under `torch.func` transforms and while a graph is traced.
+As the rules sit at the dispatcher, below everything that can wrap a tensor, they hold in eager
+mode, under `torch.func` transforms and while a graph is traced.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Qk(Rule):
 
     @staticmethod
     def tangent(primals, tangents, config, backend):
-        query, key, rpb, additional = primals
+        query, key, _, additional = primals
         query_t, key_t, rpb_t, additional_t = tangents
         terms = []
         if query_t is not None:

@@ -17,8 +17,9 @@ from natten._args import (
     real_scale,
     spelled_is_causal,
 )
+from natten._kernel import chosen_backend
 from natten.torch import _autograd as _autograd  # registers the derivatives
-from natten.torch import _ops
+from natten.torch import _nested, _ops
 
 
 def _named(rank: int, suffix: str = "") -> Callable[[Callable], Callable]:
@@ -36,6 +37,11 @@ def _named(rank: int, suffix: str = "") -> Callable[[Callable], Callable]:
 def _call(operator: _ops.Operator, *args: Any) -> Any:
     """Calls an operator. In plain eager mode it skips the part of the dispatcher that would only
     lead to the same place, which saves microseconds."""
+    if args[0].is_nested or args[1].is_nested:
+        return _nested.call(operator, *args)
+    device = args[0].device.type
+    if torch.is_autocast_enabled(device):
+        args = _autocast(torch.get_autocast_dtype(device), args)
     if (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
@@ -43,6 +49,16 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
     ):
         return operator.overload(*args)
     return operator.differentiate(*args)
+
+
+def _autocast(dtype: torch.dtype, args: Sequence[Any]) -> Sequence[Any]:
+    """As PyTorch's autocast treats scaled_dot_product_attention: all but float64 is cast."""
+    return [
+        x.to(dtype)
+        if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
+        else x
+        for x in args
+    ]
 
 
 def _make_fused(rank: int):
@@ -117,7 +133,7 @@ def _make_fused(rank: int):
         output, logsumexp = _call(
             _ops.attention_forward,
             query, key, value, rpb, additional_keys, additional_values,
-            config, real_scale(scale), backend or "",
+            config, real_scale(scale), chosen_backend(backend),
         )  # fmt: skip
         return (output, logsumexp) if return_lse else output
 
@@ -157,7 +173,7 @@ def _make_qk(rank: int):
         config = make_config(
             rank, kernel_size, dilation, spelled_is_causal(is_causal, is_casual), stride
         )
-        return _call(_ops.qk, query, key, rpb, additional_keys, config, backend or "")
+        return _call(_ops.qk, query, key, rpb, additional_keys, config, chosen_backend(backend))
 
     return qk
 
@@ -194,7 +210,7 @@ def _make_av(rank: int):
         config = make_config(
             rank, kernel_size, dilation, spelled_is_causal(is_causal, is_casual), stride
         )
-        return _call(_ops.av, attn, value, additional_values, config, backend or "")
+        return _call(_ops.av, attn, value, additional_values, config, chosen_backend(backend))
 
     return av
 
@@ -251,7 +267,7 @@ def attention(
         None,
         config,
         real_scale(scale),
-        backend or "",
+        chosen_backend(backend),
     )
     return (output, logsumexp) if return_lse else output
 

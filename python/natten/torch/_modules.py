@@ -89,35 +89,44 @@ class _NeighborhoodAttention(nn.Module):
             "stride": self.stride,
         }
 
+    def _drops_attention(self) -> bool:
+        return self.training and self.attn_drop.p > 0
+
     def _uses_fused(self) -> bool:
         if not context.is_fused_na_enabled():
             return False
-        if self.training and self.attn_drop.p > 0:
+        if self._drops_attention():
             logger.info("attention dropout is on, which the fused operation lacks: using unfused")
             return False
         return True
 
     def forward(self, x: Tensor) -> Tensor:
-        """[batch, *spatial, dim] -> [batch, *spatial, dim]."""
+        """[batch, *spatial, dim] -> [batch, *spatial, dim].
+
+        Of rank 1 also a nested tensor of sequences [length, dim], without gradients.
+        """
         rank = self.rank
+        if x.is_nested and x.layout != torch.jagged:
+            jagged = torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
+            return torch.nested.as_nested_tensor(list(self(jagged).unbind()))
         if x.dim() != rank + 2:
             raise ValueError(
                 f"x: got shape {list(x.shape)}; must be [batch, *spatial, dim] with {rank} "
                 f"spatial {'axis' if rank == 1 else 'axes'}"
             )
-        grid = tuple(range(1, rank + 1))
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        query, key, value = (qkv.select(rank + 1, i) for i in range(3))
         if self._uses_fused():
-            query, key, value = qkv.unbind(-3)
             out = _FUSED[rank](
                 query, key, value, rpb=self.rpb, scale=self.scale, **self._neighborhood
             )
         else:
-            # [3, batch, heads, *spatial, head_dim]
-            query, key, value = qkv.permute(rank + 1, 0, rank + 2, *grid, rank + 3)
+            query, key, value = (x.movedim(rank + 1, 1) for x in (query, key, value))
             attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **self._neighborhood)
-            attn = self.attn_drop(attn.softmax(dim=-1))
-            out = _AV[rank](attn, value, **self._neighborhood).movedim(1, -2)
+            attn = attn.softmax(dim=-1)
+            if self._drops_attention():
+                attn = self.attn_drop(attn)
+            out = _AV[rank](attn, value, **self._neighborhood).movedim(1, rank + 1)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from natten import _core
 from natten._args import Config
-from natten._roles import Role, roles_of
+from natten._roles import GRIDS, Role, roles_of
 
 library = torch.library.Library("natten", "DEF")
 
@@ -28,7 +28,7 @@ _DTYPES = {
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
-def _readable(x: Tensor | None) -> Tensor | None:
+def readable(x: Tensor | None) -> Tensor | None:
     """`x` with an innermost stride of 1, which is all that the kernels ask of a layout."""
     if x is None or x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1:
         return x
@@ -68,16 +68,36 @@ class Operator:
         with torch._C._AutoDispatchBelowAutograd():
             return self.overload(*args)
 
-    def _split(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict, Config, float | None, str]:
+    def split(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict, Config, float | None, str]:
         """(inputs, extras by name, config, scale, backend)."""
         count = len(self.inputs)
         extras = dict(zip(self.extras, args[count:], strict=False)) if self.extras else {}
-        scale = args[-2] if self.is_fused else None
-        return args[:count], extras, args[-3 if self.is_fused else -2], scale, args[-1]
+        if self.is_fused:
+            return args[:count], extras, *args[-3:]
+        return args[:count], extras, args[-2], None, args[-1]
+
+    def sizes(
+        self, inputs: Sequence[Tensor | None], extras: dict, config: Config
+    ) -> dict[str, tuple]:
+        """What each letter of `Role.dims` stands for in a call; numbers may be symbolic."""
+        rank = config[0]
+        kernel_size = config[1 : rank + 1]
+        sizes: dict[str, tuple] = {"N": (0,), "R": tuple(2 * k - 1 for k in kernel_size)}
+        for role, x in zip(self.inputs, inputs, strict=True):
+            at = 0
+            for dim in role.dims if x is not None else "":
+                count = rank if dim in GRIDS else 1
+                sizes[dim] = tuple(x.shape[at : at + count])
+                at += count
+        for dim, value in extras.items():
+            if dim != "wanted":
+                sizes[dim] = tuple(value) if dim in GRIDS else (value,)
+        sizes["W"] = sizes["X"] = (math.prod(kernel_size) + sizes["N"][0],)
+        return sizes
 
     def _run(self, *args: Any) -> Any:
-        inputs, extras, config, scale, backend = self._split(args)
-        inputs = [_readable(x) for x in inputs]
+        inputs, extras, config, scale, backend = self.split(args)
+        inputs = [x if x is None or x.is_contiguous() else readable(x) for x in inputs]
         first = inputs[0]
 
         def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
@@ -87,9 +107,9 @@ class Operator:
         if "wanted" in extras:
             outputs = [True if want else None for want in extras["wanted"]]
         elif extras:
-            sizes = _sizes(self.inputs, inputs, extras, config)
+            sizes = self.sizes(inputs, extras, config)
             dtype = _DTYPE_NAMES[first.dtype]
-            outputs = [(_shape(role, sizes), dtype) for role in self.outputs]
+            outputs = [(shape_of(role, sizes), dtype) for role in self.outputs]
         results = _core.run(
             self.name, config, scale, backend, inputs, outputs, torch.get_num_threads(), allocate
         )
@@ -102,10 +122,10 @@ class Operator:
         return tuple(results) if len(results) > 1 else results[0]
 
     def _fake(self, *args: Any) -> Any:
-        inputs, extras, config, scale, backend = self._split(args)
+        inputs, extras, config, scale, backend = self.split(args)
         wanted = extras.get("wanted", [True] * len(self.outputs))
-        sizes = _sizes(self.inputs, inputs, extras, config)
-        shapes = [_shape(role, sizes) for role in self.outputs]
+        sizes = self.sizes(inputs, extras, config)
+        shapes = [shape_of(role, sizes) for role in self.outputs]
         first = inputs[0]
         if not any(type(n) is torch.SymInt for x in inputs if x is not None for n in x.shape):
             _core.plan(  # raises libnatten's own errors while a graph is traced
@@ -119,7 +139,7 @@ class Operator:
                     for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
                 ],
             )
-        statistic = torch.float64 if first.dtype == torch.float64 else torch.float32
+        statistic = statistic_dtype(first.dtype)
         return self._returned(
             [
                 first.new_empty(shape, dtype=statistic if role.is_statistic else first.dtype)
@@ -135,7 +155,7 @@ class Operator:
         In both the mapped axis is the slower one. That keeps the heads that share a key-value head
         together, as both kinds of heads are folded alike.
         """
-        inputs, extras, config, *_ = self._split(args)
+        inputs, extras, config, *_ = self.split(args)
         rank, size = config[0], info.batch_size
         wanted = extras.get("wanted", [True] * len(self.outputs))
         per_example_bias = any(
@@ -171,31 +191,12 @@ def _name_of(x: Tensor) -> str:
     return _DTYPE_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
 
 
-def _sizes(
-    roles: Sequence[Role], tensors: Sequence[Tensor | None], extras: dict, config: Config
-) -> dict[str, tuple]:
-    """What each letter of `Role.dims` stands for in a call; numbers may be symbolic."""
-    rank = config[0]
-    kernel_size = config[1 : rank + 1]
-    sizes: dict[str, tuple] = {"N": (0,), "R": tuple(2 * k - 1 for k in kernel_size)}
-    for role, x in zip(roles, tensors, strict=True):
-        if x is None:
-            continue
-        at = 0
-        for dim in role.dims:
-            count = rank if dim in "QKR" else 1
-            sizes[dim] = tuple(x.shape[at : at + count])
-            at += count
-    for dim, value in extras.items():
-        if dim in "QK":
-            sizes[dim] = tuple(value)
-        elif dim != "wanted":
-            sizes[dim] = (value,)
-    sizes["W"] = sizes["X"] = (math.prod(kernel_size) + sizes["N"][0],)
-    return sizes
+def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type of logsumexp."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _shape(role: Role, sizes: dict[str, tuple]) -> tuple:
+def shape_of(role: Role, sizes: dict[str, tuple]) -> tuple:
     return tuple(n for dim in role.dims for n in sizes[dim])
 
 

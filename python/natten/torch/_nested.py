@@ -1,0 +1,95 @@
+"""Nested tensors: a batch of examples that differ in size, in one parallel region. Forward only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from natten import _core
+from natten._roles import Role
+from natten.torch import _ops
+
+
+def call(operator: _ops.Operator, *args: Any) -> Any:
+    """Calls an operator without extras; every output is nested, laid out like the first input.
+
+    An example has no batch axis, so that a nested tensor has as many dimensions as a dense one, or,
+    in the strided layout, a batch axis of its own.
+    """
+    inputs, _, config, scale, backend = operator.split(args)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+        raise NotImplementedError(
+            "nested tensors: there are no derivatives; call under torch.no_grad(), or pad the "
+            "examples to one size"
+        )
+    first = inputs[0]
+    has_own_batch = first.dim() == 1 + operator.inputs[0].ndim(config[0])
+    columns = [
+        _examples(role, x, first, has_own_batch)
+        for role, x in zip(operator.inputs, inputs, strict=True)
+    ]
+    examples = list(zip(*columns, strict=True))
+    statistic = _ops.statistic_dtype(first.dtype)
+    results = []
+    for role in operator.outputs:
+        shapes = [_ops.shape_of(role, operator.sizes(x, {}, config)) for x in examples]
+        if not has_own_batch:
+            shapes = [shape[1:] for shape in shapes]
+        results.append(_empty(first, shapes, statistic if role.is_statistic else first.dtype))
+    outputs = zip(
+        *([x if has_own_batch else x.unsqueeze(0) for x in parts] for _, parts in results),
+        strict=True,
+    )
+    _core.run_all(
+        operator.name,
+        config,
+        scale,
+        backend,
+        list(zip(examples, outputs, strict=True)),
+        torch.get_num_threads(),
+    )
+    nested = [_nested_like(first, whole, parts) for whole, parts in results]
+    return tuple(nested) if len(nested) > 1 else nested[0]
+
+
+def _examples(
+    role: Role, x: Tensor | None, first: Tensor, has_own_batch: bool
+) -> list[Tensor | None]:
+    """The parts of an input, one per example, with a batch axis."""
+    count = first.size(0)
+    if x is None or "B" not in role.dims:  # absent, or a bias that all examples share
+        if x is not None and x.is_nested:
+            raise ValueError(
+                f"{role.name}: got a nested tensor; must be dense, one for all examples"
+            )
+        return [x] * count
+    if not x.is_nested and (role.is_required or has_own_batch):
+        raise ValueError(f"{role.name}: got a dense tensor; must be nested, as the others are")
+    if x.size(0) != count:
+        raise ValueError(f"{role.name}: got {x.size(0)} examples; must be {count}, to match others")
+    return [_ops.readable(part if has_own_batch else part.unsqueeze(0)) for part in x.unbind()]
+
+
+def _empty(
+    first: Tensor, shapes: list[tuple[int, ...]], dtype: torch.dtype
+) -> tuple[Tensor | None, list[Tensor]]:
+    """(a jagged tensor, or None for the strided layout; its parts)."""
+    if first.layout != torch.jagged:
+        return None, [torch.empty(s, dtype=dtype, device=first.device) for s in shapes]
+    # The axis that differs from example to example, counted without that of the examples.
+    axis = next(i for i, n in enumerate(first.shape) if isinstance(n, torch.SymInt)) - 1
+    shape = list(shapes[0])
+    shape[axis] = first.values().shape[axis]
+    whole = torch.nested.nested_tensor_from_jagged(
+        torch.empty(shape, dtype=dtype, device=first.device),
+        offsets=first.offsets(),
+        lengths=first.lengths(),
+        jagged_dim=axis + 1,
+    )
+    return whole, list(whole.unbind())
+
+
+def _nested_like(first: Tensor, whole: Tensor | None, parts: list[Tensor]) -> Tensor:
+    return torch.nested.as_nested_tensor(parts) if whole is None else whole
