@@ -36,7 +36,7 @@ from natten.torch import _ops
 
 
 class Rule(_SingleLevelFunction):
-    """The derivatives of one operator; as a PyTorch function, those of reverse mode."""
+    """The derivatives of one operator, as a PyTorch function."""
 
     operator: ClassVar[_ops.Operator]
 
@@ -47,29 +47,22 @@ class Rule(_SingleLevelFunction):
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
         """The operator's kernel at the key Autograd."""
-        if forward_ad._current_level >= 0:
-            count = len(cls.operator.inputs)
-            primals, tangents = _unpack(args[:count])
-            if any(tangent is not None for tangent in tangents):
-                _refuse_forward_mode_that_is_nested()
-                return cls.forward_mode(primals, tangents, *args[count:])
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
-            return cls.operator.below_autograd(*args)
+        if forward_ad._current_level >= 0 and _has_tangent(args):
+            _refuse_forward_mode_that_is_nested()
+            return cls.in_forward_mode(*args)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return cls.recorded(*args)
+        return cls.operator.below_autograd(*args)
+
+    @classmethod
+    def recorded(cls, *args: Any) -> Any:
+        """The outputs, with this rule's derivatives."""
         if torch._C._are_functorch_transforms_active():
             with enable_single_level_autograd_function():
                 return cls.apply(*args)
         return cls.apply(*args)
 
-    @classmethod
-    def forward_mode(cls, primals: list, tangents: list, *options: Any) -> Any:
-        """The outputs as dual tensors. `tangents` holds None where an input has none."""
-        output = cls.operator(*primals, *options)
-        return forward_ad.make_dual(output, cls.tangent(primals, tangents, *options))
-
-    @staticmethod
-    def tangent(primals: list, tangents: list, *options: Any) -> Any:
-        """The outputs' tangents."""
-        raise NotImplementedError
+    in_forward_mode = recorded
 
     @classmethod
     def forward(cls, ctx: Any, *args: Any) -> Any:
@@ -81,28 +74,46 @@ class Rule(_SingleLevelFunction):
             outputs = cls.operator.below_autograd(*args)
         count = len(cls.operator.inputs)
         ctx.options = args[count:]
+        ctx.set_materialize_grads(False)
         cls.save(ctx, args[:count], outputs)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 
     @staticmethod
     def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
         ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @classmethod
-    def backward(cls, ctx: Any, *grads: Any) -> Any:
+    def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
         """The gradient of each argument; those after the tensors have none."""
-        return *cls.reverse(ctx, *grads), *(None for _ in ctx.options)
+        options = [None] * len(ctx.options)
+        if all(grad is None for grad in grads):
+            return *(None for _ in cls.operator.inputs), *options
+        return *cls.reverse(ctx, *grads), *options
+
+    @classmethod
+    def jvp(cls, ctx: Any, *tangents: Tensor | None) -> Any:
+        """The tangents of the outputs."""
+        primals = [
+            None if x is None else forward_ad.unpack_dual(x).primal for x in ctx.saved_tensors
+        ]
+        return cls.tangent(primals, tangents[: len(cls.operator.inputs)], *ctx.options)
 
     @staticmethod
     def reverse(ctx: Any, *grads: Any) -> Sequence[Tensor | None]:
         """The gradients of the inputs."""
         raise NotImplementedError
 
+    @staticmethod
+    def tangent(primals: Sequence, tangents: Sequence, *options: Any) -> Any:
+        """The tangents of the outputs. `tangents` holds None where an input has none."""
+        raise NotImplementedError
 
-def _unpack(inputs: Sequence[Tensor | None]) -> tuple[list, list]:
-    """(primals, tangents), None where an input is absent or has no tangent."""
-    pairs = [(None, None) if x is None else forward_ad.unpack_dual(x) for x in inputs]
-    return [p for p, _ in pairs], [t for _, t in pairs]
+
+def _has_tangent(args: Sequence[Any]) -> bool:
+    return any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+    )
 
 
 def _refuse_forward_mode_that_is_nested() -> None:
@@ -191,25 +202,25 @@ class Av(Rule):
 class AvTranspose(Rule):
     operator = _ops.av_transpose
 
-    @classmethod
-    def forward_mode(cls, primals, tangents, *options):
-        outputs = cls.operator(*primals, *options)
+    @staticmethod
+    def tangent(primals, tangents, *options):
         attn, query = primals
         attn_t, query_t = tangents
         terms = []
         if attn_t is not None:
-            terms.append(cls.operator(attn_t, query, *options))
+            terms.append(_ops.av_transpose(attn_t, query, *options))
         if query_t is not None:
-            terms.append(cls.operator(attn, query_t, *options))
-        return tuple(
-            forward_ad.make_dual(output, _sum(parts))
-            for output, *parts in zip(outputs, *terms, strict=True)
-        )
+            terms.append(_ops.av_transpose(attn, query_t, *options))
+        return tuple(_sum(parts) for parts in zip(*terms, strict=True))
 
     @staticmethod
     def reverse(ctx, grad_key, grad_additional):
         attn, query = ctx.saved_tensors
-        _, count, *options = ctx.options
+        key_grid, count, *options = ctx.options
+        if grad_key is None:
+            grad_key = query.new_zeros((*query.shape[:2], *key_grid, query.shape[-1]))
+        if grad_additional is None and count:
+            grad_additional = query.new_zeros((*query.shape[:2], count, query.shape[-1]))
         additional = grad_additional if count else None
         grad_attn = grad_query = None
         if ctx.needs_input_grad[0]:
@@ -228,7 +239,7 @@ class RpbGather(Rule):
 
     @staticmethod
     def save(ctx, inputs, outputs):
-        pass
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def reverse(ctx, grad):
@@ -244,6 +255,7 @@ class RpbScatter(Rule):
 
     @staticmethod
     def save(ctx, inputs, outputs):
+        ctx.save_for_forward(*inputs)
         ctx.shape = inputs[0].shape
 
     @staticmethod
@@ -258,13 +270,12 @@ class Attention(Rule):
     operator = _ops.attention_forward
 
     @classmethod
-    def forward_mode(cls, primals, tangents, *options):
-        return _composed(*_duals(primals, tangents), *options)
+    def in_forward_mode(cls, *args):
+        return _composed(*args)
 
     @staticmethod
     def save(ctx, inputs, outputs):
         ctx.save_for_backward(*inputs, outputs[1])
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def reverse(ctx, grad_output, grad_logsumexp):
@@ -292,8 +303,13 @@ class AttentionBackward(Rule):
         return list(super().differentiate(*args))
 
     @classmethod
-    def forward_mode(cls, primals, tangents, *options):
-        return _composed_backward(*_duals(primals, tangents), *options)
+    def in_forward_mode(cls, *args):
+        return _composed_backward(*args)
+
+    @staticmethod
+    def save(ctx, inputs, outputs):
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(True)
 
     @staticmethod
     def reverse(ctx, *grads):
@@ -307,13 +323,6 @@ class AttentionBackward(Rule):
         _, pull_back = torch.func.vjp(function, *(x for x in ctx.saved_tensors if x is not None))
         gradients = iter(pull_back(list(grads)))
         return [next(gradients) if is_present else None for is_present in present]
-
-
-def _duals(primals: list, tangents: list) -> list:
-    return [
-        primal if tangent is None else forward_ad.make_dual(primal, tangent)
-        for primal, tangent in zip(primals, tangents, strict=True)
-    ]
 
 
 class _Composed:

@@ -157,6 +157,8 @@ class Operator:
         """
         inputs, extras, config, *_ = self.split(args)
         rank, size = config[0], info.batch_size
+        if size == 0:
+            raise ValueError("natten: vmap over an axis of length 0 is not supported")
         wanted = extras.get("wanted", [True] * len(self.outputs))
         per_example_bias = any(
             "R" in role.dims and dim is not None
@@ -179,7 +181,7 @@ class Operator:
         roles = [role for role, want in zip(self.outputs, wanted, strict=True) if want]
         axes = [role.axis_of(dims, rank) for role in roles]
         unfolded = [
-            x.unflatten(axis, (size, x.shape[axis] // max(size, 1)))
+            x.unflatten(axis, (size, x.shape[axis] // size))
             for x, axis in zip(results if many else [results], axes, strict=True)
         ]
         if many:
