@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from natten._kernel import na_kernel
@@ -85,7 +85,12 @@ _TORCH_NAMES = (
 )
 
 
+_SUBMODULES = ("flops", "functional", "types", "utils")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"natten.{name}")
     if name not in _TORCH_NAMES:
         raise AttributeError(f"module 'natten' has no attribute {name!r}")
     import natten.torch
@@ -96,7 +101,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_TORCH_NAMES})
+    return sorted({*globals(), *_SUBMODULES, *_TORCH_NAMES})
 
 
 __all__ = [

@@ -2,11 +2,17 @@
 
 `use_fused_na` makes the PyTorch modules use the fused operation; KV parallelism lets a backend
 trade determinism for speed. All other switches are preferences for kernels of NATTEN's history or
-for devices: they are remembered and can be read back, and the CPU kernels have no use for them.
+for devices: they are remembered and can be read back, the CPU kernels have no use for them, and the
+logger `natten` says so once, at debug level.
+
+A switch holds for the whole process: every thread sees it at once, and there is no lock. Set
+switches before starting threads that run models.
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -22,22 +28,35 @@ class MemoryUsagePreference(Enum):
     Unrestricted = 2
 
 
-class _State:
+@dataclass
+class _Autotuner:
+    """Arguments of `use_autotuner`."""
+
+    forward_pass: bool = False
+    backward_pass: bool = False
+    thorough_mode_forward: bool = False
+    thorough_mode_backward: bool = False
+    warmup_steps_forward: int = 5
+    warmup_steps_backward: int = 5
+    steps_forward: int = 5
+    steps_backward: int = 5
+
+
+@dataclass
+class _Switches:
     """The switches' values."""
 
-    fused = False
-    kv_parallelism = False
-    deterministic = False
-    memory = MemoryUsagePreference.Default
-    autotuner_forward = False
-    autotuner_backward = False
-    autotuner_thorough_forward = False
-    autotuner_thorough_backward = False
-    gemm = True
-    tiled = True
-    tf32 = True
+    fused: bool = False
+    kv_parallelism: bool = False
+    deterministic: bool = False
+    memory: MemoryUsagePreference = MemoryUsagePreference.Default
+    gemm: bool = True
+    tiled: bool = True
+    tf32: bool = True
 
 
+_switches = _Switches()
+_autotuner = _Autotuner()
 _told: set[str] = set()
 
 
@@ -48,27 +67,53 @@ def _say_unused(name: str) -> None:
         logger.debug("%s: remembered; no kernel built here makes use of it", name)
 
 
+def _may_enable(name: str) -> bool:
+    """Whether a feature that is not deterministic may be switched on.
+
+    PyTorch's deterministic mode, which belongs to the whole program, has it ignored with a warning;
+    natten's own, which the caller chose, makes it an error.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.are_deterministic_algorithms_enabled():
+        logger.warning(
+            "%s: ignored; it is not deterministic, and torch.use_deterministic_algorithms is on",
+            name,
+        )
+        return False
+    if _switches.deterministic:
+        raise RuntimeError(
+            f"{name} is not deterministic, and natten.use_deterministic_algorithms is on; turn "
+            "that off first"
+        )
+    return True
+
+
 def use_fused_na(mode: bool = True, kv_parallel: bool = False) -> None:
     """Makes NeighborhoodAttention modules use the fused operation (False: the unfused, default).
 
     `kv_parallel` as in `use_kv_parallelism_in_fused_na`; turning fused off turns it off too.
+
+    Raises:
+        RuntimeError: as `use_kv_parallelism_in_fused_na`; nothing is switched then.
     """
-    _State.fused = bool(mode)
     use_kv_parallelism_in_fused_na(bool(mode and kv_parallel))
+    _switches.fused = bool(mode)
 
 
-def enable_fused_na() -> None:
-    """`use_fused_na(True)`."""
+def enable_fused_na() -> bool:
+    """`use_fused_na(True)`. Returns the resulting state, as all `enable_` and `disable_` do."""
     use_fused_na(True)
+    return is_fused_na_enabled()
 
 
-def disable_fused_na() -> None:
+def disable_fused_na() -> bool:
     """`use_fused_na(False)`."""
     use_fused_na(False)
+    return is_fused_na_enabled()
 
 
 def is_fused_na_enabled() -> bool:
-    return _State.fused
+    return _switches.fused
 
 
 use_fna = use_fused_na
@@ -79,21 +124,20 @@ def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
     """Allows a backward pass whose results differ from run to run in the last digits, where a
     backend is faster that way. Off by default. No effect on the CPU.
 
+    Ignored with a warning while `torch.use_deterministic_algorithms` is on.
+
     Raises:
-        RuntimeError: deterministic algorithms were asked for.
+        RuntimeError: `natten.use_deterministic_algorithms` is on.
     """
-    if mode and _State.deterministic:
-        raise RuntimeError(
-            "KV parallelism is not deterministic, and use_deterministic_algorithms is on; "
-            "turn that off first"
-        )
+    if mode and not _may_enable("KV parallelism"):
+        return
     if mode:
         _say_unused("KV parallelism")
-    _State.kv_parallelism = bool(mode)
+    _switches.kv_parallelism = bool(mode)
 
 
 def is_kv_parallelism_in_fused_na_enabled() -> bool:
-    return _State.kv_parallelism
+    return _switches.kv_parallelism
 
 
 def set_memory_usage_preference(pref: str = "default") -> None:
@@ -104,37 +148,38 @@ def set_memory_usage_preference(pref: str = "default") -> None:
     """
     for known in MemoryUsagePreference:
         if pref == known.name.lower():
-            _State.memory = known
+            _switches.memory = known
             _say_unused("memory usage preference")
             return
     raise ValueError(f'pref: got {pref!r}; must be "default", "strict" or "unrestricted"')
 
 
 def get_memory_usage_preference() -> MemoryUsagePreference:
-    return _State.memory
+    return _switches.memory
 
 
 def is_memory_usage_default() -> bool:
-    return _State.memory is MemoryUsagePreference.Default
+    return _switches.memory is MemoryUsagePreference.Default
 
 
 def is_memory_usage_strict() -> bool:
-    return _State.memory is MemoryUsagePreference.Strict
+    return _switches.memory is MemoryUsagePreference.Strict
 
 
 def is_memory_usage_unrestricted() -> bool:
-    return _State.memory is MemoryUsagePreference.Unrestricted
+    return _switches.memory is MemoryUsagePreference.Unrestricted
 
 
 def use_deterministic_algorithms(mode: bool = True) -> None:
-    """Forbids KV parallelism. Everything else is deterministic anyway."""
-    _State.deterministic = bool(mode)
+    """Forbids KV parallelism and autotuning, and turns them off. All else is deterministic."""
+    _switches.deterministic = bool(mode)
     if mode:
-        _State.kv_parallelism = False
+        use_kv_parallelism_in_fused_na(False)
+        disable_autotuner()
 
 
 def are_deterministic_algorithms_enabled() -> bool:
-    return _State.deterministic
+    return _switches.deterministic
 
 
 def use_autotuner(
@@ -142,104 +187,112 @@ def use_autotuner(
     backward_pass: bool | None = None,
     thorough_mode_forward: bool | None = None,
     thorough_mode_backward: bool | None = None,
-    **steps: Any,
+    warmup_steps_forward: int | None = None,
+    warmup_steps_backward: int | None = None,
+    steps_forward: int | None = None,
+    steps_backward: int | None = None,
 ) -> None:
-    """Remembers whether tile shapes should be tuned; None leaves a setting. There is no tuning yet.
+    """Remembers whether and how tile shapes should be tuned; None leaves a setting. There is no
+    tuning yet.
 
-    `steps` takes warmup_steps_forward, warmup_steps_backward, steps_forward, steps_backward.
+    A call that enables tuning is ignored with a warning while `torch.use_deterministic_algorithms`
+    is on.
+
+    Raises:
+        RuntimeError: tuning enabled while `natten.use_deterministic_algorithms` is on.
     """
-    known = {
-        "warmup_steps_forward",
-        "warmup_steps_backward",
-        "steps_forward",
-        "steps_backward",
-    }
-    if unknown := steps.keys() - known:
-        raise TypeError(f"use_autotuner: unknown arguments {sorted(unknown)}; known: {known}")
-    for name, value in (
-        ("autotuner_forward", forward_pass),
-        ("autotuner_backward", backward_pass),
-        ("autotuner_thorough_forward", thorough_mode_forward),
-        ("autotuner_thorough_backward", thorough_mode_backward),
-    ):
-        if value is not None:
-            setattr(_State, name, bool(value))
-            _say_unused("autotuner")
+    settings = {name: value for name, value in locals().items() if value is not None}
+    if (forward_pass or backward_pass) and not _may_enable("autotuner"):
+        return
+    if any(settings.values()):
+        _say_unused("autotuner")
+    for name, value in settings.items():
+        setattr(_autotuner, name, type(getattr(_autotuner, name))(value))
 
 
 def disable_autotuner() -> None:
+    """`use_autotuner(False, False)`, the default, without thorough modes."""
     use_autotuner(False, False, False, False)
 
 
 def is_autotuner_enabled() -> bool:
-    return _State.autotuner_forward or _State.autotuner_backward
+    return _autotuner.forward_pass or _autotuner.backward_pass
 
 
 def is_autotuner_enabled_for_forward() -> bool:
-    return _State.autotuner_forward
+    return _autotuner.forward_pass
 
 
 def is_autotuner_enabled_for_backward() -> bool:
-    return _State.autotuner_backward
+    return _autotuner.backward_pass
 
 
 def is_autotuner_thorough_for_forward() -> bool:
-    return _State.autotuner_thorough_forward
+    return _autotuner.thorough_mode_forward
 
 
 def is_autotuner_thorough_for_backward() -> bool:
-    return _State.autotuner_thorough_backward
+    return _autotuner.thorough_mode_backward
 
 
 def use_gemm_na(mode: bool = True) -> None:
-    _State.gemm = bool(mode)
+    """Remembers whether kernels made of matrix products may be used. No effect here."""
+    _switches.gemm = bool(mode)
     _say_unused("gemm_na")
 
 
-def enable_gemm_na() -> None:
+def enable_gemm_na() -> bool:
     use_gemm_na(True)
+    return is_gemm_na_enabled()
 
 
-def disable_gemm_na() -> None:
+def disable_gemm_na() -> bool:
     use_gemm_na(False)
+    return is_gemm_na_enabled()
 
 
 def is_gemm_na_enabled() -> bool:
-    return _State.gemm
+    return _switches.gemm
 
 
 def use_tiled_na(mode: bool = True) -> None:
-    _State.tiled = bool(mode)
+    """Remembers whether tiled kernels may be used. No effect here."""
+    _switches.tiled = bool(mode)
     _say_unused("tiled_na")
 
 
-def enable_tiled_na() -> None:
+def enable_tiled_na() -> bool:
     use_tiled_na(True)
+    return is_tiled_na_enabled()
 
 
-def disable_tiled_na() -> None:
+def disable_tiled_na() -> bool:
     use_tiled_na(False)
+    return is_tiled_na_enabled()
 
 
 def is_tiled_na_enabled() -> bool:
-    return _State.tiled
+    return _switches.tiled
 
 
 def use_tf32_in_gemm_na(mode: bool = True) -> None:
-    _State.tf32 = bool(mode)
+    """Remembers whether matrix products may use TF32. No effect here."""
+    _switches.tf32 = bool(mode)
     _say_unused("tf32_in_gemm_na")
 
 
-def enable_tf32() -> None:
+def enable_tf32() -> bool:
     use_tf32_in_gemm_na(True)
+    return is_tf32_in_gemm_na_enabled()
 
 
-def disable_tf32() -> None:
+def disable_tf32() -> bool:
     use_tf32_in_gemm_na(False)
+    return is_tf32_in_gemm_na_enabled()
 
 
 def is_tf32_in_gemm_na_enabled() -> bool:
-    return _State.tf32
+    return _switches.tf32
 
 
 def get_device_cc(device_index: Any = None) -> int:

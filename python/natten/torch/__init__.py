@@ -1,5 +1,6 @@
 """The PyTorch adapter. Its public names are those of `natten` and `natten.functional`."""
 
+from natten.flops import register_torch_formulas
 from natten.torch._explain import explain
 from natten.torch._functional import (
     attention,
@@ -14,11 +15,28 @@ from natten.torch._functional import (
     na3d_av,
     na3d_qk,
 )
+from natten.torch._legacy import (
+    na1d_qk_with_bias,
+    na2d_qk_with_bias,
+    na3d_qk_with_bias,
+    natten1dav,
+    natten1dqk,
+    natten1dqkrpb,
+    natten2dav,
+    natten2dqk,
+    natten2dqkrpb,
+    natten3dav,
+    natten3dqk,
+    natten3dqkrpb,
+    neighborhood_attention_generic,
+)
 from natten.torch._modules import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+
+register_torch_formulas()
 
 __all__ = [
     "NeighborhoodAttention1D",
@@ -30,10 +48,23 @@ __all__ = [
     "na1d",
     "na1d_av",
     "na1d_qk",
+    "na1d_qk_with_bias",
     "na2d",
     "na2d_av",
     "na2d_qk",
+    "na2d_qk_with_bias",
     "na3d",
     "na3d_av",
     "na3d_qk",
+    "na3d_qk_with_bias",
+    "natten1dav",
+    "natten1dqk",
+    "natten1dqkrpb",
+    "natten2dav",
+    "natten2dqk",
+    "natten2dqkrpb",
+    "natten3dav",
+    "natten3dqk",
+    "natten3dqkrpb",
+    "neighborhood_attention_generic",
 ]

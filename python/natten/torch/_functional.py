@@ -22,47 +22,53 @@ from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _nested, _ops
 
 
-def _named(rank: int, suffix: str = "") -> Callable[[Callable], Callable]:
+def named(name: str, rank: int) -> Callable[[Callable], Callable]:
     """Names the function that a factory made for one rank, and fills the rank into its doc."""
 
-    def name(function: Callable) -> Callable:
-        function.__name__ = function.__qualname__ = f"na{rank}d{suffix}"
+    def apply(function: Callable) -> Callable:
+        function.__name__ = function.__qualname__ = name.format(rank=rank)
         function.__module__ = "natten.functional"
         function.__doc__ = (function.__doc__ or "").replace("{rank}", str(rank))
         return function
 
-    return name
+    return apply
 
 
 def _call(operator: _ops.Operator, *args: Any) -> Any:
-    """Calls an operator. In plain eager mode it skips the part of the dispatcher that would only
-    lead to the same place, which saves microseconds."""
-    if args[0].is_nested or args[1].is_nested:
-        return _nested.call(operator, *args)
-    device = args[0].device.type
-    if torch.is_autocast_enabled(device):
-        args = _autocast(torch.get_autocast_dtype(device), args)
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return operator.overload(*args)
-    return operator.differentiate(*args)
+    """Calls an operator on dense or nested tensors."""
+    try:
+        if args[0].is_nested or args[1].is_nested:
+            return _nested.call(operator, *args)
+        device = args[0].device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            args = _autocast(torch.get_autocast_dtype(device), args)
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return operator.overload(*args)
+        # In plain eager mode the dispatcher would only lead to here; this saves microseconds.
+        return operator.differentiate(*args)
+    except (AttributeError, RuntimeError):
+        for role, x in zip(operator.inputs, args, strict=False):
+            if not (isinstance(x, Tensor) or (x is None and not role.is_required)):
+                raise TypeError(f"{role.name}: got {x!r}; must be a torch.Tensor") from None
+        raise
 
 
-def _autocast(dtype: torch.dtype, args: Sequence[Any]) -> Sequence[Any]:
+def _autocast(dtype: torch.dtype, args: Sequence[Any]) -> tuple[Any, ...]:
     """As PyTorch's autocast treats scaled_dot_product_attention: all but float64 is cast."""
-    return [
+    return tuple(
         x.to(dtype)
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64
         else x
         for x in args
-    ]
+    )
 
 
 def _make_fused(rank: int):
-    @_named(rank)
+    @named("na{rank}d", rank)
     def fused(
         query: Tensor,
         key: Tensor,
@@ -141,7 +147,7 @@ def _make_fused(rank: int):
 
 
 def _make_qk(rank: int):
-    @_named(rank, "_qk")
+    @named("na{rank}d_qk", rank)
     def qk(
         query: Tensor,
         key: Tensor,
@@ -179,7 +185,7 @@ def _make_qk(rank: int):
 
 
 def _make_av(rank: int):
-    @_named(rank, "_av")
+    @named("na{rank}d_av", rank)
     def av(
         attn: Tensor,
         value: Tensor,

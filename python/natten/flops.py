@@ -1,0 +1,306 @@
+"""Counts of floating-point operations.
+
+A multiply-accumulate (MAC) is two operations (FLOPs). Counted are the products of queries with keys
+and of weights with values, over full windows: a causal window counts as if it had no empty slots.
+Softmax, scale and biases are not counted.
+
+PyTorch's `torch.utils.flop_counter.FlopCounterMode` counts natten's operators in FLOPs, forward and
+backward, with nothing to set up. fvcore's `FlopCountAnalysis` counts the forward pass in MACs, once
+`add_natten_handle` has taught it the operators; `get_flops` is both in one call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any, TypeAlias
+
+from natten import _core
+from natten._args import Bools, Config, Ints, make_config
+from natten.utils import check_all_args
+
+Shape: TypeAlias = Sequence[int]
+
+
+# MACs of each operator, from its arguments with shapes in place of tensors. The names of parameters
+# are those of the operators' schemas (torch/_ops.py), since they may be passed by name.
+
+
+def _window(config: Sequence[int]) -> int:
+    """Window slots: the product of the kernel size, which follows the rank in a config."""
+    return prod(config[1 : 1 + config[0]])
+
+
+def _attention_forward(
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    rpb: Shape | None,
+    additional_keys: Shape | None,
+    additional_values: Shape | None,
+    config: Sequence[int],
+    scale: float | None,
+    backend: str,
+) -> int:
+    slots = _window(config) + (additional_keys[1] if additional_keys else 0)
+    return prod(query[:-1]) * slots * (query[-1] + value[-1])
+
+
+def _attention_backward(
+    query: Shape,
+    key: Shape,
+    value: Shape,
+    rpb: Shape | None,
+    additional_keys: Shape | None,
+    additional_values: Shape | None,
+    logsumexp: Shape,
+    grad_output: Shape,
+    grad_logsumexp: Shape | None,
+    wanted: Sequence[bool],
+    config: Sequence[int],
+    scale: float | None,
+    backend: str,
+) -> int:
+    """The products that the gradients are made of, each once, as PyTorch counts its own attention:
+    five where those of query, key and value are wanted. That a backend may recompute more is not
+    counted."""
+    rows, dim, value_dim = prod(query[:-1]), query[-1], value[-1]
+    window = rows * _window(config)
+    extra = rows * additional_keys[1] if additional_keys else 0
+    want_query, want_key, want_value, want_rpb, want_extra_keys, want_extra_values = wanted
+    macs = (window + extra) * dim  # scores again
+    if want_query or want_key or want_rpb or want_extra_keys:
+        macs += (window + extra) * value_dim  # gradients of weights: grad_output times values
+    if want_query:
+        macs += (window + extra) * dim
+    macs += (window * want_key + extra * want_extra_keys) * dim
+    macs += (window * want_value + extra * want_extra_values) * value_dim
+    return macs
+
+
+def _qk(
+    query: Shape,
+    key: Shape,
+    rpb: Shape | None,
+    additional_keys: Shape | None,
+    config: Sequence[int],
+    backend: str,
+) -> int:
+    slots = _window(config) + (additional_keys[2] if additional_keys else 0)
+    return prod(query) * slots
+
+
+def _av(
+    attn: Shape,
+    value: Shape,
+    additional_values: Shape | None,
+    config: Sequence[int],
+    backend: str,
+) -> int:
+    return prod(attn) * value[-1]
+
+
+def _av_transpose(
+    attn: Shape,
+    query: Shape,
+    key_grid: Sequence[int],
+    additional: int,
+    config: Sequence[int],
+    backend: str,
+) -> int:
+    return prod(attn) * query[-1]
+
+
+_MACS: dict[str, Callable[..., int]] = {
+    "attention_forward": _attention_forward,
+    "attention_backward": _attention_backward,
+    "qk": _qk,
+    "av": _av,
+    "av_transpose": _av_transpose,
+}
+
+
+def register_torch_formulas() -> None:
+    """Has `FlopCounterMode` count the operators. `natten.torch` calls it after defining them."""
+    import torch
+    from torch.utils.flop_counter import register_flop_formula
+
+    def flops(macs: Callable[..., int]) -> Callable[..., int]:
+        return lambda *args, out_shape=None, **kwargs: 2 * macs(*args, **kwargs)
+
+    for name, macs in _MACS.items():
+        register_flop_formula(getattr(torch.ops.natten, name))(flops(macs))
+
+
+def fna_flop_count(
+    q_shape: Shape,
+    k_shape: Shape,
+    v_shape: Shape,
+    kernel_size: Ints,
+    dilation: Ints | None,
+    is_causal: Bools | None,
+    is_heads_last: bool,
+    return_macs: bool = False,
+    *,
+    additional: int = 0,
+) -> int:
+    """FLOPs of the forward pass of `na1d`, `na2d` or `na3d`.
+
+    Args:
+        q_shape: [batch, *spatial, heads, head_dim], or [batch, heads, *spatial, head_dim] where
+            is_heads_last is False. So are the other shapes.
+        k_shape: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads.
+        v_shape: [batch, *spatial, kv_heads, value_head_dim].
+        kernel_size, dilation, is_causal: one value for all axes or one per axis. Neither dilation
+            nor is_causal changes the count; None is 1 and False.
+        is_heads_last: the layout of the shapes.
+        return_macs: count multiply-accumulates, half as many.
+        additional: number of additional keys and values.
+
+    Raises:
+        ValueError: shapes or values that the operation refuses too; the message says why.
+        TypeError: an argument that should be an integer and is not.
+    """
+    rank = _rank(q_shape=q_shape, k_shape=k_shape, v_shape=v_shape)
+    query, key, value = (
+        shape if is_heads_last else _heads_last(shape) for shape in (q_shape, k_shape, v_shape)
+    )
+    inputs = query, key, value, None, _tokens(key, 1, additional), _tokens(value, 1, additional)
+    config = make_config(rank, *check_all_args(rank, kernel_size, dilation, is_causal))
+    _check("attention_forward", config, inputs, [True, None])
+    macs = _attention_forward(*inputs, config, None, "")
+    return macs if return_macs else 2 * macs
+
+
+def na_qk_flop_count(
+    q_shape: Shape,
+    k_shape: Shape,
+    kernel_size: Ints,
+    dilation: Ints | None,
+    is_causal: Bools | None,
+    is_heads_last: bool,
+    return_macs: bool = False,
+    *,
+    additional: int = 0,
+) -> int:
+    """FLOPs of `na1d_qk`, `na2d_qk` or `na3d_qk`. Both shapes have the same heads; all else as in
+    `fna_flop_count`."""
+    rank = _rank(q_shape=q_shape, k_shape=k_shape)
+    query, key = (_heads_first(s) if is_heads_last else s for s in (q_shape, k_shape))
+    inputs = query, key, None, _tokens(key, 2, additional)
+    config = make_config(rank, *check_all_args(rank, kernel_size, dilation, is_causal))
+    _check("qk", config, inputs, [True])
+    macs = _qk(*inputs, config, "")
+    return macs if return_macs else 2 * macs
+
+
+def na_av_flop_count(
+    a_shape: Shape,
+    v_shape: Shape,
+    kernel_size: Ints,
+    dilation: Ints | None,
+    is_causal: Bools | None,
+    is_heads_last: bool,
+    return_macs: bool = False,
+    *,
+    additional: int = 0,
+) -> int:
+    """FLOPs of `na1d_av`, `na2d_av` or `na3d_av`. a_shape is [batch, *spatial, heads, slots], or
+    heads-first, slots being the product of kernel_size plus `additional`. Both shapes have the same
+    heads; all else as in `fna_flop_count`."""
+    rank = _rank(a_shape=a_shape, v_shape=v_shape)
+    attn, value = (_heads_first(s) if is_heads_last else s for s in (a_shape, v_shape))
+    inputs = attn, value, _tokens(value, 2, additional)
+    config = make_config(rank, *check_all_args(rank, kernel_size, dilation, is_causal))
+    _check("av", config, inputs, [True])
+    macs = _av(*inputs, config, "")
+    return macs if return_macs else 2 * macs
+
+
+def _rank(**shapes: Shape) -> int:
+    for name, shape in shapes.items():
+        if len(shape) not in (4, 5, 6):
+            raise ValueError(
+                f"{name}: got {list(shape)}; must have 4, 5 or 6 dimensions, those of batch, heads "
+                "and head dim besides 1, 2 or 3 spatial axes"
+            )
+    return len(next(iter(shapes.values()))) - 3
+
+
+def _heads_last(shape: Shape) -> Shape:
+    batch, heads, *grid, dim = shape
+    return batch, *grid, heads, dim
+
+
+def _heads_first(shape: Shape) -> Shape:
+    batch, *grid, heads, dim = shape
+    return batch, heads, *grid, dim
+
+
+def _tokens(like: Shape, axis: int, count: int) -> Shape | None:
+    """The shape of `count` additional tokens for keys or values shaped `like`, None for none:
+    the spatial axes replaced by one. `axis` is the first of them."""
+    rank = len(like) - 3
+    return (*like[:axis], count, *like[axis + rank :]) if count else None
+
+
+def _check(
+    op: str, config: Config, inputs: Sequence[Shape | None], outputs: list[bool | None]
+) -> None:
+    """Raises what the operation itself raises for inputs of these shapes."""
+    specs = [None if shape is None else (tuple(shape), "float32") for shape in inputs]
+    _core.plan(op, config, None, "", specs, outputs)
+
+
+def add_natten_handle(flop_ctr: Any) -> Any:
+    """Teaches an `fvcore.nn.FlopCountAnalysis` natten's operators, and returns it. It counts MACs,
+    of the forward pass."""
+
+    def handle(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
+        return lambda inputs, outputs: macs(*map(_traced_argument, inputs))
+
+    return flop_ctr.set_op_handle(
+        **{f"natten::{name}": handle(macs) for name, macs in _MACS.items()}
+    )
+
+
+def _traced_argument(value: Any) -> Any:
+    """What a `torch._C.Value` of a traced graph stands for: a shape, a list of numbers, a constant
+    or None."""
+    if value.isCompleteTensor():
+        return value.type().sizes()
+    if value.node().kind() == "prim::ListConstruct":
+        return [element.toIValue() for element in value.node().inputs()]
+    return value.toIValue()
+
+
+def get_flops(model: Any, input: Any, disable_warnings: bool = False) -> int:
+    """MACs of `model(input)`, counted by fvcore.
+
+    Args:
+        model: a `torch.nn.Module`.
+        input: a tensor, or a tuple of the model's arguments.
+        disable_warnings: do not log which other operators fvcore does not count.
+
+    Raises:
+        ImportError: fvcore is not installed.
+    """
+    try:
+        from fvcore.nn import FlopCountAnalysis  # type: ignore[import-not-found,import-untyped]
+    except ImportError as error:
+        raise ImportError(
+            "get_flops counts with fvcore, which is not installed: pip install fvcore. Without it, "
+            "torch.utils.flop_counter.FlopCounterMode counts natten's operators too"
+        ) from error
+    flop_ctr = add_natten_handle(FlopCountAnalysis(model, input))
+    return flop_ctr.unsupported_ops_warnings(not disable_warnings).total()
+
+
+__all__ = [
+    "add_natten_handle",
+    "fna_flop_count",
+    "get_flops",
+    "na_av_flop_count",
+    "na_qk_flop_count",
+    "register_torch_formulas",
+]

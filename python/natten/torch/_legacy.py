@@ -1,0 +1,142 @@
+"""Names from other NATTEN versions, as thin calls of the functions that do the work.
+
+The migration page (docs/migration.md) says what to write in new code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from natten._args import Bools, Ints
+from natten.torch._functional import (
+    na1d,
+    na1d_av,
+    na1d_qk,
+    na2d,
+    na2d_av,
+    na2d_qk,
+    na3d,
+    na3d_av,
+    na3d_qk,
+    named,
+)
+
+_FUSED = {1: na1d, 2: na2d, 3: na3d}
+_QK = {1: na1d_qk, 2: na2d_qk, 3: na3d_qk}
+_KERNEL_SCHEDULES = (None, "non", "coop", "pp")
+
+
+def _make_qk_with_bias(rank: int):
+    @named("na{rank}d_qk_with_bias", rank)
+    def qk_with_bias(
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        kernel_size: Ints,
+        dilation: Ints,
+        additional_keys: Tensor | None = None,
+    ) -> Tensor:
+        """`na{rank}d_qk` as NATTEN 0.15 called it: `bias` is its `rpb`, or None."""
+        return _QK[rank](
+            query, key, kernel_size, dilation, additional_keys=additional_keys, rpb=bias
+        )
+
+    return qk_with_bias
+
+
+def _make_qkrpb(rank: int):
+    @named("natten{rank}dqkrpb", rank)
+    def qkrpb(
+        query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Ints, dilation: Ints
+    ) -> Tensor:
+        """`na{rank}d_qk` as NATTEN 0.14 called it; `rpb` may be None."""
+        return _QK[rank](query, key, kernel_size, dilation, rpb=rpb)
+
+    return qkrpb
+
+
+na1d_qk_with_bias, na2d_qk_with_bias, na3d_qk_with_bias = map(_make_qk_with_bias, (1, 2, 3))
+natten1dqkrpb, natten2dqkrpb, natten3dqkrpb = map(_make_qkrpb, (1, 2, 3))
+# These differ from today's functions in the name only.
+natten1dqk, natten2dqk, natten3dqk = na1d_qk, na2d_qk, na3d_qk
+natten1dav, natten2dav, natten3dav = na1d_av, na2d_av, na3d_av
+
+
+def neighborhood_attention_generic(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: Ints,
+    stride: Ints = 1,
+    dilation: Ints = 1,
+    is_causal: Bools | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    attention_kwargs: Mapping[str, Any] | None = None,
+    backend: str | None = None,
+    q_tile_shape: Ints | None = None,
+    kv_tile_shape: Ints | None = None,
+    backward_q_tile_shape: Ints | None = None,
+    backward_kv_tile_shape: Ints | None = None,
+    backward_kv_splits: Ints | None = None,
+    backward_use_pt_reduction: bool = False,
+    run_persistent_kernel: bool = True,
+    kernel_schedule: str | None = None,
+    torch_compile: bool = False,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`na1d`, `na2d` or `na3d`, by the rank of `query`. Heads-last.
+
+    The positional order is that of NATTEN 0.20 and later, stride before dilation, unlike the order
+    of `na1d`, `na2d` and `na3d` here.
+
+    Args:
+        query: [batch, *spatial, heads, head_dim] with one to three spatial axes.
+        key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
+        additional_values, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
+        backward_kv_tile_shape, backward_kv_splits, return_lse: as in `na2d`; None for is_causal
+            means False.
+        backend: name of an implementation of this library; by default the first that can.
+        attention_kwargs, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule,
+        torch_compile: settings of NATTEN's CUDA and Flex kernels, which have no effect here.
+
+    Returns:
+        output [batch, *spatial, heads, value_head_dim]; with return_lse also logsumexp
+        [batch, *spatial, heads].
+
+    Raises:
+        ValueError, TypeError: as `na2d`, and ValueError for an unknown kernel_schedule.
+    """
+    fused = _FUSED.get(query.dim() - 3)
+    if fused is None:
+        raise ValueError(
+            f"query: got shape {list(query.shape)}; must be [batch, *spatial, heads, head_dim] "
+            "with one to three spatial axes"
+        )
+    if kernel_schedule not in _KERNEL_SCHEDULES:
+        raise ValueError(
+            f'kernel_schedule: got {kernel_schedule!r}; must be None, "non", "coop" or "pp"'
+        )
+    return fused(
+        query,
+        key,
+        value,
+        kernel_size,
+        dilation,
+        is_causal,
+        scale=scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        stride=stride,
+        return_lse=return_lse,
+        backend=backend,
+        q_tile_shape=q_tile_shape,
+        kv_tile_shape=kv_tile_shape,
+        backward_q_tile_shape=backward_q_tile_shape,
+        backward_kv_tile_shape=backward_kv_tile_shape,
+        backward_kv_splits=backward_kv_splits,
+    )

@@ -1,0 +1,45 @@
+"""Helpers for code around the operations. Imports neither PyTorch nor JAX."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from natten._args import Bools, Ints, per_axis
+from natten.context import get_device_cc
+from natten.utils import log
+
+
+def check_all_args(
+    na_dim: int, kernel_size: Ints, dilation: Ints | None, is_causal: Bools | None
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """The three arguments as tuples of `na_dim` elements, one per spatial axis.
+
+    Each may be one value for all axes, or a tuple or list; None is the default, 1 and False.
+    Whether the values fit the lengths of the axes is for the operations to check.
+
+    Raises:
+        ValueError: na_dim is not 1, 2 or 3, or a sequence has another length.
+        TypeError: elements that are not integers.
+    """
+    if na_dim not in (1, 2, 3):
+        raise ValueError(f"na_dim: got {na_dim!r}; must be 1, 2 or 3")
+    return (
+        per_axis("kernel_size", kernel_size, na_dim),
+        per_axis("dilation", 1 if dilation is None else dilation, na_dim),
+        tuple(map(bool, per_axis("is_causal", False if is_causal is None else is_causal, na_dim))),
+    )
+
+
+def get_num_na_weights(kernel_size: Sequence[int]) -> int:
+    """Attention weights per token: the product of a kernel size given per axis.
+
+    Raises:
+        TypeError: one integer, which does not tell the number of axes.
+    """
+    if not isinstance(kernel_size, Sequence):
+        raise TypeError(f"kernel_size: got {kernel_size!r}; must be a tuple, one element per axis")
+    return math.prod(kernel_size)
+
+
+__all__ = ["check_all_args", "get_device_cc", "get_num_na_weights", "log"]
