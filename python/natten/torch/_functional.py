@@ -39,9 +39,8 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
     try:
         if args[0].is_nested or args[1].is_nested:
             return _nested.call(operator, *args)
-        device = args[0].device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            args = _autocast(torch.get_autocast_dtype(device), args)
+        if torch._C._is_any_autocast_enabled():
+            args = _autocast(args)
         if (
             torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
@@ -57,8 +56,12 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
         raise
 
 
-def _autocast(dtype: torch.dtype, args: Sequence[Any]) -> tuple[Any, ...]:
+def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:
     """As PyTorch's autocast treats scaled_dot_product_attention: all but float64 is cast."""
+    device = args[0].device.type
+    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+        return args
+    dtype = torch.get_autocast_dtype(device)
     return tuple(
         x.to(dtype)
         if isinstance(x, Tensor) and x.is_floating_point() and x.dtype != torch.float64

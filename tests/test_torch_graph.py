@@ -1,0 +1,253 @@
+"""torch.compile, torch.export, fake tensors and what PyTorch asks of registered operators."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch_cases import (  # noqa: E402
+    GRIDS,
+    MIXED,
+    MODULES,
+    fused_attention,
+    fused_inputs,
+    neighborhood_of,
+    randn,
+    unfused_attention,
+)
+
+import natten  # noqa: E402
+import natten.functional as F  # noqa: E402
+from natten import _args  # noqa: E402
+from natten.torch import _ops  # noqa: E402
+
+RANKS = pytest.mark.parametrize("rank", [1, 2, 3])
+MAKE = pytest.mark.parametrize("make", [fused_attention, unfused_attention])
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    yield
+    natten.use_fused_na(False)
+
+
+def gradients(function, inputs):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    results = function(*inputs)
+    total = sum(x.sin().sum() for x in (results if isinstance(results, tuple) else (results,)))
+    return results, torch.autograd.grad(total, inputs)
+
+
+# ---- torch.compile ----
+
+
+@RANKS
+@MAKE
+def test_compiled_functions(rank, make):
+    inputs = fused_inputs(rank)
+    compiled = torch.compile(make(rank), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled, inputs), gradients(make(rank), inputs))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_training_step(fused):
+    """With the real compiler: a model's loss and gradients."""
+    natten.use_fused_na(fused)
+    model = torch.nn.Sequential(
+        MODULES[2](8, 2, 3, rel_pos_bias=True), torch.nn.GELU(), MODULES[2](8, 2, 3, dilation=2)
+    )
+    x = torch.randn(2, 7, 6, 8)
+    results = []
+    for function in (model, torch.compile(model, fullgraph=True)):
+        model.zero_grad()
+        loss = function(x).square().mean()
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_one_compilation_for_all_batch_sizes(fused):
+    natten.use_fused_na(fused)
+    module = MODULES[1](8, 2, 3, rel_pos_bias=True, is_causal=True)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=True)
+    frames = []
+    for batch in (16, 2, 3, 5, 8):
+        x = torch.randn(batch, 9, 8)
+        torch.testing.assert_close(gradients(compiled, [x]), gradients(module, [x]))
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1
+
+
+def test_dynamic_grid():
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q: F.na2d(q, q, q, 3, dilation=2), fullgraph=True, backend=counter, dynamic=True
+    )
+    for grid in ((7, 8), (6, 9), (12, 10)):
+        q = torch.randn(2, *grid, 2, 4)
+        torch.testing.assert_close(compiled(q), F.na2d(q, q, q, 3, dilation=2))
+    assert counter.frame_count == 1
+
+
+def test_errors_are_raised_while_tracing():
+    q = torch.randn(1, 5, 2, 4)
+    compiled = torch.compile(lambda q: F.na1d(q, q, q, 7), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="kernel_size: got"):
+        compiled(q)
+
+
+def test_compiled_transforms():
+    q = torch.randn(3, 1, 6, 2, 4, dtype=torch.float64)
+
+    def function(q):
+        return torch.func.vmap(torch.func.grad(lambda q: F.na1d(q, q, q, 3).sin().sum()))(q)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(q), function(q))
+
+
+# ---- the choice of a backend ----
+
+
+class Called:
+    """Which backends the operators were told to use."""
+
+    def __init__(self, monkeypatch):
+        self.backends = []
+        run = natten._core.run
+
+        def recorded(op, config, scale, backend, *args):
+            self.backends.append(backend)
+            return run(op, config, scale, backend, *args)
+
+        monkeypatch.setattr(natten._core, "run", recorded)
+
+    def take(self):
+        backends, self.backends = self.backends, []
+        return backends
+
+
+def test_na_kernel_under_compile(monkeypatch):
+    called = Called(monkeypatch)
+    q = randn(1, 6, 2, 4)
+
+    def inside(q):
+        with natten.na_kernel("naive"):
+            first = F.na1d(q, q, q, 3)
+        return first + F.na1d(q, q, q, 3)
+
+    compiled = torch.compile(inside, fullgraph=True, backend="aot_eager")
+    compiled(q).sum().backward()
+    assert called.take() == ["naive", "", "", "naive"]
+
+    outside = torch.compile(lambda q: F.na1d(q, q, q, 3), fullgraph=True, backend="aot_eager")
+    outside(q)
+    with natten.na_kernel("naive"):
+        result = outside(q)
+    outside(q)
+    assert called.take() == ["", "naive", ""]
+    result.sum().backward()
+    assert called.take() == ["naive"]
+
+
+# ---- torch.export ----
+
+
+@RANKS
+@pytest.mark.parametrize("fused", [False, True])
+def test_export(rank, fused, tmp_path):
+    natten.use_fused_na(fused)
+    module = MODULES[rank](8, 2, rel_pos_bias=True, **MIXED[rank]).double()
+    x = torch.randn(2, *GRIDS[rank], 8, dtype=torch.float64)
+    shapes = ({0: torch.export.Dim("batch")},)
+    program = torch.export.export(module, (x,), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    for batch in (2, 5):
+        x = torch.randn(batch, *GRIDS[rank], 8, dtype=torch.float64)
+        torch.testing.assert_close(loaded(x), module(x))
+
+
+@MAKE
+def test_decomposed_export(make):
+    class Model(torch.nn.Module):
+        def forward(self, *inputs):
+            return make(2)(*inputs)
+
+    inputs = tuple(x.detach() for x in fused_inputs(2))
+    program = torch.export.export(Model(), inputs).run_decompositions()
+    torch.testing.assert_close(program.module()(*inputs), make(2)(*inputs))
+
+
+# ---- registered operators ----
+
+
+def operator_calls():
+    config = _args.make_config(2, **neighborhood_of(2))
+    linear = _args.with_flags(config, _args.EMPTY_SLOTS_ZERO)
+    fused = fused_inputs(2)
+    output, logsumexp = (x.detach() for x in _ops.attention_forward(*fused, config, None, ""))
+    incoming = torch.randn_like(output), torch.randn_like(logsumexp)
+    plain = *fused[:3], None, None, None
+    query, key = randn(2, 2, *GRIDS[2], 3), randn(2, 2, *GRIDS[2], 3)
+    extra, rpb = randn(2, 2, 1, 3), fused[3]
+    attn = randn(2, 2, *GRIDS[2], 7)
+    grid = list(GRIDS[2])
+    some = [True, False, True, False, False, False]
+    yield _ops.attention_forward, (*fused, config, None, "")
+    yield _ops.attention_forward, (*plain, _args.with_flags(config, 1), 0.3, "naive")
+    yield _ops.attention_backward, (*fused, logsumexp, *incoming, [True] * 6, config, None, "")
+    yield _ops.attention_backward, (*plain, logsumexp, output, None, some, config, None, "")
+    yield _ops.qk, (query, key, rpb, extra, linear, "")
+    yield _ops.qk, (query, key, None, None, linear, "")
+    yield _ops.av, (attn, query, extra, config, "")
+    yield _ops.av, (attn[..., :6].detach().requires_grad_(), query, None, config, "")
+    yield _ops.av_transpose, (attn, query, grid, 1, config, "")
+    yield _ops.av_transpose, (attn[..., :6].detach(), query, grid, 0, config, "")
+    yield _ops.rpb_gather, (rpb, 2, grid, 1, linear, "")
+    yield _ops.rpb_scatter, (attn, config, "")
+
+
+CALLS = list(operator_calls())
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)), ids=lambda i: f"{CALLS[i][0].name}-{i}")
+def test_opcheck(number):
+    operator, args = CALLS[number]
+    result = torch.library.opcheck(operator.overload, args)
+    assert set(result.values()) == {"SUCCESS"}
+
+
+def test_every_operator_is_checked():
+    registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
+                  if name.startswith("natten::")}  # fmt: skip
+    assert registered == {operator.name for operator, _ in CALLS}
+
+
+@RANKS
+@MAKE
+def test_fake_tensors(rank, make):
+    inputs = fused_inputs(rank)
+    want = gradients(make(rank), inputs)
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in inputs]
+        got = gradients(make(rank), fake)
+    for g, w in zip(*(torch.utils._pytree.tree_leaves(x) for x in (got, want)), strict=True):
+        assert (g.shape, g.dtype) == (w.shape, w.dtype)
+
+
+def test_operators_appear_in_a_trace():
+    """torch.jit.trace is what fvcore counts on."""
+    module = MODULES[1](8, 2, 3)
+    x = torch.randn(1, 6, 8)
+    traced = torch.jit.trace(module, x)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert {"natten::qk", "natten::av"} <= kinds
+    torch.testing.assert_close(traced(x), module(x))

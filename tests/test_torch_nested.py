@@ -1,0 +1,177 @@
+"""Nested tensors: examples of different sizes in one call."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import natten  # noqa: E402
+import natten.functional as F  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+
+FUSED = {1: F.na1d, 2: F.na2d, 3: F.na3d}
+QK = {1: F.na1d_qk, 2: F.na2d_qk, 3: F.na3d_qk}
+AV = {1: F.na1d_av, 2: F.na2d_av, 3: F.na3d_av}
+GRIDS = {
+    1: [(14,), (9,), (32,)],
+    2: [(7, 9), (12, 5), (6, 6)],
+    3: [(5, 6, 7), (8, 5, 5), (5, 9, 6)],
+}
+NEIGHBORHOOD = dict(kernel_size=5, is_causal=True, stride=2)
+LAYOUTS = pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+RANKS = pytest.mark.parametrize("rank", [1, 2, 3])
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+    with torch.no_grad():
+        yield
+    natten.use_fused_na(False)
+
+
+def nested(parts, layout=torch.strided, like=None):
+    """`like`: a jagged tensor whose lengths these examples share."""
+    if layout == torch.jagged and like is not None:
+        return torch.nested.nested_tensor_from_jagged(torch.cat(parts), like.offsets())
+    return torch.nested.as_nested_tensor(parts, layout=layout)
+
+
+def examples(rank, *shape, before=()):
+    return [torch.randn(*before, *grid, *shape, dtype=torch.float64) for grid in GRIDS[rank]]
+
+
+def assert_parts(got, want):
+    assert got.is_nested
+    for g, w in zip(got.unbind(), want, strict=True):
+        assert torch.equal(g, w)
+
+
+def layouts_of(rank):
+    return (torch.strided, torch.jagged) if rank == 1 else (torch.strided,)
+
+
+CASES = [(rank, layout) for rank in (1, 2, 3) for layout in layouts_of(rank)]
+
+
+@pytest.mark.parametrize(("rank", "layout"), CASES)
+@pytest.mark.parametrize("additional", [None, "nested", "dense"])
+def test_fused(rank, layout, additional):
+    q, k, v = examples(rank, 4, 6), examples(rank, 2, 6), examples(rank, 2, 3)
+    rpb = torch.randn(4, *(9,) * rank, dtype=torch.float64)
+    lengths = (1, 3, 2) if additional == "nested" else (2, 2, 2)
+    extra = [[torch.randn(n, 2, d, dtype=torch.float64) for n in lengths] for d in (6, 3)]
+    whole = {"nested": lambda x: nested(x, layout), "dense": torch.stack}.get(additional)
+    query = nested(q, layout)
+    keys, values = nested(k, layout, like=query), nested(v, layout, like=query)
+    more = {} if whole is None else dict(zip(EXTRA, map(whole, extra), strict=True))
+    output, lse = FUSED[rank](query, keys, values, rpb=rpb, return_lse=True, **NEIGHBORHOOD, **more)
+    want = [
+        FUSED[rank](
+            *(x[i][None] for x in (q, k, v)), rpb=rpb, return_lse=True, **NEIGHBORHOOD,
+            **{name: x[i][None] for name, x in zip(EXTRA, extra, strict=True) if more},
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    assert output.layout == lse.layout == layout
+    assert_parts(output, [o[0] for o, _ in want])
+    assert_parts(lse, [x[0] for _, x in want])
+
+
+EXTRA = ("additional_keys", "additional_values")
+
+
+@pytest.mark.parametrize(("rank", "layout"), CASES)
+def test_unfused(rank, layout):
+    if layout == torch.jagged:  # heads-first views of heads-last sequences, as a module makes them
+        base = nested(examples(1, 2, 6), layout)
+        query, value = base.transpose(1, 2), (2 * base).transpose(1, 2)
+    else:
+        query, value = (nested(examples(rank, 6, before=(2,))) for _ in range(2))
+    attn = QK[rank](query, query, **NEIGHBORHOOD)
+    want = [QK[rank](q[None], q[None], **NEIGHBORHOOD)[0] for q in query.unbind()]
+    assert_parts(attn, want)
+    weights = nested([w.softmax(-1) for w in want]) if layout == torch.strided else attn.softmax(-1)
+    output = AV[rank](weights, value, **NEIGHBORHOOD)
+    want = [
+        AV[rank](w.softmax(-1)[None], v[None], **NEIGHBORHOOD)[0]
+        for w, v in zip(want, value.unbind(), strict=True)
+    ]
+    for g, w in zip(output.unbind(), want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+@RANKS
+def test_examples_with_a_batch_of_their_own(rank):
+    """They may also differ in batch, heads and head dim."""
+    sizes = [(2, 3, 4), (1, 1, 6), (4, 2, 5)]
+    q = [
+        torch.randn(batch, *grid, heads, dim)
+        for grid, (batch, heads, dim) in zip(GRIDS[rank], sizes, strict=True)
+    ]
+    extra = [torch.randn(b, n, h, d) for n, (b, h, d) in enumerate(sizes, 1)]
+    query, more = nested(q), nested(extra)
+    output = FUSED[rank](query, query, query, 3, additional_keys=more, additional_values=more)
+    assert_parts(
+        output,
+        [
+            FUSED[rank](x, x, x, 3, 1, False, None, None, e, e)
+            for x, e in zip(q, extra, strict=True)
+        ],
+    )
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@LAYOUTS
+def test_module(fused, layout):
+    natten.use_fused_na(fused)
+    module = natten.NeighborhoodAttention1D(8, 2, 5, rel_pos_bias=True, is_causal=True).double()
+    x = [torch.randn(n, 8, dtype=torch.float64) for n in (14, 9, 32)]
+    output = module(nested(x, layout))
+    assert output.layout == layout
+    for got, example in zip(output.unbind(), x, strict=True):
+        torch.testing.assert_close(got, module(example[None])[0])
+
+
+def test_all_examples_run_in_one_call(monkeypatch):
+    calls = []
+    run_all = natten._core.run_all
+    monkeypatch.setattr(natten._core, "run_all", lambda *a: (calls.append(len(a[4])), run_all(*a)))
+    q = nested(examples(2, 2, 4))
+    F.na2d(q, q, q, 3)
+    assert calls == [3]
+
+
+def test_narrowed_sequences():
+    """Jagged tensors with gaps between the examples."""
+    padded = torch.randn(3, 12, 2, 4)
+    starts, lengths = torch.tensor([0, 2, 1]), torch.tensor([5, 10, 7])
+    q = torch.nested.narrow(padded, 1, starts, lengths, layout=torch.jagged)
+    want = [
+        F.na1d(*[padded[i, s : s + n][None]] * 3, 3)[0]
+        for i, (s, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True))
+    ]
+    assert_parts(F.na1d(q, q, q, 3), want)
+
+
+def test_refusals():
+    q = nested(examples(2, 2, 4))
+    dense = torch.randn(3, 6, 6, 2, 4, dtype=torch.float64)
+    with torch.enable_grad(), pytest.raises(NotImplementedError, match="no derivatives"):
+        F.na2d(q.detach().requires_grad_(), q, q, 3)
+    with pytest.raises(ValueError, match=r"^value: got a dense tensor; must be nested"):
+        F.na2d(q, q, dense, 3)
+    with pytest.raises(ValueError, match=r"^query: got a dense tensor; must be nested"):
+        F.na2d(dense, q, q, 3)
+    with pytest.raises(ValueError, match=r"^key: got 2 examples; must be 3"):
+        F.na2d(q, nested(list(q.unbind()[:2])), q, 3)
+    with pytest.raises(ValueError, match=r"^kernel_size: .*must not exceed the axis, 5 tokens"):
+        F.na2d(q, q, q, 6)
+    with pytest.raises(ValueError, match=r"^key: .*spatial shape"):
+        F.na2d(q, nested(list(q.unbind()[::-1])), q, 3)
+    with pytest.raises(ValueError, match=r"^rpb: got a nested tensor"):
+        F.na2d(q, q, q, 3, rpb=nested([torch.randn(2, 5, 5)] * 3))
+    with pytest.raises(ValueError, match=r"^x: got"):
+        natten.NeighborhoodAttention2D(8, 2, 3)(nested([torch.randn(5, 8), torch.randn(6, 8)]))
