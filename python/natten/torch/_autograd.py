@@ -22,7 +22,7 @@ mode, under `torch.func` transforms and while a graph is traced.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,6 +39,7 @@ class Rule(_SingleLevelFunction):
     """The derivatives of one operator, as a PyTorch function."""
 
     operator: ClassVar[_ops.Operator]
+    apply: ClassVar[Callable[..., Any]]  # PyTorch's
 
     def __init_subclass__(cls) -> None:
         _ops.library.impl(cls.operator.name, cls.differentiate, "Autograd")
@@ -322,24 +323,18 @@ class AttentionBackward(Rule):
 
         _, pull_back = torch.func.vjp(function, *(x for x in ctx.saved_tensors if x is not None))
         gradients = iter(pull_back(list(grads)))
-        return [next(gradients) if is_present else None for is_present in present]
+        results = [next(gradients) if is_present else None for is_present in present]
+        results[len(Attention.operator.inputs)] = None  # logsumexp
+        return results
 
 
 class _Composed:
     """Fused attention composed of the unfused operators, heads-first and in float32 at least."""
 
     def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rpb: Tensor | None,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        config: Config,
-        scale: float | None,
-        backend: str,
+        self, inputs: Sequence[Any], config: Config, scale: float | None, backend: str
     ) -> None:
+        query, key, value, rpb, additional_keys, additional_values = inputs
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.group = query.shape[-2] // key.shape[-2]
         self.scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -355,22 +350,23 @@ class _Composed:
     def heads_first(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).movedim(-2, 1)
 
-    def expanded(self, x: Tensor | None) -> Tensor | None:
+    def expanded(self, x: Tensor | None) -> Any:
         """Keys or values with as many heads as the queries have."""
         return None if x is None else self.heads_first(x).repeat_interleave(self.group, dim=1)
 
 
 def _composed(*args: Any) -> tuple[Tensor, Tensor]:
     """What attention_forward computes."""
-    a = _Composed(*args)
+    *inputs, config, scale, backend = args
+    a = _Composed(inputs, config, scale, backend)
     output = _ops.av(a.weights, *a.values, *a.options)
-    return output.movedim(1, -2).to(args[0].dtype), a.logsumexp.movedim(1, -1)
+    return output.movedim(1, -2).to(inputs[0].dtype), a.logsumexp.movedim(1, -1)
 
 
 def _composed_backward(*args: Any) -> list[Tensor]:
     """What attention_backward computes."""
     *inputs, _, grad_output, grad_logsumexp, wanted, config, scale, backend = args
-    a = _Composed(*inputs, config, scale, backend)
+    a = _Composed(inputs, config, scale, backend)
     grad = a.heads_first(grad_output)
     grad_weights = _linear_qk(grad, *a.values, *a.options)
     row = (a.weights * grad_weights).sum(-1, keepdim=True)
@@ -385,7 +381,7 @@ def _composed_backward(*args: Any) -> list[Tensor]:
     def heads_last(x: Tensor, group: int) -> Tensor:
         return x.unflatten(1, (-1, group)).sum(2).movedim(1, -2)
 
-    results = [
+    results: list[Any] = [
         heads_last(grad_query, 1),
         heads_last(grad_keys[0], a.group),
         heads_last(grad_values[0], a.group),

@@ -84,8 +84,8 @@ def _empty(
     shape[axis] = first.values().shape[axis]
     whole = torch.nested.nested_tensor_from_jagged(
         torch.empty(shape, dtype=dtype, device=first.device),
-        offsets=first.offsets(),
-        lengths=first.lengths(),
+        offsets=first.offsets(),  # type: ignore[attr-defined]
+        lengths=first.lengths(),  # type: ignore[attr-defined]
         jagged_dim=axis + 1,
     )
     return whole, list(whole.unbind())

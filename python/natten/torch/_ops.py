@@ -84,8 +84,10 @@ class Operator:
         kernel_size = config[1 : rank + 1]
         sizes: dict[str, tuple] = {"N": (0,), "R": tuple(2 * k - 1 for k in kernel_size)}
         for role, x in zip(self.inputs, inputs, strict=True):
+            if x is None:
+                continue
             at = 0
-            for dim in role.dims if x is not None else "":
+            for dim in role.dims:
                 count = rank if dim in GRIDS else 1
                 sizes[dim] = tuple(x.shape[at : at + count])
                 at += count
@@ -103,7 +105,7 @@ class Operator:
         def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
             return first.new_empty(shape, dtype=_DTYPES[dtype])
 
-        outputs = [True] * len(self.outputs)
+        outputs: list[Any] = [True] * len(self.outputs)
         if "wanted" in extras:
             outputs = [True if want else None for want in extras["wanted"]]
         elif extras:
