@@ -33,7 +33,7 @@ test-sanitize: $(VENV)/build gtest
 test-aarch64: $(VENV)/build
 	cpp_tests/aarch64.sh
 
-test-python: $(VENV)/package $(VENV)/test
+test-python: $(VENV)/package $(VENV)/test $(VENV)/models
 	$(BIN)/python -m pytest
 
 # Without GoogleTest, CMake fetches it; a Debian machine with root rights gets the package instead.
@@ -73,8 +73,14 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each list of requirements.
-$(addprefix $(VENV)/,build demo test lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
+$(addprefix $(VENV)/,build demo test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
 	$(BIN)/python -m pip install -q -r $<
+	@touch $@
+
+# Published models that the tests run; what allin1 itself requires is heavy and not needed.
+$(VENV)/models: $(VENV)/models-nodeps
+$(VENV)/models-nodeps: requirements/models-nodeps.txt | $(BIN)/python
+	$(BIN)/python -m pip install -q --no-deps -r $<
 	@touch $@
 
 $(VENV)/package: $(SOURCES) | $(BIN)/python

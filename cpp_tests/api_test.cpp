@@ -407,6 +407,13 @@ TEST(Registry, ExplainsItsChoice) {
   forced.backend = "naive";
   for (const natten::Verdict& verdict : natten::explain(described, forced))
     EXPECT_EQ(verdict.chosen, verdict.backend == "naive");
+  forced.backend = "fused";  // any but the reference
+  int chosen = 0;
+  for (const natten::Verdict& verdict : natten::explain(described, forced)) {
+    chosen += verdict.chosen;
+    EXPECT_FALSE(verdict.chosen && verdict.backend == "naive");
+  }
+  EXPECT_EQ(chosen, 1);
   forced.backend = "abacus";
   for (const natten::Verdict& verdict : natten::explain(described, forced))
     EXPECT_FALSE(verdict.chosen);

@@ -134,7 +134,6 @@ def tutorial():
     return module
 
 
-@pytest.mark.skipif(not hasattr(natten, "na_kernel"), reason="needs natten.na_kernel")
 def test_tutorial_runs(tutorial, capsys):
     sizes = ["--batch-size=2", "--length=24", "--num-heads=2", "--head-dim=4", "--steps=2"]
     tutorial.main([*sizes, "--compile-backend=aot_eager"])

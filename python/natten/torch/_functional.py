@@ -41,14 +41,7 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
             return _nested.call(operator, *args)
         if torch._C._is_any_autocast_enabled():
             args = _autocast(args)
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
-        ):
-            return operator.overload(*args)
-        # In plain eager mode the dispatcher would only lead to here; this saves microseconds.
-        return operator.differentiate(*args)
+        return operator(*args)
     except (AttributeError, RuntimeError):
         for role, x in zip(operator.inputs, args, strict=False):
             if not (isinstance(x, Tensor) or (x is None and not role.is_required)):

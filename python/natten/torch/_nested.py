@@ -32,9 +32,10 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
     ]
     examples = list(zip(*columns, strict=True))
     statistic = _ops.statistic_dtype(first.dtype)
+    sizes = [operator.sizes(x, {}, config) for x in examples]
     results = []
     for role in operator.outputs:
-        shapes = [_ops.shape_of(role, operator.sizes(x, {}, config)) for x in examples]
+        shapes = [_ops.shape_of(role, s) for s in sizes]
         if not has_own_batch:
             shapes = [shape[1:] for shape in shapes]
         results.append(_empty(first, shapes, statistic if role.is_statistic else first.dtype))

@@ -62,7 +62,14 @@ class Operator:
         torch.library.register_vmap(self.overload, self._batch, lib=library)
 
     def __call__(self, *args: Any) -> Any:
-        return self.overload(*args)
+        if (
+            torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch._C._get_tracing_state() is not None
+        ):
+            return self.overload(*args)
+        # In plain eager mode the dispatcher would only lead to here; this saves microseconds.
+        return self.differentiate(*args)
 
     def below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():

@@ -1,0 +1,164 @@
+"""Which backend runs a PyTorch call: the `backend` argument, `na_kernel` and `explain`."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from test_package import run_python
+
+torch = pytest.importorskip("torch")
+
+import natten  # noqa: E402
+import natten.functional as F  # noqa: E402
+
+ROOM = 5000  # more slots than the vectorized unfused operations take
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """(operation, backend asked for) of every call that runs."""
+    calls = []
+    run = natten._core.run
+
+    def recorded(op, config, scale, backend, *args):
+        results = run(op, config, scale, backend, *args)
+        calls.append((op, backend))
+        return results
+
+    monkeypatch.setattr(natten._core, "run", recorded)
+    return calls
+
+
+def query(length=6, **kwargs):
+    return torch.randn(1, length, 2, 4, **kwargs)
+
+
+def test_blocks_nest_and_end(called):
+    q = query()
+    with natten.na_kernel("naive"):
+        F.na1d(q, q, q, 3)
+        with natten.na_kernel("fused"):
+            F.na1d(q, q, q, 3)
+            F.na1d(q, q, q, 3, backend="vectorized")
+        F.na1d_qk(*[q.transpose(1, 2)] * 2, 3)
+        with pytest.raises(ValueError, match="kernel_size"):
+            F.na1d(q, q, q, 7)
+    F.na1d(q, q, q, 3)
+    natten.attention(q, q, q)
+    assert called == [
+        ("attention_forward", "naive"),
+        ("attention_forward", "fused"),
+        ("attention_forward", "vectorized"),
+        ("qk", "naive"),
+        ("attention_forward", ""),
+        ("attention_forward", ""),
+    ]
+
+
+def test_one_block_object_can_nest_in_itself(called):
+    block, q = natten.na_kernel("naive"), query()
+    with block, natten.na_kernel("vectorized"), block:
+        F.na1d(q, q, q, 3)
+    F.na1d(q, q, q, 3)
+    assert [backend for _, backend in called] == ["naive", ""]
+
+
+def test_a_block_ends_with_an_exception(called):
+    q = query()
+    with pytest.raises(KeyError), natten.na_kernel("naive"):
+        raise KeyError
+    F.na1d(q, q, q, 3)
+    assert called == [("attention_forward", "")]
+
+
+def test_other_threads_are_not_affected(called):
+    q = query()
+    with natten.na_kernel("naive"):
+        thread = threading.Thread(target=lambda: F.na1d(q, q, q, 3))
+        thread.start()
+        thread.join()
+    assert called == [("attention_forward", "")]
+
+
+def test_backward_uses_what_its_forward_chose(called):
+    q = query(requires_grad=True)
+    with natten.na_kernel("naive"):
+        fused = F.na1d(q, q, q, 3)
+        scores = F.na1d_qk(*[q.transpose(1, 2)] * 2, 3)
+    with natten.na_kernel("vectorized"):
+        scores.sum().backward()
+        (grad,) = torch.autograd.grad(fused.square().sum(), q, create_graph=True)
+    assert {backend for _, backend in called} == {"naive"}
+    called.clear()
+    grad.square().sum().backward()
+    assert {backend for _, backend in called} == {"naive"}
+
+
+def test_results_agree():
+    q = query(dtype=torch.float64)
+    results = []
+    for name in ("naive", "fused", "vectorized"):
+        with natten.na_kernel(name):
+            results.append(F.na1d(q, q, q, 3))
+    torch.testing.assert_close(results[0], results[1])
+    assert torch.equal(results[1], results[2])
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r'backend: got "cuda13"; must be one of .*naive'):
+        natten.na_kernel("cuda13")
+    q = query()
+    with pytest.raises(ValueError, match=r'backend: got "cuda13"; must be one of .*naive.*fused'):
+        F.na1d(q, q, q, 3, backend="cuda13")
+
+
+@pytest.mark.parametrize("name", ["vectorized", "fused"])
+def test_a_backend_that_refuses_says_why(name):
+    x = torch.randn(1, 1, ROOM, 2)
+    with (
+        natten.na_kernel(name),
+        pytest.raises(ValueError, match="vectorized: the window is too large"),
+    ):
+        F.na1d_qk(x, x, ROOM - 1)
+    assert F.na1d_qk(x[:, :, :9], x[:, :, :9], 3).isfinite().all()
+
+
+def test_fused_from_environment():
+    code = """
+import torch, natten
+q = torch.randn(1, 6, 2, 4)
+print(*(v.backend for v in natten.explain(q, q, q, 3).verdicts if v.chosen))
+"""
+    assert run_python(code, NATTEN_BACKEND="fused").split() == ["vectorized"] * 2
+    assert run_python(code, NATTEN_BACKEND="naive").split() == ["naive"] * 2
+
+
+def test_explain():
+    q = query()
+    explanation = natten.explain(q, q, q, kernel_size=3, stride=2, is_causal=True)
+    rows = [(v.operation, v.backend, v.refusal, v.chosen) for v in explanation.verdicts]
+    assert rows == [
+        ("forward", "vectorized", "", True),
+        ("forward", "naive", "", False),
+        ("backward", "vectorized", "", True),
+        ("backward", "naive", "", False),
+    ]
+    with natten.na_kernel("naive"):
+        chosen = [v.backend for v in natten.explain(q, q, q, 3).verdicts if v.chosen]
+    assert chosen == ["naive", "naive"]
+    assert str(explanation).splitlines()[1].split() == ["forward", "vectorized", "chosen"]
+
+
+def test_explain_takes_everything_and_says_why_not():
+    q, extra = query(), torch.randn(1, 5000, 2, 4)
+    explanation = natten.explain(
+        q, q, q, 3, 1, True, torch.randn(2, 5), 0.5, extra, extra, q_tile_shape=4
+    )
+    refused = [v for v in explanation.verdicts if v.refusal]
+    assert {v.backend for v in refused} == {"vectorized"}
+    assert refused[0].refusal in str(explanation)
+    with pytest.raises(ValueError, match=r"^kernel_size: "):
+        natten.explain(q, q, q, 7)
+    with pytest.raises(ValueError, match=r"^q_tile_shape: "):
+        natten.explain(q, q, q, 3, q_tile_shape=0)
