@@ -147,6 +147,12 @@ class Qk(Rule):
     operator = _ops.qk
 
     @staticmethod
+    def save(ctx, inputs, outputs):
+        query, key, _, additional = inputs
+        ctx.save_for_backward(query, key, None, additional)
+        ctx.save_for_forward(query, key, None, additional)
+
+    @staticmethod
     def tangent(primals, tangents, config, backend):
         query, key, _, additional = primals
         query_t, key_t, rpb_t, additional_t = tangents

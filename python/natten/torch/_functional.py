@@ -41,12 +41,26 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
             return _nested.call(operator, *args)
         if torch._C._is_any_autocast_enabled():
             args = _autocast(args)
-        return operator(*args)
+        if torch.compiler.is_compiling() or not _is_plain(args):
+            return operator.overload(*args)
+        # There the dispatcher would only lead to here; this saves microseconds.
+        return operator.differentiate(*args)
     except (AttributeError, RuntimeError):
         for role, x in zip(operator.inputs, args, strict=False):
             if not (isinstance(x, Tensor) or (x is None and not role.is_required)):
                 raise TypeError(f"{role.name}: got {x!r}; must be a torch.Tensor") from None
         raise
+
+
+def _is_plain(args: tuple[Any, ...]) -> bool:
+    """Whether this is eager mode, on tensors that no transform has wrapped."""
+    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+        return False
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+    for x in args:
+        if isinstance(x, Tensor) and is_wrapped(x):
+            return False
+    return True
 
 
 def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:

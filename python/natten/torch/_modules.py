@@ -33,6 +33,7 @@ class _NeighborhoodAttention(nn.Module):
         proj_drop: dropout on the result.
         use_experimental_ops: accepted for compatibility; has no effect.
         stride: that many neighboring queries share one window.
+        device, dtype: of the parameters, as in PyTorch's own modules.
 
     Raises:
         ValueError: an argument that does not fit.
@@ -58,6 +59,9 @@ class _NeighborhoodAttention(nn.Module):
         proj_drop: float = 0.0,
         use_experimental_ops: bool = False,
         stride: Ints = 1,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if num_heads < 1 or dim % num_heads != 0:
@@ -69,15 +73,16 @@ class _NeighborhoodAttention(nn.Module):
         self.dilation = per_axis("dilation", dilation, self.rank)
         self.is_causal = tuple(map(bool, per_axis("is_causal", is_causal, self.rank)))
         self.stride = per_axis("stride", stride, self.rank)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.rpb: nn.Parameter | None
         if rel_pos_bias:
-            self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size)))
+            shape = (num_heads, *(2 * k - 1 for k in self.kernel_size))
+            self.rpb = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
             self.register_parameter("rpb", None)
         self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
     @property

@@ -59,17 +59,11 @@ class Operator:
         for key in ("CPU", "CUDA"):
             library.impl(name, self._run, key)
         torch.library.register_fake(self.overload, self._fake, lib=library)
-        torch.library.register_vmap(self.overload, self._batch, lib=library)
+        torch.library.register_vmap(self.overload, self._vmap, lib=library)
+        library.impl(name, self._batch_gradients, "Batched")
 
     def __call__(self, *args: Any) -> Any:
-        if (
-            torch.compiler.is_compiling()
-            or torch._C._are_functorch_transforms_active()
-            or torch._C._get_tracing_state() is not None
-        ):
-            return self.overload(*args)
-        # In plain eager mode the dispatcher would only lead to here; this saves microseconds.
-        return self.differentiate(*args)
+        return self.overload(*args)
 
     def below_autograd(self, *args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -158,16 +152,55 @@ class Operator:
             ]
         )
 
-    def _batch(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
-        """vmap: folds the mapped axis into the batch, or into the heads where a bias is mapped.
+    def _vmap(self, info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Any, Any]:
+        """torch.func.vmap."""
+        if info.batch_size > 0:
+            return self._batch(info.batch_size, in_dims, args)
+        # An example of zeros stands in, and is taken out of the results.
+        count = len(self.inputs)
+        examples = [
+            x if dim is None else torch.cat([x, x.sum(dim, keepdim=True)], dim)
+            for x, dim in zip(args[:count], in_dims, strict=False)
+        ]
+        results, axes = self._batch(1, in_dims, (*examples, *args[count:]))
+        if isinstance(axes, int):
+            return _emptied(results, axes), axes
+        return type(results)(map(_emptied, results, axes)), axes
 
-        In both the mapped axis is the slower one. That keeps the heads that share a key-value head
-        together, as both kinds of heads are folded alike.
+    def _batch_gradients(self, *args: Any) -> Any:
+        """torch.autograd.grad(..., is_grads_batched=True), whose vmap is not that of torch.func."""
+        level = torch._C._vmapmode_increment_nesting() - 1
+        torch._C._vmapmode_decrement_nesting()
+        # The mapped axis first, and one of size 1 where there is none.
+        found = {
+            i: torch._remove_batch_dim(x, level, 1, 0)
+            for i, x in enumerate(args[: len(self.inputs)])
+            if x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
+        }
+        size = next((x.shape[0] for x in found.values() if x.shape[0] != 1), 1)
+        mapped = {i: x for i, x in found.items() if x.shape[0] == size}
+        results, axes = self._batch(
+            size,
+            [0 if i in mapped else None for i in range(len(args))],
+            [mapped.get(i, x) for i, x in enumerate(args)],
+        )
+        if isinstance(axes, int):
+            return torch._add_batch_dim(results, axes, level)
+        return type(results)(
+            torch._add_batch_dim(x, axis, level) for x, axis in zip(results, axes, strict=True)
+        )
+
+    def _batch(
+        self, size: int, in_dims: Sequence[int | None], args: Sequence[Any]
+    ) -> tuple[Any, Any]:
+        """(results of `size` examples, their mapped axes), by one call.
+
+        Folds the mapped axis into the batch, or into the heads where a bias is mapped. In both it
+        is the slower one. That keeps the heads that share a key-value head together, as both kinds
+        of heads are folded alike.
         """
         inputs, extras, config, *_ = self.split(args)
-        rank, size = config[0], info.batch_size
-        if size == 0:
-            raise ValueError("natten: vmap over an axis of length 0 is not supported")
+        rank = config[0]
         wanted = extras.get("wanted", [True] * len(self.outputs))
         per_example_bias = any(
             "R" in role.dims and dim is not None
@@ -196,6 +229,10 @@ class Operator:
         if many:
             return type(results)(unfolded), type(results)(axes)
         return unfolded[0], axes[0]
+
+
+def _emptied(x: Tensor, axis: int) -> Tensor:
+    return x.narrow(axis, 0, 0)
 
 
 def _name_of(x: Tensor) -> str:
