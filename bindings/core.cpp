@@ -127,12 +127,12 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
   return results;
 }
 
-void run_calls(const std::string& op, const Config& config, Scale scale, const std::string& backend,
-               const std::vector<std::pair<nb::sequence, nb::sequence>>& tensors,
+void run_calls(const std::string& op, Scale scale, const std::string& backend,
+               const std::vector<std::tuple<Config, nb::sequence, nb::sequence>>& problems,
                std::optional<int> openmp_threads) {
   Views views;
   std::vector<Call> calls;
-  for (const auto& [inputs, outputs] : tensors) {
+  for (const auto& [config, inputs, outputs] : problems) {
     calls.push_back(call_of(views, op, config, scale, inputs));
     bind_tensors(calls.back(), outputs, true, [&](const Role& role, const nb::object& object) {
       calls.back().tensors.*role.tensor = views.view(object, role.name);
@@ -227,10 +227,10 @@ NB_MODULE(_core, m) {
       "wanted), or, given allocate(shape, dtype name), True or a (shape, dtype name) tuple.\n"
       "openmp_threads: runs on so many threads of the process's OpenMP runtime where it has one;\n"
       "None: on the library's pool.");
-  m.def("run_all", &run_calls, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "tensors"_a,
+  m.def("run_all", &run_calls, "op"_a, "scale"_a.none(), "backend"_a, "problems"_a,
         "openmp_threads"_a = nb::none(),
-        "Runs one operation on several problems in one parallel region. tensors: (inputs, outputs)\n"
-        "of each, as in run.");
+        "Runs one operation on several problems in one parallel region. problems: (config, inputs,\n"
+        "outputs) of each, as in run.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
   m.def(

@@ -60,6 +60,28 @@ def test_attention_with_own_key_length(length, kv_length, causal):
     )
 
 
+def test_attention_takes_no_mask_and_no_dropout():
+    q = randn(1, 4, 1, 3)
+    assert torch.equal(
+        natten.attention(q, q, q, attn_mask=None, dropout_p=0.0), natten.attention(q, q, q)
+    )
+    for more in (dict(attn_mask=torch.ones(4, 4, dtype=bool)), dict(dropout_p=0.1)):
+        with pytest.raises(NotImplementedError, match="takes no mask and no dropout"):
+            natten.attention(q, q, q, **more)
+
+
+@pytest.mark.parametrize("bad", [None, 3, [1.0], "x"])
+def test_arguments_that_are_no_tensors(bad):
+    q = randn(1, 6, 1, 2)
+    with pytest.raises(TypeError, match=r"^query: got .*must be a torch.Tensor"):
+        F.na1d(bad, q, q, 3)
+    with pytest.raises(TypeError, match=r"^key: got .*must be a torch.Tensor"):
+        natten.attention(q, bad, q)
+    if bad is not None:
+        with pytest.raises(TypeError, match=r"^additional_keys: got .*must be a torch.Tensor"):
+            F.na1d_qk(*[q.movedim(2, 1)] * 2, 3, additional_keys=bad)
+
+
 def test_attention_without_queries_or_batch():
     k = v = randn(2, 4, 1, 3)
     assert natten.attention(randn(2, 0, 1, 3), k, v).shape == (2, 0, 1, 3)

@@ -135,10 +135,23 @@ def test_module(fused, layout):
         torch.testing.assert_close(got, module(example[None])[0])
 
 
+@LAYOUTS
+@pytest.mark.parametrize("causal", [False, True])
+def test_attention(layout, causal):
+    """Every example attends to keys of its own number."""
+    q = [torch.randn(n, 4, 6, dtype=torch.float64) for n in (5, 1, 9)]
+    k, v = ([torch.randn(n, 2, d, dtype=torch.float64) for n in (3, 8, 2)] for d in (6, 5))
+    query, key = nested(q, layout), nested(k, layout)
+    output = natten.attention(query, key, nested(v, layout, like=key), causal, scale=0.3)
+    assert output.layout == layout
+    want = [natten.attention(*(x[i][None] for x in (q, k, v)), causal, 0.3)[0] for i in range(3)]
+    assert_parts(output, want)
+
+
 def test_all_examples_run_in_one_call(monkeypatch):
     calls = []
     run_all = natten._core.run_all
-    monkeypatch.setattr(natten._core, "run_all", lambda *a: (calls.append(len(a[4])), run_all(*a)))
+    monkeypatch.setattr(natten._core, "run_all", lambda *a: (calls.append(len(a[3])), run_all(*a)))
     q = nested(examples(2, 2, 4))
     F.na2d(q, q, q, 3)
     assert calls == [3]

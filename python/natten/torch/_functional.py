@@ -12,6 +12,7 @@ from natten._args import (
     HAS_SCALE,
     SEPARATE_KEY_GRID,
     Bools,
+    Config,
     Ints,
     make_config,
     real_scale,
@@ -57,7 +58,7 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
     is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-    for x in args:
+    for x in args:  # noqa: SIM110 (faster than a generator)
         if isinstance(x, Tensor) and is_wrapped(x):
             return False
     return True
@@ -245,6 +246,8 @@ def attention(
     return_lse: bool = False,
     *,
     backend: str | None = None,
+    attn_mask: None = None,
+    dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over all keys, heads-last. Takes no mask and no dropout.
 
@@ -257,6 +260,7 @@ def attention(
         scale: factor on the scores; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
         backend: name of the implementation to use; by default the first that can.
+        attn_mask, dropout_p: only for calls written for scaled_dot_product_attention; None and 0.
 
     Returns:
         output [batch, length, heads, value_head_dim]; with return_lse also logsumexp
@@ -265,26 +269,36 @@ def attention(
     Raises:
         ValueError: a shape or value that does not fit; the message says which and why.
         TypeError: an unsupported or mismatched dtype.
+        NotImplementedError: a mask or dropout.
     """
-    if key.dim() != 4 or key.shape[1] < 1:
+    if attn_mask is not None or dropout_p != 0.0:
+        raise NotImplementedError(
+            "attn_mask, dropout_p: attention takes no mask and no dropout; use "
+            "torch.nn.functional.scaled_dot_product_attention, or merge_attentions over parts of "
+            "the keys"
+        )
+    if not isinstance(key, Tensor):
+        raise TypeError(f"key: got {key!r}; must be a torch.Tensor")
+    flags = SEPARATE_KEY_GRID | (0 if scale is None else HAS_SCALE)
+
+    def config_of(length: int) -> Config:
+        return make_config(1, length, is_causal=is_causal, flags=flags)
+
+    config: Config | list[Config]
+    if key.is_nested:  # each example has as many keys as it has
+        axis = 1 if key.dim() == 5 else 0
+        config = [config_of(example.shape[axis]) for example in key.unbind()]
+    elif key.dim() != 4 or key.shape[1] < 1:
         raise ValueError(
             f"key: got shape {list(key.shape)}; must be [batch, kv_length, kv_heads, head_dim] "
             "with at least one key"
         )
-    flags = SEPARATE_KEY_GRID | (0 if scale is None else HAS_SCALE)
-    config = make_config(1, key.shape[1], is_causal=is_causal, flags=flags)
+    else:
+        config = config_of(key.shape[1])
     output, logsumexp = _call(
-        _ops.attention_forward,
-        query,
-        key,
-        value,
-        None,
-        None,
-        None,
-        config,
-        real_scale(scale),
-        chosen_backend(backend),
-    )
+        _ops.attention_forward, query, key, value, None, None, None,
+        config, real_scale(scale), chosen_backend(backend),
+    )  # fmt: skip
     return (output, logsumexp) if return_lse else output
 
 
