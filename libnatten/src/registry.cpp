@@ -64,10 +64,9 @@ const Backend& select(const Problem& problem, const Context& context) {
     refusals += std::string(backend->name) + ": " + refusal + "; ";
   }
   if (!known)
-    throw Error(ErrorKind::invalid_value, "backend: got \"" + forced + "\"; must be one of " +
-                                              names + ", or " + kFused +
-                                              " (any but naive), for tensors on " +
-                                              name_of(problem.device.type));
+    throw Error(ErrorKind::invalid_value,
+                "backend: got \"" + forced + "\"; must be one of " + names + ", or " + kFused +
+                    " (any but naive), for tensors on " + name_of(problem.device.type));
   throw Error(ErrorKind::invalid_value,
               "backend: none runs this problem: " + refusals + "see natten::explain");
 }

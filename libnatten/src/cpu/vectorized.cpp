@@ -1021,10 +1021,74 @@ Phase rpb_scatter(const Job& job) {
           }};
 }
 
+/// Copies runs of biases: the last axes of a token's slots and of the table lie alike.
+template <class E>
+Phase rpb_gather(const Job& job) {
+  const Problem p = job.problem;
+  const auto rpb = operand<const E>(p, job.tensors, &Tensors::rpb);
+  const auto attn = operand<E>(p, job.tensors, &Tensors::attn);
+  const E empty =
+      p.empty_slots == EmptySlots::zero ? E(0.0f) : E(-std::numeric_limits<float>::infinity());
+  const std::int64_t tokens = p.queries();
+  return {p.batch * p.heads * tokens, [=](std::int64_t first, std::int64_t last) {
+            const Axis* axes = p.axes;
+            for (std::int64_t item = first; item < last; ++item) {
+              const std::int64_t batch = item / tokens / p.heads, head = item / tokens % p.heads;
+              const Coordinate token = unravel(item % tokens, query_lengths(p));
+              Interval seen[kMaxRank];
+              Coordinate offset;  // of the first slot, in the table
+              for (int i = 0; i < kMaxRank; ++i) {
+                const std::int64_t position = position_of(axes[i], token[i]);
+                seen[i] = window(axes[i], group_of(axes[i], token[i]), position);
+                offset[i] = seen[i].begin - position + axes[i].kernel_size - 1;
+              }
+              E* slots = attn.at(batch, head, token);
+              std::fill(slots, slots + p.window_size(), empty);
+              std::fill(slots + p.window_size(), slots + p.slots(), E(0.0f));
+              for (std::int64_t i = 0; i < seen[0].size(); ++i)
+                for (std::int64_t j = 0; j < seen[1].size(); ++j) {
+                  const Coordinate at{offset[0] + i, offset[1] + j, offset[2]};
+                  std::copy_n(rpb.at(0, head, at), seen[2].size(),
+                              slots + (i * axes[1].kernel_size + j) * axes[2].kernel_size);
+                }
+            }
+          }};
+}
+
+/// The part of av_transpose that belongs to additional tokens: each sums over all queries.
+template <class E>
+Phase additional_keys(const Job& job) {
+  const Problem p = job.problem;
+  const auto attn = operand<const E>(p, job.tensors, &Tensors::attn);
+  const auto query = operand<const E>(p, job.tensors, &Tensors::query);
+  const auto keys = operand<E>(p, job.tensors, &Tensors::additional_keys);
+  return {p.batch * p.heads * p.additional, [=](std::int64_t first, std::int64_t last) {
+            std::vector<double> sum(static_cast<std::size_t>(p.head_dim));
+            for (std::int64_t item = first; item < last; ++item) {
+              const std::int64_t n = item % p.additional, head = item / p.additional % p.heads;
+              const std::int64_t batch = item / p.additional / p.heads;
+              std::fill(sum.begin(), sum.end(), 0.0);
+              for (std::int64_t i = 0; i < p.queries(); ++i) {
+                const Coordinate token = unravel(i, query_lengths(p));
+                const E* q = query.at(batch, head, token);
+                const auto weight =
+                    static_cast<double>(attn.at(batch, head, token)[p.window_size() + n]);
+                for (std::size_t d = 0; d < sum.size(); ++d)
+                  sum[d] += weight * static_cast<double>(q[d]);
+              }
+              E* key = keys.at(batch, head, n);
+              for (std::size_t d = 0; d < sum.size(); ++d) key[d] = static_cast<E>(sum[d]);
+            }
+          }};
+}
+
 template <class E>
 std::vector<Phase> phases_of(const Job& job, int threads) {
   const Problem& p = job.problem;
   if (p.op == Op::rpb_scatter) return {rpb_scatter<E>(job)};
+  if (p.op == Op::rpb_gather) return {rpb_gather<E>(job)};
+  if (p.op == Op::av_transpose && job.tensors.additional_keys)
+    return {pass_phase<E>(job, Pass::av_transpose, threads), additional_keys<E>(job)};
   if (p.op != Op::attention_backward) return {pass_phase<E>(job, first_pass(p.op), threads)};
   std::vector<Phase> phases{pass_phase<E>(job, Pass::backward_query, threads)};
   if (p.wants_grad_key || p.wants_grad_value)
@@ -1034,10 +1098,8 @@ std::vector<Phase> phases_of(const Job& job, int threads) {
 }
 
 std::string refuse_reason(const Problem& p) {
-  if (p.op == Op::rpb_gather) return "it has no rpb_gather";
-  if (p.op == Op::av_transpose && p.additional > 0) return "av_transpose has additional tokens";
   if (p.queries() == 0) return "there are no queries";
-  if (p.op == Op::rpb_scatter) return {};
+  if (p.op == Op::rpb_scatter || p.op == Op::rpb_gather) return {};
   if (p.additional > 4096)
     return std::to_string(p.additional) + " additional tokens; it packs at most 4096 at a time";
   const Pass pass = first_pass(p.op);

@@ -164,7 +164,7 @@ class Qk(Rule):
             terms.append(_linear_qk(query, *keys, config, backend))
         if rpb_t is not None:
             count = 0 if additional is None else additional.shape[2]
-            terms.append(_gather(rpb_t, query.shape[0], query.shape[2:-1], count, config))
+            terms.append(_gather(rpb_t, query.shape[0], query.shape[2:-1], count, config, backend))
         return _sum(terms)
 
     @staticmethod
@@ -267,10 +267,10 @@ class RpbScatter(Rule):
 
     @staticmethod
     def reverse(ctx, grad):
-        config, _ = ctx.options
+        config, backend = ctx.options
         batch, _, *grid, slots = ctx.shape
         window = math.prod(config[1 : 1 + config[0]])
-        return (_gather(grad, batch, grid, slots - window, config),)
+        return (_gather(grad, batch, grid, slots - window, config, backend),)
 
 
 class Attention(Rule):
@@ -406,11 +406,11 @@ def _linear_qk(
 
 
 def _gather(
-    rpb: Tensor, batch: int, grid: Sequence[int], additional: int, config: Config
+    rpb: Tensor, batch: int, grid: Sequence[int], additional: int, config: Config, backend: str
 ) -> Tensor:
-    """The bias of every slot, 0 in empty ones. Any backend may do it: it only copies."""
+    """The bias of every slot, 0 in empty ones."""
     config = with_flags(config, EMPTY_SLOTS_ZERO)
-    return _ops.rpb_gather(rpb, batch, grid, additional, config, "")
+    return _ops.rpb_gather(rpb, batch, grid, additional, config, backend)
 
 
 def _transpose(
