@@ -57,7 +57,7 @@ Call call_of(Views& views, const std::string& op, const Config& config, Scale sc
              const nb::sequence& inputs) {
   Call call = decode_call(op, config.data(), config.size(), scale.value_or(0.0));
   bind_tensors(call, inputs, false, [&](const Role& role, const nb::object& object) {
-    call.tensors.*role.tensor = views.view(object, role.name);
+    set_tensor(call, role, views.view(object, role.name));
   });
   return call;
 }
@@ -74,7 +74,7 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(const std::string&
     if (object.is(nb::handle(Py_True)))
       wanted.push_back(role.tensor);
     else
-      call.tensors.*role.tensor = views.view(object, role.name);
+      set_tensor(call, role, views.view(object, role.name));
   });
   const Call given = call;
   for (TensorView Tensors::*tensor : wanted) call.tensors.*tensor = expected(given, tensor);
@@ -113,29 +113,29 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
   nb::list results;
   const Call given = call;
   bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
-    TensorView& view = call.tensors.*role.tensor;
     nb::object result = object;
     const bool is_wanted = object.is(nb::handle(Py_True));
     if (allocate && (is_wanted || nb::isinstance<nb::tuple>(object))) {
-      view = is_wanted ? expected(given, role.tensor) : views.view(object, role.name);
+      const TensorView view =
+          is_wanted ? expected(given, role.tensor) : views.view(object, role.name);
       result = (*allocate)(shape_of(view), name_of(view.dtype));
     }
-    view = views.view(result, role.name);
+    set_tensor(call, role, views.view(result, role.name));
     results.append(result);
   });
   run_unlocked(backend, openmp_threads, call);
   return results;
 }
 
-void run_calls(const std::string& op, Scale scale, const std::string& backend,
-               const std::vector<std::tuple<Config, nb::sequence, nb::sequence>>& problems,
+void run_calls(const std::string& op, const Config& config, Scale scale, const std::string& backend,
+               const std::vector<std::pair<nb::sequence, nb::sequence>>& tensors,
                std::optional<int> openmp_threads) {
   Views views;
   std::vector<Call> calls;
-  for (const auto& [config, inputs, outputs] : problems) {
+  for (const auto& [inputs, outputs] : tensors) {
     calls.push_back(call_of(views, op, config, scale, inputs));
     bind_tensors(calls.back(), outputs, true, [&](const Role& role, const nb::object& object) {
-      calls.back().tensors.*role.tensor = views.view(object, role.name);
+      set_tensor(calls.back(), role, views.view(object, role.name));
     });
   }
   run_unlocked(backend, openmp_threads, calls);
@@ -228,10 +228,10 @@ NB_MODULE(_core, m) {
       "openmp_threads: runs on so many threads of the process's OpenMP runtime where it has one;\n"
       "None: on the library's pool.");
   m.def(
-      "run_all", &run_calls, "op"_a, "scale"_a.none(), "backend"_a, "problems"_a,
+      "run_all", &run_calls, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "tensors"_a,
       "openmp_threads"_a = nb::none(),
-      "Runs one operation on several problems in one parallel region. problems: (config, inputs,\n"
-      "outputs) of each, as in run.");
+      "Runs one operation on several problems in one parallel region. tensors: (inputs, outputs)\n"
+      "of each, as in run.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
   m.def("roles", &roles, "op"_a,

@@ -66,11 +66,11 @@ ffi::Error run_on_cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remain
       if (role.is_output) {
         auto buffer = results.get<ffi::AnyBuffer>(next_result++);
         if (buffer.has_error()) return buffer.error();
-        call.tensors.*role.tensor = view_of(*buffer.value(), role.name);
+        set_tensor(call, role, view_of(*buffer.value(), role.name));
       } else {
         auto buffer = args.get<ffi::AnyBuffer>(next_arg++);
         if (buffer.has_error()) return buffer.error();
-        call.tensors.*role.tensor = view_of(buffer.value(), role.name);
+        set_tensor(call, role, view_of(buffer.value(), role.name));
       }
     }
     XlaExecutor executor(pool);

@@ -298,6 +298,21 @@ def test_meta_tensors_give_shapes():
         F.na1d(q, q, q, 7)
 
 
+def test_mixed_devices_are_refused():
+    q = torch.randn(1, 6, 1, 2)
+    with pytest.raises(ValueError, match=r"^key: is on meta; must be on the device of query, cpu"):
+        F.na1d(q, q.to("meta"), q, 3)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("bad", [dict(kernel_size=0), dict(dilation=0), dict(stride=4)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_modules_refuse_impossible_neighborhoods(rank, bad, bias):
+    (name,) = bad
+    with pytest.raises(ValueError, match=rf"^{name}: "):
+        MODULES[rank](8, 2, **{"kernel_size": 3, "rel_pos_bias": bias, **bad})
+
+
 def test_device_without_kernels():
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device: the message for CUDA tensors is tested in C++")

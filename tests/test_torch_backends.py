@@ -160,5 +160,7 @@ def test_explain_takes_everything_and_says_why_not():
     assert refused[0].refusal in str(explanation)
     with pytest.raises(ValueError, match=r"^kernel_size: "):
         natten.explain(q, q, q, 7)
+    with pytest.raises(ValueError, match=r'^backend: got "abc"'):
+        natten.explain(q, q, q, 3, backend="abc")
     with pytest.raises(ValueError, match=r"^q_tile_shape: "):
         natten.explain(q, q, q, 3, q_tile_shape=0)

@@ -96,6 +96,35 @@ def test_dynamic_grid():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_dynamic_number_of_keys(causal):
+    def attend(q, k):
+        return natten.attention(q, k, k, causal)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, backend=counter, dynamic=True)
+    frames = []
+    for length in (7, 12, 3):
+        inputs = randn(2, 5, 4, 3), randn(2, length, 2, 3)
+        torch.testing.assert_close(gradients(compiled, inputs), gradients(attend, inputs))
+        frames.append(counter.frame_count)
+    assert len(set(frames)) == 1
+
+
+def test_export_with_a_dynamic_number_of_keys():
+    class Model(torch.nn.Module):
+        def forward(self, q, k):
+            return natten.attention(q, k, k)
+
+    q, k = torch.randn(2, 5, 4, 3), torch.randn(2, 7, 2, 3)
+    program = torch.export.export(
+        Model(), (q, k), dynamic_shapes=({}, {1: torch.export.Dim("keys")})
+    )
+    for length in (7, 30):
+        k = torch.randn(2, length, 2, 3)
+        torch.testing.assert_close(program.module()(q, k), natten.attention(q, k, k))
+
+
 def test_errors_are_raised_while_tracing():
     q = torch.randn(1, 5, 2, 4)
     compiled = torch.compile(lambda q: F.na1d(q, q, q, 7), fullgraph=True, backend="aot_eager")

@@ -135,6 +135,19 @@ def test_module(fused, layout):
         torch.testing.assert_close(got, module(example[None])[0])
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_module_under_autocast(fused):
+    natten.use_fused_na(fused)
+    module = natten.NeighborhoodAttention1D(8, 2, 5, rel_pos_bias=True)
+    x = [torch.randn(n, 8) for n in (14, 9)]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = module(nested(x, torch.jagged))
+        want = [module(example[None])[0] for example in x]
+    assert output.dtype == torch.bfloat16
+    for got, w in zip(output.unbind(), want, strict=True):
+        torch.testing.assert_close(got, w)
+
+
 @LAYOUTS
 @pytest.mark.parametrize("causal", [False, True])
 def test_attention(layout, causal):
@@ -151,7 +164,7 @@ def test_attention(layout, causal):
 def test_all_examples_run_in_one_call(monkeypatch):
     calls = []
     run_all = natten._core.run_all
-    monkeypatch.setattr(natten._core, "run_all", lambda *a: (calls.append(len(a[3])), run_all(*a)))
+    monkeypatch.setattr(natten._core, "run_all", lambda *a: (calls.append(len(a[4])), run_all(*a)))
     q = nested(examples(2, 2, 4))
     F.na2d(q, q, q, 3)
     assert calls == [3]
@@ -186,5 +199,9 @@ def test_refusals():
         F.na2d(q, nested(list(q.unbind()[::-1])), q, 3)
     with pytest.raises(ValueError, match=r"^rpb: got a nested tensor"):
         F.na2d(q, q, q, 3, rpb=nested([torch.randn(2, 5, 5)] * 3))
-    with pytest.raises(ValueError, match=r"^x: got"):
+    with pytest.raises(ValueError, match="merge their values"):
+        natten.merge_attentions([q], [q])
+    with pytest.raises(ValueError, match="explain one of its examples"):
+        natten.explain(q, q, q, 3)
+    with pytest.raises(ValueError, match=r"^x: got a nested tensor; only the module of rank 1"):
         natten.NeighborhoodAttention2D(8, 2, 3)(nested([torch.randn(5, 8), torch.randn(6, 8)]))

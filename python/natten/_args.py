@@ -6,10 +6,13 @@ per spatial axis. All else is checked by libnatten.
 
 from __future__ import annotations
 
+import math
 import operator
 import warnings
 from collections.abc import Sequence
 from typing import TypeAlias
+
+from natten import _core
 
 Ints: TypeAlias = int | Sequence[int]
 Bools: TypeAlias = bool | Sequence[bool]
@@ -18,7 +21,7 @@ Config: TypeAlias = tuple[int, ...]
 # Bits of the last integer of a config; mirrors natten::bindings::Flag.
 HAS_SCALE = 1
 EMPTY_SLOTS_ZERO = 2
-SEPARATE_KEY_GRID = 4
+SEPARATE_KEY_GRID = 4  # the window is all of the keys' grid; kernel_size is a placeholder
 NONDETERMINISTIC = 8
 
 
@@ -55,9 +58,8 @@ def make_config(
     flags: int = 0,
 ) -> Config:
     """The flat list of integers that `natten._core` takes (bindings/call.h)."""
-    config: list[int] = []
+    config = [rank, *per_axis("kernel_size", kernel_size, rank)]
     for name, value in (
-        ("kernel_size", kernel_size),
         ("dilation", dilation),
         ("is_causal", is_causal),
         ("stride", stride),
@@ -94,3 +96,14 @@ def spelled_is_causal(is_causal: Bools, is_casual: Bools | None) -> Bools:
         return is_causal
     warnings.warn("is_casual is a misspelling of is_causal; it is taken as is_causal", stacklevel=4)
     return is_casual
+
+
+def check_neighborhood(
+    kernel_size: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]
+) -> None:
+    """Raises what libnatten says of values that fit no grid at all."""
+    rank = len(kernel_size)
+    smallest_grid = (max(k * d, 1) for k, d in zip(kernel_size, dilation, strict=True))
+    attn = (1, 1, *smallest_grid, max(math.prod(kernel_size), 1))
+    config = make_config(rank, kernel_size, dilation, stride=stride)
+    _core.plan("rpb_scatter", config, None, "", [(attn, "float32")], [True])

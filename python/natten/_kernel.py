@@ -10,6 +10,11 @@ from natten import _core
 _NAMES = sorted({"fused", *_core.backends("cpu"), *_core.backends("cuda")})
 
 
+def check_name(backend: str) -> None:
+    if backend not in _NAMES:
+        raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(_NAMES)}')
+
+
 class _Chosen(threading.local):
     def __init__(self) -> None:
         self.backend = ""
@@ -35,8 +40,7 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
     """
 
     def __init__(self, backend: str) -> None:
-        if backend not in _NAMES:
-            raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(_NAMES)}')
+        check_name(backend)
         self._backend = backend
         self._outer: list[str] = []
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from natten import _core
 from natten._args import HAS_SCALE, Bools, Ints, make_config, real_scale
-from natten._kernel import chosen_backend
+from natten._kernel import check_name, chosen_backend
 from natten.torch import _ops
 
 
@@ -67,6 +67,10 @@ def explain(
     Raises:
         ValueError, TypeError: as those functions do.
     """
+    if query.is_nested:
+        raise ValueError("query: got a nested tensor; explain one of its examples")
+    if backend:
+        check_name(backend)
     rank = query.dim() - 3
     flags = 0 if scale is None else HAS_SCALE
     config = make_config(rank, kernel_size, dilation, is_causal, stride, flags=flags, **tile_shapes)

@@ -12,7 +12,6 @@ from natten._args import (
     HAS_SCALE,
     SEPARATE_KEY_GRID,
     Bools,
-    Config,
     Ints,
     make_config,
     real_scale,
@@ -38,10 +37,10 @@ def named(name: str, rank: int) -> Callable[[Callable], Callable]:
 def _call(operator: _ops.Operator, *args: Any) -> Any:
     """Calls an operator on dense or nested tensors."""
     try:
-        if args[0].is_nested or args[1].is_nested:
-            return _nested.call(operator, *args)
         if torch._C._is_any_autocast_enabled():
             args = _autocast(args)
+        if args[0].is_nested or args[1].is_nested:
+            return _nested.call(operator, *args)
         if torch.compiler.is_compiling() or not _is_plain(args):
             return operator.overload(*args)
         # There the dispatcher would only lead to here; this saves microseconds.
@@ -49,7 +48,9 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
     except (AttributeError, RuntimeError):
         for role, x in zip(operator.inputs, args, strict=False):
             if not (isinstance(x, Tensor) or (x is None and not role.is_required)):
-                raise TypeError(f"{role.name}: got {x!r}; must be a torch.Tensor") from None
+                raise TypeError(
+                    f"{role.name}: got {type(x).__name__}; must be a torch.Tensor"
+                ) from None
         raise
 
 
@@ -271,30 +272,19 @@ def attention(
         TypeError: an unsupported or mismatched dtype.
         NotImplementedError: a mask or dropout.
     """
-    if attn_mask is not None or dropout_p != 0.0:
+    if attn_mask is not None or dropout_p != 0.0 or isinstance(is_causal, Tensor):
         raise NotImplementedError(
-            "attn_mask, dropout_p: attention takes no mask and no dropout; use "
+            "attention takes no mask and no dropout (attn_mask, dropout_p); use "
             "torch.nn.functional.scaled_dot_product_attention, or merge_attentions over parts of "
             "the keys"
         )
-    if not isinstance(key, Tensor):
-        raise TypeError(f"key: got {key!r}; must be a torch.Tensor")
-    flags = SEPARATE_KEY_GRID | (0 if scale is None else HAS_SCALE)
-
-    def config_of(length: int) -> Config:
-        return make_config(1, length, is_causal=is_causal, flags=flags)
-
-    config: Config | list[Config]
-    if key.is_nested:  # each example has as many keys as it has
-        axis = 1 if key.dim() == 5 else 0
-        config = [config_of(example.shape[axis]) for example in key.unbind()]
-    elif key.dim() != 4 or key.shape[1] < 1:
+    if isinstance(key, Tensor) and not key.is_nested and (key.dim() != 4 or key.shape[1] < 1):
         raise ValueError(
             f"key: got shape {list(key.shape)}; must be [batch, kv_length, kv_heads, head_dim] "
             "with at least one key"
         )
-    else:
-        config = config_of(key.shape[1])
+    flags = SEPARATE_KEY_GRID | (0 if scale is None else HAS_SCALE)
+    config = make_config(1, 1, is_causal=is_causal, flags=flags)
     output, logsumexp = _call(
         _ops.attention_forward, query, key, value, None, None, None,
         config, real_scale(scale), chosen_backend(backend),
@@ -326,6 +316,8 @@ def merge_attentions(
             "equally many, at least one"
         )
     first = outputs[0]
+    if any(x.is_nested for x in (*outputs, *lse_tensors)):
+        raise ValueError("outputs, lse_tensors: got nested tensors; merge their values() instead")
     for name, tensors, shape in (
         ("outputs", outputs, first.shape),
         ("lse_tensors", lse_tensors, first.shape[:-1]),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from natten import context
-from natten._args import Bools, Ints, per_axis
+from natten._args import Bools, Ints, check_neighborhood, per_axis
 from natten._log import logger
 from natten.torch import _functional
 
@@ -73,6 +73,7 @@ class _NeighborhoodAttention(nn.Module):
         self.dilation = per_axis("dilation", dilation, self.rank)
         self.is_causal = tuple(map(bool, per_axis("is_causal", is_causal, self.rank)))
         self.stride = per_axis("stride", stride, self.rank)
+        check_neighborhood(self.kernel_size, self.dilation, self.stride)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.rpb: nn.Parameter | None
         if rel_pos_bias:
@@ -111,6 +112,8 @@ class _NeighborhoodAttention(nn.Module):
         Of rank 1 also a nested tensor of sequences [length, dim], without gradients.
         """
         rank = self.rank
+        if x.is_nested and rank != 1:
+            raise ValueError("x: got a nested tensor; only the module of rank 1 takes them")
         if x.is_nested and x.layout != torch.jagged:
             jagged = torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
             return torch.nested.as_nested_tensor(list(self(jagged).unbind()))

@@ -16,7 +16,7 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
     """Calls an operator without extras; every output is nested, laid out like the first input.
 
     An example has no batch axis, so that a nested tensor has as many dimensions as a dense one, or,
-    in the strided layout, a batch axis of its own. The config may be a list, one for each example.
+    in the strided layout, a batch axis of its own.
     """
     inputs, _, config, scale, backend = operator.split(args)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
@@ -25,16 +25,14 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
             "examples to one size"
         )
     first = inputs[0]
-    configs = config if isinstance(config, list) else [config] * first.size(0)
-    rank = configs[0][0] if configs else first.dim() - 3
-    has_own_batch = first.dim() == 1 + operator.inputs[0].ndim(rank)
+    has_own_batch = first.dim() == 1 + operator.inputs[0].ndim(config[0])
     columns = [
         _examples(role, x, first, has_own_batch)
         for role, x in zip(operator.inputs, inputs, strict=True)
     ]
     examples = list(zip(*columns, strict=True))
     statistic = _ops.statistic_dtype(first.dtype)
-    sizes = [operator.sizes(x, {}, c) for x, c in zip(examples, configs, strict=True)]
+    sizes = [operator.sizes(x, {}, config) for x in examples]
     results = []
     for role in operator.outputs:
         shapes = [_ops.shape_of(role, s) for s in sizes]
@@ -47,9 +45,10 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
     )
     _core.run_all(
         operator.name,
+        config,
         scale,
         backend,
-        list(zip(configs, examples, outputs, strict=True)),
+        list(zip(examples, outputs, strict=True)),
         torch.get_num_threads(),
     )
     nested = [_nested_like(first, whole, parts) for whole, parts in results]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from natten import _core
-from natten._args import Config
+from natten._args import SEPARATE_KEY_GRID, Config
 from natten._roles import GRIDS, Role, roles_of
 
 library = torch.library.Library("natten", "DEF")
@@ -95,7 +95,9 @@ class Operator:
         for dim, value in extras.items():
             if dim != "wanted":
                 sizes[dim] = tuple(value) if dim in GRIDS else (value,)
-        sizes["W"] = sizes["X"] = (math.prod(kernel_size) + sizes["N"][0],)
+        # Where keys have a grid of their own, the window is that whole grid.
+        window = sizes["K"] if config[-1] & SEPARATE_KEY_GRID else kernel_size
+        sizes["W"] = sizes["X"] = (math.prod(window) + sizes["N"][0],)
         return sizes
 
     def _run(self, *args: Any) -> Any:
@@ -130,6 +132,12 @@ class Operator:
         sizes = self.sizes(inputs, extras, config)
         shapes = [shape_of(role, sizes) for role in self.outputs]
         first = inputs[0]
+        for role, x in zip(self.inputs, inputs, strict=True):
+            if x is not None and x.device != first.device:
+                raise ValueError(
+                    f"{role.name}: is on {x.device}; must be on the device of "
+                    f"{self.inputs[0].name}, {first.device}"
+                )
         if not any(type(n) is torch.SymInt for x in inputs if x is not None for n in x.shape):
             _core.plan(  # raises libnatten's own errors while a graph is traced
                 self.name,
