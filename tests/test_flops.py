@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+from torch_cases import AV, FUSED, MODULES, QK  # noqa: E402
 
 import natten  # noqa: E402
-import natten.functional as F  # noqa: E402
 from natten.flops import (  # noqa: E402
     add_natten_handle,
     fna_flop_count,
@@ -25,14 +25,6 @@ from natten.flops import (  # noqa: E402
 
 needs_fvcore = pytest.mark.skipif(importlib.util.find_spec("fvcore") is None, reason="needs fvcore")
 
-FUSED = {1: F.na1d, 2: F.na2d, 3: F.na3d}
-QK = {1: F.na1d_qk, 2: F.na2d_qk, 3: F.na3d_qk}
-AV = {1: F.na1d_av, 2: F.na2d_av, 3: F.na3d_av}
-MODULES = {
-    1: natten.NeighborhoodAttention1D,
-    2: natten.NeighborhoodAttention2D,
-    3: natten.NeighborhoodAttention3D,
-}
 GRID = {1: (9,), 2: (6, 7), 3: (4, 5, 3)}
 NEIGHBORHOOD = {
     1: dict(kernel_size=(4,), dilation=(2,), is_causal=(True,)),

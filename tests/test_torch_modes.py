@@ -22,18 +22,11 @@ from cases import FORWARD_BOUND, GRADIENT_BOUND, relative_error  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
+from torch_cases import AV, FUSED, MODULES, QK  # noqa: E402
 
 import natten  # noqa: E402
 import natten.functional as F  # noqa: E402
 
-FUSED = {1: F.na1d, 2: F.na2d, 3: F.na3d}
-QK = {1: F.na1d_qk, 2: F.na2d_qk, 3: F.na3d_qk}
-AV = {1: F.na1d_av, 2: F.na2d_av, 3: F.na3d_av}
-MODULES = {
-    1: natten.NeighborhoodAttention1D,
-    2: natten.NeighborhoodAttention2D,
-    3: natten.NeighborhoodAttention3D,
-}
 GRIDS = {1: (9,), 2: (6, 5), 3: (4, 4, 3)}
 LARGE = {1: (400,), 2: (24, 20), 3: (8, 9, 7)}  # enough work to be split over threads
 KERNELS = {1: (3,), 2: (2, 3), 3: (3, 2, 2)}

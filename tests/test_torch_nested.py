@@ -6,14 +6,13 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch_cases import AV, FUSED, QK  # noqa: E402
+
 import natten  # noqa: E402
 import natten.functional as F  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 
-FUSED = {1: F.na1d, 2: F.na2d, 3: F.na3d}
-QK = {1: F.na1d_qk, 2: F.na2d_qk, 3: F.na3d_qk}
-AV = {1: F.na1d_av, 2: F.na2d_av, 3: F.na3d_av}
 GRIDS = {
     1: [(14,), (9,), (32,)],
     2: [(7, 9), (12, 5), (6, 6)],

@@ -27,6 +27,8 @@ NONDETERMINISTIC = 8
 
 def per_axis(name: str, value: Ints | Bools, rank: int) -> tuple[int, ...]:
     """`value` for every axis, or one value per axis, as a tuple of `rank` ints."""
+    if isinstance(value, int):  # by far the most frequent, and quicker than what follows
+        return (value,) * rank
     try:
         if not isinstance(value, Sequence):
             return (operator.index(value),) * rank

@@ -106,7 +106,7 @@ class Rule(_SingleLevelFunction):
         raise NotImplementedError
 
     @staticmethod
-    def tangent(primals: Sequence, tangents: Sequence, *options: Any) -> Any:
+    def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
         """The tangents of the outputs. `tangents` holds None where an input has none."""
         raise NotImplementedError
 
@@ -132,7 +132,7 @@ def _refuse_forward_mode_that_is_nested() -> None:
         )
 
 
-def _or_zeros(x: Tensor | None, like: Tensor | None) -> Tensor | None:
+def _or_zeros(x: Tensor | None, like: Tensor | None) -> Any:
     return torch.zeros_like(like) if x is None and like is not None else x
 
 
@@ -147,13 +147,15 @@ class Qk(Rule):
     operator = _ops.qk
 
     @staticmethod
-    def save(ctx, inputs, outputs):
+    def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
         query, key, _, additional = inputs
         ctx.save_for_backward(query, key, None, additional)
         ctx.save_for_forward(query, key, None, additional)
 
     @staticmethod
-    def tangent(primals, tangents, config, backend):
+    def tangent(
+        primals: Sequence[Any], tangents: Sequence[Any], config: Config, backend: str
+    ) -> Any:
         query, key, _, additional = primals
         query_t, key_t, rpb_t, additional_t = tangents
         terms = []
@@ -168,7 +170,7 @@ class Qk(Rule):
         return _sum(terms)
 
     @staticmethod
-    def reverse(ctx, grad):
+    def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
         query, key, _, additional = ctx.saved_tensors
         grad_query = grad_key = grad_rpb = grad_additional = None
         if ctx.needs_input_grad[0]:
@@ -184,7 +186,7 @@ class Av(Rule):
     operator = _ops.av
 
     @staticmethod
-    def tangent(primals, tangents, *options):
+    def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
         attn, value, additional = primals
         attn_t, value_t, additional_t = tangents
         terms = []
@@ -196,7 +198,7 @@ class Av(Rule):
         return _sum(terms)
 
     @staticmethod
-    def reverse(ctx, grad):
+    def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
         attn, value, additional = ctx.saved_tensors
         grad_attn = grad_value = grad_additional = None
         if ctx.needs_input_grad[0]:
@@ -210,7 +212,7 @@ class AvTranspose(Rule):
     operator = _ops.av_transpose
 
     @staticmethod
-    def tangent(primals, tangents, *options):
+    def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
         attn, query = primals
         attn_t, query_t = tangents
         terms = []
@@ -221,7 +223,9 @@ class AvTranspose(Rule):
         return tuple(_sum(parts) for parts in zip(*terms, strict=True))
 
     @staticmethod
-    def reverse(ctx, grad_key, grad_additional):
+    def reverse(
+        ctx: Any, grad_key: Tensor | None, grad_additional: Tensor | None
+    ) -> Sequence[Tensor | None]:
         attn, query = ctx.saved_tensors
         key_grid, count, *options = ctx.options
         if grad_key is None:
@@ -241,15 +245,15 @@ class RpbGather(Rule):
     operator = _ops.rpb_gather
 
     @staticmethod
-    def tangent(primals, tangents, *options):
+    def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
         return _ops.rpb_gather(*tangents, *options)
 
     @staticmethod
-    def save(ctx, inputs, outputs):
+    def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
         ctx.save_for_forward(*inputs)
 
     @staticmethod
-    def reverse(ctx, grad):
+    def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
         return (_ops.rpb_scatter(grad, *ctx.options[-2:]),)
 
 
@@ -257,16 +261,16 @@ class RpbScatter(Rule):
     operator = _ops.rpb_scatter
 
     @staticmethod
-    def tangent(primals, tangents, *options):
+    def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
         return _ops.rpb_scatter(*tangents, *options)
 
     @staticmethod
-    def save(ctx, inputs, outputs):
+    def save(ctx: Any, inputs: Sequence[Any], outputs: Any) -> None:
         ctx.save_for_forward(*inputs)
         ctx.shape = inputs[0].shape
 
     @staticmethod
-    def reverse(ctx, grad):
+    def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
         config, backend = ctx.options
         batch, _, *grid, slots = ctx.shape
         window = math.prod(config[1 : 1 + config[0]])
@@ -277,15 +281,17 @@ class Attention(Rule):
     operator = _ops.attention_forward
 
     @classmethod
-    def in_forward_mode(cls, *args):
+    def in_forward_mode(cls, *args: Any) -> tuple[Tensor, Tensor]:
         return _composed(*args)
 
     @staticmethod
-    def save(ctx, inputs, outputs):
+    def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
         ctx.save_for_backward(*inputs, outputs[1])
 
     @staticmethod
-    def reverse(ctx, grad_output, grad_logsumexp):
+    def reverse(
+        ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None
+    ) -> Sequence[Tensor | None]:
         *inputs, logsumexp = ctx.saved_tensors
         query, value = inputs[0], inputs[2]
         if grad_output is None:
@@ -306,20 +312,20 @@ class AttentionBackward(Rule):
     operator = _ops.attention_backward
 
     @classmethod
-    def differentiate(cls, *args):
+    def differentiate(cls, *args: Any) -> list[Tensor]:
         return list(super().differentiate(*args))
 
     @classmethod
-    def in_forward_mode(cls, *args):
+    def in_forward_mode(cls, *args: Any) -> list[Tensor]:
         return _composed_backward(*args)
 
     @staticmethod
-    def save(ctx, inputs, outputs):
+    def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(True)
 
     @staticmethod
-    def reverse(ctx, *grads):
+    def reverse(ctx: Any, *grads: Tensor) -> Sequence[Tensor | None]:
         present = [x is not None for x in ctx.saved_tensors]
 
         def function(*tensors: Tensor) -> list[Tensor]:
@@ -327,7 +333,7 @@ class AttentionBackward(Rule):
             inputs = [next(given) if is_present else None for is_present in present]
             return _composed_backward(*inputs, *ctx.options)
 
-        _, pull_back = torch.func.vjp(function, *(x for x in ctx.saved_tensors if x is not None))
+        pull_back = torch.func.vjp(function, *(x for x in ctx.saved_tensors if x is not None))[1]
         gradients = iter(pull_back(list(grads)))
         results = [next(gradients) if is_present else None for is_present in present]
         results[len(Attention.operator.inputs)] = None  # logsumexp

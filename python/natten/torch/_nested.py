@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,8 +52,8 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
         list(zip(examples, outputs, strict=True)),
         torch.get_num_threads(),
     )
-    nested = [_nested_like(first, whole, parts) for whole, parts in results]
-    return tuple(nested) if len(nested) > 1 else nested[0]
+    nested = tuple(whole for whole, _ in results)
+    return nested if len(nested) > 1 else nested[0]
 
 
 def _examples(
@@ -75,10 +76,10 @@ def _examples(
 
 def _empty(
     first: Tensor, shapes: list[tuple[int, ...]], dtype: torch.dtype
-) -> tuple[Tensor | None, list[Tensor]]:
-    """(a jagged tensor, or None for the strided layout; its parts)."""
+) -> tuple[Tensor, list[Tensor]]:
+    """(a nested tensor laid out like `first`, its parts)."""
     if first.layout != torch.jagged:
-        return None, [torch.empty(s, dtype=dtype, device=first.device) for s in shapes]
+        return _empty_strided(shapes, dtype, first.device)
     # The axis that differs from example to example, counted without that of the examples.
     axis = next(i for i, n in enumerate(first.shape) if isinstance(n, torch.SymInt)) - 1
     shape = list(shapes[0])
@@ -92,5 +93,17 @@ def _empty(
     return whole, list(whole.unbind())
 
 
-def _nested_like(first: Tensor, whole: Tensor | None, parts: list[Tensor]) -> Tensor:
-    return torch.nested.as_nested_tensor(parts) if whole is None else whole
+def _empty_strided(
+    shapes: list[tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, list[Tensor]]:
+    """What `torch.nested.as_nested_tensor` makes of parts, without copying them."""
+    counts = [math.prod(shape) for shape in shapes]
+    buffer = torch.empty(sum(counts), dtype=dtype, device=device)
+    parts = [x.view(s) for x, s in zip(buffer.split(counts), shapes, strict=True)]
+    whole = torch._nested_view_from_buffer(
+        buffer,
+        torch.tensor(shapes),
+        torch.tensor([x.stride() for x in parts]),
+        torch.tensor([x.storage_offset() for x in parts]),
+    )
+    return whole, parts
