@@ -89,11 +89,9 @@ class CausalSelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
-            outputs = [self(sequence.unsqueeze(0)).squeeze(0) for sequence in x.unbind()]
-            return torch.nested.as_nested_tensor(outputs)
         # natten is heads-last: the heads need no transposing.
-        query, key, value = self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
+        qkv = self.c_attn(x).unflatten(-1, (3, self.num_heads, x.shape[-1] // self.num_heads))
+        query, key, value = (qkv.select(2, i) for i in range(3))
         y = natten.attention(query, key, value, is_causal=True)
         return self.resid_dropout(self.c_proj(y.flatten(-2)))
 
@@ -110,7 +108,8 @@ def generate_rand_batch(
         for _ in range(batch_size)
     ]
     lengths[random.randrange(batch_size)] = max_length
-    return torch.nested.nested_tensor([torch.randn(n, embed_dimension) for n in lengths])
+    sequences = [torch.randn(n, embed_dimension) for n in lengths]
+    return torch.nested.nested_tensor(sequences, layout=torch.jagged)
 
 
 def time_nested(model: nn.Module, batch_size: int, max_length: int, embed_dimension: int) -> None:
