@@ -8,6 +8,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import natten  # noqa: E402
 import natten.functional as F  # noqa: E402
 
 SHAPE = (7, 9, 8)
@@ -175,3 +176,11 @@ def test_six_sizes_of_0_15_in_3d_are_refused():
     for name in ("natten3dqkrpb", "na3d_qk_with_bias"):
         with pytest.raises(TypeError, match="positional arguments"):
             getattr(F, name)(query, key, rpb, 3, 2, 2, 3)
+
+
+def test_modules_take_none_for_defaults():
+    """As NAT, whose layers are not dilated, calls them."""
+    module = natten.NeighborhoodAttention2D(
+        8, kernel_size=3, num_heads=2, dilation=None, is_causal=None
+    )
+    assert (module.dilation, module.is_causal) == ((1, 1), (False, False))

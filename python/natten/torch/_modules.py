@@ -22,8 +22,8 @@ class _NeighborhoodAttention(nn.Module):
         dim: channels; a multiple of num_heads.
         num_heads: number of heads.
         kernel_size: window size, one for all axes or one per axis.
-        dilation: distance between neighbors.
-        is_causal: whether a token sees only itself and those before it, per axis.
+        dilation: distance between neighbors; None is 1.
+        is_causal: whether a token sees only itself and those before it, per axis; None is False.
         rel_pos_bias: learn a bias by relative position, the parameter `rpb`
             [num_heads, 2 * kernel_size[0] - 1, ...].
         qkv_bias: whether the first linear map has a bias.
@@ -50,8 +50,8 @@ class _NeighborhoodAttention(nn.Module):
         dim: int,
         num_heads: int,
         kernel_size: Ints,
-        dilation: Ints = 1,
-        is_causal: Bools = False,
+        dilation: Ints | None = 1,
+        is_causal: Bools | None = False,
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
@@ -70,8 +70,9 @@ class _NeighborhoodAttention(nn.Module):
         self.head_dim = dim // num_heads
         self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
         self.kernel_size = per_axis("kernel_size", kernel_size, self.rank)
-        self.dilation = per_axis("dilation", dilation, self.rank)
-        self.is_causal = tuple(map(bool, per_axis("is_causal", is_causal, self.rank)))
+        self.dilation = per_axis("dilation", 1 if dilation is None else dilation, self.rank)
+        causal = per_axis("is_causal", False if is_causal is None else is_causal, self.rank)
+        self.is_causal = tuple(map(bool, causal))
         self.stride = per_axis("stride", stride, self.rank)
         check_neighborhood(self.kernel_size, self.dilation, self.stride)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
