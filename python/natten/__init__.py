@@ -2,7 +2,7 @@
 
 `import natten` loads neither PyTorch nor JAX. PyTorch names (`natten.na2d`,
 `natten.NeighborhoodAttention2D`, ...) load PyTorch when they are first used; JAX functions are in
-`natten.jax`, Flax modules in `natten.flax`.
+`natten.jax`, Flax modules in `natten.flax`, functions on numpy arrays in `natten.numpy`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Arguments that the PyTorch and JAX adapters share, and the flat form in which they travel.
+"""Arguments that the adapters share, and the flat form in which they travel.
 
 Only what C++ cannot see is checked here: that an argument is an integer or a sequence of them, one
 per spatial axis. All else is checked by libnatten.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from natten import _core
@@ -109,3 +109,15 @@ def check_neighborhood(
     attn = (1, 1, *smallest_grid, max(math.prod(kernel_size), 1))
     config = make_config(rank, kernel_size, dilation, stride=stride)
     _core.plan("rpb_scatter", config, None, "", [(attn, "float32")], [True])
+
+
+def named(name: str, rank: int, module: str) -> Callable[[Callable], Callable]:
+    """Names the function that a factory made for one rank, and fills the rank into its doc."""
+
+    def apply(function: Callable) -> Callable:
+        function.__name__ = function.__qualname__ = name.format(rank=rank)
+        function.__module__ = module
+        function.__doc__ = (function.__doc__ or "").replace("{rank}", str(rank))
+        return function
+
+    return apply

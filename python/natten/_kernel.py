@@ -24,7 +24,7 @@ _chosen = _Chosen()
 
 
 class na_kernel:  # named like PyTorch's sdpa_kernel
-    """Inside the `with` block, PyTorch calls of this thread use one backend:
+    """Inside the `with` block, PyTorch and numpy calls of this thread use one backend:
 
         with natten.na_kernel("naive"):
             output = natten.na2d(query, key, value, kernel_size=7)

@@ -19,7 +19,7 @@ sys.exit(any(importlib.util.find_spec(name) for name in '$forbidden'.split()))"
   "$environments/$name/bin/python" -m pytest -q -p no:cacheprovider $tests
 }
 
-check plain "torch jax" "test_package.py test_context.py test_utils.py" "$wheel"
+check plain "torch jax" "test_package.py test_context.py test_utils.py test_numpy.py" "$wheel"
 check torch "jax" "test_package.py test_torch.py test_torch_derivatives.py test_torch_nested.py" "torch==2.13.0" "$wheel[torch]"
 check jax "torch" "test_package.py test_jax.py test_flax.py" "$wheel[flax]"
 check oldest-jax "torch" "test_jax.py test_flax.py" "jax==0.6.2" "flax==0.10.7" "$wheel[flax]"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,24 +14,13 @@ from natten._args import (
     Bools,
     Ints,
     make_config,
+    named,
     real_scale,
     spelled_is_causal,
 )
 from natten._kernel import chosen_backend
 from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _nested, _ops
-
-
-def named(name: str, rank: int) -> Callable[[Callable], Callable]:
-    """Names the function that a factory made for one rank, and fills the rank into its doc."""
-
-    def apply(function: Callable) -> Callable:
-        function.__name__ = function.__qualname__ = name.format(rank=rank)
-        function.__module__ = "natten.functional"
-        function.__doc__ = (function.__doc__ or "").replace("{rank}", str(rank))
-        return function
-
-    return apply
 
 
 def _call(operator: _ops.Operator, *args: Any) -> Any:
@@ -80,7 +69,7 @@ def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _make_fused(rank: int):
-    @named("na{rank}d", rank)
+    @named("na{rank}d", rank, "natten.functional")
     def fused(
         query: Tensor,
         key: Tensor,
@@ -159,7 +148,7 @@ def _make_fused(rank: int):
 
 
 def _make_qk(rank: int):
-    @named("na{rank}d_qk", rank)
+    @named("na{rank}d_qk", rank, "natten.functional")
     def qk(
         query: Tensor,
         key: Tensor,
@@ -197,7 +186,7 @@ def _make_qk(rank: int):
 
 
 def _make_av(rank: int):
-    @named("na{rank}d_av", rank)
+    @named("na{rank}d_av", rank, "natten.functional")
     def av(
         attn: Tensor,
         value: Tensor,

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from natten._args import Bools, Ints
+from natten._args import Bools, Ints, named
 from natten.torch._functional import (
     na1d,
     na1d_av,
@@ -21,7 +21,6 @@ from natten.torch._functional import (
     na3d,
     na3d_av,
     na3d_qk,
-    named,
 )
 
 _FUSED = {1: na1d, 2: na2d, 3: na3d}
@@ -30,7 +29,7 @@ _KERNEL_SCHEDULES = (None, "non", "coop", "pp")
 
 
 def _make_qk_with_bias(rank: int):
-    @named("na{rank}d_qk_with_bias", rank)
+    @named("na{rank}d_qk_with_bias", rank, "natten.functional")
     def qk_with_bias(
         query: Tensor,
         key: Tensor,
@@ -48,7 +47,7 @@ def _make_qk_with_bias(rank: int):
 
 
 def _make_qkrpb(rank: int):
-    @named("natten{rank}dqkrpb", rank)
+    @named("natten{rank}dqkrpb", rank, "natten.functional")
     def qkrpb(
         query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Ints, dilation: Ints
     ) -> Tensor:

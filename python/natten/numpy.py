@@ -1,0 +1,332 @@
+"""Neighborhood attention on numpy arrays, forward only. Needs neither PyTorch nor JAX.
+
+Functions for 1, 2 and 3 spatial axes: `na1d`, ... (fused), `na1d_qk`, `na1d_av`, ... (unfused), and
+`attention` and `merge_attentions`. docs/numpy.md shows how to use them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from natten import _core
+from natten._args import (
+    HAS_SCALE,
+    SEPARATE_KEY_GRID,
+    Bools,
+    Config,
+    Ints,
+    make_config,
+    named,
+    real_scale,
+    with_flags,
+)
+from natten._kernel import chosen_backend
+from natten._roles import roles_of
+
+__all__ = [
+    "attention",
+    "merge_attentions",
+    "na1d",
+    "na1d_av",
+    "na1d_qk",
+    "na2d",
+    "na2d_av",
+    "na2d_qk",
+    "na3d",
+    "na3d_av",
+    "na3d_qk",
+]
+
+# `output`, or `(output, logsumexp)` with return_lse=True; a union would not help callers.
+FusedResult: TypeAlias = Any
+
+_INPUTS = {op: roles_of(op)[0] for op in ("attention_forward", "qk", "av")}
+
+# What numpy hands over by DLPack. Those that libnatten does not compute with, it refuses itself.
+_DLPACK_DTYPES = np.typecodes["AllInteger"] + "?efdFD"
+
+
+def _as_array(name: str, value: ArrayLike) -> np.ndarray:
+    """`value` as an array that libnatten can read: copied only where its layout requires that."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: got {type(value)}; must be an array: {error}") from error
+    dtype = array.dtype
+    if dtype.char not in _DLPACK_DTYPES:
+        raise TypeError(
+            f"{name}: got dtype {dtype.name}; must be float64, float32 or float16 in numpy "
+            "(convert it with astype)"
+        )
+    if (
+        dtype.isnative
+        and array.flags.aligned
+        and (array.ndim == 0 or array.strides[-1] == dtype.itemsize)
+    ):
+        return array
+    return np.array(array, dtype.newbyteorder("="), order="C")
+
+
+def _run(
+    op: str,
+    arrays: Sequence[ArrayLike | None],
+    config: Config,
+    backend: str | None,
+    scale: float | None = None,
+    wanted: tuple[bool | None, ...] = (True,),
+) -> list[Any]:
+    inputs = [
+        None if x is None else _as_array(role.name, x)
+        for role, x in zip(_INPUTS[op], arrays, strict=True)
+    ]
+    backend = chosen_backend(backend)
+    return _core.run(op, config, scale, backend, inputs, wanted, None, np.empty)
+
+
+def _attention(
+    arrays: Sequence[ArrayLike | None],
+    config: Config,
+    backend: str | None,
+    scale: float | None,
+    return_lse: bool,
+) -> FusedResult:
+    if scale is not None:
+        config = with_flags(config, HAS_SCALE)
+    wanted = (True, True if return_lse else None)
+    output, logsumexp = _run(
+        "attention_forward", arrays, config, backend, real_scale(scale), wanted
+    )
+    return (output, logsumexp) if return_lse else output
+
+
+def _make_fused(rank: int) -> Callable[..., FusedResult]:
+    @named("na{rank}d", rank, __name__)
+    def fused(
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        kernel_size: Ints,
+        dilation: Ints = 1,
+        is_causal: Bools = False,
+        rpb: ArrayLike | None = None,
+        scale: float | None = None,
+        additional_keys: ArrayLike | None = None,
+        additional_values: ArrayLike | None = None,
+        *,
+        stride: Ints = 1,
+        return_lse: bool = False,
+        backend: str | None = None,
+    ) -> FusedResult:
+        """Fused {rank}-D neighborhood attention, heads-last.
+
+        Every token attends to a window of `kernel_size` tokens around it; the weights are never
+        stored. `spatial` below stands for {rank} axes.
+
+        Args:
+            query: [batch, *spatial, heads, head_dim], float64, float32 or float16.
+            key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
+            value: [batch, *spatial, kv_heads, value_head_dim].
+            kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
+                not exceed the axis.
+            dilation: distance between neighbors.
+            is_causal: whether a token sees only itself and those before it, per axis.
+            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
+            scale: factor on the scores; head_dim ** -0.5 by default.
+            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
+            additional_values: [batch, n, kv_heads, value_head_dim].
+            stride: that many neighboring queries share one window; 1 to kernel_size.
+            return_lse: also return logsumexp.
+            backend: name of the implementation to use; by default the first that can.
+
+        Returns:
+            output [batch, *spatial, heads, value_head_dim], of the dtype of query; with return_lse
+            also logsumexp [batch, *spatial, heads], float32 (float64 for float64), the natural
+            logarithm of the sum of exp(score) (`merge_attentions` uses it).
+
+        Raises:
+            ValueError: a shape or value that does not fit; the message says which and why.
+            TypeError: an unsupported or mismatched dtype.
+        """
+        config = make_config(rank, kernel_size, dilation, is_causal, stride)
+        arrays = (query, key, value, rpb, additional_keys, additional_values)
+        return _attention(arrays, config, backend, scale, return_lse)
+
+    return fused
+
+
+def _make_qk(rank: int) -> Callable[..., np.ndarray]:
+    @named("na{rank}d_qk", rank, __name__)
+    def qk(
+        query: ArrayLike,
+        key: ArrayLike,
+        kernel_size: Ints,
+        dilation: Ints = 1,
+        additional_keys: ArrayLike | None = None,
+        is_causal: Bools = False,
+        rpb: ArrayLike | None = None,
+        *,
+        stride: Ints = 1,
+        backend: str | None = None,
+    ) -> np.ndarray:
+        """Scores of {rank}-D neighborhood attention, heads-first. No scale is applied.
+
+        Args:
+            query, key: [batch, heads, *spatial, head_dim], of the same dtype (see `na{rank}d`).
+            additional_keys: [batch, heads, n, head_dim]; their n scores follow the window's.
+            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position.
+            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+
+        Returns:
+            attn [batch, heads, *spatial, slots], of the dtype of query; slots = product of
+            kernel_size, in row-major window order, plus n. Slots that causal masking leaves empty
+            hold -inf.
+
+        Raises:
+            ValueError, TypeError: as `na{rank}d`.
+        """
+        config = make_config(rank, kernel_size, dilation, is_causal, stride)
+        return _run("qk", (query, key, rpb, additional_keys), config, backend)[0]
+
+    return qk
+
+
+def _make_av(rank: int) -> Callable[..., np.ndarray]:
+    @named("na{rank}d_av", rank, __name__)
+    def av(
+        attn: ArrayLike,
+        value: ArrayLike,
+        kernel_size: Ints,
+        dilation: Ints = 1,
+        additional_values: ArrayLike | None = None,
+        is_causal: Bools = False,
+        *,
+        stride: Ints = 1,
+        backend: str | None = None,
+    ) -> np.ndarray:
+        """Values weighted by {rank}-D neighborhood attention weights, heads-first.
+
+        Args:
+            attn: [batch, heads, *spatial, slots], slots as `na{rank}d_qk` returns them. Slots that
+                causal masking leaves empty are ignored.
+            value: [batch, heads, *spatial, head_dim], of the dtype of attn.
+            additional_values: [batch, heads, n, head_dim], for the last n slots.
+            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+
+        Returns:
+            output [batch, heads, *spatial, head_dim], of the dtype of attn.
+
+        Raises:
+            ValueError, TypeError: as `na{rank}d`.
+        """
+        config = make_config(rank, kernel_size, dilation, is_causal, stride)
+        return _run("av", (attn, value, additional_values), config, backend)[0]
+
+    return av
+
+
+na1d, na2d, na3d = map(_make_fused, (1, 2, 3))
+na1d_qk, na2d_qk, na3d_qk = map(_make_qk, (1, 2, 3))
+na1d_av, na2d_av, na3d_av = map(_make_av, (1, 2, 3))
+
+
+def attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    is_causal: bool = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    *,
+    backend: str | None = None,
+) -> FusedResult:
+    """Softmax attention over all keys, heads-last. There is no mask and no dropout.
+
+    Args:
+        query: [batch, length, heads, head_dim], float64, float32 or float16.
+        key: [batch, kv_length, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
+        value: [batch, kv_length, kv_heads, value_head_dim].
+        is_causal: query i sees keys 0 to i, also where the lengths differ.
+        scale: factor on the scores; head_dim ** -0.5 by default.
+        return_lse: also return logsumexp.
+        backend: name of the implementation to use; by default the first that can.
+
+    Returns:
+        output [batch, length, heads, value_head_dim]; with return_lse also logsumexp
+        [batch, length, heads], as `na1d`.
+
+    Raises:
+        ValueError, TypeError: as `na1d`.
+    """
+    if key is not None:
+        key = _as_array("key", key)
+        if key.ndim == 4 and key.shape[1] < 1:  # would be refused as a window of size 0
+            raise ValueError(
+                f"key: got shape {list(key.shape)}; must be [batch, kv_length, kv_heads, head_dim] "
+                "with at least one key"
+            )
+    config = make_config(1, 1, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
+    return _attention((query, key, value, None, None, None), config, backend, scale, return_lse)
+
+
+def merge_attentions(
+    outputs: Sequence[ArrayLike], lse_tensors: Sequence[ArrayLike]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Combines attention over disjoint sets of keys into attention over their union, exactly.
+
+    With lse = log sum_i exp(lse_i), output = sum_i exp(lse_i - lse) output_i.
+
+    Args:
+        outputs: arrays [..., heads, value_head_dim], all of one shape and dtype: float64, float32
+            or float16.
+        lse_tensors: their logsumexps [..., heads], float32 or float64; -inf where a set holds no
+            keys.
+
+    Returns:
+        (output, lse), of the shapes and dtypes of the inputs. Where all sets are empty, output is
+        0 and lse -inf.
+
+    Raises:
+        ValueError: nothing to merge, or shapes that differ.
+        TypeError: dtypes that differ or are not supported.
+    """
+    parts = [_as_array("outputs", x) for x in outputs]
+    lses = [_as_array("lse_tensors", x) for x in lse_tensors]
+    if not parts or len(parts) != len(lses):
+        raise ValueError(
+            f"outputs, lse_tensors: got {len(parts)} and {len(lses)} arrays; must be equally many, "
+            "at least one"
+        )
+    shape = parts[0].shape
+    if not shape:
+        raise ValueError("outputs: got shape []; must be [..., heads, value_head_dim]")
+    for name, arrays, want, dtypes in (
+        ("outputs", parts, shape, ("float64", "float32", "float16")),
+        ("lse_tensors", lses, shape[:-1], ("float64", "float32")),
+    ):
+        for array in arrays:
+            if array.shape != want:
+                raise ValueError(f"{name}: got shape {list(array.shape)}; must be {list(want)}")
+            if array.dtype.name not in dtypes:
+                raise TypeError(
+                    f"{name}: got dtype {array.dtype.name}; must be {' or '.join(dtypes)}"
+                )
+            if array.dtype != arrays[0].dtype:
+                raise TypeError(
+                    f"{name}: got dtypes {arrays[0].dtype.name} and {array.dtype.name}; must be one"
+                )
+    stacked = np.stack(lses)
+    top = stacked.max(axis=0)
+    # Any shift gives the same result; this one keeps exp in range. Where all sets are empty it
+    # must be finite, as -inf - -inf is not.
+    shift = np.where(np.isfinite(top), top, np.zeros_like(top))
+    with np.errstate(all="ignore"):  # infinities and NaN pass through silently, as in the kernels
+        weights = np.exp(stacked - shift)
+        total = weights.sum(axis=0)
+        lse = shift + np.log(total)
+        weights /= np.where(total == 0, np.ones_like(total), total)
+        output = sum(w[..., None] * part for w, part in zip(weights, parts, strict=True))
+    return np.asarray(output, parts[0].dtype), np.asarray(lse)
