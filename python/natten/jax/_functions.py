@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -13,28 +12,28 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from natten._args import (
-    EMPTY_SLOTS_ZERO,
     HAS_SCALE,
     SEPARATE_KEY_GRID,
     Bools,
     Ints,
     make_config,
+    named,
     real_scale,
     with_flags,
 )
-from natten.jax import _primitives
-from natten.jax._primitives import Setup
+from natten.jax import _derivatives, _primitives
+from natten.jax._primitives import Operation, Setup
 
 # The fused functions return `output`, or `(output, logsumexp)` with return_lse=True. Neither a
 # union nor overloads for every rank would help callers more than this.
 FusedResult: TypeAlias = Any
 Tensors: TypeAlias = tuple[Array | None, ...]
 
-# Derivatives. Every rule below calls custom_vjp functions, never primitives, so that its result can
-# be differentiated again.
+# With autodiff="any" users get the primitives, whose rules (`_derivatives.py`) hold in every mode;
+# with "reverse" the same under a custom_vjp, which bars forward mode. Its rules call primitives, so
+# that their results can be differentiated again.
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(setup: Setup, wants_lse: bool, tensors: Tensors) -> tuple[Array, Array | None]:
     output, lse = _primitives.attention_forward(setup, tensors, (True, wants_lse))
     assert output is not None
@@ -58,117 +57,29 @@ def _attention_backward(
     return (tuple(results),)
 
 
-_attention.defvjp(_attention_forward, _attention_backward)
+_attention_reverse = jax.custom_vjp(_attention, nondiff_argnums=(0, 1))
+_attention_reverse.defvjp(_attention_forward, _attention_backward)
 
 
-# Each of the next three is bilinear in its first and its other tensors, and its derivatives are
-# the other two: qk scores queries with what they see, av sums what queries see, av_transpose sums
-# over the queries that see a key.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _qk(
-    setup: Setup, query: Array, key: Array, rpb: Array | None, additional_keys: Array | None
-) -> Array:
-    return _one(_primitives.qk(setup, (query, key, rpb, additional_keys), (True,)))
-
-
-def _qk_backward(setup: Setup, tensors: Tensors, grad_attn: Array) -> Tensors:
-    query, key, rpb, additional_keys = tensors
-    assert query is not None and key is not None
-    grad_query = _av(setup, grad_attn, key, additional_keys)
-    grad_rpb = None if rpb is None else _rpb_scatter(setup, grad_attn)
-    grad_key, grad_additional = _av_transpose(setup, _tokens(additional_keys), grad_attn, query)
-    return grad_query, grad_key, grad_rpb, grad_additional
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _av(setup: Setup, attn: Array, value: Array, additional_values: Array | None) -> Array:
-    return _one(_primitives.av(setup, (attn, value, additional_values), (True,)))
-
-
-def _av_backward(setup: Setup, tensors: Tensors, grad_output: Array) -> Tensors:
-    attn, value, additional_values = tensors
-    assert attn is not None and value is not None
-    grad_attn = _qk(_linear(setup), grad_output, value, None, additional_values)
-    return grad_attn, *_av_transpose(setup, _tokens(additional_values), attn, grad_output)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _av_transpose(
-    setup: Setup, additional: int | None, attn: Array, query: Array
-) -> tuple[Array, Array | None]:
-    """(sum over window slots, sum over `additional` more slots or None)."""
-    batch, heads, *_, dim = query.shape
-    # The number of additional tokens shows in no operand by itself, so their shape is passed.
-    wanted = False if additional is None else (batch, heads, additional, dim)
-    key, additional_keys = _primitives.av_transpose(setup, (attn, query), (True, wanted))
-    assert key is not None
-    return key, additional_keys
-
-
-def _av_transpose_backward(
-    setup: Setup, additional: int | None, tensors: Tensors, gradients: tuple[Array, Array | None]
-) -> Tensors:
-    attn, query = tensors
-    assert attn is not None and query is not None
-    grad_key, grad_additional = gradients
-    return (
-        _qk(_linear(setup), query, grad_key, None, grad_additional),
-        _av(setup, attn, grad_key, grad_additional),
-    )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rpb_scatter(setup: Setup, attn: Array) -> Array:
-    return _one(_primitives.rpb_scatter(setup, (attn,), (True,)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _rpb_gather(setup: Setup, shape: tuple[int, ...], rpb: Array) -> Array:
-    return _one(_primitives.rpb_gather(setup, (rpb,), (shape,)))
-
-
-def _rpb_scatter_backward(setup: Setup, tensors: tuple[Array], grad_rpb: Array) -> tuple[Array]:
-    (attn,) = tensors
-    return (_rpb_gather(_linear(setup), attn.shape, grad_rpb),)
-
-
-def _rpb_gather_backward(
-    setup: Setup, shape: tuple[int, ...], _: tuple[Array], grad_attn: Array
-) -> tuple[Array]:
-    return (_rpb_scatter(setup, grad_attn),)
-
-
-def _keeping_tensors(function: Callable[..., Any], statics: int) -> Callable[..., Any]:
-    """The forward rule that keeps all tensors for the backward rule."""
-
-    def forward(*args: Any) -> tuple[Any, Tensors]:
-        return function(*args), args[statics:]
-
-    return forward
-
-
-_qk.defvjp(_keeping_tensors(_qk, 1), _qk_backward)
-_av.defvjp(_keeping_tensors(_av, 1), _av_backward)
-_av_transpose.defvjp(_keeping_tensors(_av_transpose, 2), _av_transpose_backward)
-_rpb_scatter.defvjp(_keeping_tensors(_rpb_scatter, 1), _rpb_scatter_backward)
-_rpb_gather.defvjp(_keeping_tensors(_rpb_gather, 2), _rpb_gather_backward)
-
-
-def _linear(setup: Setup) -> Setup:
-    """Derivatives are 0 where a causal window leaves slots empty, not -inf."""
-    return dataclasses.replace(setup, config=with_flags(setup.config, EMPTY_SLOTS_ZERO))
-
-
-def _one(results: list[Array | None]) -> Array:
-    (result,) = results
+def _unfused(operation: Operation, setup: Setup, tensors: Tensors) -> Array:
+    (result,) = operation(setup, tensors, (True,))
     assert result is not None
     return result
 
 
-def _tokens(additional: Array | None) -> int | None:
-    return None if additional is None else additional.shape[2]
+def _unfused_forward(operation: Operation, setup: Setup, tensors: Tensors) -> tuple[Array, Tensors]:
+    return _unfused(operation, setup, tensors), tensors
+
+
+def _unfused_backward(
+    operation: Operation, setup: Setup, tensors: Tensors, gradient: Array
+) -> tuple[Tensors]:
+    needed = [t is not None for t in tensors]
+    return (tuple(_derivatives.REVERSE[operation](setup, tensors, needed, (gradient,))),)
+
+
+_unfused_reverse = jax.custom_vjp(_unfused, nondiff_argnums=(0, 1))
+_unfused_reverse.defvjp(_unfused_forward, _unfused_backward)
 
 
 # What users call.
@@ -189,30 +100,37 @@ def _as_arrays(**values: ArrayLike | None) -> Tensors:
     )
 
 
-def _named(rank: int, suffix: str = "") -> Callable[[Callable], Callable]:
-    """Names the function that a factory made for one rank, and fills the rank into its doc."""
-
-    def name(function: Callable) -> Callable:
-        function.__name__ = function.__qualname__ = f"na{rank}d{suffix}"
-        function.__module__ = "natten.jax"
-        function.__doc__ = (function.__doc__ or "").replace("{rank}", str(rank))
-        return function
-
-    return name
+def _bars_forward_mode(autodiff: str) -> bool:
+    if autodiff not in ("reverse", "any"):
+        raise ValueError(f'autodiff: got {autodiff!r}; must be "reverse" or "any"')
+    return autodiff == "reverse"
 
 
-def _fused(
-    tensors: Tensors, config: Any, scale: float | None, return_lse: bool, backend: str | None
+def _call_fused(
+    tensors: Tensors,
+    config: Any,
+    scale: float | None,
+    return_lse: bool,
+    backend: str | None,
+    autodiff: str,
 ) -> FusedResult:
     if scale is not None:
         config = with_flags(config, HAS_SCALE)
     setup = Setup(config, real_scale(scale), backend or "")
-    output, logsumexp = _attention(setup, bool(return_lse), tensors)
+    function = _attention_reverse if _bars_forward_mode(autodiff) else _attention
+    output, logsumexp = function(setup, bool(return_lse), tensors)
     return (output, logsumexp) if return_lse else output
 
 
+def _call_unfused(
+    operation: Operation, tensors: Tensors, config: Any, backend: str | None, autodiff: str
+) -> Array:
+    function = _unfused_reverse if _bars_forward_mode(autodiff) else _unfused
+    return function(operation, Setup(config, None, backend or ""), tensors)
+
+
 def _make_fused(rank: int) -> Callable[..., FusedResult]:
-    @_named(rank)
+    @named("na{rank}d", rank, "natten.jax")
     def fused(
         query: ArrayLike,
         key: ArrayLike,
@@ -228,13 +146,13 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         stride: Ints = 1,
         return_lse: bool = False,
         backend: str | None = None,
+        autodiff: str = "reverse",
     ) -> FusedResult:
         """Fused {rank}-D neighborhood attention, heads-last.
 
         Every token attends to a window of `kernel_size` tokens around it; the weights are never
-        stored. `spatial` below stands for {rank} axes. Works under jit, grad and vmap over any
-        array. Can be differentiated once, in reverse mode; for higher derivatives use
-        `na{rank}d_qk` and `na{rank}d_av`.
+        stored. `spatial` below stands for {rank} axes. Works under jit, vmap over any array
+        and grad of any order; the second and later derivatives store the weights.
 
         Args:
             query: [batch, *spatial, heads, head_dim], float64, float32, bfloat16 or float16.
@@ -252,6 +170,8 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             stride: that many neighboring queries share one window; 1 to kernel_size.
             return_lse: also return logsumexp.
             backend: name of the implementation to use; by default the first that can.
+            autodiff: "reverse", where forward mode raises JAX's TypeError, or "any", where every
+                mode works; forward mode stores the weights.
 
         Returns:
             output [batch, *spatial, heads, value_head_dim], of the dtype of query; with return_lse
@@ -261,7 +181,6 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         Raises:
             ValueError: a shape or value that does not fit; the message says which and why.
             TypeError: an unsupported or mismatched dtype. Both are raised when traced.
-            NotImplementedError: a second derivative.
         """
         config = make_config(rank, kernel_size, dilation, is_causal, stride)
         tensors = _as_arrays(
@@ -272,13 +191,13 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             additional_keys=additional_keys,
             additional_values=additional_values,
         )
-        return _fused(tensors, config, scale, return_lse, backend)
+        return _call_fused(tensors, config, scale, return_lse, backend, autodiff)
 
     return fused
 
 
 def _make_qk(rank: int) -> Callable[..., Array]:
-    @_named(rank, "_qk")
+    @named("na{rank}d_qk", rank, "natten.jax")
     def qk(
         query: ArrayLike,
         key: ArrayLike,
@@ -290,16 +209,17 @@ def _make_qk(rank: int) -> Callable[..., Array]:
         *,
         stride: Ints = 1,
         backend: str | None = None,
+        autodiff: str = "reverse",
     ) -> Array:
         """Scores of {rank}-D neighborhood attention, heads-first. No scale is applied.
 
-        Works under jit, vmap and grad of any order, in reverse mode.
+        Works under jit, vmap and grad of any order.
 
         Args:
             query, key: [batch, heads, *spatial, head_dim], of the same dtype (see `na{rank}d`).
             additional_keys: [batch, heads, n, head_dim]; their n scores follow the window's.
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position.
-            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+            kernel_size, dilation, is_causal, stride, backend, autodiff: as in `na{rank}d`.
 
         Returns:
             attn [batch, heads, *spatial, slots], of the dtype of query; slots = product of
@@ -311,13 +231,13 @@ def _make_qk(rank: int) -> Callable[..., Array]:
         """
         config = make_config(rank, kernel_size, dilation, is_causal, stride)
         tensors = _as_arrays(query=query, key=key, rpb=rpb, additional_keys=additional_keys)
-        return _qk(Setup(config, None, backend or ""), *tensors)
+        return _call_unfused(_primitives.qk, tensors, config, backend, autodiff)
 
     return qk
 
 
 def _make_av(rank: int) -> Callable[..., Array]:
-    @_named(rank, "_av")
+    @named("na{rank}d_av", rank, "natten.jax")
     def av(
         attn: ArrayLike,
         value: ArrayLike,
@@ -328,17 +248,18 @@ def _make_av(rank: int) -> Callable[..., Array]:
         *,
         stride: Ints = 1,
         backend: str | None = None,
+        autodiff: str = "reverse",
     ) -> Array:
         """Sums of values over {rank}-D neighborhoods, weighted by attn, heads-first.
 
-        Works under jit, vmap and grad of any order, in reverse mode.
+        Works under jit, vmap and grad of any order.
 
         Args:
             attn: [batch, heads, *spatial, slots], as `na{rank}d_qk` returns; slots that causal
                 masking leaves empty are ignored.
             value: [batch, heads, *spatial, head_dim], of the dtype of attn.
             additional_values: [batch, heads, n, head_dim], for the last n slots.
-            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+            kernel_size, dilation, is_causal, stride, backend, autodiff: as in `na{rank}d`.
 
         Returns:
             output [batch, heads, *spatial, head_dim], of the dtype of attn.
@@ -348,7 +269,7 @@ def _make_av(rank: int) -> Callable[..., Array]:
         """
         config = make_config(rank, kernel_size, dilation, is_causal, stride)
         tensors = _as_arrays(attn=attn, value=value, additional_values=additional_values)
-        return _av(Setup(config, None, backend or ""), *tensors)
+        return _call_unfused(_primitives.av, tensors, config, backend, autodiff)
 
     return av
 
@@ -367,10 +288,11 @@ def attention(
     return_lse: bool = False,
     *,
     backend: str | None = None,
+    autodiff: str = "reverse",
 ) -> FusedResult:
     """Attention of every query to all keys. There is no mask and no dropout.
 
-    Works under jit, grad (once, in reverse mode) and vmap.
+    Works under jit, vmap and grad of any order, as `na1d` does.
 
     Args:
         query: [batch, tokens, heads, head_dim], float64, float32, bfloat16 or float16.
@@ -380,13 +302,14 @@ def attention(
         scale: factor on the scores, a Python number; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
         backend: name of the implementation to use; by default the first that can.
+        autodiff: as in `na1d`.
 
     Returns:
         output [batch, tokens, heads, value_head_dim]; with return_lse also logsumexp
         [batch, tokens, heads], as `na1d`.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `na1d`.
+        ValueError, TypeError: as `na1d`.
     """
     query, key, value = (
         _as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
@@ -394,7 +317,9 @@ def attention(
     # One window that spans all keys. A key without dimensions is refused by libnatten.
     window = key.shape[1] if key.ndim > 1 else 1
     config = make_config(1, window, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
-    return _fused((query, key, value, None, None, None), config, scale, return_lse, backend)
+    return _call_fused(
+        (query, key, value, None, None, None), config, scale, return_lse, backend, autodiff
+    )
 
 
 def merge_attentions(

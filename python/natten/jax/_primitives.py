@@ -1,7 +1,7 @@
 """One JAX primitive per operation of libnatten, all made by one class from libnatten's own table.
 
 Shapes, dtypes and refusals come from `natten._core.plan`, so a bad call raises while it is traced,
-with libnatten's own message. Derivatives are made of these operations in `_functions.py`.
+with libnatten's own message. Derivatives are made of these operations in `_derivatives.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir, partial_eval
+from jax.interpreters import batching, mlir, partial_eval
 
 from natten import _core
 from natten._args import Config
-from natten._roles import roles_of
+from natten._roles import Role, roles_of
 from natten.jax import _ffi
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
@@ -38,9 +38,9 @@ class Setup:
 class Operation:
     """Calls one operation of libnatten, by its name there."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, inputs: Sequence[Role], outputs: Sequence[Role]) -> None:
         self.name = name
-        self.inputs, self.outputs = roles_of(name)
+        self.inputs, self.outputs = inputs, outputs
         self.primitive = Primitive(f"natten_{name}")
         self.primitive.multiple_results = True
         self.primitive.def_impl(self._run)
@@ -215,20 +215,10 @@ def _bits(flags: Iterable[bool]) -> np.int64:
     return np.int64(sum(1 << i for i, flag in enumerate(flags) if flag))
 
 
-attention_forward = Operation("attention_forward")
-attention_backward = Operation("attention_backward")
-qk = Operation("qk")
-av = Operation("av")
-av_transpose = Operation("av_transpose")
-rpb_gather = Operation("rpb_gather")
-rpb_scatter = Operation("rpb_scatter")
-
-
-def _refuse_second_derivative(*_: Any, **__: Any) -> Any:
-    raise NotImplementedError(
-        "natten.jax: the fused functions (na1d, na2d, na3d, attention) can be differentiated once; "
-        "for higher derivatives use na1d_qk and na1d_av (na2d_..., na3d_...)"
-    )
-
-
-ad.primitive_jvps[attention_backward.primitive] = _refuse_second_derivative
+attention_forward = Operation("attention_forward", *roles_of("attention_forward"))
+attention_backward = Operation("attention_backward", *roles_of("attention_backward"))
+qk = Operation("qk", *roles_of("qk"))
+av = Operation("av", *roles_of("av"))
+av_transpose = Operation("av_transpose", *roles_of("av_transpose"))
+rpb_gather = Operation("rpb_gather", *roles_of("rpb_gather"))
+rpb_scatter = Operation("rpb_scatter", *roles_of("rpb_scatter"))
