@@ -69,6 +69,10 @@ class Arena {
   }
   void begin() {
     if (memory_.size() < used_ + 64) memory_.resize(used_ + 64);
+#if defined(__SANITIZE_ADDRESS__)
+    // What is read before it is written shows as NaN.
+    std::fill(memory_.begin(), memory_.end(), static_cast<char>(0xFF));
+#endif
     base_ = memory_.data() + (64 - reinterpret_cast<std::uintptr_t>(memory_.data()) % 64) % 64;
     used_ = 0;
   }

@@ -532,8 +532,11 @@ void row_products(const Slots<T>& slots, const Batch& batch, const T* weights,
       const auto entries = static_cast<int>(min(kRowGroup, slots.rows_of(v) - row));
       std::int64_t low = batch.slot1, high = batch.slot0;
       for (int g = 0; g < entries; ++g) {
-        low = min(low, max(slots.low[v][row + g], batch.slot0) + g * step);
-        high = max(high, min(slots.high[v][row + g], batch.slot1) + g * step);
+        const std::int64_t from = max(slots.low[v][row + g], batch.slot0);
+        const std::int64_t to = min(slots.high[v][row + g], batch.slot1);
+        if (from >= to) continue;  // its columns may not even be packed
+        low = min(low, from + g * step);
+        high = max(high, to + g * step);
       }
       for (int r = 0; r < run_count; ++r) {
         runs[r].first = 0;
