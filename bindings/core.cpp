@@ -234,10 +234,10 @@ NB_MODULE(_core, m) {
       "of each, as in run.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
-  m.def("roles", &roles, "op"_a,
-        "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required, "
-        "is\n"
-        "statistic); dims as in natten/roles.h.");
+  m.def(
+      "roles", &roles, "op"_a,
+      "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required,\n"
+      "is statistic); dims as in natten/roles.h.");
   m.def("window", &tokens_of, "inverse"_a, "token"_a, "length"_a, "kernel_size"_a, "stride"_a = 1,
         "dilation"_a = 1, "is_causal"_a = false,
         "The tokens of one axis that a query token attends to, in slot order; with inverse=True\n"

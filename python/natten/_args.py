@@ -78,6 +78,12 @@ def make_config(
     return (*config, flags)
 
 
+def window_size(config: Sequence[int], key_grid: Sequence[int]) -> int:
+    """Slots of a window: the product of its kernel size, or of the keys' grid where they have one
+    of their own."""
+    return math.prod(key_grid if config[-1] & SEPARATE_KEY_GRID else config[1 : 1 + config[0]])
+
+
 def with_flags(config: Config, flags: int) -> Config:
     return (*config[:-1], config[-1] | flags)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from natten import _core
 
@@ -36,3 +37,14 @@ def roles_of(op: str) -> tuple[tuple[Role, ...], tuple[Role, ...]]:
     """(inputs, outputs) of an operation, in the order in which the binding takes them."""
     roles = [Role(*row) for row in _core.roles(op)]
     return tuple(r for r in roles if not r.is_output), tuple(r for r in roles if r.is_output)
+
+
+def fold_dims(mapped: Iterable[Role], wanted: Iterable[Role]) -> str:
+    """The dimension that vmap folds a mapped axis into, for `Role.axis_of`: the batch, or the heads
+    where each example has a bias, or a gradient of one, of its own. `mapped` are the inputs that
+    have the axis, `wanted` the outputs.
+
+    In both the mapped axis is the slower one. That keeps the heads that share a key-value head
+    together, as both kinds of heads are folded alike.
+    """
+    return "HG" if any("R" in role.dims for role in (*mapped, *wanted)) else "B"

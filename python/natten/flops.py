@@ -16,7 +16,7 @@ from math import prod
 from typing import Any, TypeAlias
 
 from natten import _core
-from natten._args import SEPARATE_KEY_GRID, Bools, Config, Ints, make_config
+from natten._args import Bools, Config, Ints, make_config, window_size
 from natten.utils import check_all_args
 
 Shape: TypeAlias = Sequence[int]
@@ -24,13 +24,6 @@ Shape: TypeAlias = Sequence[int]
 
 # MACs of each operator, from its arguments with shapes in place of tensors. The names of parameters
 # are those of the operators' schemas (torch/_ops.py), since they may be passed by name.
-
-
-def _window(config: Sequence[int], key: Shape, axis: int) -> int:
-    """Window slots: the product of the kernel size, which follows the rank in a config, or all keys
-    where these have a grid of their own. `axis` is the first of the key's spatial axes."""
-    rank = config[0]
-    return prod(key[axis : axis + rank] if config[-1] & SEPARATE_KEY_GRID else config[1 : 1 + rank])
 
 
 def _attention_forward(
@@ -44,7 +37,7 @@ def _attention_forward(
     scale: float | None,
     backend: str,
 ) -> int:
-    slots = _window(config, key, 1) + (additional_keys[1] if additional_keys else 0)
+    slots = window_size(config, key[1:-2]) + (additional_keys[1] if additional_keys else 0)
     return prod(query[:-1]) * slots * (query[-1] + value[-1])
 
 
@@ -67,7 +60,7 @@ def _attention_backward(
     five where those of query, key and value are wanted. That a backend may recompute more is not
     counted."""
     rows, dim, value_dim = prod(query[:-1]), query[-1], value[-1]
-    window = rows * _window(config, key, 1)
+    window = rows * window_size(config, key[1:-2])
     extra = rows * additional_keys[1] if additional_keys else 0
     want_query, want_key, want_value, want_rpb, want_extra_keys, want_extra_values = wanted
     macs = (window + extra) * dim  # scores again
@@ -88,7 +81,7 @@ def _qk(
     config: Sequence[int],
     backend: str,
 ) -> int:
-    slots = _window(config, key, 2) + (additional_keys[2] if additional_keys else 0)
+    slots = window_size(config, key[2:-1]) + (additional_keys[2] if additional_keys else 0)
     return prod(query) * slots
 
 

@@ -388,12 +388,31 @@ std::vector<Phase> av(const Job& job) {
 }
 
 template <class T>
+Phase additional_keys(const Job& job) {
+  const Problem p = job.problem;
+  const auto attn = operand<const T>(p, job.tensors, &Tensors::attn);
+  const auto query = operand<const T>(p, job.tensors, &Tensors::query);
+  const auto keys = operand<T>(p, job.tensors, &Tensors::additional_keys);
+  return row_phase(p, p.heads, {1, 1, p.additional}, [=] {
+    return [=, sum = std::vector<double>(size(p.head_dim))](const Row& at) mutable {
+      const std::int64_t n = at.token[2];
+      std::fill(sum.begin(), sum.end(), 0.0);
+      for (std::int64_t i = 0; i < p.queries(); ++i) {
+        const Coordinate token = unravel(i, query_lengths(p));
+        add_scaled(sum, static_cast<double>(attn.at(at.batch, at.head, token)[p.window_size() + n]),
+                   query.at(at.batch, at.head, token));
+      }
+      store(keys.at(at.batch, at.head, n), sum);
+    };
+  });
+}
+
+template <class T>
 std::vector<Phase> av_transpose(const Job& job) {
   const Problem p = job.problem;
   const auto attn = operand<const T>(p, job.tensors, &Tensors::attn);
   const auto query = operand<const T>(p, job.tensors, &Tensors::query);
   const auto key = operand<T>(p, job.tensors, &Tensors::key);
-  const auto additional_keys = operand<T>(p, job.tensors, &Tensors::additional_keys);
   std::vector<Phase> phases;
   phases.push_back(row_phase(p, p.heads, key_lengths(p), [=] {
     return [=, sum = std::vector<double>(size(p.head_dim))](const Row& at) mutable {
@@ -405,20 +424,7 @@ std::vector<Phase> av_transpose(const Job& job) {
       store(key.at(at.batch, at.head, at.token), sum);
     };
   }));
-  if (additional_keys)
-    phases.push_back(row_phase(p, p.heads, {1, 1, p.additional}, [=] {
-      return [=, sum = std::vector<double>(size(p.head_dim))](const Row& at) mutable {
-        const std::int64_t n = at.token[2];
-        std::fill(sum.begin(), sum.end(), 0.0);
-        for (std::int64_t i = 0; i < p.queries(); ++i) {
-          const Coordinate token = unravel(i, query_lengths(p));
-          add_scaled(sum,
-                     static_cast<double>(attn.at(at.batch, at.head, token)[p.window_size() + n]),
-                     query.at(at.batch, at.head, token));
-        }
-        store(additional_keys.at(at.batch, at.head, n), sum);
-      };
-    }));
+  if (job.tensors.additional_keys) phases.push_back(additional_keys<T>(job));
   return phases;
 }
 
@@ -480,6 +486,12 @@ void run(const std::vector<Job>& jobs, const Context& context) {
 }
 
 }  // namespace
+
+Phase additional_keys_phase(const Job& job) {
+  return dispatch_dtype(job.problem.dtype, [&](auto type) {
+    return additional_keys<typename decltype(type)::type>(job);
+  });
+}
 
 const Backend naive = {"naive", DeviceType::cpu, refuse_reason, workspace_bytes, run};
 

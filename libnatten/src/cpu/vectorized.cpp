@@ -6,6 +6,7 @@
 
 #include "../dispatch.h"
 #include "isa.h"
+#include "naive.h"
 #include "operand.h"
 #include "parallel.h"
 
@@ -1059,40 +1060,13 @@ Phase rpb_gather(const Job& job) {
           }};
 }
 
-/// The part of av_transpose that belongs to additional tokens: each sums over all queries.
-template <class E>
-Phase additional_keys(const Job& job) {
-  const Problem p = job.problem;
-  const auto attn = operand<const E>(p, job.tensors, &Tensors::attn);
-  const auto query = operand<const E>(p, job.tensors, &Tensors::query);
-  const auto keys = operand<E>(p, job.tensors, &Tensors::additional_keys);
-  return {p.batch * p.heads * p.additional, [=](std::int64_t first, std::int64_t last) {
-            std::vector<double> sum(static_cast<std::size_t>(p.head_dim));
-            for (std::int64_t item = first; item < last; ++item) {
-              const std::int64_t n = item % p.additional, head = item / p.additional % p.heads;
-              const std::int64_t batch = item / p.additional / p.heads;
-              std::fill(sum.begin(), sum.end(), 0.0);
-              for (std::int64_t i = 0; i < p.queries(); ++i) {
-                const Coordinate token = unravel(i, query_lengths(p));
-                const E* q = query.at(batch, head, token);
-                const auto weight =
-                    static_cast<double>(attn.at(batch, head, token)[p.window_size() + n]);
-                for (std::size_t d = 0; d < sum.size(); ++d)
-                  sum[d] += weight * static_cast<double>(q[d]);
-              }
-              E* key = keys.at(batch, head, n);
-              for (std::size_t d = 0; d < sum.size(); ++d) key[d] = static_cast<E>(sum[d]);
-            }
-          }};
-}
-
 template <class E>
 std::vector<Phase> phases_of(const Job& job, int threads) {
   const Problem& p = job.problem;
   if (p.op == Op::rpb_scatter) return {rpb_scatter<E>(job)};
   if (p.op == Op::rpb_gather) return {rpb_gather<E>(job)};
   if (p.op == Op::av_transpose && job.tensors.additional_keys)
-    return {pass_phase<E>(job, Pass::av_transpose, threads), additional_keys<E>(job)};
+    return {pass_phase<E>(job, Pass::av_transpose, threads), additional_keys_phase(job)};
   if (p.op != Op::attention_backward) return {pass_phase<E>(job, first_pass(p.op), threads)};
   std::vector<Phase> phases{pass_phase<E>(job, Pass::backward_query, threads)};
   if (p.wants_grad_key || p.wants_grad_value)

@@ -314,9 +314,7 @@ def attention(
     query, key, value = (
         _as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
     )
-    # One window that spans all keys. A key without dimensions is refused by libnatten.
-    window = key.shape[1] if key.ndim > 1 else 1
-    config = make_config(1, window, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
+    config = make_config(1, 1, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
     return _call_fused(
         (query, key, value, None, None, None), config, scale, return_lse, backend, autodiff
     )

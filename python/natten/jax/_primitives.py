@@ -19,7 +19,7 @@ from jax.interpreters import batching, mlir, partial_eval
 
 from natten import _core
 from natten._args import Config
-from natten._roles import Role, roles_of
+from natten._roles import Role, fold_dims, roles_of
 from natten.jax import _ffi
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
@@ -129,11 +129,7 @@ class Operation:
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
     ) -> tuple[list[jax.Array], list[int]]:
-        """vmap: folds the mapped axis into the batch, or into the heads where a bias is mapped.
-
-        In both the mapped axis is the slower one. That keeps the heads that share a key-value head
-        together, as both kinds of heads are folded alike.
-        """
+        """vmap: folds the mapped axis into the batch or the heads (`fold_dims`)."""
         rank = setup.config[0]
         size = next(
             x.shape[axis] for x, axis in zip(arrays, mapped_axes, strict=True) if axis is not None
@@ -146,12 +142,10 @@ class Operation:
             results, _ = self._plan(examples, setup, given, wanted)
             return [jnp.zeros((0, *shape), dtype) for shape, dtype in results], [0] * len(results)
         inputs = [role for role, g in zip(self.inputs, given, strict=True) if g]
-        per_example_bias = any(
-            "R" in role.dims and axis is not None
-            for role, axis in zip(inputs, mapped_axes, strict=True)
-        ) or any("R" in role.dims and w for role, w in zip(self.outputs, wanted, strict=True))
-        dims = "HG" if per_example_bias else "B"
-
+        dims = fold_dims(
+            (r for r, axis in zip(inputs, mapped_axes, strict=True) if axis is not None),
+            (r for r, w in zip(self.outputs, wanted, strict=True) if w is not False),
+        )
         folded = []
         for role, x, mapped in zip(inputs, arrays, mapped_axes, strict=True):
             axis = role.axis_of(dims, rank)

@@ -21,7 +21,6 @@ mode, under `torch.func` transforms and while a graph is traced.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -31,7 +30,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from natten._args import EMPTY_SLOTS_ZERO, Config, with_flags
+from natten._args import EMPTY_SLOTS_ZERO, Config, window_size, with_flags
 from natten.torch import _ops
 
 
@@ -273,8 +272,8 @@ class RpbScatter(Rule):
     def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
         config, backend = ctx.options
         batch, _, *grid, slots = ctx.shape
-        window = math.prod(config[1 : 1 + config[0]])
-        return (_gather(grad, batch, grid, slots - window, config, backend),)
+        additional = slots - window_size(config, grid)
+        return (_gather(grad, batch, grid, additional, config, backend),)
 
 
 class Attention(Rule):

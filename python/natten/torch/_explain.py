@@ -77,10 +77,7 @@ def explain(
     inputs = [query, key, value, rpb, additional_keys, additional_values]
     sizes = _ops.attention_forward.sizes(inputs, {}, config)
     output, logsumexp = (
-        query.new_empty(
-            _ops.shape_of(role, sizes),
-            dtype=_ops.statistic_dtype(query.dtype) if role.is_statistic else query.dtype,
-        )
+        query.new_empty(_ops.shape_of(role, sizes), dtype=_ops.dtype_of(role, query.dtype))
         for role in _ops.attention_forward.outputs
     )
     calls = {

@@ -32,14 +32,13 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
         for role, x in zip(operator.inputs, inputs, strict=True)
     ]
     examples = list(zip(*columns, strict=True))
-    statistic = _ops.statistic_dtype(first.dtype)
     sizes = [operator.sizes(x, {}, config) for x in examples]
     results = []
     for role in operator.outputs:
         shapes = [_ops.shape_of(role, s) for s in sizes]
         if not has_own_batch:
             shapes = [shape[1:] for shape in shapes]
-        results.append(_empty(first, shapes, statistic if role.is_statistic else first.dtype))
+        results.append(_empty(first, shapes, _ops.dtype_of(role, first.dtype)))
     outputs = zip(
         *([x if has_own_batch else x.unsqueeze(0) for x in parts] for _, parts in results),
         strict=True,

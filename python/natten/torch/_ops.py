@@ -6,7 +6,6 @@ libnatten's own table of tensors. Derivatives are in `_autograd.py`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,8 +13,8 @@ import torch
 from torch import Tensor
 
 from natten import _core
-from natten._args import SEPARATE_KEY_GRID, Config
-from natten._roles import GRIDS, Role, roles_of
+from natten._args import Config, window_size
+from natten._roles import GRIDS, Role, fold_dims, roles_of
 
 library = torch.library.Library("natten", "DEF")
 
@@ -82,8 +81,10 @@ class Operator:
     ) -> dict[str, tuple]:
         """What each letter of `Role.dims` stands for in a call; numbers may be symbolic."""
         rank = config[0]
-        kernel_size = config[1 : rank + 1]
-        sizes: dict[str, tuple] = {"N": (0,), "R": tuple(2 * k - 1 for k in kernel_size)}
+        sizes: dict[str, tuple] = {
+            "N": (0,),
+            "R": tuple(2 * k - 1 for k in config[1 : rank + 1]),
+        }
         for role, x in zip(self.inputs, inputs, strict=True):
             if x is None:
                 continue
@@ -95,9 +96,7 @@ class Operator:
         for dim, value in extras.items():
             if dim != "wanted":
                 sizes[dim] = tuple(value) if dim in GRIDS else (value,)
-        # Where keys have a grid of their own, the window is that whole grid.
-        window = sizes["K"] if config[-1] & SEPARATE_KEY_GRID else kernel_size
-        sizes["W"] = sizes["X"] = (math.prod(window) + sizes["N"][0],)
+        sizes["W"] = sizes["X"] = (window_size(config, sizes.get("K", ())) + sizes["N"][0],)
         return sizes
 
     def _run(self, *args: Any) -> Any:
@@ -150,12 +149,9 @@ class Operator:
                     for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
                 ],
             )
-        statistic = statistic_dtype(first.dtype)
         return self._returned(
             [
-                first.new_empty(shape, dtype=statistic if role.is_statistic else first.dtype)
-                if want
-                else None
+                first.new_empty(shape, dtype=dtype_of(role, first.dtype)) if want else None
                 for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
             ]
         )
@@ -201,20 +197,14 @@ class Operator:
     def _batch(
         self, size: int, in_dims: Sequence[int | None], args: Sequence[Any]
     ) -> tuple[Any, Any]:
-        """(results of `size` examples, their mapped axes), by one call.
-
-        Folds the mapped axis into the batch, or into the heads where a bias is mapped. In both it
-        is the slower one. That keeps the heads that share a key-value head together, as both kinds
-        of heads are folded alike.
-        """
+        """(results of `size` examples, their mapped axes), by one call that has the mapped axis
+        folded into the batch or the heads (`fold_dims`)."""
         inputs, extras, config, *_ = self.split(args)
         rank = config[0]
         wanted = extras.get("wanted", [True] * len(self.outputs))
-        per_example_bias = any(
-            "R" in role.dims and dim is not None
-            for role, dim in zip(self.inputs, in_dims, strict=False)
-        ) or any("R" in role.dims and want for role, want in zip(self.outputs, wanted, strict=True))
-        dims = "HG" if per_example_bias else "B"
+        roles = [role for role, want in zip(self.outputs, wanted, strict=True) if want]
+        mapped_roles = (r for r, d in zip(self.inputs, in_dims, strict=False) if d is not None)
+        dims = fold_dims(mapped_roles, roles)
         folded: list[Tensor | None] = []
         for role, x, mapped in zip(self.inputs, inputs, in_dims, strict=False):
             axis = role.axis_of(dims, rank)
@@ -228,7 +218,6 @@ class Operator:
             folded.append(x.flatten(axis, axis + 1))
         results = self.overload(*folded, *args[len(folded) :])
         many = isinstance(results, (tuple, list))
-        roles = [role for role, want in zip(self.outputs, wanted, strict=True) if want]
         axes = [role.axis_of(dims, rank) for role in roles]
         unfolded = [
             x.unflatten(axis, (size, x.shape[axis] // size))
@@ -247,9 +236,9 @@ def _name_of(x: Tensor) -> str:
     return _DTYPE_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
 
 
-def statistic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type of logsumexp."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def dtype_of(role: Role, dtype: torch.dtype) -> torch.dtype:
+    """The type of one tensor of an operation on tensors of a type."""
+    return torch.float32 if role.is_statistic and dtype != torch.float64 else dtype
 
 
 def shape_of(role: Role, sizes: dict[str, tuple]) -> tuple:
