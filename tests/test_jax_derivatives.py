@@ -14,7 +14,7 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402
 import oracle  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
-from test_jax import (  # noqa: E402
+from jax_cases import (  # noqa: E402
     AV,
     FUSED,
     FUSED_NAMES,
@@ -22,14 +22,14 @@ from test_jax import (  # noqa: E402
     MIXED,
     QK,
     QUICK,
-    _float64,  # noqa: F401, a fixture
     arrays_of,
     av_shapes,
+    float64,  # noqa: F401, a fixture
     fused_shapes,
     qk_shapes,
     randn,
 )
-from test_jax import dense_attention as dense_attention_to_all  # noqa: E402
+from jax_cases import dense_attention as dense_attention_to_all  # noqa: E402
 
 import natten.jax as nj  # noqa: E402
 

@@ -1,8 +1,10 @@
-"""JAX functions against the oracle, on random problems of every kind."""
+"""JAX functions on the random problems of test_torch_random.py: against the oracle, and, where
+PyTorch is installed, against its bits."""
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -14,18 +16,22 @@ jax = pytest.importorskip("jax")
 import cases  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import oracle  # noqa: E402
+from jax_cases import float64  # noqa: E402, F401, a fixture
 
 import natten.jax as nj  # noqa: E402
+
+if importlib.util.find_spec("torch"):
+    from test_torch_random import run_fused, run_unfused
+else:
+    run_fused = run_unfused = None
 
 COUNT = 510
 
 
-@pytest.fixture(autouse=True)
-def _float64():
-    before = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    yield
-    jax.config.update("jax_enable_x64", before)
+def check_bits(case: cases.Case, got: cases.Arrays, want: cases.Arrays) -> None:
+    assert got.keys() == want.keys()
+    for name, x in got.items():
+        np.testing.assert_array_equal(x, want[name], f"{name} of {case}")
 
 
 def to_jax(x: np.ndarray, dtype: str) -> jax.Array:
@@ -61,7 +67,7 @@ def call_and_differentiate(
 def test_fused(capsys):
     names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
     errors = cases.Errors("jax fused")
-    for case in cases.random_cases(COUNT, cases.SEED + 2):
+    for case in cases.random_cases(COUNT, cases.SEED):
         arrays = case.fused_arrays()
         function = (nj.na1d, nj.na2d, nj.na3d)[case.rank - 1]
         (output, lse), gradients = call_and_differentiate(
@@ -77,13 +83,15 @@ def test_fused(capsys):
         got = {"output": output, "logsumexp": lse, **gradients}
         scale = float(np.linalg.norm(arrays["grad_output"]))
         errors.check(case, to_numpy(got), oracle.fused(case, arrays), scale)
+        if run_fused:
+            check_bits(case, to_numpy(got), run_fused(case, arrays))
     with capsys.disabled():
         print(f"\n{errors.table()}")
 
 
 def test_unfused(capsys):
     errors = cases.Errors("jax unfused")
-    for case in cases.random_cases(COUNT, cases.SEED + 3):
+    for case in cases.random_cases(COUNT, cases.SEED + 1):
         arrays = case.unfused_arrays()
         qk_want, av_want = oracle.unfused(case, arrays)
         qk = (nj.na1d_qk, nj.na2d_qk, nj.na3d_qk)[case.rank - 1]
@@ -103,6 +111,7 @@ def test_unfused(capsys):
             tuple(to_jax(arrays[n], case.dtype) for n in ("grad_attn", "grad_output")),
         )
         assert attn.dtype == case.dtype and output.dtype == case.dtype
+        bits = []
         for result, kind, incoming, want in (
             ({"attn": attn}, "qk", "grad_attn", qk_want),
             ({"output": output}, "av", "grad_output", av_want),
@@ -110,5 +119,9 @@ def test_unfused(capsys):
             grads = {f"grad_{n}": g for n, g in gradients[f"grad_{kind}_inputs"].items()}
             scale = float(np.linalg.norm(arrays[incoming]))
             errors.check(case, to_numpy(result | grads), want, scale)
+            bits.append(to_numpy(result | grads))
+        if run_unfused:
+            for got, want in zip(bits, run_unfused(case, arrays), strict=True):
+                check_bits(case, got, want)
     with capsys.disabled():
         print(f"\n{errors.table()}")

@@ -41,9 +41,9 @@ def gradients(results: list, incoming: list, inputs: dict) -> dict:
     return {f"grad_{n}": g for n, g in zip(inputs, grads, strict=True)}
 
 
-def check_fused(case: cases.Case, errors: cases.Errors) -> None:
+def run_fused(case: cases.Case, arrays: cases.Arrays) -> cases.Arrays:
+    """Results and gradients."""
     names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
-    arrays = case.fused_arrays()
     inputs = leaves(case, arrays, names)
     function = (F.na1d, F.na2d, F.na3d)[case.rank - 1]
     output, lse = function(**inputs, **case.neighborhood, scale=case.scale, return_lse=True)
@@ -54,9 +54,27 @@ def check_fused(case: cases.Case, errors: cases.Errors) -> None:
     assert output.dtype == inputs["query"].dtype
     assert lse.dtype == getattr(torch, statistic(case))
     got = {"output": output, "logsumexp": lse}
-    got |= gradients([output, lse], incoming, inputs)
+    return to_numpy(got | gradients([output, lse], incoming, inputs))
+
+
+def check_fused(case: cases.Case, errors: cases.Errors) -> None:
+    arrays = case.fused_arrays()
     scale = float(np.linalg.norm(arrays["grad_output"]))
-    errors.check(case, to_numpy(got), oracle.fused(case, arrays), scale)
+    errors.check(case, run_fused(case, arrays), oracle.fused(case, arrays), scale)
+
+
+def run_unfused(case: cases.Case, arrays: cases.Arrays) -> tuple[cases.Arrays, cases.Arrays]:
+    """Results and gradients of qk and of av."""
+    qk = (F.na1d_qk, F.na2d_qk, F.na3d_qk)[case.rank - 1]
+    av = (F.na1d_av, F.na2d_av, F.na3d_av)[case.rank - 1]
+    inputs = leaves(case, arrays, ("query", "key", "rpb", "additional_keys"))
+    attn = qk(**inputs, **case.neighborhood)
+    of_qk = {"attn": attn, **gradients([attn], [to_torch(case, arrays["grad_attn"])], inputs)}
+    inputs = leaves(case, arrays, ("attn", "value", "additional_values"))
+    output = av(**inputs, **case.neighborhood)
+    incoming = to_torch(case, arrays["grad_output"])
+    of_av = {"output": output, **gradients([output], [incoming], inputs)}
+    return to_numpy(of_qk), to_numpy(of_av)
 
 
 def test_fused(capsys):
@@ -92,22 +110,12 @@ def test_unfused(capsys):
     errors = cases.Errors("torch unfused")
     for case in cases.random_cases(COUNT, cases.SEED + 1):
         arrays = case.unfused_arrays()
-        qk_want, av_want = oracle.unfused(case, arrays)
-        qk = (F.na1d_qk, F.na2d_qk, F.na3d_qk)[case.rank - 1]
-        av = (F.na1d_av, F.na2d_av, F.na3d_av)[case.rank - 1]
-        inputs = leaves(case, arrays, ("query", "key", "rpb", "additional_keys"))
-        attn = qk(**inputs, **case.neighborhood)
-        got = {"attn": attn, **gradients([attn], [to_torch(case, arrays["grad_attn"])], inputs)}
-        scale = float(np.linalg.norm(arrays["grad_attn"]))
-        errors.check(case, to_numpy(got), qk_want, scale)
-
-        inputs = leaves(case, arrays, ("attn", "value", "additional_values"))
-        output = av(**inputs, **case.neighborhood)
-        got = {
-            "output": output,
-            **gradients([output], [to_torch(case, arrays["grad_output"])], inputs),
-        }
-        scale = float(np.linalg.norm(arrays["grad_output"]))
-        errors.check(case, to_numpy(got), av_want, scale)
+        for got, want, incoming in zip(
+            run_unfused(case, arrays),
+            oracle.unfused(case, arrays),
+            ("grad_attn", "grad_output"),
+            strict=True,
+        ):
+            errors.check(case, got, want, float(np.linalg.norm(arrays[incoming])))
     with capsys.disabled():
         print(f"\n{errors.table()}")

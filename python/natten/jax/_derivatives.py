@@ -62,6 +62,18 @@ def _shape(x: Any) -> Wanted:
     return x.aval.shape if ad.is_undefined_primal(x) else x.shape
 
 
+def _bias_of(setup: Setup, rpb: Any, scores: Any) -> Array:
+    """The bias of every slot of scores, of which only the type is used. All of the batch has the
+    same."""
+    aval = scores.aval if ad.is_undefined_primal(scores) else jax.typeof(scores)
+    (bias,) = rpb_gather(_linear(setup), (rpb,), ((1, *aval.shape[1:]),))
+    assert bias is not None
+    is_split = any(axes is not None for axes in aval.sharding.spec)
+    return jax.lax.broadcast(
+        bias[0], aval.shape[:1], out_sharding=aval.sharding if is_split else None
+    )
+
+
 def _slots(values: Iterable[Any], present: Iterable[Any]) -> list[Any]:
     """`values` in the places where something is present, None in the others."""
     rest = iter(values)
@@ -117,7 +129,7 @@ def _av_transpose_reverse(
 def _rpb_scatter_reverse(
     setup: Setup, inputs: Tensors, needed: Sequence[bool], grads: Tensors
 ) -> Tensors:
-    return rpb_gather(_linear(setup), grads, (_shape(inputs[0]),))
+    return (_bias_of(setup, grads[0], inputs[0]),)
 
 
 def _rpb_gather_reverse(
@@ -157,7 +169,7 @@ def _define_linear(
                 ]
                 terms.append(_present(operation(_linear(setup), inputs, wanted), wanted))
         if _moves(bias):
-            terms.append(rpb_gather(_linear(setup), (bias,), (results[0].shape,)))
+            terms.append([_bias_of(setup, bias, results[0])])
         return results, [functools.reduce(jnp.add, parts) for parts in zip(*terms, strict=True)]
 
     def rule(
@@ -218,7 +230,12 @@ def _composed(setup: Setup, wanted: Sequence[Wanted], *tensors: Any) -> list[Arr
 
     def expanded(x: Array | None) -> Array | None:
         """Keys or values with as many heads as the queries have."""
-        return None if x is None else jnp.repeat(heads_first(x), group, axis=1)
+        if x is None:
+            return None
+        x = heads_first(x)
+        batch, heads, *rest = x.shape
+        x = jnp.broadcast_to(x[:, :, None], (batch, heads, group, *rest))
+        return x.reshape(batch, heads * group, *rest)
 
     rpb = None if rpb is None else rpb.astype(dtype)
     inputs = heads_first(query) * scale, expanded(key), rpb, expanded(additional_keys)

@@ -22,6 +22,7 @@ from natten._args import (
     with_flags,
 )
 from natten.jax import _derivatives, _primitives
+from natten.jax._partitioning import vary_alike
 from natten.jax._primitives import Operation, Setup
 
 # The fused functions return `output`, or `(output, logsumexp)` with return_lse=True. Neither a
@@ -118,7 +119,7 @@ def _call_fused(
         config = with_flags(config, HAS_SCALE)
     setup = Setup(config, real_scale(scale), backend or "")
     function = _attention_reverse if _bars_forward_mode(autodiff) else _attention
-    output, logsumexp = function(setup, bool(return_lse), tensors)
+    output, logsumexp = function(setup, bool(return_lse), vary_alike(tensors))
     return (output, logsumexp) if return_lse else output
 
 
@@ -126,7 +127,7 @@ def _call_unfused(
     operation: Operation, tensors: Tensors, config: Any, backend: str | None, autodiff: str
 ) -> Array:
     function = _unfused_reverse if _bars_forward_mode(autodiff) else _unfused
-    return function(operation, Setup(config, None, backend or ""), tensors)
+    return function(operation, Setup(config, None, backend or ""), vary_alike(tensors))
 
 
 def _make_fused(rank: int) -> Callable[..., FusedResult]:

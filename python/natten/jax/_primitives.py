@@ -16,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, partial_eval
+from jax.sharding import NamedSharding
 
 from natten import _core
 from natten._args import Config
-from natten._roles import Role, fold_dims, roles_of
+from natten._roles import Role, roles_of
 from natten.jax import _ffi
+from natten.jax._folding import Fold
+from natten.jax._partitioning import asks_for_devices, partitionable, spec_of, split_of_types
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
 Wanted: TypeAlias = bool | tuple[int, ...]
@@ -43,6 +46,7 @@ class Operation:
         self.inputs, self.outputs = inputs, outputs
         self.primitive = Primitive(f"natten_{name}")
         self.primitive.multiple_results = True
+        asks_for_devices(self.primitive)
         self.primitive.def_impl(self._run)
         self.primitive.def_abstract_eval(self._abstract_eval)
         batching.primitive_batchers[self.primitive] = self._batch
@@ -91,9 +95,42 @@ class Operation:
         )
         return [(tuple(r[0]), r[1]) for r in results if r is not None], workspace
 
-    def _abstract_eval(self, *avals: Any, **params: Any) -> list[Any]:
-        results, _ = self._plan(avals, **params)
-        return [_aval(avals[0], shape, dtype) for shape, dtype in results]
+    def _roles(
+        self, given: tuple[bool, ...], wanted: tuple[Wanted, ...]
+    ) -> tuple[list[Role], list[Role]]:
+        """Of the inputs and outputs that there are."""
+        return (
+            [role for role, g in zip(self.inputs, given, strict=True) if g],
+            [role for role, w in zip(self.outputs, wanted, strict=True) if w is not False],
+        )
+
+    def _abstract_eval(
+        self,
+        *avals: Any,
+        setup: Setup,
+        given: tuple[bool, ...],
+        wanted: tuple[Wanted, ...],
+    ) -> list[Any]:
+        rank = setup.config[0]
+        inputs, outputs = self._roles(given, wanted)
+        for role, aval in zip(inputs, avals, strict=True):
+            if not all(isinstance(length, int) for length in aval.shape):
+                raise ValueError(
+                    f"{role.name}: got shape {aval.shape}; must be numbers when a function is "
+                    "traced. Export one program for each shape"
+                )
+        results, _ = self._plan(avals, setup, given, wanted)
+        split = split_of_types(inputs, avals, rank)
+        first = avals[0]
+        return [
+            first.update(  # a type holds more than what is replaced here
+                shape=shape,
+                dtype=jnp.dtype(dtype),
+                weak_type=False,
+                sharding=NamedSharding(first.sharding.mesh, spec_of(role, split, rank)),
+            )
+            for role, (shape, dtype) in zip(outputs, results, strict=True)
+        ]
 
     def _lower(
         self,
@@ -102,23 +139,33 @@ class Operation:
         setup: Setup,
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
-    ) -> Sequence[Any]:
-        _, workspace = self._plan(ctx.avals_in, setup, given, wanted)
-        results = list(ctx.avals_out)
-        if workspace:
-            results.append(_aval(ctx.avals_in[0], (workspace,), "uint8"))
-        lower = jax.ffi.ffi_lowering(_ffi.TARGET)
-        return lower(
-            ctx.replace(avals_out=results),
-            *operands,
-            op=self.name,
-            config=np.array(setup.config, np.int64),
-            scale=np.float64(setup.scale or 0.0),
-            backend=setup.backend,
-            inputs=_bits(given),
-            outputs=_bits(w is not False for w in wanted),
-            has_workspace=np.bool_(workspace > 0),
-        )[: len(ctx.avals_out)]
+    ) -> Any:
+        def run(arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> Sequence[Any]:
+            """The call on the shards that one device has, for results of these shapes."""
+            rest = iter(shapes)
+            sizes = [w is not False and next(rest) for w in wanted]
+            asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
+            results, workspace = self._plan(arrays, setup, given, tuple(asked))
+            if workspace:
+                results.append(((workspace,), "uint8"))
+            call = jax.ffi.ffi_call(
+                _ffi.TARGET, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
+            )
+            return call(
+                *arrays,
+                op=self.name,
+                config=np.array(setup.config, np.int64),
+                scale=np.float64(setup.scale or 0.0),
+                backend=setup.backend,
+                inputs=_bits(given),
+                outputs=_bits(w is not False for w in wanted),
+                has_workspace=np.bool_(workspace > 0),
+            )[: len(shapes)]
+
+        shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
+        roles = self._roles(given, wanted)
+        function = partitionable(run, *roles, shapes, setup.config[0], ctx)
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
 
     def _batch(
         self,
@@ -131,51 +178,28 @@ class Operation:
     ) -> tuple[list[jax.Array], list[int]]:
         """vmap: folds the mapped axis into the batch or the heads (`fold_dims`)."""
         rank = setup.config[0]
-        size = next(
-            x.shape[axis] for x, axis in zip(arrays, mapped_axes, strict=True) if axis is not None
-        )
+        inputs, outputs = self._roles(given, wanted)
+        tensors = list(zip(inputs, arrays, mapped_axes, strict=True))
+        size = next(x.shape[axis] for _, x, axis in tensors if axis is not None)
         if size == 0:  # no example to fold: what one would return says the shapes
             examples = [
                 jax.ShapeDtypeStruct(x.shape if axis is None else _without(x.shape, axis), x.dtype)
-                for x, axis in zip(arrays, mapped_axes, strict=True)
+                for _, x, axis in tensors
             ]
             results, _ = self._plan(examples, setup, given, wanted)
             return [jnp.zeros((0, *shape), dtype) for shape, dtype in results], [0] * len(results)
-        inputs = [role for role, g in zip(self.inputs, given, strict=True) if g]
-        dims = fold_dims(
-            (r for r, axis in zip(inputs, mapped_axes, strict=True) if axis is not None),
-            (r for r, w in zip(self.outputs, wanted, strict=True) if w is not False),
-        )
-        folded = []
-        for role, x, mapped in zip(inputs, arrays, mapped_axes, strict=True):
-            axis = role.axis_of(dims, rank)
-            if axis is None:  # a bias that all examples share
-                folded.append(x)
-                continue
-            if mapped is None:
-                x = jnp.expand_dims(x, axis)
-                x = jnp.broadcast_to(x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
-            else:
-                x = jnp.moveaxis(x, mapped, axis)
-            shape = x.shape
-            folded.append(x.reshape(*shape[:axis], size * shape[axis + 1], *shape[axis + 2 :]))
-        folded_wanted = list(wanted)
-        axes = []
-        for i, (role, w) in enumerate(zip(self.outputs, wanted, strict=True)):
-            if w is False:
-                continue
-            axis = role.axis_of(dims, rank)
-            assert axis is not None, "a wanted gradient of a bias folds into the heads"
-            axes.append(axis)
-            if w is not True:
-                folded_wanted[i] = (*w[:axis], size * w[axis], *w[axis + 1 :])
+        fold = Fold.of(tensors, outputs, rank)
         results = self.primitive.bind(
-            *folded, setup=setup, given=given, wanted=tuple(folded_wanted)
+            *(fold.fold(role, x, axis) for role, x, axis in tensors),
+            setup=setup,
+            given=given,
+            wanted=tuple(
+                fold.shape(role, w) if isinstance(w, tuple) else w
+                for role, w in zip(self.outputs, wanted, strict=True)
+            ),
         )
-        return [
-            x.reshape(*x.shape[:axis], size, x.shape[axis] // size, *x.shape[axis + 1 :])
-            for x, axis in zip(results, axes, strict=True)
-        ], axes
+        unfolded = [fold.unfold(role, x) for role, x in zip(outputs, results, strict=True)]
+        return [x for x, _ in unfolded], [axis for _, axis in unfolded]
 
     def _drop_unused(self, used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
         """Dead code elimination: computes only the gradients that something uses."""
@@ -194,11 +218,6 @@ class Operation:
             outvars=[v for i, v in zip(present, eqn.outvars, strict=True) if i in kept],
         )
         return [True] * len(eqn.invars), smaller
-
-
-def _aval(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """The type of a result, made from an operand's, which holds more than shape and dtype."""
-    return like.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False)
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -1,0 +1,274 @@
+"""How a call is split over devices: by batch and by heads, and by nothing else.
+
+Which dimensions these are, the letters of `Role.dims` say. An array that is split otherwise is
+gathered first, or refused where its type holds the sharding (meshes with explicit axes).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import numpy as np
+from jax._src import dispatch
+from jax.experimental.custom_partitioning import (
+    ArrayMapping,
+    CompoundFactor,
+    SdyShardingRule,
+    custom_partitioning,
+)
+from jax.interpreters import mlir
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from natten._roles import GRIDS, Role
+
+Axes: TypeAlias = tuple[str, ...]  # of a mesh
+# Computes a call on shards; the shapes are those of the shards of its results, by output.
+Run: TypeAlias = Callable[[Sequence[Any], Sequence[tuple[int, ...]]], Sequence[Any]]
+
+# The axes over which each of the dimensions B, H and G of a call is split (`Role.dims`).
+Split: TypeAlias = Mapping[str, Axes]
+
+
+def _axes(entry: Any) -> Axes:
+    """An entry of a PartitionSpec as a tuple."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
+
+
+def _entry(axes: Axes) -> Any:
+    """The inverse of `_axes`."""
+    return None if not axes else axes[0] if len(axes) == 1 else axes
+
+
+def spec_of(role: Role, split: Split, rank: int) -> PartitionSpec:
+    """How one tensor of a call is split."""
+    entries: list[Any] = []
+    for dim in role.dims:
+        entries += [None] * rank if dim in GRIDS else [_entry(split.get(dim, ()))]
+    return PartitionSpec(*entries)
+
+
+def _heads(
+    roles: Sequence[Role], shapes: Sequence[Sequence[int]], rank: int
+) -> tuple[int, int, bool]:
+    """(heads, heads that share a key-value head, whether all do, so that each device needs it)."""
+    sizes = {
+        dim: shape[axis]
+        for role, shape in zip(roles, shapes, strict=True)
+        for dim in "HG"
+        if (axis := role.axis_of(dim, rank)) is not None
+    }
+    heads = sizes["H"]
+    key_heads = sizes.get("G", heads)
+    return heads, heads // key_heads, key_heads == 1 < heads
+
+
+def asks_for_devices(primitive: Any) -> None:
+    """JAX tells the lowering of a primitive the devices and their mesh only if asked to, which is
+    not public."""
+    dispatch.prim_requires_devices_during_lowering.add(primitive)
+
+
+def vary_alike(tensors: Sequence[jax.Array | None]) -> tuple[jax.Array | None, ...]:
+    """Inside `shard_map`: arrays that are the same on all shards become ones that may vary, as
+    others do, so that their gradients are summed over shards."""
+    varying = [_varying_axes(x) for x in tensors]
+    union = frozenset().union(*varying)
+    return tuple(
+        x if x is None or v == union else _made_varying(x, tuple(sorted(union - v)))
+        for x, v in zip(tensors, varying, strict=True)
+    )
+
+
+def _varying_axes(x: jax.Array | None) -> frozenset[str]:
+    if x is None:
+        return frozenset()
+    aval: Any = jax.typeof(x)
+    return aval.vma if hasattr(aval, "vma") else aval.mat.varying  # JAX renamed it
+
+
+def _made_varying(x: jax.Array, axes: Axes) -> jax.Array:
+    if hasattr(jax.lax, "pcast"):
+        return jax.lax.pcast(x, axes, to="varying")
+    return jax.lax.pvary(x, axes)  # type: ignore[attr-defined]  # in older versions of JAX
+
+
+def split_of_types(roles: Sequence[Role], avals: Sequence[Any], rank: int) -> Split:
+    """The split that the types of the inputs hold; none but where a mesh has explicit axes.
+
+    Raises ValueError where an input is not split alike, or by more than batch and heads.
+    """
+    specs = [aval.sharding.spec for aval in avals]
+
+    def first(dim: str) -> Axes:
+        """As the first input that has the dimension is split."""
+        for role, spec in zip(roles, specs, strict=True):
+            if (axis := role.axis_of(dim, rank)) is not None:
+                return _axes(spec[axis])
+        return ()
+
+    split = _split(first("B"), first("H"), roles, [aval.shape for aval in avals], rank)
+    for role, spec in zip(roles, specs, strict=True):
+        if tuple(spec) != tuple(spec_of(role, split, rank)):
+            raise ValueError(
+                f"{role.name}: got sharding {spec}; must be {spec_of(role, split, rank)}. Only "
+                "batch and heads can be split, and alike in all arrays; use jax.sharding.reshard "
+                "first"
+            )
+    return split
+
+
+def _split(
+    batch: Axes, heads: Axes, roles: Sequence[Role], shapes: Sequence[Sequence[int]], rank: int
+) -> Split:
+    *_, is_shared = _heads(roles, shapes, rank)
+    return {"B": batch, "H": heads, "G": () if is_shared else heads}
+
+
+def _split_of_shards(
+    mesh: Mapping[str, int], roles: Sequence[Role], tensors: Sequence[Any], rank: int
+) -> Split:
+    """The split that keeps the most of how tensors (shapes with shardings) are split."""
+    shapes = [x.shape for x in tensors]
+    heads, group, is_shared = _heads(roles, shapes, rank)
+
+    def most(dims: str, size: int | None, taken: Axes) -> Axes:
+        candidates = [
+            _dividing(mesh, size or x.shape[axis], _axes(x.sharding.spec[axis]), taken)
+            for role, x in zip(roles, tensors, strict=True)
+            if (axis := role.axis_of(dims, rank)) is not None
+        ]
+        return max(candidates, key=lambda axes: math.prod(mesh[a] for a in axes), default=())
+
+    batch = most("B", None, ())
+    # Heads stay with the key-value head that they share, unless all share one.
+    by_heads = most("H", heads, batch) if is_shared else most("HG", heads // group, batch)
+    return _split(batch, by_heads, roles, shapes, rank)
+
+
+def _dividing(mesh: Mapping[str, int], size: int, axes: Axes, taken: Axes) -> Axes:
+    """As many of the first axes as are not taken and divide a size into equal parts."""
+    kept: Axes = ()
+    for axis in axes:
+        size, rest = divmod(size, mesh[axis])
+        if rest or axis in taken:
+            break
+        kept += (axis,)
+    return kept
+
+
+def _sharding_rule(
+    roles: Sequence[Role], shapes: Sequence[Sequence[int]], rank: int, inputs: int
+) -> SdyShardingRule:
+    """The same for the partitioner Shardy: tensors share the factors that batch and heads have,
+    and no other."""
+    _, group, is_shared = _heads(roles, shapes, rank)
+    shared: dict[str, Any] = {"B": "batch", "H": "heads"}
+    sizes: dict[str, Any] = {}
+    if not is_shared:
+        shared["G"] = "heads"
+        if group > 1:
+            shared["H"] = CompoundFactor("heads", "group")
+            sizes["group"] = group
+    mappings = []
+    for i, role in enumerate(roles):
+        factors = []
+        for dim in role.dims:
+            count = rank if dim in GRIDS else 1
+            factors += [shared.get(dim) or f"{dim.lower()}{i}x{j}" for j in range(count)]
+        mappings.append(ArrayMapping(*factors))
+    return SdyShardingRule(tuple(mappings[:inputs]), tuple(mappings[inputs:]), **sizes)
+
+
+def partitionable(
+    run: Run,
+    inputs: Sequence[Role],
+    outputs: Sequence[Role],
+    shapes: Sequence[tuple[int, ...]],
+    rank: int,
+    context: mlir.LoweringRuleContext,
+) -> Callable[..., Sequence[Any]]:
+    """A function of arrays that XLA splits over devices. `shapes`: of inputs and outputs."""
+    roles = (*inputs, *outputs)
+    output_shapes = shapes[len(inputs) :]
+
+    def whole(*arrays: Any) -> Sequence[Any]:
+        return run(arrays, output_shapes)
+
+    if _is_inside_shard_map(context):
+        return whole
+
+    def infer(mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
+        mesh, args, _ = _with_names(mesh, args, ())
+        split = _split_of_shards(mesh.shape, inputs, args, rank)
+        return [NamedSharding(mesh, spec_of(role, split, rank)) for role in outputs]
+
+    def partition(mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> Any:
+        mesh, args, results = _with_names(mesh, args, results)
+        split = _split_of_shards(mesh.shape, roles, (*args, *results), rank)
+        shardings = [NamedSharding(mesh, spec_of(role, split, rank)) for role in roles]
+        of_results = shardings[len(inputs) :]
+        shards = [s.shard_shape(x) for s, x in zip(of_results, output_shapes, strict=True)]
+
+        def of_shards(*arrays: Any) -> Sequence[Any]:
+            computed = zip(outputs, run(arrays, shards), strict=True)
+            return [_summed(x, _missing(role, split)) for role, x in computed]
+
+        return mesh, of_shards, of_results, tuple(shardings[: len(inputs)])
+
+    function = custom_partitioning(whole)
+    rule = _sharding_rule(roles, shapes, rank, len(inputs))
+    function.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
+    return function
+
+
+def _missing(role: Role, split: Split) -> Axes:
+    """The axes over which a call is split, but not this output of it: a bias has no batch, and all
+    heads may share one key-value head. Each device has a part of the sum that its gradient is."""
+    there = {axis for dim in role.dims for axis in split.get(dim, ())}
+    return tuple(axis for dim in "BH" for axis in split[dim] if axis not in there)
+
+
+def _summed(x: Any, axes: Axes) -> Any:
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def _is_inside_shard_map(context: mlir.LoweringRuleContext) -> bool:
+    """Whether arrays are split already.
+
+    JAX cannot tell how those axes of a mesh split them that shard_map was told to leave alone. Over
+    these XLA gathers; its older partitioner would end the process instead.
+    """
+    axis_context: Any = context.module_context.axis_context
+    manual = set(getattr(axis_context, "manual_axes", ()))
+    if (
+        manual
+        and manual != set(axis_context.mesh.axis_names)
+        and not getattr(jax.config, "jax_use_shardy_partitioner", True)
+    ):
+        raise NotImplementedError(
+            f"jax.shard_map: got axis_names={manual} of a mesh with {axis_context.mesh.axis_names};"
+            " must be all of them, unless the partitioner is Shardy: "
+            'jax.config.update("jax_use_shardy_partitioner", True)'
+        )
+    return bool(manual)
+
+
+def _with_names(mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> Any:
+    """Where JAX knows no mesh, shardings have no names, and everything is gathered."""
+    if not mesh.empty:
+        return mesh, args, results
+    devices = sorted(args[0].sharding.device_set, key=lambda device: device.id)
+    mesh = Mesh(np.array(devices), ("device",))
+
+    def unsplit(tensors: Sequence[Any]) -> list[Any]:
+        return [
+            jax.ShapeDtypeStruct(
+                x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*[None] * x.ndim))
+            )
+            for x in tensors
+        ]
+
+    return mesh, unsplit(args), unsplit(results)
