@@ -1,39 +1,50 @@
-"""What the benchmarks time: cases, their tensors and passes, and our attention.
+"""What the benchmarks time: cases and passes, and what all of them report.
 
-Nothing here is imported from natten but inside `ours`, so that compare.py, which chooses builds for
-its workers, needs none for itself. The definition of the neighborhood is written out once more, for
-other ways to compute it; they are checked against ours before they are timed.
+Neither PyTorch nor JAX nor natten is imported here: a benchmark of one framework runs without the
+other, whose threads would disturb it. The definition of the neighborhood is written out once more,
+for other ways to compute it, on the integer arrays of any framework; those ways are checked against
+ours before they are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import math
+import operator
+import platform
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor
+import numpy as np
 
-Attention = Callable[..., Tensor]  # query, key, value[, bias] -> output, all heads-last
+Array: TypeAlias = Any  # of numpy, PyTorch or JAX
+Row = dict[str, Any]
 
 PASSES = {"forward": 1.0, "forward+backward": 3.5}  # and what each counts of `Case.flops`
 
+MAX_BYTES = 4e9  # of what a way needs only because it is not written for neighborhoods
+
+# By how much a way may differ from ours, as norm of the difference to norm of the result.
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+
 
 def window(
-    token: Tensor, length: int, kernel: int, stride: int, dilation: int, is_causal: bool
-) -> tuple[Tensor, Tensor]:
+    token: Array, length: int, kernel: int, stride: int, dilation: int, is_causal: bool
+) -> tuple[Array, Array]:
     """Begin and end of what tokens of an axis see, as positions in their dilation groups."""
     position = token // dilation
     size = (length - token % dilation + dilation - 1) // dilation
     first = position // stride * stride
     if is_causal:
-        leader = torch.minimum(first + stride - 1, size - 1)
-        return (leader - kernel + 1).clamp(min=0), position + 1
-    leader = torch.minimum(first + stride // 2, size - 1)
-    begin = torch.minimum((leader - kernel // 2).clamp(min=0), size - kernel)
+        leader = (first + stride - 1).clip(max=size - 1)
+        return (leader - kernel + 1).clip(min=0), position + 1
+    leader = (first + stride // 2).clip(max=size - 1)
+    begin = (leader - kernel // 2).clip(min=0).clip(max=size - kernel)
     return begin, begin + kernel
 
 
@@ -55,15 +66,23 @@ class Case:
         return math.prod(self.grid)
 
     @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of query, key, value and, where the case has it, the relative position bias; and of a
+        gradient of the output."""
+        heads_last = (self.batch, *self.grid, self.heads, self.head_dim)
+        bias = [(self.heads, *(2 * k - 1 for k in self.kernel))] if self.has_bias else []
+        return [heads_last] * 3 + bias + [heads_last]
+
+    @property
     def flops(self) -> float:
         """Of the forward pass, for the pairs of tokens that are in a neighborhood."""
         pairs = 1
         for axis, length in enumerate(self.grid):
-            begin, end = self.window(axis, torch.arange(length))
+            begin, end = self.window(axis, np.arange(length))
             pairs *= int((end - begin).sum())
         return 4 * self.batch * self.heads * pairs * self.head_dim
 
-    def window(self, axis: int, token: Tensor) -> tuple[Tensor, Tensor]:
+    def window(self, axis: int, token: Array) -> tuple[Array, Array]:
         return window(
             token, self.grid[axis], self.kernel[axis], self.stride, self.dilation, self.is_causal
         )
@@ -84,44 +103,88 @@ CASES = [
 ]
 
 
-def tensors_of(case: Case, dtype: str) -> tuple[list[Tensor], Tensor]:
-    """Query, key, value and, where the case has it, the relative position bias; and a gradient of
-    the output. The same numbers every time."""
-    torch.manual_seed(0)
-    shapes = [(case.batch, *case.grid, case.heads, case.head_dim)] * 4
-    if case.has_bias:
-        shapes.insert(3, (case.heads, *(2 * k - 1 for k in case.kernel)))
-    *inputs, gradient = (torch.randn(shape, dtype=getattr(torch, dtype)) for shape in shapes)
-    return [x.requires_grad_() for x in inputs], gradient
+def coordinates(case: Case, *tokens: Array) -> Iterator[tuple[int, list[Array]]]:
+    """Each axis, the last one first, and where on it tokens numbered in row-major order are."""
+    for axis, length in reversed(list(enumerate(case.grid))):
+        yield axis, [token % length for token in tokens]
+        tokens = tuple(token // length for token in tokens)
 
 
-def ours(case: Case, backend: str | None = None) -> Attention:
-    import natten.functional as F
-
-    function = getattr(F, f"na{len(case.grid)}d")
-
-    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        return function(
-            query, key, value, case.kernel, case.dilation, case.is_causal, bias,
-            stride=case.stride, backend=backend,
-        )  # fmt: skip
-
-    return run
+def sees(case: Case, query: Array, key: Array) -> Array:
+    """Whether tokens see others."""
+    conditions = []
+    for axis, (i, j) in coordinates(case, query, key):
+        begin, end = case.window(axis, i)
+        position = j // case.dilation
+        conditions += [position >= begin, position < end]
+        if case.dilation > 1:
+            conditions.append(i % case.dilation == j % case.dilation)
+    return functools.reduce(operator.and_, conditions)
 
 
-def call_of(
-    run: Attention, inputs: Sequence[Tensor], gradient: Tensor, pass_name: str
-) -> Callable[[], tuple[Tensor, ...]]:
-    """A pass as a function without arguments that returns its results."""
-    if pass_name == "forward":
-        return lambda: (run(*inputs),)
-    return lambda: torch.autograd.grad(run(*inputs), inputs, gradient)
+def bias_index(case: Case, query: Array, key: Array) -> Array:
+    """The place of pairs of tokens among the biases of a head; any place where they are apart."""
+    index, size = 0, 1
+    for axis, (i, j) in coordinates(case, query, key):
+        reach = case.kernel[axis] - 1
+        distance = (j // case.dilation - i // case.dilation).clip(-reach, reach)
+        index = index + (distance + reach) * size
+        size *= 2 * reach + 1
+    return index
+
+
+class Skip(Exception):
+    """A way cannot compute a case."""
+
+
+class Wrong(Skip):
+    """A way computed something else."""
+
+
+def check(results: Sequence[np.ndarray], references: Sequence[np.ndarray], dtype: str) -> None:
+    """Raises `Wrong`. The arrays are float64, made from results of type `dtype`."""
+    for result, reference in zip(results, references, strict=True):
+        if result.shape != reference.shape:
+            raise Wrong(f"WRONG: shape {list(result.shape)}; ours is {list(reference.shape)}")
+        difference = np.linalg.norm(result - reference) / np.linalg.norm(reference)
+        if not difference < TOLERANCES[dtype]:
+            raise Wrong(f"WRONG: differs from ours by {difference:.1e}")
 
 
 def seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
+
+
+def medians(flops: float, times: Sequence[float], ratios: Sequence[float]) -> Row:
+    """What is reported of a way."""
+    return {
+        "milliseconds": round(1e3 * statistics.median(times), 3),
+        "gflops": round(flops / statistics.median(times) / 1e9, 2),
+        "ratio": round(statistics.median(ratios), 4),
+    }
+
+
+def show(row: Row) -> None:
+    head = f"{row['case']:17} {row['dtype']:8} {row['way']:9}"
+    if "skipped" in row:
+        print(f"{head} {row.get('pass', ''):16} skipped: {row['skipped']}", flush=True)
+    else:
+        print(
+            f"{head} {row['pass']:16} {row['milliseconds']:9.2f} ms "
+            f"{row['gflops']:7.1f} GFLOP/s ({row['ratio']:.3f})",
+            flush=True,
+        )
+
+
+def processor() -> str:
+    models = [
+        line.partition(":")[2].strip()
+        for line in Path("/proc/cpuinfo").read_text().splitlines()
+        if line.startswith("model name")
+    ]
+    return models[0] if models else platform.machine()
 
 
 def parser_of(doc: str | None) -> argparse.ArgumentParser:

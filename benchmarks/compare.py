@@ -20,7 +20,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from cases import PASSES, Case, call_of, case_named, ours, parser_of, seconds, tensors_of
+from cases import PASSES, Case, case_named, parser_of, seconds
+from tensors import call_of, ours, tensors_of
 
 
 def prepare(folder: str, variables: dict[str, str]) -> None:

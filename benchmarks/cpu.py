@@ -31,29 +31,32 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import platform
-import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
+import cases
 import torch
-from cases import PASSES, Case, call_of, case_named, ours, parser_of, seconds, tensors_of
-from ways import WAYS, Skip, Wrong, check
-
-Row = dict[str, Any]
+from cases import (
+    PASSES,
+    Case,
+    Row,
+    Skip,
+    Wrong,
+    case_named,
+    medians,
+    parser_of,
+    processor,
+    seconds,
+)
+from tensors import call_of, ours, tensors_of
+from ways import WAYS, check
 
 PICTURE = Path(__file__).parent.parent / "docs" / "images" / "performance.png"
 
 
 def machine() -> Row:
-    models = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
     return {
-        "cpu": models[0] if models else platform.machine(),
+        "cpu": processor(),
         "cpu_capability_of_torch": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -85,15 +88,7 @@ def time_case(case: Case, dtype: str, ways: list[str], repeats: int) -> list[Row
                 ratios = [
                     flops / (2 * 2048**3) * p / t for p, t in zip(products, times, strict=True)
                 ]
-                rows.append(
-                    {
-                        **head,
-                        "pass": name,
-                        "milliseconds": round(1e3 * statistics.median(times), 3),
-                        "gflops": round(flops / statistics.median(times) / 1e9, 2),
-                        "ratio": round(statistics.median(ratios), 4),
-                    }
-                )
+                rows.append({**head, "pass": name, **medians(flops, times, ratios)})
                 show(rows[-1])
         except Skip as reason:
             rows.append({**head, "skipped": str(reason), "wrong": isinstance(reason, Wrong)})
@@ -148,16 +143,10 @@ def measure_memory(case: Case, dtype: str) -> list[Row]:
 
 
 def show(row: Row) -> None:
-    head = f"{row['case']:17} {row['dtype']:8}"
-    if "skipped" in row:
-        print(f"{head} {row['way']:9} skipped: {row['skipped']}", flush=True)
-    elif "way" in row:
-        print(
-            f"{head} {row['way']:9} {row['pass']:16} {row['milliseconds']:9.2f} ms "
-            f"{row['gflops']:7.1f} GFLOP/s ({row['ratio']:.3f})",
-            flush=True,
-        )
+    if "way" in row:
+        cases.show(row)
     else:
+        head = f"{row['case']:17} {row['dtype']:8}"
         needed, peak, excess = (
             row[name] / 2**20 for name in ("needed_bytes", "peak_bytes", "excess_bytes_per_thread")
         )

@@ -5,14 +5,14 @@ PyTorch's attention wants heads first: the transposes are part of each call, and
 
 from __future__ import annotations
 
-import functools
 import math
-import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import cases
 import torch
-from cases import PASSES, Attention, Case, ours, tensors_of
+from cases import MAX_BYTES, PASSES, Case, Skip, bias_index, sees
+from tensors import Attention, ours, tensors_of
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -21,28 +21,11 @@ import natten.functional as F
 
 Inputs = Sequence[Tensor]
 
-MAX_BYTES = 4e9  # of what a way needs only because it is not written for neighborhoods
-
-# By how much a way may differ from ours, as norm of the difference to norm of the result.
-TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
-
-
-class Skip(Exception):
-    """A way cannot compute a case."""
-
-
-class Wrong(Skip):
-    """A way computed something else."""
-
 
 def check(results: Inputs, references: Inputs) -> None:
-    for result, reference in zip(results, references, strict=True):
-        if result.shape != reference.shape:
-            raise Wrong(f"WRONG: shape {list(result.shape)}; ours is {list(reference.shape)}")
-        wide = reference.detach().double()
-        difference = float((result.detach() - wide).norm() / wide.norm())
-        if not difference < TOLERANCES[str(reference.dtype).removeprefix("torch.")]:
-            raise Wrong(f"WRONG: differs from ours by {difference:.1e}")
+    dtype = str(references[0].dtype).removeprefix("torch.")
+    wide = ([x.detach().double().numpy() for x in xs] for xs in (results, references))
+    cases.check(*wide, dtype)
 
 
 def heads_first(*tensors: Tensor) -> list[Tensor]:
@@ -51,36 +34,6 @@ def heads_first(*tensors: Tensor) -> list[Tensor]:
 
 def heads_last(case: Case, x: Tensor) -> Tensor:
     return x.transpose(1, 2).unflatten(1, case.grid)
-
-
-def coordinates(case: Case, *tokens: Tensor) -> Iterator[tuple[int, list[Tensor]]]:
-    """Each axis, the last one first, and where on it tokens numbered in row-major order are."""
-    for axis, length in reversed(list(enumerate(case.grid))):
-        yield axis, [token % length for token in tokens]
-        tokens = tuple(token // length for token in tokens)
-
-
-def sees(case: Case, query: Tensor, key: Tensor) -> Tensor:
-    """Whether tokens see others."""
-    conditions = []
-    for axis, (i, j) in coordinates(case, query, key):
-        begin, end = case.window(axis, i)
-        position = j // case.dilation
-        conditions += [position >= begin, position < end]
-        if case.dilation > 1:
-            conditions.append(i % case.dilation == j % case.dilation)
-    return functools.reduce(operator.and_, conditions)
-
-
-def bias_index(case: Case, query: Tensor, key: Tensor) -> Tensor:
-    """The place of pairs of tokens among the biases of a head; any place where they are apart."""
-    index, size = torch.zeros_like(query), 1
-    for axis, (i, j) in coordinates(case, query, key):
-        reach = case.kernel[axis] - 1
-        distance = (j // case.dilation - i // case.dilation).clamp(-reach, reach)
-        index = index + (distance + reach) * size
-        size *= 2 * reach + 1
-    return index
 
 
 def gather(case: Case, inputs: Inputs) -> Attention:

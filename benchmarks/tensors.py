@@ -1,0 +1,45 @@
+"""The cases in PyTorch: their tensors and passes, and our attention.
+
+Nothing here is imported from natten but inside `ours`, so that compare.py, which chooses builds for
+its workers, needs none for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from cases import Case
+from torch import Tensor
+
+Attention = Callable[..., Tensor]  # query, key, value[, bias] -> output, all heads-last
+
+
+def tensors_of(case: Case, dtype: str) -> tuple[list[Tensor], Tensor]:
+    """The inputs and a gradient of the output, by `Case.shapes`. The same numbers every time."""
+    torch.manual_seed(0)
+    *inputs, gradient = (torch.randn(shape, dtype=getattr(torch, dtype)) for shape in case.shapes)
+    return [x.requires_grad_() for x in inputs], gradient
+
+
+def ours(case: Case, backend: str | None = None) -> Attention:
+    import natten.functional as F
+
+    function = getattr(F, f"na{len(case.grid)}d")
+
+    def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+        return function(
+            query, key, value, case.kernel, case.dilation, case.is_causal, bias,
+            stride=case.stride, backend=backend,
+        )  # fmt: skip
+
+    return run
+
+
+def call_of(
+    run: Attention, inputs: Sequence[Tensor], gradient: Tensor, pass_name: str
+) -> Callable[[], tuple[Tensor, ...]]:
+    """A pass as a function without arguments that returns its results."""
+    if pass_name == "forward":
+        return lambda: (run(*inputs),)
+    return lambda: torch.autograd.grad(run(*inputs), inputs, gradient)
