@@ -107,7 +107,17 @@ void run_phase(const std::vector<const Phase*>& phases, Executor& executor) {
   region->wait();
 }
 
+class CallingThread final : public Executor {
+  int concurrency() const override { return 1; }
+  void schedule(std::function<void()> task) override { task(); }
+};
+
 }  // namespace
+
+Executor& calling_thread() {
+  static CallingThread executor;
+  return executor;
+}
 
 void run_phases(const std::vector<std::vector<Phase>>& jobs, Executor* executor) {
   Executor& used = executor ? *executor : default_executor();

@@ -15,6 +15,9 @@ struct Phase {
   std::function<void(std::int64_t begin, std::int64_t end)> body;
 };
 
+/// Has no thread but that of the caller.
+Executor& calling_thread();
+
 /// Runs phase 0 of all jobs in one parallel region, then phase 1 of all jobs, and so on.
 /// Kernels run with the default floating-point environment, whatever the caller's is.
 void run_phases(const std::vector<std::vector<Phase>>& jobs, Executor* executor);

@@ -34,6 +34,8 @@ constexpr std::int64_t kItemsPerThread = 2;  // at least, to even out threads th
 // Partial sums are cut for so many threads, whatever there are: how they are cut shows in the
 // result.
 constexpr int kThreadsOfPartialSums = 16;
+// Multiply-adds, below which waking other threads takes longer than they save: some 30 us of work.
+constexpr double kLeastSharedWork = 1 << 19;
 constexpr std::int64_t kMostWeights = 4096;  // per row, of the unfused operations
 constexpr std::int64_t kSpareBias = 64;  // elements around a table of biases that vectors may touch
 
@@ -1104,14 +1106,26 @@ std::size_t workspace_bytes(const Problem& p) {
   });
 }
 
+/// Multiply-adds of a call, roughly.
+double work(const Problem& p) {
+  const double pairs = static_cast<double>(p.batch * p.heads * p.queries()) *
+                       static_cast<double>(p.slots());
+  const auto dims = static_cast<double>(std::max<std::int64_t>(p.head_dim + p.value_dim, 1));
+  return (p.op == Op::attention_backward ? 2.5 : 1.0) * pairs * dims;
+}
+
 void run(const std::vector<Job>& jobs, const Context& context) {
-  const Executor& executor = context.executor ? *context.executor : default_executor();
+  double total = 0;
+  for (const Job& job : jobs) total += work(job.problem);
+  Executor& executor = total < kLeastSharedWork ? calling_thread()
+                       : context.executor       ? *context.executor
+                                                : default_executor();
   std::vector<std::vector<Phase>> phases;
   for (const Job& job : jobs)
     phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
       return phases_of<typename decltype(type)::type>(job, executor.concurrency());
     }));
-  run_phases(phases, context.executor);
+  run_phases(phases, &executor);
 }
 
 }  // namespace
