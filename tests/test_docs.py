@@ -18,7 +18,7 @@ def test_examples_run(page, monkeypatch, tmp_path):
     examples = FENCE.findall(page.read_text())
     if not examples:
         pytest.skip("no Python examples on this page")
-    needed = set(re.findall(r"\b(torch|jax|flax|fvcore)\b", "".join(examples)))
+    needed = set(re.findall(r"\b(torch|jax|flax|optax|fvcore)\b", "".join(examples)))
     for framework in sorted(needed):
         if importlib.util.find_spec(framework) is None:
             pytest.skip(f"needs {framework}")

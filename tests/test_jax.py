@@ -37,6 +37,7 @@ from jax_cases import (  # noqa: E402
 )
 
 import natten.jax as nj  # noqa: E402
+from natten._args import make_config  # noqa: E402
 
 # Transformations.
 
@@ -337,8 +338,8 @@ def test_merge_attentions_types_and_refusals():
     merged, merged_lse = nj.merge_attentions([output, output], [lse, lse])
     assert merged.dtype == jnp.bfloat16 and merged_lse.dtype == jnp.float32
     for outputs, lses, error, name in (
-        ([], [], ValueError, "lse_tensors"),
-        ([output], [lse, lse], ValueError, "lse_tensors"),
+        ([], [], ValueError, "outputs, lse_tensors"),
+        ([output], [lse, lse], ValueError, "outputs, lse_tensors"),
         ([output, output[:, :4]], [lse, lse], ValueError, "outputs"),
         ([output], [lse[..., None]], ValueError, "lse_tensors"),
         ([output, output.astype("float32")], [lse, lse], TypeError, "outputs"),
@@ -522,3 +523,49 @@ def test_imports_load_no_other_framework(package, absent):
     program = f"import sys, {package}; print([m for m in {absent} if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def call_handler(*arrays, result=(1, 5, 2, 4), **changed):
+    """The custom call itself, by which a program that somebody edited may call it."""
+    attributes = {
+        "op": "attention_forward",
+        "config": np.array(make_config(1, 3), np.int64),
+        "scale": np.float64(0),
+        "backend": "",
+        "inputs": np.int64(0b111),
+        "outputs": np.int64(1),
+        "has_workspace": np.bool_(False),
+    }
+    (target,) = nj.custom_call_targets()
+    call = jax.ffi.ffi_call(target, [jax.ShapeDtypeStruct(result, jnp.float32)])
+    (output,) = jax.block_until_ready(call(*arrays, **attributes | changed))
+    return output
+
+
+def test_the_handler_refuses_and_never_ends_the_process():
+    x = jnp.ones((1, 5, 2, 4), jnp.float32)
+    assert np.all(call_handler(x, x, x) == 1)
+    for changed, message in (
+        ({"op": "nothing"}, 'op: got "nothing"'),
+        ({"op": 1}, "Failed to decode"),
+        ({"op": "attention_backward"}, "logsumexp: missing"),
+        ({"config": np.array([7], np.int64)}, "config: malformed"),
+        ({"config": np.array([1, 9], np.int64)}, "config: malformed"),
+        ({"config": np.array([-1, 9], np.int64)}, "config: malformed"),
+        ({"config": np.array(make_config(1, 9), np.int64)}, "kernel_size: got"),
+        ({"backend": "no"}, 'backend: got "no"'),
+        ({"inputs": np.int64(0b1)}, "key: missing"),
+        ({"inputs": np.int64(0b1111)}, "out of range"),
+        ({"outputs": np.int64(0b11)}, "out of range"),
+        ({"has_workspace": np.bool_(True)}, "out of range"),
+        ({"result": (1, 5, 2, 3)}, "output: got shape"),
+    ):
+        with pytest.raises(Exception, match=f"INVALID_ARGUMENT.*{message}"):
+            call_handler(x, x, x, **changed)
+    for arrays, message in (
+        ((x, x), "out of range"),
+        ((x, x, x.astype(int)), "value: dtype must be"),
+        ((x, x, jnp.ones((1,) * 12, jnp.float32)), "value: too many dimensions"),
+    ):
+        with pytest.raises(Exception, match=f"INVALID_ARGUMENT.*{message}"):
+            call_handler(*arrays)

@@ -307,8 +307,8 @@ T = normal(1, 6, 2, 4)
         (lambda: na.attention(T, T[0], T), ValueError, "key: got 3 dimensions"),
         (lambda: na.attention(T, T[:, :0], T[:, :0]), ValueError, "with at least one key"),
         # Merging
-        (lambda: na.merge_attentions([], []), ValueError, "got 0 and 0 arrays"),
-        (lambda: na.merge_attentions([T, T], [T[..., 0]]), ValueError, "got 2 and 1 arrays"),
+        (lambda: na.merge_attentions([], []), ValueError, "got 0 and 0 tensors"),
+        (lambda: na.merge_attentions([T, T], [T[..., 0]]), ValueError, "got 2 and 1 tensors"),
         (lambda: na.merge_attentions([1.0], [1.0]), ValueError, r"outputs: got shape \[\]"),
         (lambda: na.merge_attentions([T, T[:, 1:]], [T[..., 0]] * 2), ValueError, "outputs: got s"),
         (lambda: na.merge_attentions([T], [T]), ValueError, "lse_tensors: got shape"),

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from torch import Tensor
 
 from digits import model_flax, model_torch
 from digits.config import Config
@@ -22,15 +21,15 @@ class Difference(NamedTuple):
 
 
 def compare(
-    config: Config, model: model_torch.Classifier, images: Tensor, logits: Tensor
+    config: Config, model: model_torch.Classifier, images: np.ndarray, logits: np.ndarray
 ) -> Difference:
     """Compares `logits`, which `model` gave for `images`, with those of its Flax counterpart."""
-    flax_model = model_flax.load(config, model.state_dict())
-    ours = logits.numpy()
-    theirs = np.asarray(nnx.jit(flax_model)(jnp.asarray(images.numpy())))
-    largest = float(np.abs(ours - theirs).max())
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    flax_model = model_flax.load(config, weights)
+    theirs = np.asarray(nnx.jit(lambda model, x: model(x))(flax_model, jnp.asarray(images)))
+    largest = float(np.abs(logits - theirs).max())
     return Difference(
         max_absolute=largest,
-        max_relative=largest / float(np.abs(ours).max()),
-        other_predictions=int((ours.argmax(-1) != theirs.argmax(-1)).sum()),
+        max_relative=largest / float(np.abs(logits).max()),
+        other_predictions=int((logits.argmax(-1) != theirs.argmax(-1)).sum()),
     )

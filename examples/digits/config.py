@@ -1,4 +1,4 @@
-"""The shape of the classifier, which its two implementations share."""
+"""The shape of the classifier and how it is trained, which its two implementations share."""
 
 from __future__ import annotations
 
@@ -17,3 +17,19 @@ class Config:
     kernel_size: int = 3
     dilations: tuple[int, ...] = (1, 2, 1)
     head_drop: float = 0.2
+
+
+@dataclass(frozen=True)
+class Training:
+    """AdamW; the rate rises linearly to its peak, then falls to 0 as half a cosine."""
+
+    epochs: int = 10
+    batch: int = 64
+    peak_rate: float = 3e-3
+    warmup: float = 0.05  # of all steps
+    weight_decay: float = 0.05
+    label_smoothing: float = 0.1
+    max_norm: float = 1.0  # of the gradient
+
+
+TRAINING = Training()

@@ -1,4 +1,4 @@
-"""The same classifier in Flax, with the weights of the PyTorch one."""
+"""The same classifier in Flax, to be trained or with the weights of the PyTorch one."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from torch import Tensor
 
 from digits.config import Config
 from natten.flax import NeighborhoodAttention2D, load_torch
@@ -39,32 +39,36 @@ class Block(nnx.Module):
 
 
 class Classifier(nnx.Module):
-    """As `digits.model_torch.Classifier`, without dropout: this one is not trained further."""
+    """As `digits.model_torch.Classifier`."""
 
     def __init__(self, config: Config, rngs: nnx.Rngs) -> None:
         self.stem = nnx.Conv(1, config.dim, kernel_size=(3, 3), rngs=rngs)
         self.blocks = nnx.Sequential(*(Block(config, d, rngs) for d in config.dilations))
         self.norm = nnx.LayerNorm(config.dim, epsilon=_EPSILON, rngs=rngs)
+        self.head_drop = nnx.Dropout(config.head_drop, rngs=rngs)
         self.head = nnx.Linear(config.size**2 * config.dim, config.classes, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         x = self.blocks(self.stem(images))
-        return self.head(self.norm(x).reshape(len(x), -1))
+        return self.head(self.head_drop(self.norm(x).reshape(len(x), -1)))
 
 
-def load(config: Config, state_dict: Mapping[str, Tensor]) -> Classifier:
-    """The Flax classifier with the weights of a PyTorch classifier of the same config."""
+def load(config: Config, state_dict: Mapping[str, np.ndarray]) -> Classifier:
+    """The Flax classifier with the weights of a PyTorch classifier of the same config.
+
+    It is in evaluation mode.
+    """
     model = Classifier(config, nnx.Rngs(0))
 
     def set_linear(layer: nnx.Linear | nnx.Conv, name: str) -> None:
-        weight = state_dict[f"{name}.weight"].numpy()
+        weight = state_dict[f"{name}.weight"]
         # [out, in] -> [in, out]; of a convolution [out, in, height, width] -> [height, ..., out]
         layer.kernel = nnx.Param(jnp.asarray(weight.transpose(*range(2, weight.ndim), 1, 0)))
-        layer.bias = nnx.Param(jnp.asarray(state_dict[f"{name}.bias"].numpy()))
+        layer.bias = nnx.Param(jnp.asarray(state_dict[f"{name}.bias"]))
 
     def set_norm(layer: nnx.LayerNorm, name: str) -> None:
-        layer.scale = nnx.Param(jnp.asarray(state_dict[f"{name}.weight"].numpy()))
-        layer.bias = nnx.Param(jnp.asarray(state_dict[f"{name}.bias"].numpy()))
+        layer.scale = nnx.Param(jnp.asarray(state_dict[f"{name}.weight"]))
+        layer.bias = nnx.Param(jnp.asarray(state_dict[f"{name}.bias"]))
 
     set_linear(model.stem, "stem")
     for i, block in enumerate(model.blocks.layers):
@@ -76,4 +80,5 @@ def load(config: Config, state_dict: Mapping[str, Tensor]) -> Classifier:
         set_linear(block.fc2, f"blocks.{i}.fc2")
     set_norm(model.norm, "norm")
     set_linear(model.head, "head")
+    model.eval()
     return model

@@ -117,6 +117,34 @@ def check_neighborhood(
     _core.plan("rpb_scatter", config, None, "", [(attn, "float32")], [True])
 
 
+def check_merge(
+    outputs: Sequence[tuple[Sequence[int], str]], lse_tensors: Sequence[tuple[Sequence[int], str]]
+) -> None:
+    """Raises where (shape, dtype name) of attentions and their logsumexps cannot be merged."""
+    if not outputs or len(outputs) != len(lse_tensors):
+        raise ValueError(
+            f"outputs, lse_tensors: got {len(outputs)} and {len(lse_tensors)} tensors; must be "
+            "equally many, at least one"
+        )
+    shape = list(outputs[0][0])
+    if not shape:
+        raise ValueError("outputs: got shape []; must be [..., heads, value_head_dim]")
+    statistics = ["float64", "float32"]
+    for name, tensors, want, dtypes in (
+        ("outputs", outputs, shape, [*statistics, "bfloat16", "float16"]),
+        ("lse_tensors", lse_tensors, shape[:-1], statistics),
+    ):
+        for got, dtype in tensors:
+            if list(got) != want:
+                raise ValueError(f"{name}: got shape {list(got)}; must be {want}")
+            if dtype not in dtypes:
+                raise TypeError(
+                    f"{name}: got dtype {dtype}; must be {', '.join(dtypes[:-1])} or {dtypes[-1]}"
+                )
+            if dtype != tensors[0][1]:
+                raise TypeError(f"{name}: got dtypes {tensors[0][1]} and {dtype}; must be one")
+
+
 def named(name: str, rank: int, module: str) -> Callable[[Callable], Callable]:
     """Names the function that a factory made for one rank, and fills the rank into its doc."""
 

@@ -19,6 +19,7 @@ from natten._args import (
     Bools,
     Config,
     Ints,
+    check_merge,
     make_config,
     named,
     real_scale,
@@ -295,29 +296,7 @@ def merge_attentions(
     """
     parts = [_as_array("outputs", x) for x in outputs]
     lses = [_as_array("lse_tensors", x) for x in lse_tensors]
-    if not parts or len(parts) != len(lses):
-        raise ValueError(
-            f"outputs, lse_tensors: got {len(parts)} and {len(lses)} arrays; must be equally many, "
-            "at least one"
-        )
-    shape = parts[0].shape
-    if not shape:
-        raise ValueError("outputs: got shape []; must be [..., heads, value_head_dim]")
-    for name, arrays, want, dtypes in (
-        ("outputs", parts, shape, ("float64", "float32", "float16")),
-        ("lse_tensors", lses, shape[:-1], ("float64", "float32")),
-    ):
-        for array in arrays:
-            if array.shape != want:
-                raise ValueError(f"{name}: got shape {list(array.shape)}; must be {list(want)}")
-            if array.dtype.name not in dtypes:
-                raise TypeError(
-                    f"{name}: got dtype {array.dtype.name}; must be {' or '.join(dtypes)}"
-                )
-            if array.dtype != arrays[0].dtype:
-                raise TypeError(
-                    f"{name}: got dtypes {arrays[0].dtype.name} and {array.dtype.name}; must be one"
-                )
+    check_merge(*([(x.shape, x.dtype.name) for x in arrays] for arrays in (parts, lses)))
     stacked = np.stack(lses)
     top = stacked.max(axis=0)
     # Any shift gives the same result; this one keeps exp in range. Where all sets are empty it

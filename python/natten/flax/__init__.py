@@ -1,6 +1,7 @@
 """Neighborhood attention modules for Flax, and conversion of weights from and to PyTorch.
 
-`NeighborhoodAttention1D`, `2D` and `3D` are `flax.nnx` modules. PyTorch is not needed.
+`NeighborhoodAttention1D`, `2D` and `3D` are `flax.nnx` modules; `natten.flax.linen` holds those for
+`flax.linen`. PyTorch is not needed.
 """
 
 from natten.flax._convert import from_torch

@@ -16,6 +16,7 @@ from natten._args import (
     SEPARATE_KEY_GRID,
     Bools,
     Ints,
+    check_merge,
     make_config,
     named,
     real_scale,
@@ -330,42 +331,21 @@ def merge_attentions(
 
     Args:
         outputs: arrays [batch, *spatial, heads, value_head_dim] of one dtype.
-        lse_tensors: the logsumexp of each, [batch, *spatial, heads]. Where it is -inf, a set holds
-            no keys and its output is ignored.
+        lse_tensors: the logsumexp of each, [batch, *spatial, heads], float32 or float64; -inf where
+            a set holds no keys, whose output is ignored.
 
     Returns:
         (output, logsumexp), shaped like each of the arguments; output has the dtype of outputs,
         logsumexp is float32 (float64 for float64).
 
     Raises:
-        ValueError: no arrays, as many of one as of the other are not given, or shapes differ.
-        TypeError: dtypes that differ or are not floating point.
+        ValueError: nothing to merge, or shapes that differ.
+        TypeError: dtypes that differ or are not supported.
     """
     parts = [_as_array("outputs", x) for x in outputs]
     lses = [_as_array("lse_tensors", x) for x in lse_tensors]
-    if not parts or len(parts) != len(lses):
-        raise ValueError(
-            f"lse_tensors: got {len(lses)} arrays for {len(parts)} outputs; there must be one for "
-            "each, and at least one"
-        )
+    check_merge(*([(x.shape, x.dtype.name) for x in arrays] for arrays in (parts, lses)))
     first = parts[0]
-    for x in parts:
-        if x.shape != first.shape or x.ndim < 1:
-            raise ValueError(
-                f"outputs: got shapes {[p.shape for p in parts]}; must be the same, "
-                "[batch, *spatial, heads, value_head_dim]"
-            )
-        if x.dtype != first.dtype or not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(
-                f"outputs: got dtypes {[p.dtype.name for p in parts]}; must be one floating dtype"
-            )
-    for x in lses:
-        if x.shape != first.shape[:-1]:
-            raise ValueError(
-                f"lse_tensors: got shape {x.shape}; must be {first.shape[:-1]}, to match outputs"
-            )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"lse_tensors: got dtype {x.dtype.name}; must be floating point")
     statistic = jnp.promote_types(first.dtype, jnp.float32)
     lse = jnp.stack([x.astype(statistic) for x in lses])
     # Any shift gives the same result; this one keeps exp in range. Where all sets are empty it must

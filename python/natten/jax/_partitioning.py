@@ -139,6 +139,7 @@ def _split_of_shards(
             _dividing(mesh, size or x.shape[axis], _axes(x.sharding.spec[axis]), taken)
             for role, x in zip(roles, tensors, strict=True)
             if (axis := role.axis_of(dims, rank)) is not None
+            and x.sharding is not None  # not known yet
         ]
         return max(candidates, key=lambda axes: math.prod(mesh[a] for a in axes), default=())
 
@@ -260,7 +261,8 @@ def _with_names(mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> Any:
     """Where JAX knows no mesh, shardings have no names, and everything is gathered."""
     if not mesh.empty:
         return mesh, args, results
-    devices = sorted(args[0].sharding.device_set, key=lambda device: device.id)
+    known = next(x.sharding for x in args if x.sharding is not None)
+    devices = sorted(known.device_set, key=lambda device: device.id)
     mesh = Mesh(np.array(devices), ("device",))
 
     def unsplit(tensors: Sequence[Any]) -> list[Any]:

@@ -13,6 +13,7 @@ from natten._args import (
     SEPARATE_KEY_GRID,
     Bools,
     Ints,
+    check_merge,
     make_config,
     named,
     real_scale,
@@ -290,7 +291,7 @@ def merge_attentions(
 
     Args:
         outputs: tensors [..., heads, value_head_dim], all of one shape, dtype and device.
-        lse_tensors: their logsumexps [..., heads], float32 or float64.
+        lse_tensors: their logsumexps [..., heads], all float32 or float64.
 
     Returns:
         (output, lse), of the shapes and dtypes of the inputs. Differentiable.
@@ -299,23 +300,9 @@ def merge_attentions(
         ValueError: nothing to merge, or shapes that differ.
         TypeError: dtypes that differ.
     """
-    if not outputs or len(outputs) != len(lse_tensors):
-        raise ValueError(
-            f"outputs, lse_tensors: got {len(outputs)} and {len(lse_tensors)} tensors; must be "
-            "equally many, at least one"
-        )
-    first = outputs[0]
     if any(x.is_nested for x in (*outputs, *lse_tensors)):
         raise ValueError("outputs, lse_tensors: got nested tensors; merge their values() instead")
-    for name, tensors, shape in (
-        ("outputs", outputs, first.shape),
-        ("lse_tensors", lse_tensors, first.shape[:-1]),
-    ):
-        for tensor in tensors:
-            if tensor.shape != shape:
-                raise ValueError(f"{name}: got shape {list(tensor.shape)}; must be {list(shape)}")
-            if tensor.dtype != tensors[0].dtype:
-                raise TypeError(f"{name}: got dtypes {tensors[0].dtype} and {tensor.dtype}")
+    check_merge(*([(x.shape, _ops.dtype_name(x)) for x in xs] for xs in (outputs, lse_tensors)))
     lse = torch.logsumexp(torch.stack(tuple(lse_tensors)), dim=0)
     # Where every set is empty all is -inf, and the output 0 rather than NaN.
     finite = lse.masked_fill(lse == -torch.inf, 0.0)
@@ -323,4 +310,4 @@ def merge_attentions(
         (part_lse - finite).exp().unsqueeze(-1) * part
         for part, part_lse in zip(outputs, lse_tensors, strict=True)
     )
-    return output.to(first.dtype), lse  # type: ignore[union-attr]
+    return output.to(outputs[0].dtype), lse  # type: ignore[union-attr]

@@ -143,9 +143,9 @@ class Operator:
                 config,
                 scale,
                 backend,
-                [None if x is None else (tuple(x.shape), _name_of(x)) for x in inputs],
+                [None if x is None else (tuple(x.shape), dtype_name(x)) for x in inputs],
                 [
-                    None if not want or role.is_statistic else (shape, _name_of(first))
+                    None if not want or role.is_statistic else (shape, dtype_name(first))
                     for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
                 ],
             )
@@ -232,7 +232,7 @@ def _emptied(x: Tensor, axis: int) -> Tensor:
     return x.narrow(axis, 0, 0)
 
 
-def _name_of(x: Tensor) -> str:
+def dtype_name(x: Tensor) -> str:
     return _DTYPE_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
 
 

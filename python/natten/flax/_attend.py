@@ -1,0 +1,163 @@
+"""What the modules for nnx and for linen share: arguments, and all between the two linear maps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
+
+import natten.jax as natten_jax
+from natten._args import Bools, Ints, check_neighborhood, per_axis
+
+# (key, shape, dtype) -> array, or an array in the box that the framework's with_partitioning makes
+Initializer: TypeAlias = Callable[..., Any]
+
+_FUSED = {1: natten_jax.na1d, 2: natten_jax.na2d, 3: natten_jax.na3d}
+_QK = {1: natten_jax.na1d_qk, 2: natten_jax.na2d_qk, 3: natten_jax.na3d_qk}
+_AV = {1: natten_jax.na1d_av, 2: natten_jax.na2d_av, 3: natten_jax.na3d_av}
+
+
+# Functions of this module, so that modules that hold them can be pickled.
+
+
+def kernel_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jax.nn.initializers.lecun_normal()(key, shape, dtype)
+
+
+def bias_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jnp.zeros(shape, dtype)
+
+
+def rpb_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
+    return jax.nn.initializers.truncated_normal(stddev=0.02)(key, shape, dtype)
+
+
+class SelfAttention:
+    """Multi-head self attention of every token over a window around it, {rank}-D.
+
+    Maps [batch, *spatial, dim] to the same shape: a linear map to query, key and value,
+    neighborhood attention, a linear map.
+
+    Args:
+        dim: channels; a multiple of num_heads.
+        num_heads: number of heads.
+        kernel_size: window size, one for all axes or one per axis.
+        dilation: distance between neighbors.
+        is_causal: whether a token sees only itself and those before it, per axis.
+        rel_pos_bias: learn a bias by relative position, the parameter `rpb`
+            [num_heads, 2 * kernel_size[0] - 1, ...].
+        qkv_bias: whether the first linear map has a bias.
+        qk_scale: factor on the scores; (dim / num_heads) ** -0.5 by default.
+        attn_drop: dropout on attention weights. The fused operation has none, so a module with
+            attn_drop > 0 uses the unfused ones unless it is deterministic.
+        proj_drop: dropout on the result.
+        stride: that many neighboring queries share one window.
+        dtype: what to compute in; by default what the input and the parameters promote to.
+        param_dtype: of the parameters.
+        qkv_kernel_init: of `qkv.kernel` [dim, 3, dim]. It is called with shape [dim, 3 * dim], and
+            for the bias with [3 * dim], so that it sees the true number of inputs. It may carry
+            sharding metadata (`with_partitioning`), with one name per axis of the parameter, as may
+            those below.
+        qkv_bias_init: of `qkv.bias` [3, dim].
+        proj_kernel_init: of `proj.kernel` [dim, dim].
+        proj_bias_init: of `proj.bias` [dim].
+        rpb_init: of `rpb`.
+        {own}
+
+    Raises:
+        TypeError: a size that is no integer.
+        ValueError: an argument that does not fit.
+    """
+
+    rank: ClassVar[int]
+    _module: ClassVar[str]  # where users import it from
+    _own: ClassVar[str]  # arguments of this kind of module, for the docstring
+
+    dim: int
+    num_heads: int
+    kernel_size: Ints
+    dilation: Ints
+    is_causal: Bools
+    stride: Ints
+    qk_scale: float | None
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        super().__init_subclass__(*args, **kwargs)
+        if hasattr(cls, "rank"):
+            cls.__module__ = cls._module
+            doc = inspect.cleandoc(SelfAttention.__doc__ or "")
+            own = inspect.cleandoc(cls._own).replace("\n", "\n    ")
+            cls.__doc__ = doc.replace("{own}", own).replace("{rank}", str(cls.rank))
+
+    def _check_arguments(self) -> None:
+        """Raises on arguments that do not fit, and gives each one a value per axis."""
+        if self.num_heads < 1 or self.dim % self.num_heads != 0:
+            raise ValueError(f"num_heads: got {self.num_heads}; must divide dim, {self.dim}")
+        kernel_size = per_axis("kernel_size", self.kernel_size, self.rank)
+        dilation = per_axis("dilation", self.dilation, self.rank)
+        causal = per_axis("is_causal", self.is_causal, self.rank)
+        stride = per_axis("stride", self.stride, self.rank)
+        check_neighborhood(kernel_size, dilation, stride)
+        self.kernel_size, self.dilation, self.stride = kernel_size, dilation, stride
+        self.is_causal = tuple(map(bool, causal))
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+    @property
+    def scale(self) -> float:
+        return self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
+
+    @property
+    def _rpb_shape(self) -> tuple[int, ...]:
+        kernel_size = per_axis("kernel_size", self.kernel_size, self.rank)
+        return (self.num_heads, *(2 * k - 1 for k in kernel_size))
+
+    def _check_input(self, x: ArrayLike) -> jax.Array:
+        x = jnp.asarray(x)
+        if x.ndim != self.rank + 2 or x.shape[-1] != self.dim:
+            raise ValueError(
+                f"x: got shape {x.shape}; must be [batch, *spatial, {self.dim}] with {self.rank} "
+                f"spatial {'axis' if self.rank == 1 else 'axes'}"
+            )
+        return x
+
+    def _attend(
+        self,
+        qkv: jax.Array,
+        rpb: jax.Array | None,
+        drop: Callable[[jax.Array], jax.Array] | None,
+    ) -> jax.Array:
+        """[batch, *spatial, 3, dim] -> [batch, *spatial, dim].
+
+        Args:
+            qkv: query, key and value.
+            rpb: the bias; it is converted to the dtype of qkv.
+            drop: dropout of attention weights, if there is any.
+        """
+        rank = self.rank
+        window: dict[str, Any] = {
+            "kernel_size": self.kernel_size,
+            "dilation": self.dilation,
+            "is_causal": self.is_causal,
+            "stride": self.stride,
+        }
+        heads = qkv.reshape(*qkv.shape[:-1], self.num_heads, self.head_dim)
+        query, key, value = (heads[..., i, :, :] for i in range(3))
+        if rpb is not None:
+            rpb = rpb.astype(qkv.dtype)
+        if drop is None:
+            out = _FUSED[rank](query, key, value, rpb=rpb, scale=self.scale, **window)
+        else:
+            # Heads first; softmax in float32 at least, as the fused operation does.
+            query, key, value = (jnp.moveaxis(t, -2, 1) for t in (query, key, value))
+            scores = _QK[rank](query * self.scale, key, rpb=rpb, **window)
+            statistic = jnp.promote_types(scores.dtype, jnp.float32)
+            attn = jax.nn.softmax(scores.astype(statistic), axis=-1).astype(scores.dtype)
+            out = jnp.moveaxis(_AV[rank](drop(attn), value, **window), 1, -2)
+        return out.reshape(*out.shape[:-2], self.dim)
