@@ -340,7 +340,7 @@ def test_export_refuses_symbolic_shapes():
 
     (batch,) = export.symbolic_shape("batch")
     x = jax.ShapeDtypeStruct((batch, 4, 6, 2, 3), "float32")
-    with pytest.raises(ValueError, match=r"^query: got shape \(batch, 4, 6, 2, 3\); must be num"):
+    with pytest.raises(ValueError, match=r"^query: got shape \(batch, 4, 6, 2, 3\); sizes must"):
         export.export(jax.jit(attend))(x, x, x)
 
 

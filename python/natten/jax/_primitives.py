@@ -116,8 +116,8 @@ class Operation:
         for role, aval in zip(inputs, avals, strict=True):
             if not all(isinstance(length, int) for length in aval.shape):
                 raise ValueError(
-                    f"{role.name}: got shape {aval.shape}; must be numbers when a function is "
-                    "traced. Export one program for each shape"
+                    f"{role.name}: got shape {aval.shape}; sizes must be numbers when a function "
+                    "is traced. Export one program for each shape"
                 )
         results, _ = self._plan(avals, setup, given, wanted)
         split = split_of_types(inputs, avals, rank)
@@ -140,32 +140,40 @@ class Operation:
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
     ) -> Any:
-        def run(arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]]) -> Sequence[Any]:
-            """The call on the shards that one device has, for results of these shapes."""
-            rest = iter(shapes)
-            sizes = [w is not False and next(rest) for w in wanted]
-            asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
-            results, workspace = self._plan(arrays, setup, given, tuple(asked))
-            if workspace:
-                results.append(((workspace,), "uint8"))
-            call = jax.ffi.ffi_call(
-                _ffi.TARGET, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
-            )
-            return call(
-                *arrays,
-                op=self.name,
-                config=np.array(setup.config, np.int64),
-                scale=np.float64(setup.scale or 0.0),
-                backend=setup.backend,
-                inputs=_bits(given),
-                outputs=_bits(w is not False for w in wanted),
-                has_workspace=np.bool_(workspace > 0),
-            )[: len(shapes)]
-
+        run = functools.partial(self._call, setup, given, wanted)
         shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
         roles = self._roles(given, wanted)
         function = partitionable(run, *roles, shapes, setup.config[0], ctx)
         return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
+
+    def _call(
+        self,
+        setup: Setup,
+        given: tuple[bool, ...],
+        wanted: tuple[Wanted, ...],
+        arrays: Sequence[Any],
+        shapes: Sequence[tuple[int, ...]],
+    ) -> Sequence[Any]:
+        """The call on what one device has of the inputs, for results of these shapes."""
+        rest = iter(shapes)
+        sizes = [w is not False and next(rest) for w in wanted]
+        asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
+        results, workspace = self._plan(arrays, setup, given, tuple(asked))
+        if workspace:
+            results.append(((workspace,), "uint8"))
+        call = jax.ffi.ffi_call(
+            _ffi.TARGET, [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
+        )
+        return call(
+            *arrays,
+            op=self.name,
+            config=np.array(setup.config, np.int64),
+            scale=np.float64(setup.scale or 0.0),
+            backend=setup.backend,
+            inputs=_bits(given),
+            outputs=_bits(w is not False for w in wanted),
+            has_workspace=np.bool_(workspace > 0),
+        )[: len(shapes)]
 
     def _batch(
         self,
