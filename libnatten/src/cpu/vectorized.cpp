@@ -1108,8 +1108,8 @@ std::size_t workspace_bytes(const Problem& p) {
 
 /// Multiply-adds of a call, roughly.
 double work(const Problem& p) {
-  const double pairs = static_cast<double>(p.batch * p.heads * p.queries()) *
-                       static_cast<double>(p.slots());
+  const double pairs =
+      static_cast<double>(p.batch * p.heads * p.queries()) * static_cast<double>(p.slots());
   const auto dims = static_cast<double>(std::max<std::int64_t>(p.head_dim + p.value_dim, 1));
   return (p.op == Op::attention_backward ? 2.5 : 1.0) * pairs * dims;
 }
