@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -84,10 +84,22 @@ _unfused_reverse = jax.custom_vjp(_unfused, nondiff_argnums=(0, 1))
 _unfused_reverse.defvjp(_unfused_forward, _unfused_backward)
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls outside of jit would else be traced each time, which takes ten times as long."""
+    return jax.jit(function, static_argnums=(0, 1), inline=True)
+
+
+# By the name of the argument autodiff.
+_ATTENTION = {"reverse": _compiled(_attention_reverse), "any": _compiled(_attention)}
+_UNFUSED = {"reverse": _compiled(_unfused_reverse), "any": _compiled(_unfused)}
+
+
 # What users call.
 
 
 def _as_array(name: str, value: ArrayLike) -> Array:
+    if isinstance(value, Array):  # converting it is slow where it is differentiated
+        return value
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError):
@@ -102,10 +114,10 @@ def _as_arrays(**values: ArrayLike | None) -> Tensors:
     )
 
 
-def _bars_forward_mode(autodiff: str) -> bool:
-    if autodiff not in ("reverse", "any"):
+def _for_autodiff(functions: Mapping[str, Callable[..., Any]], autodiff: str) -> Callable[..., Any]:
+    if autodiff not in functions:
         raise ValueError(f'autodiff: got {autodiff!r}; must be "reverse" or "any"')
-    return autodiff == "reverse"
+    return functions[autodiff]
 
 
 def _call_fused(
@@ -119,7 +131,7 @@ def _call_fused(
     if scale is not None:
         config = with_flags(config, HAS_SCALE)
     setup = Setup(config, real_scale(scale), backend or "")
-    function = _attention_reverse if _bars_forward_mode(autodiff) else _attention
+    function = _for_autodiff(_ATTENTION, autodiff)
     output, logsumexp = function(setup, bool(return_lse), vary_alike(tensors))
     return (output, logsumexp) if return_lse else output
 
@@ -127,7 +139,7 @@ def _call_fused(
 def _call_unfused(
     operation: Operation, tensors: Tensors, config: Any, backend: str | None, autodiff: str
 ) -> Array:
-    function = _unfused_reverse if _bars_forward_mode(autodiff) else _unfused
+    function = _for_autodiff(_UNFUSED, autodiff)
     return function(operation, Setup(config, None, backend or ""), vary_alike(tensors))
 
 
