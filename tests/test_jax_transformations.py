@@ -360,8 +360,9 @@ def _(f):
 def meshes():
     devices = np.array(jax.devices()[:DEVICES]).reshape(2, 2)
     yield Mesh(devices, ("data", "model"))
-    if hasattr(jax, "set_mesh"):  # in older versions of JAX explicit axes are unfinished
-        yield jax.make_mesh((2, 2), ("data", "model"), devices=devices.ravel().tolist())
+    if jax.__version_info__ >= (0, 9):  # in older versions of JAX explicit axes are unfinished
+        types = (jax.sharding.AxisType.Explicit,) * 2
+        yield jax.make_mesh((2, 2), ("data", "model"), axis_types=types, devices=jax.devices()[:4])
 
 
 AXES = {"batch": {"b": "data"}, "heads": {"h": "model"}, "both": {"b": "data", "h": "model"}}

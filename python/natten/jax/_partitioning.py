@@ -161,18 +161,24 @@ def _dividing(mesh: Mapping[str, int], size: int, axes: Axes, taken: Axes) -> Ax
 
 
 def _sharding_rule(
-    roles: Sequence[Role], shapes: Sequence[Sequence[int]], rank: int, inputs: int
+    mesh: Mapping[str, int],
+    roles: Sequence[Role],
+    shapes: Sequence[Sequence[int]],
+    rank: int,
+    inputs: int,
 ) -> SdyShardingRule:
     """The same for the partitioner Shardy: tensors share the factors that batch and heads have,
     and no other."""
-    _, group, is_shared = _heads(roles, shapes, rank)
-    shared: dict[str, Any] = {"B": "batch", "H": "heads"}
+    heads, group, is_shared = _heads(roles, shapes, rank)
+    shared: dict[str, Any] = {"B": "batch", "H": "heads", "G": "heads"}
     sizes: dict[str, Any] = {}
-    if not is_shared:
-        shared["G"] = "heads"
-        if group > 1:
-            shared["H"] = CompoundFactor("heads", "group")
-            sizes["group"] = group
+    if is_shared or any(heads // group % size for size in mesh.values()):
+        # Over axes that key-value heads cannot be split over, Shardy would split heads by parts of
+        # axes, which have no names.
+        shared["G"] = "heads" if group == 1 else "kv_heads"
+    elif group > 1:
+        shared["H"] = CompoundFactor("heads", "group")
+        sizes["group"] = group
     mappings = []
     for i, role in enumerate(roles):
         factors = []
@@ -219,8 +225,10 @@ def partitionable(
 
         return mesh, of_shards, of_results, tuple(shardings[: len(inputs)])
 
+    def rule(mesh: Mesh, *types: Any) -> SdyShardingRule:
+        return _sharding_rule(mesh.shape, roles, shapes, rank, len(inputs))
+
     function = custom_partitioning(whole)
-    rule = _sharding_rule(roles, shapes, rank, len(inputs))
     function.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return function
 
