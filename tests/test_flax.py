@@ -779,6 +779,27 @@ def test_sharded_over_devices():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.skipif(
+    jax.__version_info__ < (0, 9), reason="explicit axes are unfinished in this JAX"
+)
+@pytest.mark.skipif(len(jax.devices()) < 2, reason="needs 2 devices (see conftest.py)")
+def test_batch_split_over_a_mesh_with_explicit_axes():
+    """Types hold the sharding there; parameters are whole on each device."""
+
+    def loss(module, x):
+        return jnp.mean(module(x) ** 2)
+
+    x = images(2)
+    want = nnx.value_and_grad(loss)(make(2), x)
+    types = (jax.sharding.AxisType.Explicit,)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=types, devices=jax.devices()[:2])
+    with jax.set_mesh(mesh):
+        by_batch = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+        got = nnx.jit(nnx.value_and_grad(loss))(make(2), jax.device_put(x, by_batch))
+    for a, b in zip(*map(jax.tree.leaves, (got, want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 # The package.
 
 
