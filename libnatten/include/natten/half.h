@@ -1,17 +1,19 @@
 #pragma once
 
+#include <natten/host_device.h>
+
 #include <cstdint>
 #include <cstring>
 
 namespace natten {
 
 namespace detail {
-inline std::uint32_t bits_of(float x) {
+NATTEN_HOST_DEVICE inline std::uint32_t bits_of(float x) {
   std::uint32_t b;
   std::memcpy(&b, &x, sizeof b);
   return b;
 }
-inline float float_of(std::uint32_t b) {
+NATTEN_HOST_DEVICE inline float float_of(std::uint32_t b) {
   float x;
   std::memcpy(&x, &b, sizeof x);
   return x;
@@ -23,15 +25,17 @@ struct bfloat16 {
   std::uint16_t bits = 0;
 
   bfloat16() = default;
-  explicit bfloat16(float x) {
+  NATTEN_HOST_DEVICE explicit bfloat16(float x) {
     const std::uint32_t b = detail::bits_of(x);
     const bool is_nan = (b & 0x7fffffffu) > 0x7f800000u;
     // A NaN keeps its sign and stays quiet: rounding could carry its payload into an infinity.
     bits = static_cast<std::uint16_t>(is_nan ? (b >> 16) | 0x40u
                                              : (b + 0x7fffu + ((b >> 16) & 1u)) >> 16);
   }
-  explicit bfloat16(double x) : bfloat16(static_cast<float>(x)) {}
-  operator float() const { return detail::float_of(static_cast<std::uint32_t>(bits) << 16); }
+  NATTEN_HOST_DEVICE explicit bfloat16(double x) : bfloat16(static_cast<float>(x)) {}
+  NATTEN_HOST_DEVICE operator float() const {
+    return detail::float_of(static_cast<std::uint32_t>(bits) << 16);
+  }
 };
 
 /// Storage type for IEEE binary16. Conversion rounds to nearest even and keeps subnormals.
@@ -39,7 +43,7 @@ struct float16 {
   std::uint16_t bits = 0;
 
   float16() = default;
-  explicit float16(float x) {
+  NATTEN_HOST_DEVICE explicit float16(float x) {
     const std::uint32_t b = detail::bits_of(x);
     const std::uint32_t sign = (b >> 16) & 0x8000u;
     const std::uint32_t magnitude = b & 0x7fffffffu;
@@ -56,8 +60,8 @@ struct float16 {
     }
     bits = static_cast<std::uint16_t>(sign | half);
   }
-  explicit float16(double x) : float16(static_cast<float>(x)) {}
-  operator float() const {
+  NATTEN_HOST_DEVICE explicit float16(double x) : float16(static_cast<float>(x)) {}
+  NATTEN_HOST_DEVICE operator float() const {
     const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
     const std::uint32_t exponent = (bits >> 10) & 0x1fu;
     const std::uint32_t mantissa = bits & 0x3ffu;

@@ -1,12 +1,8 @@
 #pragma once
 
-#include <cstdint>
+#include <natten/host_device.h>
 
-#if defined(__CUDACC__)
-#define NATTEN_HOST_DEVICE __host__ __device__
-#else
-#define NATTEN_HOST_DEVICE
-#endif
+#include <cstdint>
 
 /// The one definition of the neighborhood. Every backend, mask and cost model calls it, on host
 /// and device.

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "../dispatch.h"
-#include "operand.h"
+#include "../operand.h"
 #include "parallel.h"
 
 // Sums are kept in float64 whatever the element type, so that their length does not matter and

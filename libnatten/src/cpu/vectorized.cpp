@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "../dispatch.h"
+#include "../operand.h"
 #include "isa.h"
 #include "naive.h"
-#include "operand.h"
 #include "parallel.h"
 
 // One engine runs all passes. Each has rows and columns: rows gather from the columns that they

@@ -6,12 +6,13 @@
 #include <cstring>
 #include <type_traits>
 
-namespace natten::detail::cpu {
+namespace natten::detail {
 
+/// One number per axis.
 using Coordinate = std::array<std::int64_t, kMaxRank>;
 
 /// Token number `index` of a grid, row-major.
-inline Coordinate unravel(std::int64_t index, const Coordinate& lengths) {
+NATTEN_HOST_DEVICE inline Coordinate unravel(std::int64_t index, const Coordinate& lengths) {
   Coordinate at;
   for (int i = kMaxRank - 1; i >= 0; --i) {
     at[i] = index % lengths[i];
@@ -32,7 +33,7 @@ inline Coordinate relative_positions(const Problem& p) {
   return {2 * p.axes[0].kernel_size - 1, 2 * p.axes[1].kernel_size - 1,
           2 * p.axes[2].kernel_size - 1};
 }
-inline std::int64_t volume(const Coordinate& lengths) {
+NATTEN_HOST_DEVICE inline std::int64_t volume(const Coordinate& lengths) {
   return lengths[0] * lengths[1] * lengths[2];
 }
 
@@ -44,11 +45,11 @@ struct Operand {
   std::int64_t batch = 0, head = 0, token = 0;  // strides; token: of additional tokens
   Coordinate grid{};                            // strides, of a token grid or relative positions
 
-  explicit operator bool() const { return data != nullptr; }
-  T* at(std::int64_t b, std::int64_t h, const Coordinate& c) const {
+  NATTEN_HOST_DEVICE explicit operator bool() const { return data != nullptr; }
+  NATTEN_HOST_DEVICE T* at(std::int64_t b, std::int64_t h, const Coordinate& c) const {
     return data + b * batch + h * head + c[0] * grid[0] + c[1] * grid[1] + c[2] * grid[2];
   }
-  T* at(std::int64_t b, std::int64_t h, std::int64_t n) const {
+  NATTEN_HOST_DEVICE T* at(std::int64_t b, std::int64_t h, std::int64_t n) const {
     return data + b * batch + h * head + n * token;
   }
 };
@@ -75,4 +76,4 @@ Operand<T> operand(const Problem& p, const Tensors& tensors, TensorView Tensors:
   return o;
 }
 
-}  // namespace natten::detail::cpu
+}  // namespace natten::detail

@@ -1,0 +1,352 @@
+#pragma once
+
+// Runs CUDA kernels (libnatten/src/cuda) on the host, block by block. The threads of a block are
+// fibers that run until they meet at a barrier or an operation of their warp, in an order that a
+// seed chooses; so a missing barrier shows as a wrong result under some seed. What matrices of
+// ldmatrix and mma hold where is written from the PTX manual, independently of the kernels.
+
+#include <natten/half.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <vector>
+
+#include "../libnatten/src/cuda/machine.h"
+
+namespace natten_tests {
+
+class EmulatedBlock;
+
+/// One thread of an emulated block, with the interface of natten::detail::cuda::Gpu.
+class EmulatedThread {
+ public:
+  std::int64_t block() const;
+  int thread() const { return thread_; }
+  char* shared() const;
+  void sync();
+  void sync_warp();
+  float shuffle_xor(float x, int mask);
+  bool all(bool x);
+  void copy_async(void* to, const void* from, bool valid);
+  void commit();
+  template <int kPending>
+  void wait() {
+    wait_until_pending(kPending);
+  }
+  void load_matrices(std::uint32_t (&r)[4], const void* row) { load(r, row, false); }
+  void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) { load(r, row, true); }
+  template <class T>
+  void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
+  template <class T>
+  std::uint32_t pack(float first, float second) {
+    return static_cast<std::uint32_t>(T(first).bits) | static_cast<std::uint32_t>(T(second).bits)
+                                                           << 16;
+  }
+  float exp2(float x) const { return std::exp2(x); }
+  void atomic_add(float* to, float x) const { *to += x; }
+
+ private:
+  friend class EmulatedBlock;
+  struct Copy {
+    void* to;
+    const void* from;
+    bool valid;
+  };
+  void wait_until_pending(int groups);
+  void load(std::uint32_t (&r)[4], const void* row, bool transposed);
+  /// Calls `f(args of all 32 lanes)` once, by the last lane to arrive; returns when it is done.
+  template <class Args, class F>
+  void with_warp(Args& args, F&& f);
+
+  EmulatedBlock* owner_ = nullptr;
+  int thread_ = 0;
+  std::vector<std::vector<Copy>> groups_{1};  // the last one is open
+};
+
+/// The fibers of a block and their scheduler.
+class EmulatedBlock {
+ public:
+  static constexpr int kLanes = 32;
+
+  EmulatedBlock(int threads, std::uint64_t seed)
+      : seed_(seed),
+        threads_(static_cast<std::size_t>(threads)),
+        warps_(static_cast<std::size_t>(threads / kLanes)) {
+    if (threads % kLanes != 0) throw std::logic_error("threads must fill warps");
+  }
+
+  void run(std::int64_t block, int shared_bytes, const std::function<void(EmulatedThread&)>& body) {
+    block_ = block;
+    body_ = &body;
+    // Shared memory starts as NaN, so that what is read before it is written shows.
+    shared_.assign(static_cast<std::size_t>(shared_bytes) + kSharedAlignment, '\xff');
+    arrived_ = 0;
+    std::mt19937_64 rng(seed_ + static_cast<std::uint64_t>(block));
+    for (std::size_t i = 0; i < threads_.size(); ++i) {
+      Fiber& f = threads_[i];
+      f.thread = EmulatedThread();
+      f.thread.owner_ = this;
+      f.thread.thread_ = static_cast<int>(i);
+      f.state = State::ready;
+    }
+    for (Warp& w : warps_) w = Warp();
+    std::vector<std::size_t> order(threads_.size());
+    for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+    for (std::size_t done = 0; done < threads_.size();) {
+      // Whole warps change places: lanes of a warp meet all the time anyway.
+      const std::size_t first = seed_ == 0 ? 0 : rng() % warps_.size() * kLanes;
+      bool progress = false;
+      for (std::size_t n = 0; n < order.size(); ++n) {
+        const std::size_t i = (first + n) % order.size();
+        Fiber& f = threads_[i];
+        if (f.state != State::ready) continue;
+        progress = true;
+        resume(i);
+        if (error_) std::rethrow_exception(error_);
+        if (f.state == State::done) ++done;
+      }
+      if (!progress && done < threads_.size())
+        throw std::logic_error("emulated threads wait for each other: a barrier not all reach");
+    }
+  }
+
+  std::int64_t block() const { return block_; }
+  char* shared() {
+    const auto address = reinterpret_cast<std::uintptr_t>(shared_.data());
+    return shared_.data() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
+  }
+
+  void sync() {
+    if (++arrived_ < static_cast<int>(threads_.size())) return wait(State::at_barrier);
+    arrived_ = 0;
+    for (Fiber& f : threads_)
+      if (f.state == State::at_barrier) f.state = State::ready;
+  }
+
+  template <class Args, class F>
+  void with_warp(int thread, Args& args, F&& f) {
+    Warp& warp = warps_[static_cast<std::size_t>(thread / kLanes)];
+    warp.args[thread % kLanes] = &args;
+    if (++warp.arrived < kLanes) return wait(State::at_warp);
+    warp.arrived = 0;
+    Args* all[kLanes];
+    for (int i = 0; i < kLanes; ++i) all[i] = static_cast<Args*>(warp.args[i]);
+    f(all);
+    const std::size_t first = static_cast<std::size_t>(thread / kLanes * kLanes);
+    for (std::size_t i = first; i < first + kLanes; ++i)
+      if (threads_[i].state == State::at_warp) threads_[i].state = State::ready;
+  }
+
+ private:
+  static constexpr std::size_t kSharedAlignment = 128;
+  static constexpr std::size_t kStackBytes = 256 * 1024;
+  enum class State { ready, at_barrier, at_warp, done };
+  struct Fiber {
+    EmulatedThread thread;
+    State state = State::ready;
+    bool started = false;
+    std::vector<char> stack;
+    ucontext_t context;  // where it starts
+    std::jmp_buf at;     // where it goes on; unlike swapcontext, without a system call
+  };
+  struct Warp {
+    int arrived = 0;
+    void* args[kLanes] = {};
+  };
+
+  static void start(unsigned low, unsigned high) {
+    auto* self = reinterpret_cast<EmulatedBlock*>(static_cast<std::uintptr_t>(high) << 32 | low);
+    Fiber& f = self->threads_[self->current_];
+    for (;;) {  // once per block
+      try {
+        (*self->body_)(f.thread);
+      } catch (...) {
+        self->error_ = std::current_exception();
+      }
+      self->wait(State::done);
+    }
+  }
+  /// Runs a thread until it waits or is done.
+  void resume(std::size_t i) {
+    Fiber& f = threads_[i];
+    current_ = i;
+    if (_setjmp(scheduler_) != 0) return;
+    if (f.started) std::longjmp(f.at, 1);
+    f.started = true;
+    f.stack.resize(kStackBytes);
+    getcontext(&f.context);
+    f.context.uc_stack.ss_sp = f.stack.data();
+    f.context.uc_stack.ss_size = f.stack.size();
+    f.context.uc_link = nullptr;
+    const auto self = reinterpret_cast<std::uintptr_t>(this);
+    makecontext(&f.context, reinterpret_cast<void (*)()>(&start), 2, static_cast<unsigned>(self),
+                static_cast<unsigned>(self >> 32));
+    setcontext(&f.context);
+  }
+  void wait(State state) {
+    Fiber& f = threads_[current_];
+    f.state = state;
+    if (_setjmp(f.at) == 0) std::longjmp(scheduler_, 1);
+  }
+
+  const std::uint64_t seed_;
+  std::vector<char> shared_;
+  std::vector<Fiber> threads_;
+  std::vector<Warp> warps_;
+  std::int64_t block_ = 0;
+  const std::function<void(EmulatedThread&)>* body_ = nullptr;
+  int arrived_ = 0;
+  std::size_t current_ = 0;
+  std::jmp_buf scheduler_;
+  std::exception_ptr error_;
+};
+
+inline std::int64_t EmulatedThread::block() const { return owner_->block(); }
+inline char* EmulatedThread::shared() const { return owner_->shared(); }
+inline void EmulatedThread::sync() { owner_->sync(); }
+
+template <class Args, class F>
+void EmulatedThread::with_warp(Args& args, F&& f) {
+  owner_->with_warp(thread_, args, f);
+}
+inline void EmulatedThread::sync_warp() {
+  int none = 0;
+  with_warp(none, [](int*(&)[32]) {});
+}
+inline float EmulatedThread::shuffle_xor(float x, int mask) {
+  struct Args {
+    float x, result;
+    int mask;
+  } args{x, 0, mask};
+  with_warp(args, [](Args*(&lanes)[32]) {
+    for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[i ^ lanes[i]->mask]->x;
+  });
+  return args.result;
+}
+inline bool EmulatedThread::all(bool x) {
+  bool args = x;
+  with_warp(args, [](bool*(&lanes)[32]) {
+    bool every = true;
+    for (bool* lane : lanes) every = every && *lane;
+    for (bool* lane : lanes) *lane = every;
+  });
+  return args;
+}
+inline void EmulatedThread::copy_async(void* to, const void* from, bool valid) {
+  if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0 ||
+      (valid && reinterpret_cast<std::uintptr_t>(from) % 16 != 0))
+    throw std::logic_error("copy_async: addresses must be multiples of 16 bytes");
+  groups_.back().push_back({to, from, valid});
+}
+inline void EmulatedThread::commit() { groups_.emplace_back(); }
+inline void EmulatedThread::wait_until_pending(int groups) {
+  // The open group is not counted, as in PTX.
+  while (static_cast<int>(groups_.size()) - 1 > groups) {
+    for (const Copy& copy : groups_.front()) {
+      if (copy.valid)
+        std::memcpy(copy.to, copy.from, 16);
+      else
+        std::memset(copy.to, 0, 16);
+    }
+    groups_.erase(groups_.begin());
+  }
+}
+inline void EmulatedThread::load(std::uint32_t (&r)[4], const void* row, bool transposed) {
+  struct Args {
+    const void* row;
+    bool transposed;
+    std::uint32_t r[4];
+  } args{row, transposed, {}};
+  with_warp(args, [](Args*(&lanes)[32]) {
+    for (int matrix = 0; matrix < 4; ++matrix) {
+      std::uint16_t x[8][8];
+      for (int i = 0; i < 8; ++i) {
+        const void* from = lanes[8 * matrix + i]->row;
+        if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0)
+          throw std::logic_error("load_matrices: rows must be aligned to 16 bytes");
+        std::memcpy(x[i], from, 16);
+      }
+      for (int lane = 0; lane < 32; ++lane) {
+        const int i = lane / 4, j = lane % 4 * 2;
+        const bool t = lanes[lane]->transposed;
+        const std::uint16_t low = t ? x[j][i] : x[i][j], high = t ? x[j + 1][i] : x[i][j + 1];
+        lanes[lane]->r[matrix] = static_cast<std::uint32_t>(low) | static_cast<std::uint32_t>(high)
+                                                                       << 16;
+      }
+    }
+  });
+  std::copy(args.r, args.r + 4, r);
+}
+
+template <class T>
+void EmulatedThread::multiply_add(float (&c)[4], const std::uint32_t (&a)[4],
+                                  const std::uint32_t (&b)[2]) {
+  struct Args {
+    float (&c)[4];
+    const std::uint32_t (&a)[4];
+    const std::uint32_t (&b)[2];
+  } args{c, a, b};
+  with_warp(args, [](Args*(&lanes)[32]) {
+    const auto half_of = [](std::uint32_t pair, int which) {
+      T x;
+      x.bits = static_cast<std::uint16_t>(pair >> (16 * which));
+      return static_cast<float>(x);
+    };
+    static thread_local float a[16][16], b[16][8];
+    for (int lane = 0; lane < 32; ++lane) {
+      const int group = lane / 4, in_group = lane % 4;
+      for (int i = 0; i < 8; ++i) {  // PTX: element i of A's fragment
+        const int row = group + (i / 2 % 2 == 1 ? 8 : 0);
+        const int column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
+        a[row][column] = half_of(lanes[lane]->a[i / 2], i % 2);
+      }
+      for (int i = 0; i < 4; ++i) {
+        const int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
+        b[row][group] = half_of(lanes[lane]->b[i / 2], i % 2);
+      }
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + (i & 1);
+        float sum = lanes[lane]->c[i];
+        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        lanes[lane]->c[i] = sum;
+      }
+  });
+}
+
+/// Runs kernels where `natten::detail::cuda::Launcher` would enqueue them.
+class Emulator {
+ public:
+  /// The most shared memory that a block may have: that of compute capability 8.6 and 8.9, the
+  /// least since Ampere.
+  static constexpr int kMostSharedBytes = 99 * 1024;
+
+  explicit Emulator(std::uint64_t seed = 0) : seed_(seed) {}
+
+  template <class Kernel>
+  void operator()(const Kernel& kernel, std::int64_t blocks, int shared_bytes = 0) {
+    if (shared_bytes > kMostSharedBytes) throw std::logic_error("too much shared memory");
+    auto& block = blocks_[Kernel::kThreads];
+    if (!block) block = std::make_unique<EmulatedBlock>(Kernel::kThreads, seed_);
+    for (std::int64_t i = 0; i < blocks; ++i)
+      block->run(i, shared_bytes, [&](EmulatedThread& gpu) { kernel(gpu); });
+  }
+  void clear(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
+
+ private:
+  std::uint64_t seed_;
+  std::map<int, std::unique_ptr<EmulatedBlock>> blocks_;  // by their number of threads
+};
+
+}  // namespace natten_tests

@@ -1,0 +1,136 @@
+#pragma once
+
+// What kernels may ask of the machine that runs them. A kernel is a plain struct, its fields the
+// arguments:
+//
+//   struct Kernel {
+//     static constexpr int kThreads = 128;  // of a block
+//     static constexpr int kBlocks = 2;     // per multiprocessor, which limits registers
+//     template <class Machine>
+//     NATTEN_DEVICE void operator()(Machine& gpu) const;
+//   };
+//
+// and a launcher runs it, `launcher(kernel, blocks, shared_bytes)`: `Launcher` (launch.h) on a GPU,
+// the emulator of the C++ tests on the host. Kernels of either kind are the same code.
+
+#include <natten/half.h>
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define NATTEN_DEVICE __device__ __forceinline__
+#else
+#define NATTEN_DEVICE inline
+#endif
+
+namespace natten::detail::cuda {
+
+/// What a thread of a warp holds of a matrix of 16 x 16 (A), 16 x 8 (B) or 16 x 8 (C) elements of
+/// mma.m16n8k16, by PTX's fragment layouts.
+using FragmentA = std::uint32_t[4];
+using FragmentB = std::uint32_t[2];
+using FragmentC = float[4];
+
+#if defined(__CUDACC__)
+
+/// One thread of a CUDA device.
+class Gpu {
+ public:
+  __device__ std::int64_t block() const { return blockIdx.x; }
+  __device__ int thread() const { return threadIdx.x; }
+  /// Shared memory of the block, aligned to 128 bytes.
+  __device__ char* shared() const {
+    extern __shared__ __align__(128) char natten_shared[];
+    return natten_shared;
+  }
+  __device__ void sync() const { __syncthreads(); }
+  __device__ void sync_warp() const { __syncwarp(); }
+  /// `x` of the thread whose lane number differs in the bits of `mask`.
+  __device__ float shuffle_xor(float x, int mask) const {
+    return __shfl_xor_sync(0xffffffffu, x, mask);
+  }
+  /// Whether `x` holds for all threads of the warp.
+  __device__ bool all(bool x) const { return __all_sync(0xffffffffu, x); }
+
+  /// Copies 16 bytes to shared memory, or writes zeros where not `valid`; done after `wait`.
+  __device__ void copy_async(void* to, const void* from, bool valid) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  }
+  /// Closes a group of copies.
+  __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
+  /// Waits until at most `kPending` of this thread's newest groups are unfinished.
+  template <int kPending>
+  __device__ void wait() const {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+  }
+
+  /// Loads four matrices of 8 x 8 16-bit elements; thread i names row i % 8 of matrix i / 8.
+  __device__ void load_matrices(std::uint32_t (&r)[4], const void* row) const {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address(row))
+                 : "memory");
+  }
+  __device__ void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) const {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address(row))
+                 : "memory");
+  }
+  /// c += a b. `T` is the type of a's and b's elements.
+  template <class T>
+  __device__ void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b) const;
+
+  /// Two elements in one register, the first in the lower half.
+  template <class T>
+  __device__ std::uint32_t pack(float first, float second) const;
+
+  __device__ float exp2(float x) const {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  __device__ void atomic_add(float* to, float x) const { atomicAdd(to, x); }
+
+ private:
+  static __device__ std::uint32_t address(const void* shared) {
+    return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  }
+};
+
+template <>
+__device__ inline void Gpu::multiply_add<float16>(FragmentC& c, const FragmentA& a,
+                                                  const FragmentB& b) const {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ inline void Gpu::multiply_add<bfloat16>(FragmentC& c, const FragmentA& a,
+                                                   const FragmentB& b) const {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ inline std::uint32_t Gpu::pack<float16>(float first, float second) const {
+  std::uint32_t bits;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+template <>
+__device__ inline std::uint32_t Gpu::pack<bfloat16>(float first, float second) const {
+  std::uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(second), "f"(first));
+  return bits;
+}
+
+#endif  // __CUDACC__
+
+}  // namespace natten::detail::cuda
