@@ -32,19 +32,24 @@ class EmulatedThread {
  public:
   std::int64_t block() const;
   int thread() const { return thread_; }
-  char* shared() const;
+  template <class E>
+  E* shared(int offset) const {
+    return reinterpret_cast<E*>(shared_bytes(offset, sizeof(E)));
+  }
+  int opaque(int x) const { return x; }
   void sync();
   void sync_warp();
   float shuffle_xor(float x, int mask);
   bool all(bool x);
-  void copy_async(void* to, const void* from, bool valid);
+  void copy_async(int to, const void* from, bool valid) { copy(to, from, valid, 16); }
+  void copy_word_async(int to, const void* from, bool valid) { copy(to, from, valid, 4); }
   void commit();
   template <int kPending>
   void wait() {
     wait_until_pending(kPending);
   }
-  void load_matrices(std::uint32_t (&r)[4], const void* row) { load(r, row, false); }
-  void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) { load(r, row, true); }
+  void load_matrices(std::uint32_t (&r)[4], int row) { load(r, row, false); }
+  void load_matrices_transposed(std::uint32_t (&r)[4], int row) { load(r, row, true); }
   template <class T>
   void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
   template <class T>
@@ -53,6 +58,12 @@ class EmulatedThread {
                                                            << 16;
   }
   float exp2(float x) const { return std::exp2(x); }
+  float log(float x) const { return std::log(x); }
+  void copy_chunk(void* to, const void* from) const {
+    if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16 != 0)
+      throw std::logic_error("copy_chunk: addresses must be multiples of 16 bytes");
+    std::memcpy(to, from, 16);
+  }
   void atomic_add(float* to, float x) const { *to += x; }
 
  private:
@@ -61,9 +72,13 @@ class EmulatedThread {
     void* to;
     const void* from;
     bool valid;
+    std::size_t bytes;
   };
+  /// Some bytes of shared memory, aligned to as many.
+  char* shared_bytes(int offset, std::size_t bytes) const;
+  void copy(int to, const void* from, bool valid, std::size_t bytes);
   void wait_until_pending(int groups);
-  void load(std::uint32_t (&r)[4], const void* row, bool transposed);
+  void load(std::uint32_t (&r)[4], int row, bool transposed);
   /// Calls `f(args of all 32 lanes)` once, by the last lane to arrive; returns when it is done.
   template <class Args, class F>
   void with_warp(Args& args, F&& f);
@@ -121,6 +136,7 @@ class EmulatedBlock {
   }
 
   std::int64_t block() const { return block_; }
+  std::size_t shared_size() const { return shared_.size() - kSharedAlignment; }
   char* shared() {
     const auto address = reinterpret_cast<std::uintptr_t>(shared_.data());
     return shared_.data() + (kSharedAlignment - address % kSharedAlignment) % kSharedAlignment;
@@ -212,7 +228,13 @@ class EmulatedBlock {
 };
 
 inline std::int64_t EmulatedThread::block() const { return owner_->block(); }
-inline char* EmulatedThread::shared() const { return owner_->shared(); }
+inline char* EmulatedThread::shared_bytes(int offset, std::size_t bytes) const {
+  const auto at = static_cast<std::size_t>(offset);
+  if (offset < 0 || at % std::min<std::size_t>(bytes, 16) % 4 != 0 ||
+      at + bytes > owner_->shared_size())
+    throw std::logic_error("shared memory: an offset beyond its end, or not aligned");
+  return owner_->shared() + at;
+}
 inline void EmulatedThread::sync() { owner_->sync(); }
 
 template <class Args, class F>
@@ -242,11 +264,11 @@ inline bool EmulatedThread::all(bool x) {
   });
   return args;
 }
-inline void EmulatedThread::copy_async(void* to, const void* from, bool valid) {
-  if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0 ||
-      (valid && reinterpret_cast<std::uintptr_t>(from) % 16 != 0))
-    throw std::logic_error("copy_async: addresses must be multiples of 16 bytes");
-  groups_.back().push_back({to, from, valid});
+inline void EmulatedThread::copy(int to, const void* from, bool valid, std::size_t bytes) {
+  if (static_cast<std::size_t>(to) % bytes != 0 ||
+      reinterpret_cast<std::uintptr_t>(from) % bytes != 0)
+    throw std::logic_error("asynchronous copy: addresses must be multiples of its bytes");
+  groups_.back().push_back({shared_bytes(to, bytes), from, valid, bytes});
 }
 inline void EmulatedThread::commit() { groups_.emplace_back(); }
 inline void EmulatedThread::wait_until_pending(int groups) {
@@ -254,27 +276,25 @@ inline void EmulatedThread::wait_until_pending(int groups) {
   while (static_cast<int>(groups_.size()) - 1 > groups) {
     for (const Copy& copy : groups_.front()) {
       if (copy.valid)
-        std::memcpy(copy.to, copy.from, 16);
+        std::memcpy(copy.to, copy.from, copy.bytes);
       else
-        std::memset(copy.to, 0, 16);
+        std::memset(copy.to, 0, copy.bytes);
     }
     groups_.erase(groups_.begin());
   }
 }
-inline void EmulatedThread::load(std::uint32_t (&r)[4], const void* row, bool transposed) {
+inline void EmulatedThread::load(std::uint32_t (&r)[4], int row, bool transposed) {
+  if (row % 16 != 0) throw std::logic_error("load_matrices: rows must be aligned to 16 bytes");
   struct Args {
     const void* row;
     bool transposed;
     std::uint32_t r[4];
-  } args{row, transposed, {}};
+  } args{shared_bytes(row, 16), transposed, {}};
   with_warp(args, [](Args*(&lanes)[32]) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       std::uint16_t x[8][8];
       for (int i = 0; i < 8; ++i) {
-        const void* from = lanes[8 * matrix + i]->row;
-        if (reinterpret_cast<std::uintptr_t>(from) % 16 != 0)
-          throw std::logic_error("load_matrices: rows must be aligned to 16 bytes");
-        std::memcpy(x[i], from, 16);
+        std::memcpy(x[i], lanes[8 * matrix + i]->row, 16);
       }
       for (int lane = 0; lane < 32; ++lane) {
         const int i = lane / 4, j = lane % 4 * 2;

@@ -19,8 +19,12 @@
 
 #if defined(__CUDACC__)
 #define NATTEN_DEVICE __device__ __forceinline__
+#define NATTEN_UNROLL _Pragma("unroll")
+#define NATTEN_DO_NOT_UNROLL _Pragma("unroll 1")
 #else
 #define NATTEN_DEVICE inline
+#define NATTEN_UNROLL
+#define NATTEN_DO_NOT_UNROLL
 #endif
 
 namespace natten::detail::cuda {
@@ -38,10 +42,15 @@ class Gpu {
  public:
   __device__ std::int64_t block() const { return blockIdx.x; }
   __device__ int thread() const { return threadIdx.x; }
-  /// Shared memory of the block, aligned to 128 bytes.
-  __device__ char* shared() const {
-    extern __shared__ __align__(128) char natten_shared[];
-    return natten_shared;
+  /// Shared memory of the block from an offset in bytes. Offset 0 is aligned to 128 bytes.
+  template <class E>
+  __device__ E* shared(int offset) const {
+    return reinterpret_cast<E*>(memory() + offset);
+  }
+  /// `x`, such that what depends on it is not computed ahead of a loop: that would take registers.
+  __device__ int opaque(int x) const {
+    asm volatile("" : "+r"(x));
+    return x;
   }
   __device__ void sync() const { __syncthreads(); }
   __device__ void sync_warp() const { __syncwarp(); }
@@ -52,10 +61,16 @@ class Gpu {
   /// Whether `x` holds for all threads of the warp.
   __device__ bool all(bool x) const { return __all_sync(0xffffffffu, x); }
 
-  /// Copies 16 bytes to shared memory, or writes zeros where not `valid`; done after `wait`.
-  __device__ void copy_async(void* to, const void* from, bool valid) const {
+  /// Copies 16 bytes to an offset in shared memory, or zeros where not `valid`; done after `wait`.
+  __device__ void copy_async(int to, const void* from, bool valid) const {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
                  "r"(valid ? 16 : 0)
+                 : "memory");
+  }
+  /// The same for 4 bytes.
+  __device__ void copy_word_async(int to, const void* from, bool valid) const {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from),
+                 "r"(valid ? 4 : 0)
                  : "memory");
   }
   /// Closes a group of copies.
@@ -66,14 +81,15 @@ class Gpu {
     asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
   }
 
-  /// Loads four matrices of 8 x 8 16-bit elements; thread i names row i % 8 of matrix i / 8.
-  __device__ void load_matrices(std::uint32_t (&r)[4], const void* row) const {
+  /// Loads four matrices of 8 x 8 16-bit elements; thread i gives the offset
+  /// in shared memory of row i % 8 of matrix i / 8.
+  __device__ void load_matrices(std::uint32_t (&r)[4], int row) const {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address(row))
                  : "memory");
   }
-  __device__ void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) const {
+  __device__ void load_matrices_transposed(std::uint32_t (&r)[4], int row) const {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address(row))
@@ -92,18 +108,27 @@ class Gpu {
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
   }
+  __device__ float log(float x) const { return logf(x); }
+  /// Copies 16 bytes.
+  __device__ void copy_chunk(void* to, const void* from) const {
+    *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  }
   __device__ void atomic_add(float* to, float x) const { atomicAdd(to, x); }
 
  private:
-  static __device__ std::uint32_t address(const void* shared) {
-    return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+  static __device__ char* memory() {
+    extern __shared__ __align__(128) char natten_shared[];
+    return natten_shared;
+  }
+  static __device__ std::uint32_t address(int offset) {
+    return static_cast<std::uint32_t>(__cvta_generic_to_shared(memory())) + offset;
   }
 };
 
 template <>
 __device__ inline void Gpu::multiply_add<float16>(FragmentC& c, const FragmentA& a,
                                                   const FragmentB& b) const {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
@@ -112,7 +137,7 @@ __device__ inline void Gpu::multiply_add<float16>(FragmentC& c, const FragmentA&
 template <>
 __device__ inline void Gpu::multiply_add<bfloat16>(FragmentC& c, const FragmentA& a,
                                                    const FragmentB& b) const {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

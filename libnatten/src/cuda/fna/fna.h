@@ -1,17 +1,211 @@
 #pragma once
 
+// The backend "fna": fused neighborhood attention of half types on tensor cores.
+
 #include <cstddef>
 #include <string>
 
-#include "../../registry.h"
+#include "../simt.h"
+#include "plan.h"
 
 namespace natten::detail::cuda {
 
-std::string fna_refuse_reason(const Problem& problem);
-std::size_t fna_workspace_bytes(const Problem& problem);
+inline std::string fna_refuse_reason(const Problem& p) {
+  if (p.op != Op::attention_forward && p.op != Op::attention_backward)
+    return "computes fused attention only";
+  if (p.dtype != DType::float16 && p.dtype != DType::bfloat16)
+    return std::string("computes float16 and bfloat16, not ") + name_of(p.dtype);
+  if (p.head_dim > kMostDims || p.value_dim > kMostDims)
+    return "head dims " + std::to_string(p.head_dim) + " and " + std::to_string(p.value_dim) +
+           "; the most is " + std::to_string(kMostDims);
+  for (const Axis& axis : p.axes)
+    if (std::max(axis.query_length, axis.key_length) > std::numeric_limits<std::int32_t>::max() / 2)
+      return "an axis has more than 2^30 tokens";
+  return tile_refusal(p);
+}
+
+/// Row terms, one per query and head, and what the bias gradient needs.
+inline std::size_t fna_workspace_bytes(const Problem& p) {
+  if (p.op != Op::attention_backward) return 0;
+  return row_term_bytes(p) + (p.wants_grad_rpb ? simt_grad_rpb_workspace_bytes(p) : 0);
+}
+
+/// Enqueues the passes of one job.
+template <class T, class Launcher>
+class TilePasses {
+ public:
+  TilePasses(const Job& job, Launcher& launch) : job_(job), p_(job.problem), launch_(launch) {}
+
+  void run() {
+    if (p_.batch == 0 || p_.queries() == 0) return;
+    if (p_.op == Op::attention_forward) return run_pass<Pass::forward>(Rows::queries);
+    run_pass<Pass::row_term>(Rows::queries);
+    const Tensors& t = job_.tensors;
+    if (t.grad_query) run_pass<Pass::grad_query>(Rows::queries);
+    if (t.grad_key || t.grad_value) run_key_passes(Rows::keys, t.grad_key, t.grad_value);
+    if (p_.additional > 0 && (t.grad_additional_keys || t.grad_additional_values))
+      run_key_passes(Rows::additional, t.grad_additional_keys, t.grad_additional_values);
+    if (t.grad_rpb)
+      simt_grad_rpb<T>(job_, static_cast<const float*>(job_.workspace),
+                       static_cast<char*>(job_.workspace) + row_term_bytes(p_), launch_);
+  }
+
+ private:
+  void run_key_passes(Rows rows, const TensorView& grad_key, const TensorView& grad_value) {
+    // Sums of both gradients fit into registers up to 128 dims.
+    const bool together = padded_dims(p_) <= 128;
+    if (grad_key && grad_value && together) return run_pass<Pass::grad_key_value>(rows);
+    if (grad_key) run_pass<Pass::grad_key>(rows);
+    if (grad_value) run_pass<Pass::grad_value>(rows);
+  }
+
+  template <Pass kPass>
+  void run_pass(Rows rows) {
+    switch (padded_dims(p_)) {
+      case 32: return run_bucket<kPass, 32>(rows);
+      case 64: return run_bucket<kPass, 64>(rows);
+      case 96: return run_bucket<kPass, 96>(rows);
+      case 128: return run_bucket<kPass, 128>(rows);
+      case 192: return run_bucket<kPass, 192>(rows);
+      default: return run_bucket<kPass, kMostDims>(rows);
+    }
+  }
+
+  template <Pass kPass, int kDims>
+  void run_bucket(Rows rows) {
+    if constexpr (kPass == Pass::grad_key_value && kDims > 128) {
+      return;  // run_key_passes asks for one at a time
+    } else {
+      Grid grid = grid_of(p_, rows);
+      if constexpr (kPass == Pass::forward && kDims <= 128)
+        if (takes_two(grid)) return enqueue<TileKernel<T, kDims, 2, kPass>>(grid);
+      using Kernel = TileKernel<T, kDims, 1, kPass>;
+      set_tiles(grid, Kernel::kRows, Kernel::kColumns);
+      enqueue<Kernel>(grid);
+    }
+  }
+
+  void set_tiles(Grid& grid, int rows, int columns) const {
+    choose_tiles(grid, p_.rank, bits_of(rows), bits_of(columns));
+    const bool queries = grid.rows == Rows::queries;
+    const Tuple& row_tile = queries ? p_.query_tile : p_.key_tile;
+    const Tuple& column_tile = queries ? p_.key_tile : p_.query_tile;
+    if (row_tile.size > 0 && grid.rows != Rows::additional)
+      set_row_tile(grid, shrunk(tile_of(row_tile), rows));
+    if (column_tile.size > 0) grid.column_tile = shrunk(tile_of(column_tile), columns);
+  }
+  /// Kernels of many dims take half of a tile's columns at a time.
+  static TileShape shrunk(TileShape tile, int size) {
+    while (tile.size() > size) --*std::max_element(tile.bits, tile.bits + kMaxRank);
+    return tile;
+  }
+
+  /// Whether blocks of 128 rows beat blocks of 64. They read columns from shared memory half as
+  /// often, but see wider unions of windows, and there are fewer of them.
+  bool takes_two(Grid& grid) const {
+    if (p_.query_tile.size > 0 && tile_of(p_.query_tile).size() == 64) return false;
+    Grid one = grid;
+    const double visits_of_one = choose_tiles(one, p_.rank, 6, 6);
+    const double visits_of_two = choose_tiles(grid, p_.rank, 7, 6);
+    const bool is_demanded = p_.query_tile.size > 0;
+    set_tiles(grid, 128, 64);
+    constexpr double kGain = 1.2;
+    constexpr std::int64_t kFewBlocks = 256;
+    return is_demanded ||
+           (2 * visits_of_two <= kGain * visits_of_one &&
+            p_.batch * p_.heads * grid.blocks_per_head() >= kFewBlocks);
+  }
+
+  template <class Kernel>
+  void enqueue(const Grid& grid) {
+    const Kernel kernel{arguments(grid, Kernel::kRowsAreQueries)};
+    const std::int64_t blocks = p_.batch * kernel.a.heads * kernel.a.blocks_per_head;
+    launch_(kernel, blocks, Kernel::kSharedBytes);
+  }
+
+  using Member = TensorView Tensors::*;
+  template <class E>
+  static Tokens<E> tokens(Operand<E> x, bool is_additional = false) {
+    if (is_additional) x.grid = {0, 0, x.token};
+    bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+    for (std::int64_t stride : {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]})
+      is_aligned = is_aligned && stride % kChunk == 0;
+    return {x, is_aligned};
+  }
+  Tokens<const T> input(Member member, bool is_additional = false) const {
+    return tokens(operand<const T>(p_, job_.tensors, member), is_additional);
+  }
+  Tokens<T> output(Member member, bool is_additional = false) const {
+    return tokens(operand<T>(p_, job_.tensors, member), is_additional);
+  }
+
+  Arguments<T> arguments(const Grid& grid, bool rows_are_queries) const {
+    using M = Tensors;
+    Arguments<T> a(grid);
+    a.blocks_per_head = grid.blocks_per_head();
+    a.heads = static_cast<int>(rows_are_queries ? p_.heads : p_.kv_heads);
+    a.queries_per_kv = static_cast<int>(p_.heads / p_.kv_heads);
+    a.dims[0] = static_cast<int>(p_.head_dim);
+    a.dims[1] = static_cast<int>(p_.value_dim);
+    a.rpb = operand<const T>(p_, job_.tensors, &M::rpb);
+    a.scale = static_cast<float>(p_.scale);
+    a.scales_first = a.rpb || !(a.scale > 0);
+    a.factor = a.scales_first ? 1.0f : a.scale * kLog2E;
+    a.logsumexp = operand<const float>(p_, job_.tensors, &M::logsumexp);
+    a.grad_logsumexp = operand<const float>(p_, job_.tensors, &M::grad_logsumexp);
+    const Operand<float> row_term = row_term_operand(p_, static_cast<float*>(job_.workspace));
+    a.row_term = {row_term.data, row_term.batch, row_term.head, row_term.token, row_term.grid};
+    const bool forward = p_.op == Op::attention_forward;
+    a.statistic = forward ? operand<float>(p_, job_.tensors, &M::logsumexp) : row_term;
+    const Tokens<const T> query = input(&M::query), grad_output = input(&M::grad_output);
+    if (rows_are_queries) {
+      a.rows[0] = query;
+      a.rows[1] = grad_output;
+      a.columns[0] = input(&M::key);
+      a.columns[1] = input(&M::value);
+      a.additional[0] = input(&M::additional_keys, true);
+      a.additional[1] = input(&M::additional_values, true);
+      a.additional_columns = static_cast<int>(p_.additional);
+      a.sums[0] = output(&M::grad_query);
+      a.sums[1] = output(&M::output);
+    } else {
+      const bool extra = grid.rows == Rows::additional;
+      a.rows[0] = input(extra ? &M::additional_keys : &M::key, extra);
+      a.rows[1] = input(extra ? &M::additional_values : &M::value, extra);
+      a.columns[0] = query;
+      a.columns[1] = grad_output;
+      a.additional_columns = 0;
+      a.sums[0] = output(extra ? &M::grad_additional_keys : &M::grad_key, extra);
+      a.sums[1] = output(extra ? &M::grad_additional_values : &M::grad_value, extra);
+    }
+    for (int which = 0; which < 2; ++which) a.copies_chunks[which] = copies_chunks(a, which);
+    return a;
+  }
+  static bool copies_chunks(const Arguments<T>& a, int which) {
+    std::int64_t furthest = 0;  // of a tile's columns, in elements
+    for (int i = 0; i < kMaxRank; ++i)
+      furthest += std::abs(a.columns[which].tensor.grid[i]) * a.grid.axes[i].dilation *
+                  (a.grid.column_tile.extent(i) - 1);
+    return a.columns[which].is_aligned && a.dims[which] % kChunk == 0 &&
+           furthest / kChunk <= std::numeric_limits<std::int32_t>::max();
+  }
+
+  const Job& job_;
+  const Problem& p_;
+  Launcher& launch_;
+};
 
 /// Enqueues the kernels of a job.
+template <class T, class Launcher>
+void run_fna_as(const Job& job, Launcher& launch) {
+  TilePasses<T, Launcher>(job, launch).run();
+}
 template <class Launcher>
-void run_fna(const Job& job, Launcher& launch);
+void run_fna(const Job& job, Launcher& launch) {
+  if (job.problem.dtype == DType::float16)
+    run_fna_as<float16>(job, launch);
+  else
+    run_fna_as<bfloat16>(job, launch);
+}
 
 }  // namespace natten::detail::cuda

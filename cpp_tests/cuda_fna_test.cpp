@@ -1,0 +1,103 @@
+// The tensor-core kernels of the CUDA backend, run on host memory by an emulator. The suites of all
+// backends run them too (`emulated_backends`).
+
+#include "../libnatten/src/cuda/fna/fna.h"
+#include "cases.h"
+#include "gpu_emulator.h"
+
+namespace natten_tests {
+namespace {
+
+using natten::detail::Job;
+namespace cuda = natten::detail::cuda;
+
+void run_emulated(const natten::Call& call, std::uint64_t seed) {
+  const natten::Problem problem = natten::describe(call);
+  std::vector<unsigned char> workspace(cuda::fna_workspace_bytes(problem) + 64, 0xff);
+  static std::map<std::uint64_t, Emulator> emulators;  // they keep their threads
+  Emulator& launch = emulators.try_emplace(seed, seed).first->second;
+  cuda::run_fna(Job{problem, call.tensors, workspace.data()}, launch);
+  for (std::size_t i = workspace.size() - 64; i < workspace.size(); ++i)
+    ASSERT_EQ(workspace[i], 0xff) << "written past the workspace";
+}
+
+class CudaFna : public testing::TestWithParam<natten::DType> {
+ protected:
+  static void TearDownTestSuite() { errors_.print("CUDA, tensor-core kernels: larger problems"); }
+
+  natten::DType dtype() const { return GetParam(); }
+
+  /// Forward and backward against the reference.
+  void expect_definition(Case c, std::uint64_t seed = 0) {
+    c.dtype = dtype();
+    std::ostringstream text;
+    text << c;
+    SCOPED_TRACE(text.str());
+    FusedProblem problem(c);
+    problem.provide_logsumexp();
+    ASSERT_EQ(cuda::fna_refuse_reason(natten::describe(problem.backward())), "");
+    ASSERT_NO_THROW(run_emulated(problem.forward(), seed));
+    ASSERT_NO_THROW(run_emulated(problem.backward(), seed));
+    const oracle::FusedResults expected = problem.expected();
+    Buffers& b = problem.buffers;
+    const auto expect = [&](const char* name, double error) {
+      errors_.expect(name, dtype(), c.rank(), error);
+    };
+    expect("output", relative_error(b.output.dense(), expected.output));
+    expect("logsumexp", relative_error(b.logsumexp.dense(), expected.logsumexp));
+    for_each_gradient(b, expected, [&](const char* name, Buffer& got, const Dense& reference) {
+      if (got.view())
+        expect(name, relative_error(got.dense(), reference, problem.incoming_gradient()));
+    });
+    b.expect_gaps_intact();
+  }
+
+  static ErrorTable errors_;
+};
+ErrorTable CudaFna::errors_;
+
+TEST_P(CudaFna, Small) {
+  Case c;
+  c.axes = {{9, 5, 1, 1, false}, {7, 3, 1, 2, false}};
+  c.dim = c.value_dim = 32;
+  c.seed = base_seed();
+  expect_definition(c);
+}
+
+TEST_P(CudaFna, HeadDims) {
+  Case c;
+  c.axes = {{9, 5, 1, 1, false}, {13, 3, 1, 2, false}};
+  c.heads = 2;
+  std::uint64_t seed = base_seed();
+  for (const auto& [dim, value_dim] : std::vector<std::pair<int, int>>{{16, 16},
+                                                                       {40, 72},
+                                                                       {64, 64},
+                                                                       {96, 96},
+                                                                       {128, 128},
+                                                                       {160, 8},
+                                                                       {256, 256},
+                                                                       {33, 65},
+                                                                       {129, 31},
+                                                                       {1, 1}}) {
+    c.seed = ++seed;
+    c.dim = dim;
+    c.value_dim = value_dim;
+    expect_definition(c);
+  }
+}
+
+TEST_P(CudaFna, Random) {
+  std::uint64_t seed = base_seed();
+  for (int rank = 1; rank <= 3; ++rank)
+    for (int i = 0; i < 40; ++i) {
+      Case c = random_case(++seed, dtype(), rank);
+      c.rpb = false;
+      expect_definition(c, static_cast<std::uint64_t>(i % 3));
+    }
+}
+
+INSTANTIATE_TEST_SUITE_P(Emulated, CudaFna,
+                         testing::Values(natten::DType::bfloat16, natten::DType::float16));
+
+}  // namespace
+}  // namespace natten_tests

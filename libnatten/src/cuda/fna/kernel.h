@@ -1,0 +1,746 @@
+#pragma once
+
+// Fused neighborhood attention on tensor cores, forward and backward, in one kernel: all passes are
+//
+//   S = A1 B1^T, weights of S, dP = A2 B2^T, sums += weights B
+//
+// over tiles of columns (tiles.h), with
+//
+//   pass            rows       A1  A2  columns  B1  B2  computes
+//   forward         queries    Q       keys     K   V   output = sum P V, logsumexp
+//   row_term        queries    Q   dO  keys     K   V   sum P dP - gradient of logsumexp
+//   grad_query      queries    Q   dO  keys     K   V   dQ = scale sum dS K
+//   grad_key_value  keys       K   V   queries  Q   dO  dK = scale sum dS Q, dV = sum P dO
+//   grad_key                                            the first of them
+//   grad_value                                          the second
+//
+// where P = exp(S - logsumexp) and dS = P (dP - row term). Four warps share the columns in shared
+// memory and own 16 or 32 rows each, so a row's sums stay in the registers of four threads. Every
+// row is summed by one warp, in an order that depends on the problem alone.
+
+#include <natten/types.h>
+
+#include <cstdint>
+
+#include "../../operand.h"
+#include "../machine.h"
+#include "matrices.h"
+#include "tiles.h"
+
+namespace natten::detail::cuda {
+
+enum class Pass : std::uint8_t {
+  forward,
+  row_term,
+  grad_query,
+  grad_key_value,
+  grad_key,
+  grad_value,
+};
+
+constexpr bool rows_are_queries(Pass pass) {
+  return pass == Pass::forward || pass == Pass::row_term || pass == Pass::grad_query;
+}
+
+inline constexpr float kLog2E = 1.44269504088896340736f;
+inline constexpr float kLn2 = 0.69314718055994530942f;
+
+/// A tensor on the rows or columns of a pass. One of additional tokens counts them along the last
+/// axis.
+template <class T>
+struct Tokens {
+  Operand<T> tensor;
+  bool is_aligned = false;  ///< tokens lie at multiples of 16 bytes
+};
+
+/// What all passes take.
+template <class T>
+struct Arguments {
+  Grid grid;
+  MaskWords mask;
+  std::int64_t blocks_per_head;
+  int heads;               ///< of the rows
+  int queries_per_kv;      ///< heads of queries that share one of keys
+  int dims[2];             ///< of A1, B1 and of A2, B2
+  int additional_columns;  ///< tokens
+  Tokens<const T> rows[2], columns[2], additional[2];
+  /// Whether whole tiles of columns can be copied by chunks, with offsets that fit into 32 bits.
+  bool copies_chunks[2];
+  Operand<const T> rpb;
+  Operand<const float> logsumexp, row_term, grad_logsumexp;
+  Operand<float> statistic;  ///< written: logsumexp or row term
+  Tokens<T> sums[2];         ///< written: of weights times B1 and B2
+  float scale;
+  /// Scores are scaled, and biased, before all else; otherwise `factor` scales them.
+  bool scales_first;
+  float factor;  ///< scores times it are logarithms to base 2
+
+  explicit Arguments(const Grid& g) : grid(g), mask(g.column_tile) {}
+};
+
+/// A tile of columns and where its tokens are.
+template <class T>
+struct ColumnStop {
+  ColumnTile tile;
+  /// The first token of B1 and B2 where all of the tile can be copied by chunks, else null.
+  const T* first[2];
+};
+
+/// Where a block is at work, in shared memory: it is read now and then, by all threads.
+template <class T, int kWarps>
+struct BlockState {
+  /// The tile of columns that the block is at, the next and the one after that: tile i at i % 4.
+  ColumnStop<T> stops[4];
+  RowTile rows;
+  ColumnTiles tiles;
+  int head, first_column_head;
+  std::int64_t batch;
+  Bounds bounds[kWarps][kMaxRank];
+};
+
+template <class T, int kDims, int kM, Pass kPass>
+struct TileKernel {
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kLanes;
+  static constexpr int kBlocks = 2;
+  static constexpr bool kRowsAreQueries = rows_are_queries(kPass);
+  static constexpr bool kSumsFirst =
+      kPass == Pass::grad_query || kPass == Pass::grad_key_value || kPass == Pass::grad_key;
+  static constexpr bool kSumsSecond =
+      kPass == Pass::forward || kPass == Pass::grad_key_value || kPass == Pass::grad_value;
+  static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == Pass::row_term;
+  static constexpr int kRows = 16 * kM * kWarps;
+  static constexpr int kColumns = kPass != Pass::forward && kDims > 128 ? 32 : 64;
+  static constexpr int kN = kColumns / 8;
+  /// Tiles of B1 in shared memory. Where it serves twice per tile, the next one is loaded beside it.
+  static constexpr int kStages = kSumsFirst && kDims <= 192 ? 2 : 1;
+  using Tile = SharedTile<kDims>;
+
+  using State = BlockState<T, kWarps>;
+
+  Arguments<T> a;
+
+  /// Shared memory, in order: offsets in bytes.
+  struct Layout {
+    static constexpr int kRows1 = 0;
+    static constexpr int kRows2 = kRows1 + Tile::bytes(kRows);
+    static constexpr int kColumns1 = kRows2 + (kNeedsGradWeights ? Tile::bytes(kRows) : 0);
+    static constexpr int kColumns2 = kColumns1 + kStages * Tile::bytes(kColumns);
+    static constexpr int kStatistics = kColumns2 + Tile::bytes(kColumns);
+    static constexpr int kState =
+        kStatistics + (kRowsAreQueries ? 0 : 2 * kStages * kColumns * int(sizeof(float)));
+    static constexpr int kRelativeBias = kState + int(sizeof(State));
+    static constexpr int kRelative = kRelativeBias + kColumns * int(sizeof(std::int64_t));
+    static constexpr int kSpans = kRelative + 2 * kColumns * int(sizeof(int));
+    static constexpr int kBytes = kSpans + (kRows + 2) * int(sizeof(Span));
+  };
+  static constexpr int kSharedBytes = Layout::kBytes;
+
+  template <class Machine>
+  NATTEN_DEVICE void operator()(Machine& gpu) const {
+    Worker<Machine>{gpu, a, *gpu.template shared<State>(Layout::kState)}.run();
+  }
+
+  /// One thread at work on one tile of rows.
+  template <class Machine>
+  struct Worker {
+    Machine& gpu;
+    const Arguments<T>& a;
+    State& state;
+
+    NATTEN_DEVICE int lane() const { return gpu.thread() % kLanes; }
+    NATTEN_DEVICE int warp() const { return gpu.thread() / kLanes; }
+    /// The row of a C fragment's elements 2 half and 2 half + 1.
+    NATTEN_DEVICE int row_of(int m, int half) const {
+      return 16 * kM * warp() + 16 * m + 8 * half + lane() / 4;
+    }
+    /// The first column of a C fragment's two.
+    NATTEN_DEVICE int column_of(int n) const { return 8 * n + 2 * (lane() % 4); }
+    NATTEN_DEVICE static Tile first_columns(int stage) {
+      return {Layout::kColumns1 + stage * Tile::bytes(kColumns)};
+    }
+    /// logsumexp (0) and row term (1) of the columns.
+    NATTEN_DEVICE static int statistics(int which, int stage) {
+      return Layout::kStatistics + (which * kStages + stage) * kColumns * int(sizeof(float));
+    }
+    /// Where the columns of a tile lie, from its first, in chunks of `a.columns[which]`.
+    NATTEN_DEVICE int* relative(int which) const {
+      return gpu.template shared<int>(Layout::kRelative) + which * kColumns;
+    }
+    /// And in elements of the bias.
+    NATTEN_DEVICE std::int64_t* relative_bias() const {
+      return gpu.template shared<std::int64_t>(Layout::kRelativeBias);
+    }
+    NATTEN_DEVICE Spans spans() const {
+      return {gpu.template shared<Span>(Layout::kSpans), a.grid.row_tile};
+    }
+
+    /// Whether there is such a row, and where.
+    NATTEN_DEVICE bool token_of_row(int row, Coordinate& token) const {
+      NATTEN_UNROLL
+      for (int i = 0; i < kMaxRank; ++i)
+        token[i] = token_at(a.grid.axes[i], state.rows.group[i],
+                            state.rows.origin[i] + a.grid.row_tile.offset(row, i));
+      return state.rows.holds(a.grid.row_tile, row);
+    }
+    NATTEN_DEVICE bool token_of_column(const ColumnTile& at, int column, Coordinate& token) const {
+      bool exists = true;
+      NATTEN_UNROLL
+      for (int i = 0; i < kMaxRank; ++i) {
+        const int position = at.origin[i] + a.grid.column_tile.offset(column, i);
+        token[i] = token_at(a.grid.axes[i], state.rows.group[i], position);
+        exists = exists && token[i] < a.grid.column_lengths[i];
+      }
+      return exists;
+    }
+    NATTEN_DEVICE int column_head(const ColumnTile& at) const {
+      return state.first_column_head + at.head;
+    }
+    NATTEN_DEVICE int query_head(const ColumnTile& at) const {
+      return kRowsAreQueries ? state.head : column_head(at);
+    }
+
+    /// Copies one chunk of a token of which `dims` elements exist; zeros where `from` is null.
+    NATTEN_DEVICE void load_chunk(int to, const T* from, int chunk, int dims,
+                                  bool is_aligned) const {
+      if (from && is_aligned && (chunk + 1) * kChunk <= dims)
+        return gpu.copy_async(to, from + chunk * kChunk, true);
+      // Not unrolled: it is slow anyway, and registers are scarce where it is called.
+      NATTEN_DO_NOT_UNROLL
+      for (int j = 0; j < kChunk; ++j) {
+        const int d = chunk * kChunk + j;
+        gpu.template shared<T>(to)[j] = from && d < dims ? from[d] : T();
+      }
+    }
+
+    NATTEN_DEVICE void load_rows(int which, const Tile& to) const {
+      const Tokens<const T>& x = a.rows[which];
+      NATTEN_DO_NOT_UNROLL
+      for (int item = gpu.thread(); item < kRows * Tile::kChunks; item += kThreads) {
+        const int row = item / Tile::kChunks, chunk = item % Tile::kChunks;
+        Coordinate token;
+        const bool exists = token_of_row(row, token);
+        load_chunk(to.at(row, chunk), exists ? x.tensor.at(state.batch, state.head, token) : nullptr,
+                   chunk, a.dims[which], x.is_aligned);
+      }
+    }
+
+    /// Finds out where a tile's tokens are. One thread does it for the block, ahead of time.
+    NATTEN_DEVICE void stop_at(ColumnStop<T>& stop, const ColumnTile& tile) const {
+      stop.tile = tile;
+      Coordinate token;
+      const bool is_whole = token_of_column(tile, kColumns - 1, token);
+      token_of_column(tile, 0, token);
+      NATTEN_UNROLL
+      for (int which = 0; which < 2; ++which)
+        stop.first[which] =
+            a.copies_chunks[which] && is_whole && !tile.is_additional
+                ? a.columns[which].tensor.at(state.batch, column_head(tile), token)
+                : nullptr;
+    }
+
+    NATTEN_DEVICE void load_columns(int which, const Tile& to, const ColumnStop<T>& stop) const {
+      const int dims = a.dims[which];
+      if (const T* first = stop.first[which]) {
+        // Eight threads copy 128 bytes, or four 64: then what a loop adds to an offset is constant.
+        constexpr int kUnit = Tile::kChunks % 8 == 0 ? 8 : 4;
+        const int chunk = gpu.thread() % kUnit, column = gpu.thread() / kUnit;
+        const int slot = gpu.opaque(to.at(column, chunk)), element = gpu.opaque(chunk * kChunk);
+        const int* offset = relative(which) + column;
+        NATTEN_UNROLL
+        for (int i = 0; i < kColumns; i += kThreads / kUnit) {
+          const T* from = first + std::int64_t{offset[i]} * kChunk + element;
+          NATTEN_UNROLL
+          for (int j = 0; j < Tile::kChunks; j += kUnit)
+            if (element + j * kChunk < dims)
+              gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + j * kChunk, true);
+        }
+        return;
+      }
+      const ColumnTile& at = stop.tile;
+      const Tokens<const T>& x = at.is_additional ? a.additional[which] : a.columns[which];
+      NATTEN_DO_NOT_UNROLL
+      for (int item = gpu.thread(); item < kColumns * Tile::kChunks; item += kThreads) {
+        const int column = item / Tile::kChunks, chunk = item % Tile::kChunks;
+        const T* from = nullptr;
+        Coordinate token;
+        if (at.is_additional) {
+          const int n = at.origin[2] + column;
+          if (n < a.additional_columns) from = x.tensor.at(state.batch, column_head(at), {0, 0, n});
+        } else if (token_of_column(at, column, token)) {
+          from = x.tensor.at(state.batch, column_head(at), token);
+        }
+        load_chunk(to.at(column, chunk), from, chunk, dims, x.is_aligned);
+      }
+    }
+    /// B1 and what else is known about its columns.
+    NATTEN_DEVICE void load_first_columns(int stage, const ColumnStop<T>& stop) const {
+      load_columns(0, first_columns(stage), stop);
+      if constexpr (!kRowsAreQueries) {
+        if (gpu.thread() < kColumns) {
+          const ColumnTile& at = stop.tile;
+          Coordinate token;
+          const bool exists = token_of_column(at, gpu.thread(), token);
+          const auto copy = [&](const Operand<const float>& x, int which) {
+            gpu.copy_word_async(statistics(which, stage) + gpu.thread() * int(sizeof(float)),
+                                exists ? x.at(state.batch, query_head(at), token) : x.data, exists);
+          };
+          copy(a.logsumexp, 0);
+          if constexpr (kNeedsGradWeights) copy(a.row_term, 1);
+        }
+      }
+    }
+
+    /// Chunks past `dims`, which whole tiles' copies leave alone, are zero.
+    NATTEN_DEVICE void clear_padding(const Tile& tile, int count, int dims) const {
+      if (dims > kDims - kChunk) return;
+      for (int item = gpu.thread(); item < count * Tile::kChunks; item += kThreads)
+        load_chunk(tile.at(item / Tile::kChunks, item % Tile::kChunks), nullptr, 0, 0, false);
+    }
+
+    /// Fills `state` and the tables. Returns false where the block has no rows.
+    NATTEN_DEVICE bool prepare() const {
+      if (gpu.thread() == 0) {
+        const std::int64_t index = gpu.block() / a.blocks_per_head;
+        state.rows = row_tile(a.grid, gpu.block() % a.blocks_per_head);
+        state.batch = index / a.heads;
+        state.head = static_cast<int>(index % a.heads);
+        state.first_column_head = kRowsAreQueries ? state.head / a.queries_per_kv
+                                                  : state.head * a.queries_per_kv;
+        state.tiles.additional = a.additional_columns;
+        state.tiles.heads = kRowsAreQueries ? 1 : a.queries_per_kv;
+      }
+      gpu.sync();
+      const RowTile& rows = state.rows;
+      if (rows.valid[0] == 0 || rows.valid[1] == 0 || rows.valid[2] == 0) return false;
+      spans().compute(a.grid, rows, gpu.thread(), kThreads);
+      if (gpu.thread() < kColumns) {
+        std::int64_t offsets[2] = {0, 0}, bias = 0;
+        NATTEN_UNROLL
+        for (int i = 0; i < kMaxRank; ++i) {
+          const int offset = a.grid.column_tile.offset(gpu.thread(), i);
+          NATTEN_UNROLL
+          for (int which = 0; which < 2; ++which)
+            offsets[which] += a.columns[which].tensor.grid[i] * a.grid.axes[i].dilation * offset;
+          bias += (kRowsAreQueries ? 1 : -1) * offset * a.rpb.grid[i];
+        }
+        NATTEN_UNROLL
+        for (int which = 0; which < 2; ++which)
+          relative(which)[gpu.thread()] = static_cast<int>(offsets[which] / kChunk);
+        relative_bias()[gpu.thread()] = bias;
+      }
+      clear_padding({Layout::kColumns1}, kStages * kColumns, a.dims[0]);
+      clear_padding({Layout::kColumns2}, kColumns, a.dims[1]);
+      gpu.sync();
+      NATTEN_UNROLL
+      for (int i = 0; i < kMaxRank; ++i) {
+        if (lane() != i) continue;
+        const TileShape& shape = a.grid.row_tile;
+        state.bounds[warp()][i] =
+            bounds_of(spans(), shape, rows, i, 16 * kM * warp(), 16 * kM * (warp() + 1) - 1);
+        if (warp() > 0) continue;
+        const Bounds all = bounds_of(spans(), shape, rows, i, 0, kRows - 1);
+        state.tiles.low[i] = all.least_begin;
+        state.tiles.high[i] = all.greatest_end;
+      }
+      gpu.sync();
+      if (gpu.thread() == 0) {
+        stop_at(state.stops[0], ColumnTile::first(state.tiles));
+        if (state.tiles.count(a.grid.column_tile) > 1) find_stop(1);
+      }
+      gpu.sync();
+      return true;
+    }
+    /// Tile `i` of columns, from the one before.
+    NATTEN_DEVICE void find_stop(int i) const {
+      ColumnTile tile = state.stops[(i - 1) % 4].tile;
+      tile.advance(state.tiles, a.grid.column_tile);
+      stop_at(state.stops[i % 4], tile);
+    }
+
+    NATTEN_DEVICE Overlap overlap(const ColumnTile& at) const {
+      if (at.is_additional)
+        return at.origin[2] + kColumns <= a.additional_columns ? Overlap::all : Overlap::some;
+      return overlap_of(state.bounds[warp()], a.grid.column_tile, at.origin);
+    }
+
+    /// The bit of a row's column `8 n + 2 (lane % 4)` is bit 8 n, the next column's the next.
+    NATTEN_DEVICE std::uint64_t seen_by(int row, const ColumnTile& at, Overlap overlap) const {
+      std::uint64_t word = ~std::uint64_t{0};
+      if (overlap == Overlap::some) {
+        if (at.is_additional) {
+          word = low_bits(a.additional_columns - at.origin[2]);
+        } else {
+          const TileShape& shape = a.grid.row_tile;
+          const Span seen[kMaxRank] = {spans().at(0, shape.offset(row, 0)),
+                                       spans().at(1, shape.offset(row, 1)),
+                                       spans().at(2, shape.offset(row, 2))};
+          word = a.mask.word(a.grid.column_tile, seen, at.origin);
+        }
+      }
+      return word >> (2 * (lane() % 4));
+    }
+    NATTEN_DEVICE static bool bit(std::uint64_t word, int n, int j) {
+      const auto half = static_cast<std::uint32_t>(n < 4 ? word : word >> 32);
+      return half >> (8 * (n % 4) + j) & 1;
+    }
+
+    /// Scales where that comes first, adds biases, and gives unseen columns the score -inf.
+    NATTEN_DEVICE void finish_scores(FragmentC (&scores)[kM][kN], const ColumnTile& at,
+                                     Overlap overlap) const {
+      constexpr float kUnseen = -__builtin_huge_valf();
+      if (overlap == Overlap::all && !a.scales_first) return;
+      const int first_row = gpu.opaque(row_of(0, 0));
+NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int row = first_row + 16 * m + 8 * half;
+          const std::uint64_t word = seen_by(row, at, overlap);
+          if (a.scales_first) scale_row(scores[m], half, row, at, word);
+NATTEN_UNROLL
+          for (int n = 0; n < kN; ++n)
+NATTEN_UNROLL
+            for (int j = 0; j < 2; ++j) {
+              float& score = scores[m][n][2 * half + j];
+              score = bit(word, n, j) ? score : kUnseen;
+            }
+        }
+    }
+    NATTEN_DEVICE void scale_row(FragmentC (&scores)[kN], int half, int row, const ColumnTile& at,
+                                 std::uint64_t word) const {
+      const bool is_biased = a.rpb && !at.is_additional && a.grid.rows != Rows::additional &&
+                             state.rows.holds(a.grid.row_tile, row);
+      constexpr int kSign = kRowsAreQueries ? 1 : -1;  // offsets are key - query
+      const T* bias = a.rpb.data;
+      if (is_biased) {
+        bias += query_head(at) * a.rpb.head;
+NATTEN_UNROLL
+        for (int i = 0; i < kMaxRank; ++i) {
+          const int position = state.rows.origin[i] + a.grid.row_tile.offset(row, i);
+          bias += (kSign * (at.origin[i] - position) + a.grid.axes[i].kernel_size - 1) *
+                  a.rpb.grid[i];
+        }
+      }
+NATTEN_UNROLL
+      for (int n = 0; n < kN; ++n)
+NATTEN_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[n][2 * half + j];
+          score *= a.scale * kLog2E;
+          if (!is_biased || !bit(word, n, j)) continue;
+          score += static_cast<float>(bias[relative_bias()[column_of(n) + j]]) * kLog2E;
+        }
+    }
+
+    /// The sum, or the largest, of a row's four threads.
+    NATTEN_DEVICE float row_sum(float x) const {
+      x += gpu.shuffle_xor(x, 1);
+      return x + gpu.shuffle_xor(x, 2);
+    }
+    NATTEN_DEVICE float row_max(float x) const {
+      const float y = gpu.shuffle_xor(x, 1);
+      x = x < y ? y : x;
+      const float z = gpu.shuffle_xor(x, 2);
+      return x < z ? z : x;
+    }
+
+    /// Turns scores into weights 2^(factor score - reference). A row's reference is a largest score
+    /// of the past: it follows, and what was summed is rescaled, only once weights would exceed
+    /// 2^8, which float16 holds and which is rare after the first tiles.
+    NATTEN_DEVICE void softmax(FragmentC (&scores)[kM][kN], FragmentC (&sums)[kM][kDims / 8],
+                               float (&reference)[kM][2], float (&total)[kM][2]) const {
+      constexpr float kNone = -__builtin_huge_valf(), kSlack = 8;
+      float most[kM][2];
+      bool is_near = true;
+      NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m)
+        NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float x = kNone;
+          NATTEN_UNROLL
+          for (int n = 0; n < kN; ++n)
+            NATTEN_UNROLL
+            for (int j = 0; j < 2; ++j) {
+              const float score = scores[m][n][2 * half + j];
+              x = x < score ? score : x;
+            }
+          most[m][half] = row_max(x) * a.factor;
+          is_near = is_near && most[m][half] <= reference[m][half] + kSlack;
+        }
+      if (!gpu.all(is_near)) {
+        NATTEN_UNROLL
+        for (int m = 0; m < kM; ++m)
+          NATTEN_UNROLL
+          for (int half = 0; half < 2; ++half) {
+            float& past = reference[m][half];
+            const float now = past < most[m][half] ? most[m][half] : past;
+            // Before a row has seen anything its sums are 0, and 0 * 2^-inf too.
+            const float correction = now == kNone ? 1.0f : gpu.exp2(past - now);
+            past = now;
+            total[m][half] *= correction;
+            NATTEN_UNROLL
+            for (int n = 0; n < kDims / 8; ++n)
+              NATTEN_UNROLL
+              for (int j = 0; j < 2; ++j) sums[m][n][2 * half + j] *= correction;
+          }
+      }
+      NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m)
+        NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float subtracted = reference[m][half] == kNone ? 0.0f : reference[m][half];
+          float sum = 0;
+          NATTEN_UNROLL
+          for (int n = 0; n < kN; ++n)
+            NATTEN_UNROLL
+            for (int j = 0; j < 2; ++j) {
+              float& x = scores[m][n][2 * half + j];
+              x = gpu.exp2(x * a.factor - subtracted);
+              sum += x;
+            }
+          total[m][half] += sum;
+        }
+    }
+
+    /// Statistics of queries: of this thread's rows, or of the columns in shared memory.
+    struct QueryStatistics {
+      float logsumexp[kM][2], row_term[kM][2];
+    };
+    NATTEN_DEVICE QueryStatistics row_statistics() const {
+      QueryStatistics s;
+NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          Coordinate token;
+          const bool exists = token_of_row(row_of(m, half), token);
+          s.logsumexp[m][half] = exists ? *a.logsumexp.at(state.batch, state.head, token) * kLog2E : 0.0f;
+          s.row_term[m][half] =
+              exists && kSumsFirst ? *a.row_term.at(state.batch, state.head, token) : 0.0f;
+        }
+      return s;
+    }
+
+    /// Turns scores into the weights P of the forward pass.
+    NATTEN_DEVICE void weigh(FragmentC (&scores)[kM][kN], const QueryStatistics& of_rows,
+                             int stage) const {
+NATTEN_UNROLL
+      for (int n = 0; n < kN; ++n)
+NATTEN_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float of_column = 0;
+          if constexpr (!kRowsAreQueries)
+            of_column = gpu.template shared<float>(statistics(0, stage))[column_of(n) + j] * kLog2E;
+NATTEN_UNROLL
+          for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              float& x = scores[m][n][2 * half + j];
+              x = gpu.exp2(x * a.factor -
+                           (kRowsAreQueries ? of_rows.logsumexp[m][half] : of_column));
+            }
+        }
+    }
+    /// Turns dP into dS.
+    NATTEN_DEVICE void differentiate(FragmentC (&grads)[kM][kN], const FragmentC (&weights)[kM][kN],
+                                     const QueryStatistics& of_rows, int stage) const {
+NATTEN_UNROLL
+      for (int n = 0; n < kN; ++n)
+NATTEN_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float of_column = 0;
+          if constexpr (!kRowsAreQueries)
+            of_column = gpu.template shared<float>(statistics(1, stage))[column_of(n) + j];
+NATTEN_UNROLL
+          for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+            for (int half = 0; half < 2; ++half) {
+              const int i = 2 * half + j;
+              const float term = kRowsAreQueries ? of_rows.row_term[m][half] : of_column;
+              grads[m][n][i] = weights[m][n][i] * (grads[m][n][i] - term);
+            }
+        }
+    }
+
+    template <int kRowBlocks, int kColumnBlocks>
+    NATTEN_DEVICE static void clear(FragmentC (&x)[kRowBlocks][kColumnBlocks]) {
+NATTEN_UNROLL
+      for (int m = 0; m < kRowBlocks; ++m)
+NATTEN_UNROLL
+        for (int n = 0; n < kColumnBlocks; ++n)
+NATTEN_UNROLL
+          for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
+    }
+
+    NATTEN_DEVICE void run() const {
+      if (!prepare()) return;
+      const int count = state.tiles.count(a.grid.column_tile);
+      constexpr Tile rows1{Layout::kRows1}, rows2{Layout::kRows2}, columns2{Layout::kColumns2};
+
+      load_rows(0, rows1);
+      if constexpr (kNeedsGradWeights) load_rows(1, rows2);
+      if (count > 0) load_first_columns(0, state.stops[0]);
+      gpu.commit();
+
+      FragmentC sums1[kSumsFirst ? kM : 1][kDims / 8], sums2[kSumsSecond ? kM : 1][kDims / 8];
+      clear(sums1);
+      clear(sums2);
+      float reference[kM][2], total[kM][2];
+NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          reference[m][half] = -__builtin_huge_valf();
+          total[m][half] = 0;
+        }
+      QueryStatistics of_rows{};
+      if constexpr (kRowsAreQueries && kPass != Pass::forward) of_rows = row_statistics();
+
+      NATTEN_DO_NOT_UNROLL
+      for (int i = 0; i < count; ++i) {
+        const int stage = kStages == 2 ? i & 1 : 0;
+        const bool has_next = i + 1 < count;
+        const ColumnStop<T>& stop = state.stops[i % 4];
+        const ColumnStop<T>& next = state.stops[(i + 1) % 4];
+        gpu.template wait<0>();
+        gpu.sync();  // B1 is there, and all warps are done with B2
+        load_columns(1, columns2, stop);
+        gpu.commit();
+        if constexpr (kStages == 2) {
+          if (has_next) load_first_columns(1 - stage, next);
+          gpu.commit();
+        }
+        if (gpu.thread() == 0 && i + 2 < count) find_stop(i + 2);
+
+        const Overlap seen = overlap(stop.tile);
+        FragmentC scores[kM][kN];
+        if (seen != Overlap::none) {
+          clear(scores);
+          multiply_rows<T>(gpu, scores, rows1, 16 * kM * warp(),
+                           first_columns(stage));
+          finish_scores(scores, stop.tile, seen);
+          if constexpr (kPass == Pass::forward)
+            softmax(scores, sums2, reference, total);
+          else
+            weigh(scores, of_rows, stage);
+        }
+
+        gpu.template wait<kStages - 1>();
+        gpu.sync();  // B2 is there, and all warps are done with the scores
+        if constexpr (kStages == 1 && !kSumsFirst) {
+          if (has_next) load_first_columns(0, next);
+          gpu.commit();
+        }
+        if (seen != Overlap::none) {
+          if constexpr (kSumsSecond) accumulate_rows<T>(gpu, sums2, scores, columns2);
+          if constexpr (kNeedsGradWeights) {
+            FragmentC grads[kM][kN];
+            clear(grads);
+            multiply_rows<T>(gpu, grads, rows2, 16 * kM * warp(), columns2);
+            if constexpr (kPass == Pass::row_term) {
+              add_products(total, scores, grads);
+            } else {
+              differentiate(grads, scores, of_rows, stage);
+              accumulate_rows<T>(gpu, sums1, grads, first_columns(stage));
+            }
+          }
+        }
+        if constexpr (kStages == 1 && kSumsFirst) {
+          gpu.sync();  // all warps are done with B1
+          if (has_next) load_first_columns(0, next);
+          gpu.commit();
+        }
+      }
+      gpu.template wait<0>();
+      gpu.sync();  // rows are there even where there was no column; their memory is free
+
+      if constexpr (kPass == Pass::forward || kPass == Pass::row_term) {
+NATTEN_UNROLL
+        for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+          for (int half = 0; half < 2; ++half) total[m][half] = row_sum(total[m][half]);
+        write_statistic(reference, total);
+      }
+      if constexpr (kPass == Pass::forward) {
+NATTEN_UNROLL
+        for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+          for (int n = 0; n < kDims / 8; ++n)
+NATTEN_UNROLL
+            for (int j = 0; j < 4; ++j) sums2[m][n][j] /= total[m][j / 2];
+      }
+      if constexpr (kSumsFirst) write(0, sums1, a.scale);
+      if constexpr (kSumsSecond) write(1, sums2, 1.0f);
+    }
+
+    NATTEN_DEVICE void add_products(float (&total)[kM][2], const FragmentC (&x)[kM][kN],
+                                    const FragmentC (&y)[kM][kN]) const {
+NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float sum = 0;
+NATTEN_UNROLL
+          for (int n = 0; n < kN; ++n)
+NATTEN_UNROLL
+            for (int j = 0; j < 2; ++j) sum += x[m][n][2 * half + j] * y[m][n][2 * half + j];
+          total[m][half] += sum;
+        }
+    }
+
+    NATTEN_DEVICE void write_statistic(const float (&reference)[kM][2],
+                                       const float (&total)[kM][2]) const {
+      if (!a.statistic || lane() % 4 != 0) return;
+NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          Coordinate token;
+          if (!token_of_row(row_of(m, half), token)) continue;
+          float x = total[m][half];
+          if (kPass == Pass::forward)
+            x = reference[m][half] * kLn2 + gpu.log(x);
+          else if (a.grad_logsumexp)
+            x -= *a.grad_logsumexp.at(state.batch, state.head, token);
+          *a.statistic.at(state.batch, state.head, token) = x;
+        }
+    }
+
+    /// Writes the sums of the warp's rows, in whole rows by way of the memory that A1 had.
+    NATTEN_DEVICE void write(int which, const FragmentC (&sums)[kM][kDims / 8],
+                             float factor) const {
+      const Tokens<T>& to = a.sums[which];
+      if (!to.tensor) return;
+      const int dims = a.dims[which];
+      constexpr Tile staging{Layout::kRows1};
+      gpu.sync_warp();
+NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m)
+NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half)
+NATTEN_UNROLL
+          for (int n = 0; n < kDims / 8; ++n)
+            *gpu.template shared<std::uint32_t>(staging.at(row_of(m, half), n) + 4 * (lane() % 4)) =
+                gpu.template pack<T>(sums[m][n][2 * half] * factor,
+                                     sums[m][n][2 * half + 1] * factor);
+      gpu.sync_warp();
+      NATTEN_DO_NOT_UNROLL
+      for (int item = lane(); item < 16 * kM * Tile::kChunks; item += kLanes) {
+        const int row = 16 * kM * warp() + item / Tile::kChunks, chunk = item % Tile::kChunks;
+        Coordinate token;
+        if (chunk * kChunk >= dims || !token_of_row(row, token)) continue;
+        T* slot = to.tensor.at(state.batch, state.head, token) + chunk * kChunk;
+        const T* from = gpu.template shared<T>(staging.at(row, chunk));
+        if (to.is_aligned && (chunk + 1) * kChunk <= dims) {
+          gpu.copy_chunk(slot, from);
+          continue;
+        }
+        for (int j = 0; j < kChunk && chunk * kChunk + j < dims; ++j)
+          slot[j] = from[j];
+      }
+    }
+  };
+};
+
+}  // namespace natten::detail::cuda

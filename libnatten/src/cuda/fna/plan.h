@@ -1,0 +1,185 @@
+#pragma once
+
+// Choices of the tile kernels that are made on the host: which problems they take, tile shapes and
+// arguments.
+
+#include <natten/problem.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <limits>
+#include <string>
+
+#include "../../dispatch.h"
+#include "../../operand.h"
+#include "../../registry.h"
+#include "kernel.h"
+
+namespace natten::detail::cuda {
+
+inline constexpr int kMostDims = 256;
+
+/// The grid of a pass, but for its tiles.
+inline Grid grid_of(const Problem& p, Rows rows) {
+  Grid grid{};
+  grid.rows = rows;
+  for (int a = 0; a < kMaxRank; ++a) {
+    grid.axes[a] = p.axes[a];
+    const int queries = static_cast<int>(p.axes[a].query_length);
+    const int keys = static_cast<int>(p.axes[a].key_length);
+    grid.row_lengths[a] = rows == Rows::queries ? queries : keys;
+    grid.column_lengths[a] = rows == Rows::queries ? keys : queries;
+    if (rows == Rows::additional) {  // each sees all queries
+      grid.axes[a].dilation = 1;
+      grid.row_lengths[a] = a == kMaxRank - 1 ? static_cast<int>(p.additional) : 1;
+    }
+  }
+  return grid;
+}
+
+inline void set_row_tile(Grid& grid, const TileShape& tile) {
+  grid.row_tile = tile;
+  for (int a = 0; a < kMaxRank; ++a) {
+    const int longest = grid.positions(a, grid.row_lengths[a], 0);
+    grid.row_tiles[a] = (longest + tile.extent(a) - 1) >> tile.bits[a];
+  }
+}
+
+/// Calls `f(TileShape)` with every shape of 2^bits tokens for a problem of a rank.
+template <class F>
+void for_each_tile_shape(int rank, int bits, F&& f) {
+  for (int x = rank > 1 ? 0 : bits; x <= bits; ++x)
+    for (int y = rank > 2 ? 0 : bits - x; x + y <= bits; ++y)
+      f(TileShape{{bits - x - y, y, x}});
+}
+
+/// Tiles of columns that blocks of `row_bits` along an axis visit, over all the axis's blocks,
+/// estimated from a few of them; by the column tile's bits.
+struct AxisCost {
+  static constexpr int kMostBits = 7;
+  double visits[kMostBits + 1];
+
+  AxisCost(const Grid& grid, int axis, int row_bits) {
+    constexpr int kSamples = 4;
+    const int rows = grid.positions(axis, grid.row_lengths[axis], 0);
+    const int extent = 1 << row_bits, blocks = (rows + extent - 1) / extent;
+    const int samples = std::min(blocks, kSamples);
+    std::fill(visits, visits + kMostBits + 1, 0.0);
+    for (int i = 0; i < samples; ++i) {
+      // The middles of equal parts, so that borders count no more than they are.
+      const int block = static_cast<int>((2 * i + 1) * std::int64_t{blocks} / (2 * samples));
+      const int first = block * extent, last = std::min(first + extent, rows) - 1;
+      const int seen = grid.seen(axis, 0, last).end - grid.seen(axis, 0, first).begin;
+      for (int bits = 0; bits <= kMostBits; ++bits)
+        visits[bits] += static_cast<double>((std::max(seen, 0) + (1 << bits) - 1) >> bits);
+    }
+    for (double& x : visits) x *= static_cast<double>(blocks) / samples;
+  }
+};
+
+/// Chooses the shapes of tiles, 2^row_bits rows and 2^column_bits columns, with which the blocks
+/// visit the fewest tiles; returns how many these are for a head and dilation group.
+inline double choose_tiles(Grid& grid, int rank, int row_bits, int column_bits) {
+  double costs[kMaxRank][AxisCost::kMostBits + 1][AxisCost::kMostBits + 1];
+  for (int a = 0; a < kMaxRank; ++a)
+    for (int bits = 0; bits <= row_bits; ++bits) {
+      const bool is_used = a >= kMaxRank - rank ? rank > 1 || bits == row_bits : bits == 0;
+      if (!is_used) continue;
+      const AxisCost cost(grid, a, bits);
+      std::copy(cost.visits, cost.visits + AxisCost::kMostBits + 1, costs[a][bits]);
+    }
+  double best = std::numeric_limits<double>::infinity();
+  TileShape row_tile{};
+  for_each_tile_shape(rank, row_bits, [&](const TileShape& rows) {
+    for_each_tile_shape(rank, column_bits, [&](const TileShape& columns) {
+      double visits = 1;
+      for (int a = 0; a < kMaxRank; ++a) visits *= costs[a][rows.bits[a]][columns.bits[a]];
+      if (!(visits < best)) return;
+      best = visits;
+      row_tile = rows;
+      grid.column_tile = columns;
+    });
+  });
+  set_row_tile(grid, row_tile);
+  return best;
+}
+
+/// Row terms of the backward pass: contiguous [B, H, queries].
+inline std::size_t row_term_bytes(const Problem& p) {
+  return static_cast<std::size_t>(p.batch * p.heads * p.queries()) * sizeof(float);
+}
+inline Operand<float> row_term_operand(const Problem& p, float* data) {
+  Operand<float> x;
+  x.data = data;
+  x.grid = {p.axes[1].query_length * p.axes[2].query_length, p.axes[2].query_length, 1};
+  x.head = p.queries();
+  x.batch = p.heads * p.queries();
+  return x;
+}
+
+inline int bits_of(std::int64_t size) {
+  int bits = 0;
+  while ((std::int64_t{1} << bits) < size) ++bits;
+  return bits;
+}
+
+/// A tile shape that the caller demands.
+inline TileShape tile_of(const Tuple& tuple) {
+  TileShape tile{};
+  for (int i = 0; i < tuple.size; ++i)
+    tile.bits[kMaxRank - tuple.size + i] = bits_of(tuple[i]);
+  return tile;
+}
+
+/// Tokens of a tile of queries or keys that kernels exist for, as powers of two: from, to.
+struct TileBits {
+  int least, most;
+};
+inline int padded_dims(const Problem& p) {
+  const auto dims = static_cast<int>(std::max(p.head_dim, p.value_dim));
+  for (int bucket : {32, 64, 96, 128, 192})
+    if (dims <= bucket) return bucket;
+  return kMostDims;
+}
+/// Rows of queries: 64, and in the forward pass up to 128 dims also 128.
+inline TileBits query_bits(const Problem& p) {
+  const bool both = p.op == Op::attention_forward && padded_dims(p) <= 128;
+  return {6, both ? 7 : 6};
+}
+
+/// Says which shapes there are, where a demanded one is none of them.
+inline std::string tile_refusal(const char* name, const Problem& p, const Tuple& tile,
+                                const TileBits& supported) {
+  if (tile.size == 0) return {};
+  std::int64_t size = 1;
+  bool is_power = true;
+  for (int i = 0; i < tile.size; ++i) {
+    is_power = is_power && (tile[i] & (tile[i] - 1)) == 0;
+    size = tile[i] > (1 << supported.most) ? 0 : size * tile[i];
+  }
+  if (is_power && size >= 1 << supported.least && size <= 1 << supported.most) return {};
+  const auto text = [&](const auto& value) {
+    std::string s = "(";
+    for (int i = 0; i < p.rank; ++i) s += (i ? ", " : "") + std::to_string(value(i));
+    return s + ")";
+  };
+  std::string shapes;
+  for (int bits = supported.least; bits <= supported.most; ++bits)
+    for_each_tile_shape(p.rank, bits, [&](const TileShape& shape) {
+      shapes += (shapes.empty() ? "" : ", ") +
+                text([&](int i) { return shape.extent(kMaxRank - p.rank + i); });
+    });
+  return std::string(name) + ": got " + text([&](int i) { return tile[i]; }) +
+         "; supported are " + shapes;
+}
+
+/// Names the shape that no CUDA kernel has, among those that the caller demands.
+inline std::string tile_refusal(const Problem& p) {
+  const bool backward = p.op == Op::attention_backward;
+  const std::string refusal = tile_refusal(backward ? "backward_q_tile_shape" : "q_tile_shape", p,
+                                           p.query_tile, query_bits(p));
+  if (!refusal.empty()) return refusal;
+  return tile_refusal(backward ? "backward_kv_tile_shape" : "kv_tile_shape", p, p.key_tile, {6, 6});
+}
+
+}  // namespace natten::detail::cuda

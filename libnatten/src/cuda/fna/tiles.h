@@ -1,0 +1,251 @@
+#pragma once
+
+// Index logic of the tile kernels, for host and device.
+//
+// A pass has rows and columns. Rows are queries and columns the keys they see, or rows are keys (or
+// additional tokens) and columns the queries that see them. A block owns a tile of rows, a box of
+// positions of one dilation group, and visits the tiles of columns that cover the union of what its
+// rows see. These start at the union's own first column, wherever that lies. Extents of tiles are
+// powers of two, chosen at run time.
+
+#include <natten/neighborhood.h>
+#include <natten/problem.h>
+
+#include "../machine.h"
+
+namespace natten::detail::cuda {
+
+enum class Rows : std::uint8_t { queries, keys, additional };
+
+/// A box of tokens whose extents are powers of two; token `i` of it in row-major order.
+struct TileShape {
+  int bits[kMaxRank];
+
+  NATTEN_HOST_DEVICE int extent(int axis) const { return 1 << bits[axis]; }
+  NATTEN_HOST_DEVICE int size() const { return 1 << (bits[0] + bits[1] + bits[2]); }
+  /// Where token `i` lies along an axis, from the tile's first token.
+  NATTEN_HOST_DEVICE int offset(int i, int axis) const {
+    const int below = axis == 2 ? 0 : axis == 1 ? bits[2] : bits[2] + bits[1];
+    return (i >> below) & (extent(axis) - 1);
+  }
+};
+
+/// Positions [begin, end) along one axis.
+struct Span {
+  int begin, end;
+};
+
+/// The grid of a pass.
+struct Grid {
+  Axis axes[kMaxRank];  ///< where rows are additional tokens, of the columns: dilation 1
+  Rows rows;
+  int row_lengths[kMaxRank];  ///< tokens
+  int column_lengths[kMaxRank];
+  TileShape row_tile, column_tile;
+  int row_tiles[kMaxRank];  ///< along each axis, in the largest dilation group
+
+  NATTEN_HOST_DEVICE std::int64_t blocks_per_head() const {
+    std::int64_t blocks = 1;
+    NATTEN_UNROLL
+    for (int a = 0; a < kMaxRank; ++a) blocks *= row_tiles[a] * axes[a].dilation;
+    return blocks;
+  }
+  /// Tokens of a dilation group among `length`.
+  NATTEN_HOST_DEVICE int positions(int axis, int length, int group) const {
+    return static_cast<int>(group_length(axes[axis], length, group));
+  }
+  /// What the row at a position of a group sees along an axis.
+  NATTEN_HOST_DEVICE Span seen(int axis, int group, int position) const {
+    Interval seen{0, column_lengths[axis]};
+    if (rows == Rows::queries) seen = window(axes[axis], group, position);
+    if (rows == Rows::keys) seen = inverse_window(axes[axis], group, position);
+    return {static_cast<int>(seen.begin), static_cast<int>(seen.end)};
+  }
+};
+
+/// The rows of one block.
+struct RowTile {
+  int group[kMaxRank];
+  int origin[kMaxRank];  ///< position of the first row
+  int valid[kMaxRank];   ///< rows that exist, along each axis; may be 0
+
+  NATTEN_HOST_DEVICE bool holds(const TileShape& tile, int row) const {
+    return tile.offset(row, 0) < valid[0] && tile.offset(row, 1) < valid[1] &&
+           tile.offset(row, 2) < valid[2];
+  }
+};
+
+/// Block `index` of a head. Neighboring blocks take neighboring tiles, which share columns.
+NATTEN_HOST_DEVICE inline RowTile row_tile(const Grid& grid, std::int64_t index) {
+  RowTile tile;
+  NATTEN_UNROLL
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    tile.origin[a] = static_cast<int>(index % grid.row_tiles[a]) << grid.row_tile.bits[a];
+    index /= grid.row_tiles[a];
+  }
+  NATTEN_UNROLL
+  for (int a = kMaxRank - 1; a >= 0; --a) {
+    tile.group[a] = static_cast<int>(index % grid.axes[a].dilation);
+    index /= grid.axes[a].dilation;
+    const int left = grid.positions(a, grid.row_lengths[a], tile.group[a]) - tile.origin[a];
+    const int extent = grid.row_tile.extent(a);
+    tile.valid[a] = left < 0 ? 0 : left < extent ? left : extent;
+  }
+  return tile;
+}
+
+/// What the rows of a tile see, one span for each position along each axis: rows lie on a grid and
+/// see boxes, so no more is needed. Rows that do not exist see nothing.
+struct Spans {
+  Span* spans;  ///< at most rows + 2: of axis 0, then axis 1, then axis 2
+  const TileShape& tile;
+
+  NATTEN_HOST_DEVICE Span& at(int axis, int offset) const {
+    const int before = axis == 0   ? 0
+                       : axis == 1 ? tile.extent(0)
+                                   : tile.extent(0) + tile.extent(1);
+    return spans[before + offset];
+  }
+  /// Computes the part of one of `threads` threads.
+  NATTEN_HOST_DEVICE void compute(const Grid& grid, const RowTile& rows, int thread,
+                                  int threads) const {
+    NATTEN_UNROLL
+    for (int a = 0; a < kMaxRank; ++a)
+      for (int i = thread; i < grid.row_tile.extent(a); i += threads)
+        at(a, i) = i < rows.valid[a] ? grid.seen(a, rows.group[a], rows.origin[a] + i) : Span{0, 0};
+  }
+};
+
+/// Bounds of the spans of some rows along one axis. Both ends of spans grow with the row.
+struct Bounds {
+  int least_begin, greatest_begin, least_end, greatest_end;
+};
+
+/// Bounds of rows `first` .. `last`, which form a box. Where none exists nothing is seen.
+NATTEN_HOST_DEVICE inline Bounds bounds_of(const Spans& spans, const TileShape& tile,
+                                           const RowTile& rows, int axis, int first, int last) {
+  const int from = tile.offset(first, axis);
+  int to = tile.offset(last, axis);
+  if (to >= rows.valid[axis]) to = rows.valid[axis] - 1;
+  if (from > to) return {0, 0, 0, 0};
+  const Span low = spans.at(axis, from), high = spans.at(axis, to);
+  return {low.begin, high.begin, low.end, high.end};
+}
+
+/// What a tile of columns is to a set of rows.
+enum class Overlap { none, some, all };
+
+NATTEN_HOST_DEVICE inline Overlap overlap_of(const Bounds (&bounds)[kMaxRank],
+                                             const TileShape& tile,
+                                             const int (&origin)[kMaxRank]) {
+  bool none = false, all = true;
+  NATTEN_UNROLL
+  for (int a = 0; a < kMaxRank; ++a) {
+    const int begin = origin[a], end = origin[a] + tile.extent(a);
+    none = none || end <= bounds[a].least_begin || begin >= bounds[a].greatest_end;
+    all = all && bounds[a].greatest_begin <= begin && end <= bounds[a].least_end;
+  }
+  return none ? Overlap::none : all ? Overlap::all : Overlap::some;
+}
+
+NATTEN_HOST_DEVICE constexpr std::uint64_t low_bits(int count) {
+  return count >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
+}
+
+/// Turns spans into words with one bit per column of a tile. Along an axis the columns of a span
+/// are a run of bits that repeats with the period of the axis above it; a product with the word
+/// that has one bit per period repeats it.
+struct MaskWords {
+  std::uint64_t repeat[kMaxRank];
+
+  NATTEN_HOST_DEVICE explicit MaskWords(const TileShape& tile) {
+    int period = 0;
+    NATTEN_UNROLL
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      period += tile.bits[a];
+      repeat[a] = period >= 6 ? 1 : ~std::uint64_t{0} / low_bits(1 << period);
+    }
+  }
+  /// The columns of the tile at `origin` that lie in a row's spans.
+  NATTEN_HOST_DEVICE std::uint64_t word(const TileShape& tile, const Span (&seen)[kMaxRank],
+                                        const int (&origin)[kMaxRank]) const {
+    std::uint64_t word = ~std::uint64_t{0};
+    int below = 0;
+    NATTEN_UNROLL
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      const int extent = tile.extent(a);
+      int begin = seen[a].begin - origin[a], end = seen[a].end - origin[a];
+      begin = begin < 0 ? 0 : begin;
+      end = end > extent ? extent : end;
+      const std::uint64_t run =
+          begin < end ? low_bits(end << below) & ~low_bits(begin << below) : std::uint64_t{0};
+      word &= run * repeat[a];
+      below += tile.bits[a];
+    }
+    return word;
+  }
+};
+
+/// The columns that a block visits: for each of `heads` heads the tiles that cover a box, then
+/// those that cover `additional` tokens.
+struct ColumnTiles {
+  int low[kMaxRank], high[kMaxRank];
+  int additional;
+  int heads;
+
+  NATTEN_HOST_DEVICE int count(const TileShape& tile) const {
+    int count = 1;
+    NATTEN_UNROLL
+    for (int a = 0; a < kMaxRank; ++a) {
+      const int extent = high[a] - low[a];
+      count *= extent > 0 ? (extent + tile.extent(a) - 1) >> tile.bits[a] : 0;
+    }
+    return heads * (count + (additional + tile.size() - 1) / tile.size());
+  }
+};
+
+/// One tile of columns.
+struct ColumnTile {
+  int origin[kMaxRank];
+  int head;
+  bool is_additional;
+
+  NATTEN_HOST_DEVICE void begin_head(const ColumnTiles& tiles) {
+    is_additional = false;
+    NATTEN_UNROLL
+    for (int a = 0; a < kMaxRank; ++a) {
+      origin[a] = tiles.low[a];
+      is_additional = is_additional || tiles.low[a] >= tiles.high[a];
+    }
+    if (is_additional) begin_additional();
+  }
+  NATTEN_HOST_DEVICE void begin_additional() {
+    is_additional = true;
+    origin[0] = origin[1] = origin[2] = 0;
+  }
+  NATTEN_HOST_DEVICE static ColumnTile first(const ColumnTiles& tiles) {
+    ColumnTile tile;
+    tile.head = 0;
+    tile.begin_head(tiles);
+    return tile;
+  }
+  /// Not to be called after the last.
+  NATTEN_HOST_DEVICE void advance(const ColumnTiles& tiles, const TileShape& shape) {
+    if (!is_additional) {
+      NATTEN_UNROLL
+      for (int a = kMaxRank - 1; a >= 0; --a) {
+        origin[a] += shape.extent(a);
+        if (origin[a] < tiles.high[a]) return;
+        origin[a] = tiles.low[a];
+      }
+      if (tiles.additional > 0) return begin_additional();
+    } else {
+      origin[2] += shape.size();
+      if (origin[2] < tiles.additional) return;
+    }
+    ++head;
+    begin_head(tiles);
+  }
+};
+
+}  // namespace natten::detail::cuda
