@@ -2,7 +2,10 @@
 
 // The backend "fna": fused neighborhood attention of half types on tensor cores.
 
+#include <natten/error.h>
+
 #include <cstddef>
+#include <cstdlib>
 #include <string>
 
 #include "../simt.h"
@@ -78,7 +81,7 @@ class TilePasses {
     } else {
       Grid grid = grid_of(p_, rows);
       if constexpr (kPass == Pass::forward && kDims <= 128)
-        if (takes_two(grid)) return enqueue<TileKernel<T, kDims, 2, kPass>>(grid);
+        if (uses_wide_rows(grid)) return enqueue<TileKernel<T, kDims, 2, kPass>>(grid);
       using Kernel = TileKernel<T, kDims, 1, kPass>;
       set_tiles(grid, Kernel::kRows, Kernel::kColumns);
       enqueue<Kernel>(grid);
@@ -100,9 +103,10 @@ class TilePasses {
     return tile;
   }
 
-  /// Whether blocks of 128 rows beat blocks of 64. They read columns from shared memory half as
-  /// often, but see wider unions of windows, and there are fewer of them.
-  bool takes_two(Grid& grid) const {
+  /// Chooses tiles for blocks of 128 rows; whether these beat blocks of 64. They read columns from
+  /// shared memory half as often, but see wider unions of windows, and there are fewer of them.
+  bool uses_wide_rows(Grid& grid) const {
+    if (!takes_wide_rows(p_)) return false;
     if (p_.query_tile.size > 0 && tile_of(p_.query_tile).size() == 64) return false;
     Grid one = grid;
     const double visits_of_one = choose_tiles(one, p_.rank, 6, 6);
@@ -111,9 +115,8 @@ class TilePasses {
     set_tiles(grid, 128, 64);
     constexpr double kGain = 1.2;
     constexpr std::int64_t kFewBlocks = 256;
-    return is_demanded ||
-           (2 * visits_of_two <= kGain * visits_of_one &&
-            p_.batch * p_.heads * grid.blocks_per_head() >= kFewBlocks);
+    return is_demanded || (2 * visits_of_two <= kGain * visits_of_one &&
+                           p_.batch * p_.heads * grid.blocks_per_head() >= kFewBlocks);
   }
 
   template <class Kernel>
@@ -178,8 +181,19 @@ class TilePasses {
       a.sums[0] = output(extra ? &M::grad_additional_keys : &M::grad_key, extra);
       a.sums[1] = output(extra ? &M::grad_additional_values : &M::grad_value, extra);
     }
+    require_near(a.rpb, grid);
     for (int which = 0; which < 2; ++which) a.copies_chunks[which] = copies_chunks(a, which);
     return a;
+  }
+  static void require_near(const Operand<const T>& rpb, const Grid& grid) {
+    std::int64_t furthest = 0;
+    for (int i = 0; i < kMaxRank; ++i)
+      furthest += std::abs(rpb.grid[i]) * 2 * (grid.axes[i].kernel_size - 1);
+    if (furthest > std::numeric_limits<std::int32_t>::max())
+      throw Error(ErrorKind::invalid_value,
+                  "rpb: its strides span " + std::to_string(furthest) +
+                      " elements within a head; fna addresses 2^31: make it contiguous, or use the "
+                      "backend simt");
   }
   static bool copies_chunks(const Arguments<T>& a, int which) {
     std::int64_t furthest = 0;  // of a tile's columns, in elements

@@ -42,6 +42,7 @@ constexpr bool rows_are_queries(Pass pass) {
   return pass == Pass::forward || pass == Pass::row_term || pass == Pass::grad_query;
 }
 
+inline constexpr float kNone = -__builtin_huge_valf();  ///< the score of what is not seen
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
 
@@ -66,7 +67,7 @@ struct Arguments {
   Tokens<const T> rows[2], columns[2], additional[2];
   /// Whether whole tiles of columns can be copied by chunks, with offsets that fit into 32 bits.
   bool copies_chunks[2];
-  Operand<const T> rpb;
+  Operand<const T> rpb;  ///< offsets within a head fit into 32 bits
   Operand<const float> logsumexp, row_term, grad_logsumexp;
   Operand<float> statistic;  ///< written: logsumexp or row term
   Tokens<T> sums[2];         ///< written: of weights times B1 and B2
@@ -93,6 +94,7 @@ struct BlockState {
   ColumnStop<T> stops[4];
   RowTile rows;
   ColumnTiles tiles;
+  int count;  ///< of tiles of columns
   int head, first_column_head;
   std::int64_t batch;
   Bounds bounds[kWarps][kMaxRank];
@@ -109,10 +111,14 @@ struct TileKernel {
   static constexpr bool kSumsSecond =
       kPass == Pass::forward || kPass == Pass::grad_key_value || kPass == Pass::grad_value;
   static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == Pass::row_term;
+  /// Whether scores can be scaled, and biased, before all else. Kernels with 32 rows per warp leave
+  /// that to those with 16: they have no registers to spare.
+  static constexpr bool kScalesFirst = kM == 1;
   static constexpr int kRows = 16 * kM * kWarps;
   static constexpr int kColumns = kPass != Pass::forward && kDims > 128 ? 32 : 64;
   static constexpr int kN = kColumns / 8;
-  /// Tiles of B1 in shared memory. Where it serves twice per tile, the next one is loaded beside it.
+  /// Tiles of B1 in shared memory. Where it serves twice per tile, the next one is loaded beside
+  /// it.
   static constexpr int kStages = kSumsFirst && kDims <= 192 ? 2 : 1;
   using Tile = SharedTile<kDims>;
 
@@ -130,11 +136,16 @@ struct TileKernel {
     static constexpr int kState =
         kStatistics + (kRowsAreQueries ? 0 : 2 * kStages * kColumns * int(sizeof(float)));
     static constexpr int kRelativeBias = kState + int(sizeof(State));
-    static constexpr int kRelative = kRelativeBias + kColumns * int(sizeof(std::int64_t));
-    static constexpr int kSpans = kRelative + 2 * kColumns * int(sizeof(int));
+    static constexpr int kRelative = kRelativeBias + kColumns * int(sizeof(int));
+    static constexpr int kReferences = kRelative + 2 * kColumns * int(sizeof(int));
+    static constexpr int kTotals =
+        kReferences + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
+    static constexpr int kSpans =
+        kTotals + (kPass == Pass::forward ? 2 * kM * kThreads * int(sizeof(float)) : 0);
     static constexpr int kBytes = kSpans + (kRows + 2) * int(sizeof(Span));
   };
   static constexpr int kSharedBytes = Layout::kBytes;
+  static_assert(kSharedBytes <= 99 * 1024, "more than compute capabilities 8.6 and 8.9 have");
 
   template <class Machine>
   NATTEN_DEVICE void operator()(Machine& gpu) const {
@@ -148,8 +159,10 @@ struct TileKernel {
     const Arguments<T>& a;
     State& state;
 
-    NATTEN_DEVICE int lane() const { return gpu.thread() % kLanes; }
-    NATTEN_DEVICE int warp() const { return gpu.thread() / kLanes; }
+    /// Opaque, for what follows from it is cheaper to compute again than to keep in a register.
+    NATTEN_DEVICE int thread() const { return gpu.opaque(gpu.thread()) & (kThreads - 1); }
+    NATTEN_DEVICE int lane() const { return thread() % kLanes; }
+    NATTEN_DEVICE int warp() const { return thread() / kLanes; }
     /// The row of a C fragment's elements 2 half and 2 half + 1.
     NATTEN_DEVICE int row_of(int m, int half) const {
       return 16 * kM * warp() + 16 * m + 8 * half + lane() / 4;
@@ -168,8 +181,16 @@ struct TileKernel {
       return gpu.template shared<int>(Layout::kRelative) + which * kColumns;
     }
     /// And in elements of the bias.
-    NATTEN_DEVICE std::int64_t* relative_bias() const {
-      return gpu.template shared<std::int64_t>(Layout::kRelativeBias);
+    NATTEN_DEVICE int* relative_bias() const {
+      return gpu.template shared<int>(Layout::kRelativeBias);
+    }
+    /// Of the softmax, by row. Not in registers, of which sums leave too few.
+    NATTEN_DEVICE float* references() const {
+      return gpu.template shared<float>(Layout::kReferences);
+    }
+    /// What this thread has added up of a row's weights.
+    NATTEN_DEVICE float& total(int m, int half) const {
+      return gpu.template shared<float>(Layout::kTotals)[(2 * m + half) * kThreads + thread()];
     }
     NATTEN_DEVICE Spans spans() const {
       return {gpu.template shared<Span>(Layout::kSpans), a.grid.row_tile};
@@ -216,12 +237,13 @@ struct TileKernel {
     NATTEN_DEVICE void load_rows(int which, const Tile& to) const {
       const Tokens<const T>& x = a.rows[which];
       NATTEN_DO_NOT_UNROLL
-      for (int item = gpu.thread(); item < kRows * Tile::kChunks; item += kThreads) {
+      for (int item = thread(); item < kRows * Tile::kChunks; item += kThreads) {
         const int row = item / Tile::kChunks, chunk = item % Tile::kChunks;
         Coordinate token;
         const bool exists = token_of_row(row, token);
-        load_chunk(to.at(row, chunk), exists ? x.tensor.at(state.batch, state.head, token) : nullptr,
-                   chunk, a.dims[which], x.is_aligned);
+        load_chunk(to.at(row, chunk),
+                   exists ? x.tensor.at(state.batch, state.head, token) : nullptr, chunk,
+                   a.dims[which], x.is_aligned);
       }
     }
 
@@ -233,10 +255,9 @@ struct TileKernel {
       token_of_column(tile, 0, token);
       NATTEN_UNROLL
       for (int which = 0; which < 2; ++which)
-        stop.first[which] =
-            a.copies_chunks[which] && is_whole && !tile.is_additional
-                ? a.columns[which].tensor.at(state.batch, column_head(tile), token)
-                : nullptr;
+        stop.first[which] = a.copies_chunks[which] && is_whole && !tile.is_additional
+                                ? a.columns[which].tensor.at(state.batch, column_head(tile), token)
+                                : nullptr;
     }
 
     NATTEN_DEVICE void load_columns(int which, const Tile& to, const ColumnStop<T>& stop) const {
@@ -244,8 +265,9 @@ struct TileKernel {
       if (const T* first = stop.first[which]) {
         // Eight threads copy 128 bytes, or four 64: then what a loop adds to an offset is constant.
         constexpr int kUnit = Tile::kChunks % 8 == 0 ? 8 : 4;
-        const int chunk = gpu.thread() % kUnit, column = gpu.thread() / kUnit;
-        const int slot = gpu.opaque(to.at(column, chunk)), element = gpu.opaque(chunk * kChunk);
+        const int thread = this->thread();
+        const int chunk = thread % kUnit, column = thread / kUnit;
+        const int slot = to.at(column, chunk), element = chunk * kChunk;
         const int* offset = relative(which) + column;
         NATTEN_UNROLL
         for (int i = 0; i < kColumns; i += kThreads / kUnit) {
@@ -260,7 +282,7 @@ struct TileKernel {
       const ColumnTile& at = stop.tile;
       const Tokens<const T>& x = at.is_additional ? a.additional[which] : a.columns[which];
       NATTEN_DO_NOT_UNROLL
-      for (int item = gpu.thread(); item < kColumns * Tile::kChunks; item += kThreads) {
+      for (int item = thread(); item < kColumns * Tile::kChunks; item += kThreads) {
         const int column = item / Tile::kChunks, chunk = item % Tile::kChunks;
         const T* from = nullptr;
         Coordinate token;
@@ -277,12 +299,12 @@ struct TileKernel {
     NATTEN_DEVICE void load_first_columns(int stage, const ColumnStop<T>& stop) const {
       load_columns(0, first_columns(stage), stop);
       if constexpr (!kRowsAreQueries) {
-        if (gpu.thread() < kColumns) {
+        if (thread() < kColumns) {
           const ColumnTile& at = stop.tile;
           Coordinate token;
-          const bool exists = token_of_column(at, gpu.thread(), token);
+          const bool exists = token_of_column(at, thread(), token);
           const auto copy = [&](const Operand<const float>& x, int which) {
-            gpu.copy_word_async(statistics(which, stage) + gpu.thread() * int(sizeof(float)),
+            gpu.copy_word_async(statistics(which, stage) + thread() * int(sizeof(float)),
                                 exists ? x.at(state.batch, query_head(at), token) : x.data, exists);
           };
           copy(a.logsumexp, 0);
@@ -294,40 +316,45 @@ struct TileKernel {
     /// Chunks past `dims`, which whole tiles' copies leave alone, are zero.
     NATTEN_DEVICE void clear_padding(const Tile& tile, int count, int dims) const {
       if (dims > kDims - kChunk) return;
-      for (int item = gpu.thread(); item < count * Tile::kChunks; item += kThreads)
+      for (int item = thread(); item < count * Tile::kChunks; item += kThreads)
         load_chunk(tile.at(item / Tile::kChunks, item % Tile::kChunks), nullptr, 0, 0, false);
     }
 
     /// Fills `state` and the tables. Returns false where the block has no rows.
     NATTEN_DEVICE bool prepare() const {
-      if (gpu.thread() == 0) {
+      if (thread() == 0) {
         const std::int64_t index = gpu.block() / a.blocks_per_head;
         state.rows = row_tile(a.grid, gpu.block() % a.blocks_per_head);
         state.batch = index / a.heads;
         state.head = static_cast<int>(index % a.heads);
-        state.first_column_head = kRowsAreQueries ? state.head / a.queries_per_kv
-                                                  : state.head * a.queries_per_kv;
+        state.first_column_head =
+            kRowsAreQueries ? state.head / a.queries_per_kv : state.head * a.queries_per_kv;
         state.tiles.additional = a.additional_columns;
         state.tiles.heads = kRowsAreQueries ? 1 : a.queries_per_kv;
       }
       gpu.sync();
       const RowTile& rows = state.rows;
       if (rows.valid[0] == 0 || rows.valid[1] == 0 || rows.valid[2] == 0) return false;
-      spans().compute(a.grid, rows, gpu.thread(), kThreads);
-      if (gpu.thread() < kColumns) {
-        std::int64_t offsets[2] = {0, 0}, bias = 0;
+      spans().compute(a.grid, rows, thread(), kThreads);
+      if (thread() < kColumns) {
+        std::int64_t offsets[2] = {0, 0};
+        int bias = 0;
         NATTEN_UNROLL
         for (int i = 0; i < kMaxRank; ++i) {
-          const int offset = a.grid.column_tile.offset(gpu.thread(), i);
+          const int offset = a.grid.column_tile.offset(thread(), i);
           NATTEN_UNROLL
           for (int which = 0; which < 2; ++which)
             offsets[which] += a.columns[which].tensor.grid[i] * a.grid.axes[i].dilation * offset;
-          bias += (kRowsAreQueries ? 1 : -1) * offset * a.rpb.grid[i];
+          bias += (kRowsAreQueries ? 1 : -1) * offset * static_cast<int>(a.rpb.grid[i]);
         }
         NATTEN_UNROLL
         for (int which = 0; which < 2; ++which)
-          relative(which)[gpu.thread()] = static_cast<int>(offsets[which] / kChunk);
-        relative_bias()[gpu.thread()] = bias;
+          relative(which)[thread()] = static_cast<int>(offsets[which] / kChunk);
+        relative_bias()[thread()] = bias;
+      }
+      if constexpr (kPass == Pass::forward) {
+        for (int row = thread(); row < kRows; row += kThreads) references()[row] = kNone;
+        for (int row = 0; row < 2 * kM; ++row) total(row / 2, row % 2) = 0;
       }
       clear_padding({Layout::kColumns1}, kStages * kColumns, a.dims[0]);
       clear_padding({Layout::kColumns2}, kColumns, a.dims[1]);
@@ -344,9 +371,10 @@ struct TileKernel {
         state.tiles.high[i] = all.greatest_end;
       }
       gpu.sync();
-      if (gpu.thread() == 0) {
+      if (thread() == 0) {
+        state.count = state.tiles.count(a.grid.column_tile);
         stop_at(state.stops[0], ColumnTile::first(state.tiles));
-        if (state.tiles.count(a.grid.column_tile) > 1) find_stop(1);
+        if (state.count > 1) find_stop(1);
       }
       gpu.sync();
       return true;
@@ -388,49 +416,45 @@ struct TileKernel {
     /// Scales where that comes first, adds biases, and gives unseen columns the score -inf.
     NATTEN_DEVICE void finish_scores(FragmentC (&scores)[kM][kN], const ColumnTile& at,
                                      Overlap overlap) const {
-      constexpr float kUnseen = -__builtin_huge_valf();
-      if (overlap == Overlap::all && !a.scales_first) return;
-      const int first_row = gpu.opaque(row_of(0, 0));
-NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int row = first_row + 16 * m + 8 * half;
-          const std::uint64_t word = seen_by(row, at, overlap);
-          if (a.scales_first) scale_row(scores[m], half, row, at, word);
-NATTEN_UNROLL
-          for (int n = 0; n < kN; ++n)
-NATTEN_UNROLL
-            for (int j = 0; j < 2; ++j) {
-              float& score = scores[m][n][2 * half + j];
-              score = bit(word, n, j) ? score : kUnseen;
-            }
+      const bool scales_first = kScalesFirst && a.scales_first;
+      if (overlap == Overlap::all && !scales_first) return;
+      const int first_row = row_of(0, 0);
+      NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const int row = first_row + 16 * m + 8 * half;
+        const std::uint64_t word = seen_by(row, at, overlap);
+        if (scales_first) scale_row(scores[m], half, row, at, word);
+        NATTEN_UNROLL
+        for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[m][n][2 * half + j];
+          score = bit(word, n, j) ? score : kNone;
         }
+      }
     }
     NATTEN_DEVICE void scale_row(FragmentC (&scores)[kN], int half, int row, const ColumnTile& at,
                                  std::uint64_t word) const {
       const bool is_biased = a.rpb && !at.is_additional && a.grid.rows != Rows::additional &&
                              state.rows.holds(a.grid.row_tile, row);
       constexpr int kSign = kRowsAreQueries ? 1 : -1;  // offsets are key - query
-      const T* bias = a.rpb.data;
-      if (is_biased) {
-        bias += query_head(at) * a.rpb.head;
-NATTEN_UNROLL
-        for (int i = 0; i < kMaxRank; ++i) {
-          const int position = state.rows.origin[i] + a.grid.row_tile.offset(row, i);
-          bias += (kSign * (at.origin[i] - position) + a.grid.axes[i].kernel_size - 1) *
-                  a.rpb.grid[i];
-        }
+      int offset = 0;
+      NATTEN_UNROLL
+      for (int i = 0; i < kMaxRank; ++i) {
+        const int position = state.rows.origin[i] + a.grid.row_tile.offset(row, i);
+        offset +=
+            (kSign * (at.origin[i] - position) + static_cast<int>(a.grid.axes[i].kernel_size) - 1) *
+            static_cast<int>(a.rpb.grid[i]);
       }
-NATTEN_UNROLL
-      for (int n = 0; n < kN; ++n)
-NATTEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          float& score = scores[n][2 * half + j];
-          score *= a.scale * kLog2E;
-          if (!is_biased || !bit(word, n, j)) continue;
-          score += static_cast<float>(bias[relative_bias()[column_of(n) + j]]) * kLog2E;
-        }
+      const T* bias = a.rpb.data + query_head(at) * a.rpb.head;
+      NATTEN_UNROLL
+      for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        float& score = scores[n][2 * half + j];
+        score *= a.scale * kLog2E;
+        if (is_biased && bit(word, n, j))
+          score += static_cast<float>(bias[offset + relative_bias()[column_of(n) + j]]) * kLog2E;
+      }
     }
 
     /// The sum, or the largest, of a row's four threads.
@@ -448,59 +472,56 @@ NATTEN_UNROLL
     /// Turns scores into weights 2^(factor score - reference). A row's reference is a largest score
     /// of the past: it follows, and what was summed is rescaled, only once weights would exceed
     /// 2^8, which float16 holds and which is rare after the first tiles.
-    NATTEN_DEVICE void softmax(FragmentC (&scores)[kM][kN], FragmentC (&sums)[kM][kDims / 8],
-                               float (&reference)[kM][2], float (&total)[kM][2]) const {
-      constexpr float kNone = -__builtin_huge_valf(), kSlack = 8;
-      float most[kM][2];
+    NATTEN_DEVICE void softmax(FragmentC (&scores)[kM][kN],
+                               FragmentC (&sums)[kM][kDims / 8]) const {
+      constexpr float kSlack = 8;
+      float most[kM][2], reference[kM][2];
+      const int first_row = row_of(0, 0);
       bool is_near = true;
       NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float x = kNone;
         NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float x = kNone;
-          NATTEN_UNROLL
-          for (int n = 0; n < kN; ++n)
-            NATTEN_UNROLL
-            for (int j = 0; j < 2; ++j) {
-              const float score = scores[m][n][2 * half + j];
-              x = x < score ? score : x;
-            }
-          most[m][half] = row_max(x) * a.factor;
-          is_near = is_near && most[m][half] <= reference[m][half] + kSlack;
+        for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          const float score = scores[m][n][2 * half + j];
+          x = x < score ? score : x;
         }
+        most[m][half] = row_max(x) * a.factor;
+        reference[m][half] = references()[first_row + 16 * m + 8 * half];
+        is_near = is_near && most[m][half] <= reference[m][half] + kSlack;
+      }
       if (!gpu.all(is_near)) {
         NATTEN_UNROLL
-        for (int m = 0; m < kM; ++m)
+        for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float& past = reference[m][half];
+          const float now = past < most[m][half] ? most[m][half] : past;
+          // Before a row has seen anything its sums are 0, and 0 * 2^-inf too.
+          const float correction = now == kNone ? 1.0f : gpu.exp2(past - now);
+          past = now;
+          references()[first_row + 16 * m + 8 * half] = now;
+          total(m, half) *= correction;
           NATTEN_UNROLL
-          for (int half = 0; half < 2; ++half) {
-            float& past = reference[m][half];
-            const float now = past < most[m][half] ? most[m][half] : past;
-            // Before a row has seen anything its sums are 0, and 0 * 2^-inf too.
-            const float correction = now == kNone ? 1.0f : gpu.exp2(past - now);
-            past = now;
-            total[m][half] *= correction;
-            NATTEN_UNROLL
-            for (int n = 0; n < kDims / 8; ++n)
-              NATTEN_UNROLL
-              for (int j = 0; j < 2; ++j) sums[m][n][2 * half + j] *= correction;
-          }
+          for (int n = 0; n < kDims / 8; ++n) NATTEN_UNROLL
+          for (int j = 0; j < 2; ++j) sums[m][n][2 * half + j] *= correction;
+        }
       }
       NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m)
+      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        const float subtracted = reference[m][half] == kNone ? 0.0f : reference[m][half];
+        float sum = 0;
         NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const float subtracted = reference[m][half] == kNone ? 0.0f : reference[m][half];
-          float sum = 0;
-          NATTEN_UNROLL
-          for (int n = 0; n < kN; ++n)
-            NATTEN_UNROLL
-            for (int j = 0; j < 2; ++j) {
-              float& x = scores[m][n][2 * half + j];
-              x = gpu.exp2(x * a.factor - subtracted);
-              sum += x;
-            }
-          total[m][half] += sum;
+        for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+        for (int j = 0; j < 2; ++j) {
+          float& x = scores[m][n][2 * half + j];
+          x = gpu.exp2(x * a.factor - subtracted);
+          sum += x;
         }
+        total(m, half) += sum;
+      }
     }
 
     /// Statistics of queries: of this thread's rows, or of the columns in shared memory.
@@ -509,98 +530,86 @@ NATTEN_UNROLL
     };
     NATTEN_DEVICE QueryStatistics row_statistics() const {
       QueryStatistics s;
-NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          Coordinate token;
-          const bool exists = token_of_row(row_of(m, half), token);
-          s.logsumexp[m][half] = exists ? *a.logsumexp.at(state.batch, state.head, token) * kLog2E : 0.0f;
-          s.row_term[m][half] =
-              exists && kSumsFirst ? *a.row_term.at(state.batch, state.head, token) : 0.0f;
-        }
+      NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        Coordinate token;
+        const bool exists = token_of_row(row_of(m, half), token);
+        s.logsumexp[m][half] =
+            exists ? *a.logsumexp.at(state.batch, state.head, token) * kLog2E : 0.0f;
+        s.row_term[m][half] =
+            exists && kSumsFirst ? *a.row_term.at(state.batch, state.head, token) : 0.0f;
+      }
       return s;
     }
 
     /// Turns scores into the weights P of the forward pass.
     NATTEN_DEVICE void weigh(FragmentC (&scores)[kM][kN], const QueryStatistics& of_rows,
                              int stage) const {
-NATTEN_UNROLL
-      for (int n = 0; n < kN; ++n)
-NATTEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          float of_column = 0;
-          if constexpr (!kRowsAreQueries)
-            of_column = gpu.template shared<float>(statistics(0, stage))[column_of(n) + j] * kLog2E;
-NATTEN_UNROLL
-          for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-            for (int half = 0; half < 2; ++half) {
-              float& x = scores[m][n][2 * half + j];
-              x = gpu.exp2(x * a.factor -
-                           (kRowsAreQueries ? of_rows.logsumexp[m][half] : of_column));
-            }
+      NATTEN_UNROLL
+      for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        float of_column = 0;
+        if constexpr (!kRowsAreQueries)
+          of_column = gpu.template shared<float>(statistics(0, stage))[column_of(n) + j] * kLog2E;
+        NATTEN_UNROLL
+        for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          float& x = scores[m][n][2 * half + j];
+          x = gpu.exp2(x * a.factor - (kRowsAreQueries ? of_rows.logsumexp[m][half] : of_column));
         }
+      }
     }
     /// Turns dP into dS.
     NATTEN_DEVICE void differentiate(FragmentC (&grads)[kM][kN], const FragmentC (&weights)[kM][kN],
                                      const QueryStatistics& of_rows, int stage) const {
-NATTEN_UNROLL
-      for (int n = 0; n < kN; ++n)
-NATTEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          float of_column = 0;
-          if constexpr (!kRowsAreQueries)
-            of_column = gpu.template shared<float>(statistics(1, stage))[column_of(n) + j];
-NATTEN_UNROLL
-          for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-            for (int half = 0; half < 2; ++half) {
-              const int i = 2 * half + j;
-              const float term = kRowsAreQueries ? of_rows.row_term[m][half] : of_column;
-              grads[m][n][i] = weights[m][n][i] * (grads[m][n][i] - term);
-            }
+      NATTEN_UNROLL
+      for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+      for (int j = 0; j < 2; ++j) {
+        float of_column = 0;
+        if constexpr (!kRowsAreQueries)
+          of_column = gpu.template shared<float>(statistics(1, stage))[column_of(n) + j];
+        NATTEN_UNROLL
+        for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const int i = 2 * half + j;
+          const float term = kRowsAreQueries ? of_rows.row_term[m][half] : of_column;
+          grads[m][n][i] = weights[m][n][i] * (grads[m][n][i] - term);
         }
+      }
     }
 
     template <int kRowBlocks, int kColumnBlocks>
     NATTEN_DEVICE static void clear(FragmentC (&x)[kRowBlocks][kColumnBlocks]) {
-NATTEN_UNROLL
-      for (int m = 0; m < kRowBlocks; ++m)
-NATTEN_UNROLL
-        for (int n = 0; n < kColumnBlocks; ++n)
-NATTEN_UNROLL
-          for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
+      NATTEN_UNROLL
+      for (int m = 0; m < kRowBlocks; ++m) NATTEN_UNROLL
+      for (int n = 0; n < kColumnBlocks; ++n) NATTEN_UNROLL
+      for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
     }
 
     NATTEN_DEVICE void run() const {
       if (!prepare()) return;
-      const int count = state.tiles.count(a.grid.column_tile);
       constexpr Tile rows1{Layout::kRows1}, rows2{Layout::kRows2}, columns2{Layout::kColumns2};
 
       load_rows(0, rows1);
       if constexpr (kNeedsGradWeights) load_rows(1, rows2);
-      if (count > 0) load_first_columns(0, state.stops[0]);
+      if (state.count > 0) load_first_columns(0, state.stops[0]);
       gpu.commit();
 
       FragmentC sums1[kSumsFirst ? kM : 1][kDims / 8], sums2[kSumsSecond ? kM : 1][kDims / 8];
       clear(sums1);
       clear(sums2);
-      float reference[kM][2], total[kM][2];
-NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          reference[m][half] = -__builtin_huge_valf();
-          total[m][half] = 0;
-        }
+      float products[kM][2];
+      NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half) products[m][half] = 0;
       QueryStatistics of_rows{};
       if constexpr (kRowsAreQueries && kPass != Pass::forward) of_rows = row_statistics();
 
       NATTEN_DO_NOT_UNROLL
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; i < state.count; ++i) {
         const int stage = kStages == 2 ? i & 1 : 0;
-        const bool has_next = i + 1 < count;
+        const bool has_next = i + 1 < state.count;
         const ColumnStop<T>& stop = state.stops[i % 4];
         const ColumnStop<T>& next = state.stops[(i + 1) % 4];
         gpu.template wait<0>();
@@ -611,19 +620,20 @@ NATTEN_UNROLL
           if (has_next) load_first_columns(1 - stage, next);
           gpu.commit();
         }
-        if (gpu.thread() == 0 && i + 2 < count) find_stop(i + 2);
+        if (thread() == 0 && i + 2 < state.count) find_stop(i + 2);
 
         const Overlap seen = overlap(stop.tile);
         FragmentC scores[kM][kN];
+        Weights<kM, kN> weights;
         if (seen != Overlap::none) {
           clear(scores);
-          multiply_rows<T>(gpu, scores, rows1, 16 * kM * warp(),
-                           first_columns(stage));
+          multiply_rows<T>(gpu, scores, rows1, 16 * kM * warp(), first_columns(stage));
           finish_scores(scores, stop.tile, seen);
           if constexpr (kPass == Pass::forward)
-            softmax(scores, sums2, reference, total);
+            softmax(scores, sums2);
           else
             weigh(scores, of_rows, stage);
+          if constexpr (kSumsSecond) pack_weights<T>(gpu, weights, scores);
         }
 
         gpu.template wait<kStages - 1>();
@@ -633,16 +643,17 @@ NATTEN_UNROLL
           gpu.commit();
         }
         if (seen != Overlap::none) {
-          if constexpr (kSumsSecond) accumulate_rows<T>(gpu, sums2, scores, columns2);
+          if constexpr (kSumsSecond) accumulate_rows<T>(gpu, sums2, weights, columns2);
           if constexpr (kNeedsGradWeights) {
             FragmentC grads[kM][kN];
             clear(grads);
             multiply_rows<T>(gpu, grads, rows2, 16 * kM * warp(), columns2);
             if constexpr (kPass == Pass::row_term) {
-              add_products(total, scores, grads);
+              add_products(products, scores, grads);
             } else {
               differentiate(grads, scores, of_rows, stage);
-              accumulate_rows<T>(gpu, sums1, grads, first_columns(stage));
+              pack_weights<T>(gpu, weights, grads);
+              accumulate_rows<T>(gpu, sums1, weights, first_columns(stage));
             }
           }
         }
@@ -656,55 +667,42 @@ NATTEN_UNROLL
       gpu.sync();  // rows are there even where there was no column; their memory is free
 
       if constexpr (kPass == Pass::forward || kPass == Pass::row_term) {
-NATTEN_UNROLL
-        for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-          for (int half = 0; half < 2; ++half) total[m][half] = row_sum(total[m][half]);
-        write_statistic(reference, total);
-      }
-      if constexpr (kPass == Pass::forward) {
-NATTEN_UNROLL
-        for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-          for (int n = 0; n < kDims / 8; ++n)
-NATTEN_UNROLL
-            for (int j = 0; j < 4; ++j) sums2[m][n][j] /= total[m][j / 2];
+        NATTEN_UNROLL
+        for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const float sum = row_sum(kPass == Pass::forward ? total(m, half) : products[m][half]);
+          write_statistic(row_of(m, half), sum);
+          if constexpr (kPass == Pass::forward) NATTEN_UNROLL
+          for (int n = 0; n < kDims / 8; ++n) NATTEN_UNROLL
+          for (int j = 0; j < 2; ++j) sums2[m][n][2 * half + j] /= sum;
+        }
       }
       if constexpr (kSumsFirst) write(0, sums1, a.scale);
       if constexpr (kSumsSecond) write(1, sums2, 1.0f);
     }
 
-    NATTEN_DEVICE void add_products(float (&total)[kM][2], const FragmentC (&x)[kM][kN],
+    NATTEN_DEVICE void add_products(float (&sums)[kM][2], const FragmentC (&x)[kM][kN],
                                     const FragmentC (&y)[kM][kN]) const {
-NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float sum = 0;
-NATTEN_UNROLL
-          for (int n = 0; n < kN; ++n)
-NATTEN_UNROLL
-            for (int j = 0; j < 2; ++j) sum += x[m][n][2 * half + j] * y[m][n][2 * half + j];
-          total[m][half] += sum;
-        }
+      NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        float sum = 0;
+        NATTEN_UNROLL
+        for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+        for (int j = 0; j < 2; ++j) sum += x[m][n][2 * half + j] * y[m][n][2 * half + j];
+        sums[m][half] += sum;
+      }
     }
 
-    NATTEN_DEVICE void write_statistic(const float (&reference)[kM][2],
-                                       const float (&total)[kM][2]) const {
-      if (!a.statistic || lane() % 4 != 0) return;
-NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          Coordinate token;
-          if (!token_of_row(row_of(m, half), token)) continue;
-          float x = total[m][half];
-          if (kPass == Pass::forward)
-            x = reference[m][half] * kLn2 + gpu.log(x);
-          else if (a.grad_logsumexp)
-            x -= *a.grad_logsumexp.at(state.batch, state.head, token);
-          *a.statistic.at(state.batch, state.head, token) = x;
-        }
+    /// Writes a row's logsumexp or row term, given the sum of its weights or of P dP.
+    NATTEN_DEVICE void write_statistic(int row, float sum) const {
+      Coordinate token;
+      if (!a.statistic || lane() % 4 != 0 || !token_of_row(row, token)) return;
+      if (kPass == Pass::forward)
+        sum = references()[row] * kLn2 + gpu.log(sum);
+      else if (a.grad_logsumexp)
+        sum -= *a.grad_logsumexp.at(state.batch, state.head, token);
+      *a.statistic.at(state.batch, state.head, token) = sum;
     }
 
     /// Writes the sums of the warp's rows, in whole rows by way of the memory that A1 had.
@@ -715,15 +713,12 @@ NATTEN_UNROLL
       const int dims = a.dims[which];
       constexpr Tile staging{Layout::kRows1};
       gpu.sync_warp();
-NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m)
-NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half)
-NATTEN_UNROLL
-          for (int n = 0; n < kDims / 8; ++n)
-            *gpu.template shared<std::uint32_t>(staging.at(row_of(m, half), n) + 4 * (lane() % 4)) =
-                gpu.template pack<T>(sums[m][n][2 * half] * factor,
-                                     sums[m][n][2 * half + 1] * factor);
+      NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half) NATTEN_UNROLL
+      for (int n = 0; n < kDims / 8; ++n)
+        *gpu.template shared<std::uint32_t>(staging.at(row_of(m, half), n) + 4 * (lane() % 4)) =
+            gpu.template pack<T>(sums[m][n][2 * half] * factor, sums[m][n][2 * half + 1] * factor);
       gpu.sync_warp();
       NATTEN_DO_NOT_UNROLL
       for (int item = lane(); item < 16 * kM * Tile::kChunks; item += kLanes) {
@@ -736,8 +731,7 @@ NATTEN_UNROLL
           gpu.copy_chunk(slot, from);
           continue;
         }
-        for (int j = 0; j < kChunk && chunk * kChunk + j < dims; ++j)
-          slot[j] = from[j];
+        for (int j = 0; j < kChunk && chunk * kChunk + j < dims; ++j) slot[j] = from[j];
       }
     }
   };

@@ -35,20 +35,20 @@ struct SharedTile {
 template <class T, int kDims, int kM, int kN, class Machine>
 NATTEN_DEVICE void multiply_rows(Machine& gpu, FragmentC (&c)[kM][kN], const SharedTile<kDims>& a,
                                  int first_row, const SharedTile<kDims>& b) {
-  const int lane = gpu.thread() % kLanes;
-  const int a_at = gpu.opaque(a.at(first_row + lane % 16, lane / 16));
-  const int b_at = gpu.opaque(b.at(lane / 16 * 8 + lane % 8, lane / 8 % 2));
-NATTEN_UNROLL
+  const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
+  const int a_at = a.at(first_row + lane % 16, lane / 16);
+  const int b_at = b.at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
+  NATTEN_UNROLL
   for (int k = 0; k < kDims / 16; ++k) {
     FragmentA x[kM];
-NATTEN_UNROLL
+    NATTEN_UNROLL
     for (int m = 0; m < kM; ++m) gpu.load_matrices(x[m], a.step(a_at, 2 * k) + 16 * m * a.kPitch);
-NATTEN_UNROLL
+    NATTEN_UNROLL
     for (int n = 0; n < kN; n += 2) {
       std::uint32_t y[4];
       gpu.load_matrices(y, b.step(b_at, 2 * k) + 8 * n * b.kPitch);
       const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
-NATTEN_UNROLL
+      NATTEN_UNROLL
       for (int m = 0; m < kM; ++m) {
         gpu.template multiply_add<T>(c[m][n], x[m], low);
         gpu.template multiply_add<T>(c[m][n + 1], x[m], high);
@@ -57,36 +57,36 @@ NATTEN_UNROLL
   }
 }
 
-/// The fragment of 16 x 16 weights that columns 16 k .. 16 k + 15 of a C fragment make.
-template <class T, int kN, class Machine>
-NATTEN_DEVICE void weights_of(Machine& gpu, FragmentA& x, const FragmentC (&c)[kN], int k) {
-  x[0] = gpu.template pack<T>(c[2 * k][0], c[2 * k][1]);
-  x[1] = gpu.template pack<T>(c[2 * k][2], c[2 * k][3]);
-  x[2] = gpu.template pack<T>(c[2 * k + 1][0], c[2 * k + 1][1]);
-  x[3] = gpu.template pack<T>(c[2 * k + 1][2], c[2 * k + 1][3]);
+/// Weights in the element type, as fragments of 16 x 16.
+template <int kM, int kN>
+using Weights = FragmentA[kM][kN / 2];
+
+template <class T, int kM, int kN, class Machine>
+NATTEN_DEVICE void pack_weights(Machine& gpu, Weights<kM, kN>& x, const FragmentC (&c)[kM][kN]) {
+  NATTEN_UNROLL
+  for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+  for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+  for (int half = 0; half < 2; ++half)
+    x[m][n / 2][n % 2 * 2 + half] = gpu.template pack<T>(c[m][n][2 * half], c[m][n][2 * half + 1]);
 }
 
 /// sums[i] += sum over j of weights[i][j] times row j of `b`.
-template <class T, int kDims, int kM, int kN, class Machine>
+template <class T, int kDims, int kM, int kK, class Machine>
 NATTEN_DEVICE void accumulate_rows(Machine& gpu, FragmentC (&sums)[kM][kDims / 8],
-                                   const FragmentC (&weights)[kM][kN],
-                                   const SharedTile<kDims>& b) {
-  const int lane = gpu.thread() % kLanes;
-  const int b_at = gpu.opaque(b.at(lane % 16, lane / 16));
-NATTEN_UNROLL
-  for (int k = 0; k < kN / 2; ++k) {
-    FragmentA x[kM];
-NATTEN_UNROLL
-    for (int m = 0; m < kM; ++m) weights_of<T>(gpu, x[m], weights[m], k);
-NATTEN_UNROLL
+                                   const FragmentA (&weights)[kM][kK], const SharedTile<kDims>& b) {
+  const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
+  const int b_at = b.at(lane % 16, lane / 16);
+  NATTEN_UNROLL
+  for (int k = 0; k < kK; ++k) {
+    NATTEN_UNROLL
     for (int n = 0; n < kDims / 8; n += 2) {
       std::uint32_t y[4];
       gpu.load_matrices_transposed(y, b.step(b_at, n) + 16 * k * b.kPitch);
       const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
-NATTEN_UNROLL
+      NATTEN_UNROLL
       for (int m = 0; m < kM; ++m) {
-        gpu.template multiply_add<T>(sums[m][n], x[m], low);
-        gpu.template multiply_add<T>(sums[m][n + 1], x[m], high);
+        gpu.template multiply_add<T>(sums[m][n], weights[m][k], low);
+        gpu.template multiply_add<T>(sums[m][n + 1], weights[m][k], high);
       }
     }
   }

@@ -49,8 +49,7 @@ inline void set_row_tile(Grid& grid, const TileShape& tile) {
 template <class F>
 void for_each_tile_shape(int rank, int bits, F&& f) {
   for (int x = rank > 1 ? 0 : bits; x <= bits; ++x)
-    for (int y = rank > 2 ? 0 : bits - x; x + y <= bits; ++y)
-      f(TileShape{{bits - x - y, y, x}});
+    for (int y = rank > 2 ? 0 : bits - x; x + y <= bits; ++y) f(TileShape{{bits - x - y, y, x}});
 }
 
 /// Tiles of columns that blocks of `row_bits` along an axis visit, over all the axis's blocks,
@@ -126,8 +125,7 @@ inline int bits_of(std::int64_t size) {
 /// A tile shape that the caller demands.
 inline TileShape tile_of(const Tuple& tuple) {
   TileShape tile{};
-  for (int i = 0; i < tuple.size; ++i)
-    tile.bits[kMaxRank - tuple.size + i] = bits_of(tuple[i]);
+  for (int i = 0; i < tuple.size; ++i) tile.bits[kMaxRank - tuple.size + i] = bits_of(tuple[i]);
   return tile;
 }
 
@@ -141,11 +139,11 @@ inline int padded_dims(const Problem& p) {
     if (dims <= bucket) return bucket;
   return kMostDims;
 }
-/// Rows of queries: 64, and in the forward pass up to 128 dims also 128.
-inline TileBits query_bits(const Problem& p) {
-  const bool both = p.op == Op::attention_forward && padded_dims(p) <= 128;
-  return {6, both ? 7 : 6};
+/// 64 queries, and where a kernel with 32 rows per warp takes the problem also 128.
+inline bool takes_wide_rows(const Problem& p) {
+  return p.op == Op::attention_forward && padded_dims(p) <= 128 && !p.has_rpb && p.scale > 0;
 }
+inline TileBits query_bits(const Problem& p) { return {6, takes_wide_rows(p) ? 7 : 6}; }
 
 /// Says which shapes there are, where a demanded one is none of them.
 inline std::string tile_refusal(const char* name, const Problem& p, const Tuple& tile,
@@ -169,8 +167,8 @@ inline std::string tile_refusal(const char* name, const Problem& p, const Tuple&
       shapes += (shapes.empty() ? "" : ", ") +
                 text([&](int i) { return shape.extent(kMaxRank - p.rank + i); });
     });
-  return std::string(name) + ": got " + text([&](int i) { return tile[i]; }) +
-         "; supported are " + shapes;
+  return std::string(name) + ": got " + text([&](int i) { return tile[i]; }) + "; supported are " +
+         shapes;
 }
 
 /// Names the shape that no CUDA kernel has, among those that the caller demands.

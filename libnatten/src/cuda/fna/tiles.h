@@ -101,9 +101,7 @@ struct Spans {
   const TileShape& tile;
 
   NATTEN_HOST_DEVICE Span& at(int axis, int offset) const {
-    const int before = axis == 0   ? 0
-                       : axis == 1 ? tile.extent(0)
-                                   : tile.extent(0) + tile.extent(1);
+    const int before = axis == 0 ? 0 : axis == 1 ? tile.extent(0) : tile.extent(0) + tile.extent(1);
     return spans[before + offset];
   }
   /// Computes the part of one of `threads` threads.
@@ -136,8 +134,7 @@ NATTEN_HOST_DEVICE inline Bounds bounds_of(const Spans& spans, const TileShape& 
 enum class Overlap { none, some, all };
 
 NATTEN_HOST_DEVICE inline Overlap overlap_of(const Bounds (&bounds)[kMaxRank],
-                                             const TileShape& tile,
-                                             const int (&origin)[kMaxRank]) {
+                                             const TileShape& tile, const int (&origin)[kMaxRank]) {
   bool none = false, all = true;
   NATTEN_UNROLL
   for (int a = 0; a < kMaxRank; ++a) {
