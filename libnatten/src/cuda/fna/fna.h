@@ -27,10 +27,22 @@ inline std::string fna_refuse_reason(const Problem& p) {
   return tile_refusal(p);
 }
 
-/// Row terms, one per query and head, and what the bias gradient needs.
+/// Where the caller does not insist on determinism, one pass over the keys computes all gradients,
+/// up to the dims whose sums fit into registers.
+inline bool adds_queries(const Problem& p) {
+  return !p.deterministic && p.wants_grad_query && p.wants_grad_key && p.wants_grad_value &&
+         padded_dims(p) <= 128;
+}
+inline std::size_t query_sums_bytes(const Problem& p) {
+  return adds_queries(p) ? row_term_bytes(p) * static_cast<std::size_t>(p.head_dim) : 0;
+}
+
+/// In order: row terms, one per query and head; sums of query gradients; what the bias gradient
+/// needs.
 inline std::size_t fna_workspace_bytes(const Problem& p) {
   if (p.op != Op::attention_backward) return 0;
-  return row_term_bytes(p) + (p.wants_grad_rpb ? simt_grad_rpb_workspace_bytes(p) : 0);
+  return row_term_bytes(p) + query_sums_bytes(p) +
+         (p.wants_grad_rpb ? simt_grad_rpb_workspace_bytes(p) : 0);
 }
 
 /// Enqueues the passes of one job.
@@ -44,16 +56,39 @@ class TilePasses {
     if (p_.op == Op::attention_forward) return run_pass<Pass::forward>(Rows::queries);
     run_pass<Pass::row_term>(Rows::queries);
     const Tensors& t = job_.tensors;
-    if (t.grad_query) run_pass<Pass::grad_query>(Rows::queries);
-    if (t.grad_key || t.grad_value) run_key_passes(Rows::keys, t.grad_key, t.grad_value);
-    if (p_.additional > 0 && (t.grad_additional_keys || t.grad_additional_values))
-      run_key_passes(Rows::additional, t.grad_additional_keys, t.grad_additional_values);
+    if (adds_queries(p_)) {
+      launch_.clear(query_sums(), query_sums_bytes(p_));
+      run_pass<Pass::grad_all>(Rows::keys);
+      if (p_.additional > 0) run_pass<Pass::grad_all>(Rows::additional);
+      scale_queries();
+    } else {
+      if (t.grad_query) run_pass<Pass::grad_query>(Rows::queries);
+      if (t.grad_key || t.grad_value) run_key_passes(Rows::keys, t.grad_key, t.grad_value);
+      if (p_.additional > 0 && (t.grad_additional_keys || t.grad_additional_values))
+        run_key_passes(Rows::additional, t.grad_additional_keys, t.grad_additional_values);
+    }
     if (t.grad_rpb)
-      simt_grad_rpb<T>(job_, static_cast<const float*>(job_.workspace),
-                       static_cast<char*>(job_.workspace) + row_term_bytes(p_), launch_);
+      simt_grad_rpb<T>(
+          job_, static_cast<const float*>(job_.workspace),
+          static_cast<char*>(job_.workspace) + row_term_bytes(p_) + query_sums_bytes(p_), launch_);
   }
 
  private:
+  float* query_sums() const {
+    return reinterpret_cast<float*>(static_cast<char*>(job_.workspace) + row_term_bytes(p_));
+  }
+  void scale_queries() {
+    ScaleQueries<T> kernel;
+    kernel.to = operand<T>(p_, job_.tensors, &Tensors::grad_query);
+    kernel.from = query_sums();
+    kernel.lengths = query_lengths(p_);
+    kernel.count = p_.batch * p_.heads * p_.queries() * p_.head_dim;
+    kernel.heads = p_.heads;
+    kernel.dims = p_.head_dim;
+    kernel.scale = static_cast<float>(p_.scale);
+    launch_(kernel, (kernel.count + kernel.kThreads - 1) / kernel.kThreads, 0);
+  }
+
   void run_key_passes(Rows rows, const TensorView& grad_key, const TensorView& grad_value) {
     // Sums of both gradients fit into registers up to 128 dims.
     const bool together = padded_dims(p_) <= 128;
@@ -76,8 +111,8 @@ class TilePasses {
 
   template <Pass kPass, int kDims>
   void run_bucket(Rows rows) {
-    if constexpr (kPass == Pass::grad_key_value && kDims > 128) {
-      return;  // run_key_passes asks for one at a time
+    if constexpr ((kPass == Pass::grad_key_value || kPass == Pass::grad_all) && kDims > 128) {
+      return;  // never asked for: sums of both gradients need too many registers
     } else {
       Grid grid = grid_of(p_, rows);
       if constexpr (kPass == Pass::forward && kDims <= 128)
@@ -169,6 +204,7 @@ class TilePasses {
       a.additional[0] = input(&M::additional_keys, true);
       a.additional[1] = input(&M::additional_values, true);
       a.additional_columns = static_cast<int>(p_.additional);
+      a.query_sums = nullptr;
       a.sums[0] = output(&M::grad_query);
       a.sums[1] = output(&M::output);
     } else {
@@ -178,6 +214,7 @@ class TilePasses {
       a.columns[0] = query;
       a.columns[1] = grad_output;
       a.additional_columns = 0;
+      a.query_sums = query_sums();
       a.sums[0] = output(extra ? &M::grad_additional_keys : &M::grad_key, extra);
       a.sums[1] = output(extra ? &M::grad_additional_values : &M::grad_value, extra);
     }

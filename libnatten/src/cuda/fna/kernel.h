@@ -13,10 +13,12 @@
 //   grad_key_value  keys       K   V   queries  Q   dO  dK = scale sum dS Q, dV = sum P dO
 //   grad_key                                            the first of them
 //   grad_value                                          the second
+//   grad_all                                            both, and dQ / scale by atomic additions
 //
 // where P = exp(S - logsumexp) and dS = P (dP - row term). Four warps share the columns in shared
 // memory and own 16 or 32 rows each, so a row's sums stay in the registers of four threads. Every
-// row is summed by one warp, in an order that depends on the problem alone.
+// row is summed by one warp, in an order that depends on the problem alone; but in grad_all, which
+// saves two of nine products, many blocks add to a query's gradient in any order.
 
 #include <natten/types.h>
 
@@ -36,6 +38,7 @@ enum class Pass : std::uint8_t {
   grad_key_value,
   grad_key,
   grad_value,
+  grad_all,
 };
 
 constexpr bool rows_are_queries(Pass pass) {
@@ -71,6 +74,7 @@ struct Arguments {
   Operand<const float> logsumexp, row_term, grad_logsumexp;
   Operand<float> statistic;  ///< written: logsumexp or row term
   Tokens<T> sums[2];         ///< written: of weights times B1 and B2
+  float* query_sums;         ///< added to by grad_all: contiguous [B, H, queries, D]
   float scale;
   /// Scores are scaled, and biased, before all else; otherwise `factor` scales them.
   bool scales_first;
@@ -106,10 +110,11 @@ struct TileKernel {
   static constexpr int kThreads = kWarps * kLanes;
   static constexpr int kBlocks = 2;
   static constexpr bool kRowsAreQueries = rows_are_queries(kPass);
-  static constexpr bool kSumsFirst =
-      kPass == Pass::grad_query || kPass == Pass::grad_key_value || kPass == Pass::grad_key;
-  static constexpr bool kSumsSecond =
-      kPass == Pass::forward || kPass == Pass::grad_key_value || kPass == Pass::grad_value;
+  static constexpr bool kAddsQueries = kPass == Pass::grad_all;
+  static constexpr bool kSumsFirst = kPass == Pass::grad_query || kPass == Pass::grad_key_value ||
+                                     kPass == Pass::grad_key || kAddsQueries;
+  static constexpr bool kSumsSecond = kPass == Pass::forward || kPass == Pass::grad_key_value ||
+                                      kPass == Pass::grad_value || kAddsQueries;
   static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == Pass::row_term;
   /// Whether scores can be scaled, and biased, before all else. Kernels with 32 rows per warp leave
   /// that to those with 16: they have no registers to spare.
@@ -132,7 +137,9 @@ struct TileKernel {
     static constexpr int kRows2 = kRows1 + Tile::bytes(kRows);
     static constexpr int kColumns1 = kRows2 + (kNeedsGradWeights ? Tile::bytes(kRows) : 0);
     static constexpr int kColumns2 = kColumns1 + kStages * Tile::bytes(kColumns);
-    static constexpr int kStatistics = kColumns2 + Tile::bytes(kColumns);
+    static constexpr int kGradScores = kColumns2 + Tile::bytes(kColumns);
+    static constexpr int kStatistics =
+        kGradScores + (kAddsQueries ? SharedTile<kColumns>::bytes(kRows) : 0);
     static constexpr int kState =
         kStatistics + (kRowsAreQueries ? 0 : 2 * kStages * kColumns * int(sizeof(float)));
     static constexpr int kRelativeBias = kState + int(sizeof(State));
@@ -579,8 +586,8 @@ struct TileKernel {
       }
     }
 
-    template <int kRowBlocks, int kColumnBlocks>
-    NATTEN_DEVICE static void clear(FragmentC (&x)[kRowBlocks][kColumnBlocks]) {
+    template <class E, int kRowBlocks, int kColumnBlocks>
+    NATTEN_DEVICE static void clear(E (&x)[kRowBlocks][kColumnBlocks][4]) {
       NATTEN_UNROLL
       for (int m = 0; m < kRowBlocks; ++m) NATTEN_UNROLL
       for (int n = 0; n < kColumnBlocks; ++n) NATTEN_UNROLL
@@ -657,6 +664,12 @@ struct TileKernel {
             }
           }
         }
+        if constexpr (kAddsQueries) {
+          if (seen == Overlap::none) clear(weights);
+          store_grad_scores(weights);
+          gpu.sync();
+          add_to_queries(stop.tile);
+        }
         if constexpr (kStages == 1 && kSumsFirst) {
           gpu.sync();  // all warps are done with B1
           if (has_next) load_first_columns(0, next);
@@ -679,6 +692,66 @@ struct TileKernel {
       }
       if constexpr (kSumsFirst) write(0, sums1, a.scale);
       if constexpr (kSumsSecond) write(1, sums2, 1.0f);
+    }
+
+    /// Puts the warp's dS where all warps find them: keys by queries, in the element type.
+    NATTEN_DEVICE void store_grad_scores(const Weights<kM, kN>& x) const {
+      constexpr SharedTile<kColumns> to{Layout::kGradScores};
+      NATTEN_UNROLL
+      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
+      for (int n = 0; n < kN; ++n) NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half)
+        *gpu.template shared<std::uint32_t>(to.at(row_of(m, half), n) + 4 * (lane() % 4)) =
+            x[m][n / 2][n % 2 * 2 + half];
+    }
+    /// Adds to each query of the tile what the block's keys give it. A warp has 16 queries.
+    NATTEN_DEVICE void add_to_queries(const ColumnTile& at) const {
+      static_assert(kColumns == 16 * kWarps);
+      constexpr SharedTile<kColumns> grads{Layout::kGradScores};
+      constexpr Tile keys{Layout::kRows1};
+      const int a_at = grads.at(lane() / 16 * 8 + lane() % 8, 2 * warp() + lane() / 8 % 2);
+      const int b_at = keys.at(lane() % 16, lane() / 16);
+      float* to[2];
+      NATTEN_UNROLL
+      for (int half = 0; half < 2; ++half) {
+        Coordinate token;
+        const bool exists = token_of_column(at, 16 * warp() + 8 * half + lane() / 4, token);
+        const Axis* axes = a.grid.axes;
+        const std::int64_t index =
+            (token[0] * axes[1].query_length + token[1]) * axes[2].query_length + token[2];
+        const std::int64_t queries =
+            axes[0].query_length * axes[1].query_length * axes[2].query_length;
+        const std::int64_t heads = std::int64_t{a.heads} * a.queries_per_kv;
+        to[half] = exists
+                       ? a.query_sums +
+                             ((state.batch * heads + query_head(at)) * queries + index) * a.dims[0]
+                       : nullptr;
+      }
+      constexpr int kPart = 4;  // blocks of 8 dims at a time, for lack of registers
+      NATTEN_UNROLL
+      for (int part = 0; part < kDims / 8; part += kPart) {
+        FragmentC sums[1][kPart];
+        clear(sums);
+        NATTEN_UNROLL
+        for (int k = 0; k < kRows / 16; ++k) {
+          FragmentA x;
+          gpu.load_matrices_transposed(x, a_at + 16 * k * grads.kPitch);
+          NATTEN_UNROLL
+          for (int n = 0; n < kPart; n += 2) {
+            std::uint32_t y[4];
+            gpu.load_matrices_transposed(y, keys.step(b_at, part + n) + 16 * k * keys.kPitch);
+            const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
+            gpu.template multiply_add<T>(sums[0][n], x, low);
+            gpu.template multiply_add<T>(sums[0][n + 1], x, high);
+          }
+        }
+        NATTEN_UNROLL
+        for (int n = 0; n < kPart; ++n) NATTEN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const int d = column_of(part + n) + i % 2;
+          if (to[i / 2] && d < a.dims[0]) gpu.atomic_add(to[i / 2] + d, sums[0][n][i]);
+        }
+      }
     }
 
     NATTEN_DEVICE void add_products(float (&sums)[kM][2], const FragmentC (&x)[kM][kN],
@@ -735,6 +808,27 @@ struct TileKernel {
       }
     }
   };
+};
+
+/// What grad_all has added up, times the scale, in the element type.
+template <class T>
+struct ScaleQueries {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocks = 1;
+  Operand<T> to;
+  const float* from;  ///< contiguous [B, H, queries, D]
+  Coordinate lengths;
+  std::int64_t count, heads, dims;
+  float scale;
+
+  template <class Machine>
+  NATTEN_DEVICE void operator()(Machine& gpu) const {
+    const std::int64_t i = gpu.block() * kThreads + gpu.thread();
+    if (i >= count) return;
+    const std::int64_t row = i / dims, queries = volume(lengths);
+    to.at(row / queries / heads, row / queries % heads, unravel(row % queries, lengths))[i % dims] =
+        static_cast<T>(from[i] * scale);
+  }
 };
 
 }  // namespace natten::detail::cuda
