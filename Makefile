@@ -7,11 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# Most of what is installed is never imported, so that compiling all of it to bytecode is wasted.
+INSTALL := $(BIN)/python -m pip install -q --no-compile
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
-CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test test-cpp test-sanitize test-aarch64 test-python lint format consumer wheel \
+.PHONY: demo test test-cpp test-sanitize test-aarch64 test-python lint format consumer cuda wheel \
   test-wheel clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
@@ -59,6 +61,18 @@ format: $(VENV)/lint
 consumer: $(VENV)/build
 	cpp_tests/consumer/check.sh build/consumer
 
+# Compiles and links the CUDA kernels for all architectures, and checks their machine code. Nothing
+# runs: that takes a GPU (tests/gpu/run.sh). Of the tests only the file that no other build compiles.
+cuda: $(VENV)/build $(VENV)/cuda gtest
+ifeq ($(shell command -v nvcc 2>/dev/null),)
+	@echo "!!! make cuda: SKIPPED, NO CUDA KERNEL HAS BEEN COMPILED OR CHECKED: no nvcc on PATH" >&2
+else
+	cmake --preset cuda -B build/cuda-check -DBUILD_SHARED_LIBS=ON \
+	  -DCMAKE_SHARED_LINKER_FLAGS=-Wl,--no-undefined
+	cmake --build build/cuda-check --target natten cpp_tests/CMakeFiles/natten_tests.dir/cuda_test.cpp.o
+	$(BIN)/python cpp_tests/check_cuda.py build/cuda-check
+endif
+
 # sdist, then the wheel from the sdist, then the wheel that any recent Linux can install.
 wheel: $(VENV)/wheel
 	rm -rf dist
@@ -76,16 +90,16 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each list of requirements.
-$(addprefix $(VENV)/,build demo test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q -r $<
+$(addprefix $(VENV)/,build cuda demo test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
+	$(INSTALL) -r $<
 	@touch $@
 
 # Published models that the tests run; what allin1 itself requires is heavy and not needed.
 $(VENV)/models: $(VENV)/models-nodeps
 $(VENV)/models-nodeps: requirements/models-nodeps.txt | $(BIN)/python
-	$(BIN)/python -m pip install -q --no-deps -r $<
+	$(INSTALL) --no-deps -r $<
 	@touch $@
 
 $(VENV)/package: $(SOURCES) | $(BIN)/python
-	$(BIN)/python -m pip install -q .
+	$(INSTALL) .
 	@touch $@

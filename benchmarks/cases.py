@@ -56,7 +56,7 @@ class Case:
     grid: tuple[int, ...]
     head_dim: int
     kernel: tuple[int, ...]
-    stride: int = 1
+    stride: int | tuple[int, ...] = 1
     dilation: int = 1
     is_causal: bool = False
     has_bias: bool = False
@@ -83,8 +83,9 @@ class Case:
         return 4 * self.batch * self.heads * pairs * self.head_dim
 
     def window(self, axis: int, token: Array) -> tuple[Array, Array]:
+        stride = self.stride if isinstance(self.stride, int) else self.stride[axis]
         return window(
-            token, self.grid[axis], self.kernel[axis], self.stride, self.dilation, self.is_causal
+            token, self.grid[axis], self.kernel[axis], stride, self.dilation, self.is_causal
         )
 
 
@@ -141,12 +142,16 @@ class Wrong(Skip):
     """A way computed something else."""
 
 
-def check(results: Sequence[np.ndarray], references: Sequence[np.ndarray], dtype: str) -> None:
+def check(results: Sequence[Array], references: Sequence[Array], dtype: str) -> None:
     """Raises `Wrong`. The arrays are float64, made from results of type `dtype`."""
+
+    def norm(x: Array) -> float:
+        return float((x * x).sum()) ** 0.5
+
     for result, reference in zip(results, references, strict=True):
         if result.shape != reference.shape:
             raise Wrong(f"WRONG: shape {list(result.shape)}; ours is {list(reference.shape)}")
-        difference = np.linalg.norm(result - reference) / np.linalg.norm(reference)
+        difference = norm(result - reference) / norm(reference)
         if not difference < TOLERANCES[dtype]:
             raise Wrong(f"WRONG: differs from ours by {difference:.1e}")
 
@@ -160,7 +165,7 @@ def seconds(run: Callable[[], object]) -> float:
 def medians(flops: float, times: Sequence[float], ratios: Sequence[float]) -> Row:
     """What is reported of a way."""
     return {
-        "milliseconds": round(1e3 * statistics.median(times), 3),
+        "milliseconds": round(1e3 * statistics.median(times), 4),
         "gflops": round(flops / statistics.median(times) / 1e9, 2),
         "ratio": round(statistics.median(ratios), 4),
     }

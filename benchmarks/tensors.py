@@ -15,10 +15,14 @@ from torch import Tensor
 Attention = Callable[..., Tensor]  # query, key, value[, bias] -> output, all heads-last
 
 
-def tensors_of(case: Case, dtype: str) -> tuple[list[Tensor], Tensor]:
+def tensors_of(
+    case: Case, dtype: str, device: torch.device | str = "cpu"
+) -> tuple[list[Tensor], Tensor]:
     """The inputs and a gradient of the output, by `Case.shapes`. The same numbers every time."""
     torch.manual_seed(0)
-    *inputs, gradient = (torch.randn(shape, dtype=getattr(torch, dtype)) for shape in case.shapes)
+    *inputs, gradient = (
+        torch.randn(shape, dtype=getattr(torch, dtype), device=device) for shape in case.shapes
+    )
     return [x.requires_grad_() for x in inputs], gradient
 
 

@@ -1,4 +1,4 @@
-"""Ways to compute neighborhood attention, for cpu.py. They take and return heads-last tensors.
+"""Ways to compute neighborhood attention, for cpu.py and gpu.py, on heads-last tensors.
 
 PyTorch's attention wants heads first: the transposes are part of each call, and are views.
 """
@@ -24,7 +24,7 @@ Inputs = Sequence[Tensor]
 
 def check(results: Inputs, references: Inputs) -> None:
     dtype = str(references[0].dtype).removeprefix("torch.")
-    wide = ([x.detach().double().numpy() for x in xs] for xs in (results, references))
+    wide = ([x.detach().double() for x in xs] for xs in (results, references))
     cases.check(*wide, dtype)
 
 
@@ -65,6 +65,8 @@ def gather(case: Case, inputs: Inputs) -> Attention:
 
 def flex(case: Case, inputs: Inputs) -> Attention:
     """FlexAttention, compiled here. On the CPU it has no backward pass and no float64."""
+    device = inputs[0].device
+    on_cpu = device.type == "cpu"
     bias = inputs[3].detach().flatten(1) if case.has_bias else None
 
     def mask_mod(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -74,17 +76,20 @@ def flex(case: Case, inputs: Inputs) -> Attention:
         assert bias is not None
         return score + bias[head, bias_index(case, query, key)]
 
-    # Blocks of 64 tokens skip more than those of 128, the default.
-    mask = create_block_mask(
-        mask_mod, None, None, case.tokens, case.tokens, device="cpu", BLOCK_SIZE=64
-    )
     torch.compiler.reset()
+    # On the CPU blocks of 64 tokens skip more than those of 128, the default. Uncompiled, the mask
+    # of all pairs is stored before it is cut into blocks.
+    mask = create_block_mask(
+        mask_mod, None, None, case.tokens, case.tokens, device,
+        BLOCK_SIZE=64 if on_cpu else 128, _compile=not on_cpu,
+    )  # fmt: skip
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
-        with torch.no_grad():
+        qkv = (x.detach() if on_cpu else x for x in (query, key, value))
+        with torch.set_grad_enabled(not on_cpu):
             output = compiled(
-                *heads_first(query.detach(), key.detach(), value.detach()),
+                *heads_first(*qkv),
                 score_mod=None if bias is None else score_mod,
                 block_mask=mask,
             )
@@ -127,7 +132,7 @@ def full(case: Case, inputs: Inputs) -> Attention:
 
     small = replace(case, grid=case.kernel, stride=1, dilation=1)
     dtype = str(inputs[0].dtype).removeprefix("torch.")
-    small_inputs, _ = tensors_of(small, dtype)
+    small_inputs, _ = tensors_of(small, dtype, inputs[0].device)
     check([run_on(small)(*small_inputs)], [ours(small)(*small_inputs)])
     return run_on(case)
 

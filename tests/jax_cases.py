@@ -26,9 +26,6 @@ QK_NAMES = ("query", "key", "rpb", "additional_keys")
 AV_NAMES = ("attn", "value", "additional_values")
 RANKS = pytest.mark.parametrize("rank", [1, 2, 3])
 
-# Compilation takes most of the time of the larger sweeps.
-QUICK = {"xla_backend_optimization_level": 0}
-
 
 @pytest.fixture(autouse=True)
 def float64():

@@ -51,8 +51,6 @@ MIXED: dict[int, dict[str, Any]] = {
     3: dict(kernel_size=(3, 2, 2), dilation=(1, 2, 1), is_causal=(False, True, False), stride=1),
 }
 DIM, HEADS = 12, 3
-# Compilation takes most of the time.
-QUICK = {"xla_backend_optimization_level": 0}
 KINDS = pytest.mark.parametrize("kind", ["nnx", "linen"])
 RANKS = pytest.mark.parametrize("rank", [1, 2, 3])
 BIASES = pytest.mark.parametrize(
@@ -101,7 +99,7 @@ class Built:
             return jnp.asarray(scale * random.standard_normal(p.shape), p.dtype)
 
         self.params = jax.tree_util.tree_map_with_path(draw, params)
-        self._jitted = jax.jit(self.apply, static_argnames="deterministic", compiler_options=QUICK)
+        self._jitted = jax.jit(self.apply, static_argnames="deterministic")
 
     def apply(self, params, x, seed=0, *, deterministic=True):
         """The output; `seed` is that of dropout."""
@@ -123,7 +121,7 @@ class Built:
         def loss(params, x):
             return jnp.mean(self.apply(params, x, **options).astype(jnp.float32) ** 2)
 
-        return jax.jit(jax.grad(loss, (0, 1)), compiler_options=QUICK)(self.params, x)
+        return jax.jit(jax.grad(loss, (0, 1)))(self.params, x)
 
 
 def make(rank, seed=0, **options):
@@ -292,7 +290,7 @@ def test_remat(kind):
             module = again if remat else built.module
             return jnp.mean(module.apply({"params": state}, x) ** 2)
 
-    jitted = jax.jit(jax.grad(loss), static_argnums=1, compiler_options=QUICK)
+    jitted = jax.jit(jax.grad(loss), static_argnums=1)
     all_close(jitted(state, True), jitted(state, False))
     traced = [str(jax.make_jaxpr(loss, static_argnums=1)(state, remat)) for remat in (False, True)]
     assert [bool(re.search("remat|checkpoint", text)) for text in traced] == [False, True]

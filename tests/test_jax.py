@@ -22,7 +22,6 @@ from jax_cases import (  # noqa: E402
     FAMILIES,
     FUSED_NAMES,
     QK_NAMES,
-    QUICK,
     RANKS,
     arrays_of,
     assert_close,
@@ -146,7 +145,7 @@ def test_vmap_over_any_arguments(family, subset):
     mapped = jax.vmap(function, axes)
     scalar = jax.vmap(weighted_sum(function), axes)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def all_at_once(*x):
         return (
             mapped(*x),

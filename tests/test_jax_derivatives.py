@@ -21,7 +21,6 @@ from jax_cases import (  # noqa: E402
     GRIDS,
     MIXED,
     QK,
-    QUICK,
     arrays_of,
     av_shapes,
     float64,  # noqa: F401, a fixture
@@ -202,7 +201,7 @@ def in_one_call(name, rank):
 
     def derivative(function):
         mapped = jax.vmap(lambda *x: DERIVATIVES[name](function, x), MAPPED[rank])
-        return jax.jit(mapped, compiler_options=QUICK)(*examples(rank))
+        return jax.jit(mapped)(*examples(rank))
 
     return derivative
 
@@ -241,9 +240,7 @@ def test_attention_to_all_keys(queries, keys, is_causal, autodiff, name):
     def theirs(*x):
         return dense_attention_to_all(*x, is_causal, 0.4)
 
-    derivative = functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)(
-        DERIVATIVES[name]
-    )
+    derivative = jax.jit(DERIVATIVES[name], static_argnums=0)
     assert_close(derivative(ours, x), derivative(theirs, x))
 
 
@@ -355,6 +352,7 @@ def test_scan():
         return x
 
     for derivative in (FORWARD["jvp"], FORWARD["reverse over forward"], grad_of_grad):
+        derivative = jax.jit(derivative, static_argnums=0)
         assert_close(derivative(scanned, (q,)), derivative(unrolled, (q,)))
 
 
@@ -365,7 +363,7 @@ def test_all_other_arguments_are_constant(kind, i):
 
     def block(f):
         function = jax.hessian(lambda a: scalar(f)(*x[:i], a, *x[i + 1 :]))
-        return jax.jit(function, compiler_options=QUICK)(x[i])
+        return jax.jit(function)(x[i])
 
     want = block(dense(1))
     for autodiff in ("reverse", "any"):
@@ -399,7 +397,7 @@ def test_low_precision(dtype):
 def test_no_examples_and_an_empty_batch(name):
     f, derivative = fused(2, "any"), DERIVATIVES[name]
     x = problem(2)
-    want = derivative(f, x)
+    want = jax.eval_shape(lambda *x: derivative(f, x), *x)
     nothing = tuple(jnp.zeros((0, *a.shape)) for a in x)
     got = jax.vmap(lambda *x: derivative(f, x))(*nothing)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):

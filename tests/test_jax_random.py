@@ -3,7 +3,6 @@ PyTorch is installed, against its bits."""
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from typing import Any
@@ -53,9 +52,9 @@ def statistic(case: cases.Case) -> str:
 def call_and_differentiate(
     function: Callable[..., Any], inputs: dict, incoming: Any
 ) -> tuple[Any, dict]:
-    """Results and named gradients, in one quick compilation, as that is what takes the time."""
+    """Results and named gradients, in one compilation, as that is what takes the time."""
 
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @jax.jit
     def both(inputs: dict, incoming: Any) -> tuple[Any, dict]:
         results, pullback = jax.vjp(lambda x: function(**x), inputs)
         return results, *pullback(incoming)

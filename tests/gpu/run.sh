@@ -1,0 +1,183 @@
+#!/usr/bin/env bash
+# Builds for the GPU of this machine, tests and times, in less than ten minutes.
+#
+#   tests/gpu/run.sh [REPORT [WHEELS]]
+#
+# REPORT (default: $OUT or gpu_report) is a folder for at most eight files, report.md the first to
+# read. It is written as stages end, so that what a stopped run has found is there. A stage that
+# fails does not keep the others from running; it makes the exit status 1.
+#
+# Needs bash, a CUDA toolkit, Python 3.11 or newer with PyTorch for CUDA and pytest, and, for the
+# C++ tests, GoogleTest: installed, or its sources in the folder that GTEST_SOURCE names. There may
+# be no network: build tools (scikit-build-core, nanobind, cmake, ninja) are those that Python has,
+# or wheels in the folder WHEELS. PYTHON names the interpreter, BUDGET the seconds for everything.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+report=$(realpath -m "${1:-${OUT:-gpu_report}}")
+wheels=${2:+$(realpath "$2")}
+PYTHON=${PYTHON:-python3}
+BUDGET=${BUDGET:-570}
+mkdir -p "$report"
+work=build/gpu
+site=$PWD/$work/site
+mkdir -p "$site"
+export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONUNBUFFERED=1 NATTEN_TEST_NEEDS_GPU=1 # without, the C++ tests are skipped
+PATH="$site/bin:$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$PATH"
+export PATH
+failed=0
+
+note() { printf '%s\n' "$*" | tee -a "$report/report.md"; }
+
+# stage LOG SECONDS TITLE COMMAND...: runs a command for so long at most, its output in LOG
+stage() {
+  local log=$report/$1 limit=$2 title=$3 start=$SECONDS status=0
+  shift 3
+  if ((limit > BUDGET - SECONDS)); then
+    limit=$((BUDGET - SECONDS))
+    if ((limit < 5)); then
+      skip "$title" "no time left"
+      failed=1
+      return 1
+    fi
+  fi
+  { echo; echo "### $title: $*"; } >>"$log"
+  timeout --kill-after=10 "$limit" "$@" >>"$log" 2>&1 || status=$?
+  local took=$((SECONDS - start))
+  case $status in
+    0) note "| $title | passed | $took s | $(basename "$log") |" ;;
+    124 | 137) note "| $title | **stopped after $limit s** | $took s | $(basename "$log") |" ;;
+    *) note "| $title | **failed, status $status** | $took s | $(basename "$log") |" ;;
+  esac
+  if [ "$status" != 0 ]; then
+    failed=1
+    tail -n 25 "$log"
+  fi
+  return "$status"
+}
+skip() { note "| $1 | skipped: $2 | | |"; }
+has() { command -v "$1" >/dev/null; }
+imports() { "$PYTHON" -c "import $1" 2>/dev/null; }
+
+environment() {
+  nvidia-smi || true
+  nvcc --version || true
+  cmake --version || true
+  "$PYTHON" --version
+  for package in torch triton jax jaxlib nanobind scikit_build_core pytest hypothesis; do
+    "$PYTHON" -c "import importlib.metadata as m; print('$package', m.version('$package'))" \
+      2>/dev/null || echo "$package: missing"
+  done
+  git log -1 --format='commit %H' 2>/dev/null || true
+}
+
+compute_capability() {
+  nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. '
+}
+
+: >"$report/report.md"
+note "# Tests on a GPU, $(date -u +%F)"
+note ""
+environment >"$report/environment.txt" 2>&1
+note '```'
+grep -hE '^(torch|jax|nvidia-smi|Python|commit|cmake)|release|NVIDIA [A-Z]|Driver' \
+  "$report/environment.txt" | sed 's/  */ /g' | tee -a "$report/report.md" || true
+note '```'
+note ""
+note "| stage | result | time | log |"
+note "| --- | --- | --- | --- |"
+
+capability=$(compute_capability || true)
+if [ -z "$capability" ] || ! has nvcc; then
+  skip "everything" "no NVIDIA GPU, or no nvcc on PATH"
+  exit 1
+fi
+architecture=$capability-real
+[ "$capability" != 90 ] || architecture=90a-real
+
+if [ -n "$wheels" ]; then
+  # No dependencies: what is missing must be in the folder, and nothing else is to be replaced.
+  stage build.log 60 "install wheels" "$PYTHON" -m pip install -q --no-index --no-deps --no-compile \
+    --upgrade --target "$site" "$wheels"/*.whl || true
+fi
+
+# ---- build ----
+
+xla=OFF
+! imports jaxlib || xla=ON
+options=(-DNATTEN_WITH_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$architecture")
+python_options=()
+for option in "${options[@]}" "-DNATTEN_WITH_XLA=$xla"; do
+  python_options+=("-Ccmake.define.${option#-D}")
+done
+package_built=0
+stage build.log 240 "Python package (sm_${architecture%-real}, XLA $xla)" \
+  "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index --no-compile --upgrade \
+  --target "$site" "-Cbuild-dir=$work/package" "${python_options[@]}" . && package_built=1
+
+cpp_built=0
+cpp_options=("${options[@]}" -DNATTEN_BUILD_TESTS=ON)
+[ -z "${GTEST_SOURCE:-}" ] ||
+  cpp_options+=("-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$(realpath "$GTEST_SOURCE")")
+generator=()
+! has ninja || generator=(-G Ninja)
+cpp_build() {
+  cmake -S . -B "$work/cpp" "${generator[@]}" "${cpp_options[@]}" &&
+    cmake --build "$work/cpp" --parallel --target natten_tests
+}
+export -f cpp_build
+if has cmake; then
+  stage build.log 300 "C++ tests, build" bash -c "set -e; $(declare -p work generator cpp_options)
+    cpp_build" && cpp_built=1
+else
+  skip "C++ tests" "no cmake"
+fi
+
+# ---- correctness ----
+
+gtest=$work/cpp/cpp_tests/natten_tests
+# Tests of the backends for CPUs run elsewhere.
+filter='*on_gpu*:OnGpu*'
+if [ "$cpp_built" = 1 ]; then
+  stage cpp_tests.log 120 "C++ tests" "$gtest" --gtest_brief=1 "--gtest_filter=$filter" || true
+fi
+if [ "$package_built" = 1 ]; then
+  if [ -e tests/test_cuda.py ]; then
+    stage pytest.log 120 "pytest" "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py ||
+      true
+  else
+    skip "pytest" "there is no tests/test_cuda.py"
+  fi
+fi
+
+# ---- benchmarks ----
+
+if [ "$package_built" = 1 ]; then
+  stage benchmarks.log "${BENCHMARK_SECONDS:-240}" "benchmarks" "$PYTHON" benchmarks/gpu.py \
+    ${BENCHMARK_OPTIONS:---limit 30 --budget 180} --json "$report/gpu.json" --markdown "$work/gpu.md" || true
+fi
+
+# ---- sanitizers: slow, so on few cases, and last ----
+
+few='*ForwardIsTheDefinition/*on_gpu_bfloat16_rank2:*BackwardIsTheDerivative/*on_gpu_bfloat16_rank2'
+if [ "$cpp_built" != 1 ]; then
+  skip "compute-sanitizer" "the C++ tests are not built"
+elif ! has compute-sanitizer; then
+  skip "compute-sanitizer" "not installed"
+else
+  for tool in memcheck racecheck; do
+    stage sanitizer.log "${SANITIZER_SECONDS:-90}" "compute-sanitizer $tool" compute-sanitizer \
+      --tool "$tool" --print-limit 20 --error-exitcode 1 "$gtest" --gtest_brief=1 "--gtest_filter=$few" || true
+  done
+fi
+
+if [ -e "$work/gpu.md" ]; then
+  note ""
+  note "## Benchmarks"
+  note ""
+  cat "$work/gpu.md" >>"$report/report.md"
+fi
+note ""
+note "$([ "$failed" = 0 ] && echo "All stages passed" || echo "**Some stages failed**") in $SECONDS s."
+exit "$failed"
