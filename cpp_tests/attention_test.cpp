@@ -36,10 +36,10 @@ TEST_P(General, ForwardAndBackward) {
     ++(c.axes[0].length > *c.keys ? longer : shorter);
     problem.provide_logsumexp();
     forward = natten::attention_call(problem.buffers.views(), c.axes[0].is_causal, c.scale);
-    ASSERT_NO_THROW(natten::run(forward, context()));
+    ASSERT_NO_THROW(run(forward));
     natten::Call backward = forward;
     backward.op = natten::Op::attention_backward;
-    ASSERT_NO_THROW(natten::run(backward, context()));
+    ASSERT_NO_THROW(run(backward));
     const oracle::FusedResults expected = problem.expected();
     errors_.expect("output", dtype(), 1,
                    relative_error(problem.buffers.output.dense(), expected.output));
@@ -65,18 +65,16 @@ TEST_P(General, SelfAttentionIsANeighborhoodOfEverything) {
     return c;
   }();
   FusedProblem neighborhood(c), general(c);
-  ASSERT_NO_THROW(natten::run(neighborhood.forward(), context()));
-  ASSERT_NO_THROW(
-      natten::run(natten::attention_call(general.buffers.views(), false, c.scale), context()));
+  ASSERT_NO_THROW(run(neighborhood.forward()));
+  ASSERT_NO_THROW(run(natten::attention_call(general.buffers.views(), false, c.scale)));
   EXPECT_LE(relative_error(general.buffers.output.dense(), neighborhood.buffers.output.dense()),
             2 * bounds_of(dtype()).forward);
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    Registry, General,
-    testing::Combine(testing::ValuesIn(natten::backends(natten::DeviceType::cpu)),
-                     testing::ValuesIn(kDTypes), testing::Values(1)),
-    Property::name);
+INSTANTIATE_TEST_SUITE_P(Registry, General,
+                         testing::Combine(testing::ValuesIn(tested_backends()),
+                                          testing::ValuesIn(kDTypes), testing::Values(1)),
+                         Property::name);
 
 /// Merging takes results over parts of the keys. Cuts keys at random places, runs every part and
 /// merges; the same through the derivatives.

@@ -382,7 +382,20 @@ inline bool is_runnable(const natten::Call& call) {
   return false;
 }
 
-/// A test that runs for every backend of the registry, element type and rank.
+/// A backend for GPUs that runs on tensors in host memory: emulated, since its kernels are the same
+/// code for both, or by copies on a device.
+struct ProvidedBackend {
+  const char* name;
+  std::string (*refuse_reason)(const natten::Problem&);
+  void (*run)(const natten::Call&);
+};
+/// Those that the tests of GPU backends add before tests are listed.
+inline std::vector<ProvidedBackend>& provided_backends() {
+  static std::vector<ProvidedBackend> backends;
+  return backends;
+}
+
+/// A test that runs for every backend, element type and rank.
 class Property : public testing::TestWithParam<std::tuple<std::string, natten::DType, int>> {
  protected:
   const std::string& backend() const { return std::get<0>(GetParam()); }
@@ -394,7 +407,23 @@ class Property : public testing::TestWithParam<std::tuple<std::string, natten::D
     context.backend = backend().c_str();
     return context;
   }
+  /// Null for backends of the registry.
+  const ProvidedBackend* provided() const {
+    for (const ProvidedBackend& b : provided_backends())
+      if (backend() == b.name) return &b;
+    return nullptr;
+  }
+  void run(const natten::Call& call) const {
+    if (const ProvidedBackend* b = provided()) return b->run(call);
+    natten::run(call, context());
+  }
+  void run_forward_with_logsumexp(FusedProblem& problem) const {
+    problem.provide_logsumexp();
+    run(problem.forward());
+  }
   bool accepts(const natten::Call& call) const {
+    if (const ProvidedBackend* b = provided())
+      return b->refuse_reason(natten::describe(call)).empty();
     for (const natten::Verdict& verdict : natten::explain(natten::describe(call), context()))
       if (verdict.backend == backend()) return verdict.refusal.empty();
     return false;
@@ -432,9 +461,16 @@ class Property : public testing::TestWithParam<std::tuple<std::string, natten::D
   }
 };
 
+/// Names of the backends that properties run for.
+inline std::vector<std::string> tested_backends() {
+  const auto registered = natten::backends(natten::DeviceType::cpu);
+  std::vector<std::string> names(registered.begin(), registered.end());
+  for (const ProvidedBackend& b : provided_backends()) names.push_back(b.name);
+  return names;
+}
 inline auto every_property() {
-  return testing::Combine(testing::ValuesIn(natten::backends(natten::DeviceType::cpu)),
-                          testing::ValuesIn(kDTypes), testing::Values(1, 2, 3));
+  return testing::Combine(testing::ValuesIn(tested_backends()), testing::ValuesIn(kDTypes),
+                          testing::Values(1, 2, 3));
 }
 
 }  // namespace natten_tests

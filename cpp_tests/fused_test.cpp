@@ -27,7 +27,7 @@ TEST_P(Fused, ForwardIsTheDefinition) {
     const natten::Call call = problem.forward();
     if (!accepts(call)) return;
     ++accepted;
-    ASSERT_NO_THROW(natten::run(call, context()));
+    ASSERT_NO_THROW(run(call));
     const oracle::FusedResults expected = problem.expected();
     errors_.expect("output", dtype(), rank(),
                    relative_error(problem.buffers.output.dense(), expected.output));
@@ -45,8 +45,8 @@ TEST_P(Fused, BackwardIsTheDerivative) {
     FusedProblem problem(c);
     if (!accepts(problem.forward()) || !accepts(problem.backward())) return;
     ++accepted;
-    ASSERT_NO_THROW(problem.forward_with_logsumexp(context()));
-    ASSERT_NO_THROW(natten::run(problem.backward(), context()));
+    ASSERT_NO_THROW(run_forward_with_logsumexp(problem));
+    ASSERT_NO_THROW(run(problem.backward()));
     expect_gradients(problem, problem.expected());
     problem.buffers.expect_gaps_intact();
   });
@@ -59,13 +59,13 @@ TEST_P(Fused, EveryGradientCanBeLeftOut) {
     c.additional = 2;
     FusedProblem problem(c);
     if (!accepts(problem.backward())) return;
-    problem.forward_with_logsumexp(context());
+    run_forward_with_logsumexp(problem);
     const oracle::FusedResults expected = problem.expected();
     Rng rng(c.seed);
     for_each_gradient(problem.buffers, expected, [&](const char*, Buffer& gradient, const Dense&) {
       if (chance(rng, 0.5)) gradient = Buffer();
     });
-    ASSERT_NO_THROW(natten::run(problem.backward(), context()));
+    ASSERT_NO_THROW(run(problem.backward()));
     expect_gradients(problem, expected);
   });
 }
@@ -83,8 +83,8 @@ TEST_P(Fused, LongSumsStayExact) {
   c.rpb = rank() == 3;
   FusedProblem problem(c);
   if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses";
-  problem.forward_with_logsumexp(context());
-  natten::run(problem.backward(), context());
+  run_forward_with_logsumexp(problem);
+  run(problem.backward());
   const oracle::FusedResults expected = problem.expected();
   errors_.expect("output", dtype(), rank(),
                  relative_error(problem.buffers.output.dense(), expected.output));
@@ -122,11 +122,11 @@ TEST_P(Fused, NanAndInfinityReachWhoSeesThemAndNobodyElse) {
         *victims[index(uniform(rng, 0, static_cast<std::int64_t>(victims.size()) - 1))];
     victim.set(uniform(rng, 0, victim.view().size() - 1), poison);
 
-    problem.forward_with_logsumexp(context());
+    run_forward_with_logsumexp(problem);
     const oracle::FusedResults expected = problem.expected();
     expect_spread(backend(), "output", b.output.dense(), expected.output);
     expect_spread(backend(), "logsumexp", b.logsumexp.dense(), expected.logsumexp);
-    natten::run(problem.backward(), context());
+    run(problem.backward());
     for_each_gradient(b, expected, [&](const char* name, Buffer& got, const Dense& reference) {
       if (got.view()) expect_spread(backend(), name, got.dense(), reference);
     });
@@ -143,10 +143,10 @@ TEST_P(Fused, NanInAValueReachesTheQueriesWhoseWindowHoldsIt) {
     Rng rng(c.seed);
     const std::int64_t token = uniform(rng, 0, sizes_of(c).keys - 1);
     const std::int64_t column = uniform(rng, 0, c.value_dim - 1);
-    natten::run(problem.forward(), context());
+    run(problem.forward());
     const Dense clean = problem.buffers.output.dense();
     problem.buffers.value.set(token * c.value_dim + column, std::nan(""));
-    natten::run(problem.forward(), context());
+    run(problem.forward());
     for (std::int64_t query = 0; query < sizes_of(c).queries; ++query) {
       bool sees = false;
       for (const oracle::Pair& pair : pairs[index(query)]) sees = sees || pair.key == token;
@@ -172,8 +172,8 @@ TEST_P(Fused, InfiniteNegativeBiasMasks) {
   FusedProblem problem(c);
   if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses";
   problem.buffers.rpb.set(0, -HUGE_VAL);
-  problem.forward_with_logsumexp(context());
-  natten::run(problem.backward(), context());
+  run_forward_with_logsumexp(problem);
+  run(problem.backward());
   const oracle::FusedResults expected = problem.expected();
   errors_.expect("output", dtype(), rank(),
                  relative_error(problem.buffers.output.dense(), expected.output));

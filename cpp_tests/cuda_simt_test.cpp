@@ -1,0 +1,298 @@
+// The SIMT kernels of the CUDA backend, compiled for the host and run on host memory. The suites of
+// all backends run them too (`provided_backends`).
+
+#include <random>
+
+#include "../libnatten/src/cuda/simt.h"
+#include "cases.h"
+
+namespace natten_tests {
+namespace {
+
+using natten::Op;
+using natten::detail::Job;
+namespace cuda = natten::detail::cuda;
+
+/// All that these kernels may ask of a GPU; what they compile against shows that they share nothing
+/// and never wait.
+class PlainThread {
+ public:
+  PlainThread(std::int64_t block, int thread) : block_(block), thread_(thread) {}
+  std::int64_t block() const { return block_; }
+  int thread() const { return thread_; }
+
+ private:
+  std::int64_t block_;
+  int thread_;
+};
+
+/// Runs the threads of a kernel one after another, in an order that a seed chooses.
+class PlainLauncher {
+ public:
+  explicit PlainLauncher(std::uint64_t seed = 0) : seed_(seed) {}
+
+  template <class Kernel>
+  void operator()(const Kernel& kernel, std::int64_t blocks) {
+    ++launches;
+    const std::int64_t threads = blocks * Kernel::kThreads;
+    if (threads == 0) return;
+    Rng rng(seed_);
+    const std::int64_t first = seed_ == 0 ? 0 : uniform(rng, 0, threads - 1);
+    const bool backwards = seed_ != 0 && chance(rng, 0.5);
+    for (std::int64_t i = 0; i < threads; ++i) {
+      const std::int64_t at = (first + (backwards ? threads - i : i)) % threads;
+      PlainThread gpu(at / Kernel::kThreads, static_cast<int>(at % Kernel::kThreads));
+      kernel(gpu);
+    }
+  }
+
+  int launches = 0;
+
+ private:
+  std::uint64_t seed_;
+};
+
+/// Memory for a call, which starts as NaN, and a guard after it.
+class Workspace {
+ public:
+  explicit Workspace(std::size_t bytes) : bytes_(bytes), memory_(bytes + kGuard, kFill) {}
+  void* data() { return memory_.data(); }
+  void expect_guard_intact() const {
+    for (std::size_t i = bytes_; i < memory_.size(); ++i)
+      ASSERT_EQ(memory_[i], kFill) << "written " << i - bytes_ << " bytes past the workspace";
+  }
+
+ private:
+  static constexpr std::size_t kGuard = 512;
+  static constexpr unsigned char kFill = 0xff;
+  std::size_t bytes_;
+  std::vector<unsigned char> memory_;
+};
+
+void run_with_seed(const natten::Call& call, std::uint64_t seed) {
+  const natten::Problem problem = natten::describe(call);
+  Workspace workspace(cuda::simt_workspace_bytes(problem));
+  PlainLauncher launch(seed);
+  cuda::run_simt(Job{problem, call.tensors, workspace.data()}, launch);
+  workspace.expect_guard_intact();
+}
+void run_emulated(const natten::Call& call) { run_with_seed(call, 0); }
+
+const bool kProvided = [] {
+  provided_backends().push_back({"simt_emulated", cuda::simt_refuse_reason, run_emulated});
+  return true;
+}();
+
+class CudaSimt : public testing::TestWithParam<natten::DType> {
+ protected:
+  static void TearDownTestSuite() { errors_.print("CUDA, SIMT kernels: larger problems"); }
+
+  natten::DType dtype() const { return GetParam(); }
+
+  /// Forward and backward against the reference.
+  void expect_definition(Case c) {
+    c.dtype = dtype();
+    std::ostringstream text;
+    text << c;
+    SCOPED_TRACE(text.str());
+    FusedProblem problem(c);
+    problem.provide_logsumexp();
+    ASSERT_EQ(cuda::simt_refuse_reason(natten::describe(problem.backward())), "");
+    run_emulated(problem.forward());
+    run_emulated(problem.backward());
+    const oracle::FusedResults expected = problem.expected();
+    Buffers& b = problem.buffers;
+    const auto expect = [&](const char* name, double error) {
+      errors_.expect(name, dtype(), c.rank(), error);
+    };
+    expect("output", relative_error(b.output.dense(), expected.output));
+    expect("logsumexp", logsumexp_error(b.logsumexp.dense(), expected.logsumexp));
+    for_each_gradient(b, expected, [&](const char* name, Buffer& got, const Dense& reference) {
+      if (got.view())
+        expect(name, relative_error(got.dense(), reference, problem.incoming_gradient()));
+    });
+    b.expect_gaps_intact();
+  }
+
+  static ErrorTable errors_;
+};
+ErrorTable CudaSimt::errors_;
+
+/// Around the numbers of elements that a kernel keeps in registers and reads at a time.
+TEST_P(CudaSimt, HeadDims) {
+  Case c;
+  c.axes = {{9, 5, 1, 1, false}, {7, 3, 1, 2, false}};
+  c.additional = 3;
+  c.heads = 2;
+  std::uint64_t seed = base_seed();
+  for (const auto& [dim, value_dim] : std::vector<std::pair<int, int>>{{16, 16},
+                                                                       {32, 32},
+                                                                       {40, 72},
+                                                                       {64, 64},
+                                                                       {96, 96},
+                                                                       {128, 128},
+                                                                       {160, 8},
+                                                                       {8, 160},
+                                                                       {256, 256},
+                                                                       {33, 65},
+                                                                       {129, 31},
+                                                                       {136, 200},
+                                                                       {1030, 24},
+                                                                       {1, 1}}) {
+    c.seed = ++seed;
+    c.dim = dim;
+    c.value_dim = value_dim;
+    c.rpb = dim % 3 == 0;
+    expect_definition(c);
+  }
+}
+
+/// More than a tile of rows and a chunk of columns along every axis.
+TEST_P(CudaSimt, TilesAndChunks) {
+  std::uint64_t seed = base_seed() + 100;
+  for (const std::vector<oracle::Axis>& axes : std::vector<std::vector<oracle::Axis>>{
+           {{97, 37, 1, 1, false}},
+           {{130, 33, 4, 3, false}},
+           {{70, 64, 1, 1, true}},
+           {{21, 7, 2, 2, false}, {19, 9, 1, 1, false}},
+           {{18, 17, 1, 1, false}, {23, 5, 5, 4, true}},
+           {{7, 5, 1, 1, true}, {9, 3, 3, 2, false}, {11, 5, 1, 1, false}},
+           {{5, 2, 1, 2, false}, {6, 6, 1, 1, true}, {17, 4, 2, 3, true}},
+       }) {
+    Case c;
+    c.seed = ++seed;
+    c.axes = axes;
+    c.heads = 4;
+    c.kv_heads = 2;
+    c.dim = 24;
+    c.value_dim = 16;
+    c.rpb = seed % 2 == 0;
+    c.grad_logsumexp = true;
+    c.additional = static_cast<std::int64_t>(seed % 3) * 17;
+    c.is_contiguous = seed % 3 == 0;
+    expect_definition(c);
+  }
+}
+
+/// Gradients of additional tokens sum over more queries than one part of them holds.
+TEST_P(CudaSimt, ManyQueriesOfAdditionalTokens) {
+  Case c;
+  c.seed = base_seed() + 200;
+  c.axes = {{37, 3, 1, 1, false}, {29, 3, 1, 1, false}};
+  c.heads = c.kv_heads = 2;
+  c.additional = 40;
+  c.dim = c.value_dim = 8;
+  expect_definition(c);
+}
+
+TEST_P(CudaSimt, OrderOfThreadsDoesNotMatter) {
+  for (std::uint64_t i = 0; i < 9; ++i) {
+    Case c = random_case(base_seed() + 300 + i, dtype(), static_cast<int>(i % 3) + 1);
+    c.rpb = true;
+    c.additional = 2;
+    SCOPED_TRACE(testing::Message() << c);
+    std::vector<Dense> first;
+    for (std::uint64_t seed : {0, 1, 2, 3}) {
+      FusedProblem problem(c);
+      problem.provide_logsumexp();
+      run_with_seed(problem.forward(), seed);
+      run_with_seed(problem.backward(), seed);
+      Buffers& b = problem.buffers;
+      std::vector<Dense> results;
+      for (Buffer* x : {&b.output, &b.logsumexp, &b.grad_query, &b.grad_key, &b.grad_value,
+                        &b.grad_rpb, &b.grad_additional_keys, &b.grad_additional_values})
+        results.push_back(x->dense());
+      if (seed == 0) first = results;
+      for (std::size_t j = 0; j < results.size(); ++j)
+        EXPECT_EQ(results[j].data, first[j].data) << "result " << j;
+    }
+  }
+}
+
+/// The pass that other backends borrow.
+TEST_P(CudaSimt, BiasGradientFromGivenRowTerm) {
+  natten::detail::dispatch_dtype(dtype(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    using Sum = natten::detail::StatisticOf<T>;
+    Case c;
+    c.seed = base_seed() + 400;
+    c.dtype = dtype();
+    c.axes = {{9, 4, 1, 2, false}, {8, 5, 2, 1, true}};
+    c.heads = 2;
+    c.batch = 2;
+    c.rpb = true;
+    FusedProblem problem(c);
+    problem.provide_logsumexp();
+    run_emulated(problem.forward());
+    run_emulated(problem.backward());
+    const Dense expected = problem.buffers.grad_rpb.dense();
+    Buffers& b = problem.buffers;
+
+    const oracle::FusedResults reference = problem.expected();
+    const std::int64_t queries = 9 * 8;
+    std::vector<Sum> row_term(index(c.batch * c.heads * queries));
+    // Without grad_logsumexp the sum of P * dP is <output, grad_output>.
+    for (std::int64_t row = 0; row < c.batch * queries * c.heads; ++row) {
+      double sum = 0;
+      for (std::int64_t d = 0; d < c.value_dim; ++d)
+        sum += reference.output[row * c.value_dim + d] * b.grad_output.get(row * c.value_dim + d);
+      const std::int64_t head = row % c.heads, query = row / c.heads % queries,
+                         batch = row / c.heads / queries;
+      row_term[index((batch * c.heads + head) * queries + query)] = static_cast<Sum>(sum);
+    }
+    const natten::Call call = problem.backward();
+    const natten::Problem p = natten::describe(call);
+    const Job job{p, call.tensors, nullptr};
+    const auto expect_gradient = [&] {
+      EXPECT_LE(relative_error(b.grad_rpb.dense(), expected), bounds_of(dtype()).gradient);
+      for (std::int64_t i = 0; i < expected.size(); ++i) b.grad_rpb.set(i, std::nan(""));
+    };
+    PlainLauncher launch;
+    Workspace workspace(cuda::simt_grad_rpb_workspace_bytes(p));
+    cuda::simt_grad_rpb<T>(job, row_term.data(), workspace.data(), launch);
+    workspace.expect_guard_intact();
+    expect_gradient();
+
+    // Where the weights of all tiles do not fit into the workspace, tiles take turns.
+    cuda::simt::Pieces counted(nullptr), pieces(workspace.data());
+    constexpr std::int64_t kFewBytes = 10000;
+    cuda::simt::BiasParts<Sum>(p, counted, kFewBytes);
+    EXPECT_LT(counted.bytes(), cuda::simt_grad_rpb_workspace_bytes(p));
+    const int before = launch.launches;
+    cuda::simt::Run<T, PlainLauncher>(job, launch)
+        .grad_rpb(row_term.data(), cuda::simt::BiasParts<Sum>(p, pieces, kFewBytes));
+    EXPECT_GT(launch.launches, before + 4);
+    expect_gradient();
+  });
+}
+
+INSTANTIATE_TEST_SUITE_P(DTypes, CudaSimt, testing::ValuesIn(kDTypes),
+                         [](const auto& info) { return std::string(name_of(info.param)); });
+
+TEST(CudaSimtLimits, WorkspaceStaysSmall) {
+  Case c;
+  c.axes = {{500, 301, 1, 1, false}, {500, 301, 1, 1, false}};
+  c.dim = c.value_dim = 1;
+  c.rpb = true;
+  FusedProblem problem(c);
+  EXPECT_LT(cuda::simt_workspace_bytes(natten::describe(problem.backward())),
+            std::size_t{80} << 20);
+  EXPECT_LT(cuda::simt_workspace_bytes(natten::describe(problem.forward())), 20000u);
+}
+
+TEST(CudaSimtLimits, RefusesWhatDoesNotFit) {
+  natten::Problem p;
+  p.batch = p.heads = p.kv_heads = p.head_dim = p.value_dim = 1;
+  p.rank = 1;
+  p.axes[2] = {1000, 1000, 7, 1, 1, false};
+  EXPECT_EQ(cuda::simt_refuse_reason(p), "");
+  p.batch = std::int64_t{1} << 31;
+  EXPECT_NE(cuda::simt_refuse_reason(p).find("split the batch"), std::string::npos);
+  p.batch = 1;
+  p.axes[2].query_length = p.axes[2].key_length = std::int64_t{1} << 31;
+  EXPECT_NE(cuda::simt_refuse_reason(p).find("a grid has more than 2^31 - 1 tokens"),
+            std::string::npos);
+}
+
+}  // namespace
+}  // namespace natten_tests

@@ -1,0 +1,117 @@
+#pragma once
+
+#include "simt_rows.h"
+
+namespace natten::detail::cuda::simt {
+
+/// Sums weights over batch and queries, per head and offset: each thread one offset over a part of
+/// the tiles of queries. `T` is the type of the weights.
+template <class T>
+struct BiasSums {
+  using Sum = StatisticOf<T>;
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocks = 4;
+
+  Tiles tiles;
+  Windows windows;
+  int columns[kMaxRank];
+  int kernel_size[kMaxRank];
+  int window_size;
+  int batches, heads, splits;
+  int first_tile, tile_count;  // those whose weights are there, of batches * heads * tiles
+  const T* tile_weights;       // as RowSums leaves them
+  Operand<const T> attn;       // where those are not given
+  Sum* partial;                // [splits, heads, offsets]
+  bool adds;                   // to what partial holds
+
+  NATTEN_HOST_DEVICE Coordinate offsets() const {
+    return {2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1, 2 * kernel_size[2] - 1};
+  }
+  std::int64_t blocks() const {
+    return (volume(offsets()) + kThreads - 1) / kThreads * splits * heads;
+  }
+
+  template <class Machine>
+  NATTEN_DEVICE void operator()(Machine& gpu) const {
+    const std::int64_t count = volume(offsets());
+    std::uint32_t index = static_cast<std::uint32_t>(gpu.block());
+    const int head = take(index, heads), split = take(index, splits);
+    const std::int64_t item = static_cast<std::int64_t>(index) * kThreads + gpu.thread();
+    if (item >= count) return;
+    const Coordinate offset = unravel(item, offsets());
+
+    Sum total = 0;
+    const int tiles_per_head = tiles.count[0] * tiles.count[1] * tiles.count[2];
+    for (int batch = 0; batch < batches; ++batch) {
+      const std::int64_t before =
+          (static_cast<std::int64_t>(batch) * heads + head) * tiles_per_head;
+      for (int tile = split; tile < tiles_per_head; tile += splits) {
+        const std::int64_t stored = before + tile - first_tile;
+        if (stored < 0 || stored >= tile_count) continue;
+        total += sum_of_tile(static_cast<std::uint32_t>(tile), stored, batch, head, offset);
+      }
+    }
+    Sum* const to = partial + (static_cast<std::int64_t>(split) * heads + head) * count + item;
+    *to = adds ? *to + total : total;
+  }
+
+ private:
+  NATTEN_DEVICE Sum sum_of_tile(std::uint32_t index, std::int64_t stored, int batch, int head,
+                                const Coordinate& offset) const {
+    const Tile tile = tiles.tile(index);
+    Sum sum = 0;
+    if (tile.is_empty) return sum;
+    for (int i = 0; i < kRows; ++i) {
+      const Row row = tiles.row(tile, i, windows, columns);
+      std::int64_t slot = 0;
+      bool sees = row.is_active;
+      for (int d = 0; d < kMaxRank; ++d) {
+        // From the begin of the window, which lies at origin + seen.begin.
+        const std::int64_t key =
+            row.position[d] + offset[d] - (kernel_size[d] - 1) - row.origin[d] - row.seen[d].begin;
+        sees = sees && 0 <= key && key < row.seen[d].end - row.seen[d].begin;
+        slot = slot * kernel_size[d] + key;
+      }
+      if (!sees) continue;
+      const T* weights = tile_weights ? tile_weights + (stored * kRows + i) * window_size
+                                      : attn.at(batch, head, widened(row.token));
+      sum += number(weights[slot]);
+    }
+    return sum;
+  }
+};
+
+/// Adds up parts: to[i] = sum over parts of from[part][i].
+template <class T>
+struct AddParts {
+  using Sum = StatisticOf<T>;
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocks = 4;
+  static constexpr int kDims = 4;
+
+  const Sum* from;
+  int parts;
+  T* to;
+  std::int64_t shape[kDims], strides[kDims];  // of `to`; the parts are contiguous
+
+  NATTEN_HOST_DEVICE std::int64_t count() const {
+    return shape[0] * shape[1] * shape[2] * shape[3];
+  }
+
+  template <class Machine>
+  NATTEN_DEVICE void operator()(Machine& gpu) const {
+    const std::int64_t item = gpu.block() * kThreads + gpu.thread();
+    if (item >= count()) return;
+    Sum sum = 0;
+    for (int part = 0; part < parts; ++part) sum += from[part * count() + item];
+    T* at = to;
+    std::int64_t rest = item;
+    for (int i = kDims - 1; i >= 0; --i) {
+      at += rest % shape[i] * strides[i];
+      rest /= shape[i];
+    }
+    *at = static_cast<T>(sum);
+  }
+};
+
+}  // namespace natten::detail::cuda::simt

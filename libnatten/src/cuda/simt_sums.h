@@ -1,0 +1,308 @@
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "simt_rows.h"
+
+namespace natten::detail::cuda::simt {
+
+/// What a pair (row, column) weighs. A score is scale * <a of the row, a of the column> + bias.
+enum class Weight {
+  softmax,      ///< exp(score), normalised over the row
+  probability,  ///< P = exp(score - logsumexp)
+  grad_score,   ///< P * (<b of the row, b of the column> - row term)
+  score,
+  slot,  ///< attn of the pair
+};
+
+/// Arguments of RowSums. Operands that a pass does not use stay null.
+template <class T>
+struct Sums {
+  using Sum = StatisticOf<T>;
+
+  Tiles tiles;
+  int columns[kMaxRank];   // lengths of their grid
+  Windows windows;         // of the rows, in columns
+  Windows column_windows;  // of queries, where rows are keys
+  int kernel_size[kMaxRank];
+  int window_size;  // slot of the first additional token
+  int additional;   // columns after the window's
+  int heads;        // of rows
+  int group;        // query heads per key-value head
+  int splits;       // parts of the columns, for few rows that see many
+  int slices;       // parts of the elements of sums
+  std::int64_t first_block;
+  int score_dims, grad_dims, sum_dims;
+  Sum scale;
+
+  Operand<const T> row_a, row_b;
+  ColumnOperand<const T> column_a, column_b, column_c;
+  Operand<const T> bias;
+  ColumnOperand<const T> attn;                   // of queries, be they rows or columns...
+  ColumnOperand<const Sum> logsumexp, row_term;  // ...like these
+
+  Operand<T> sums;
+  Operand<Sum> partial;           // or of additional tokens, one part of the columns...
+  std::int64_t partial_split;     // ...after another
+  Operand<Sum> statistic;         // logsumexp of a softmax, else the sum of the weights...
+  Operand<const Sum> subtracted;  // ...minus this, where given
+  Operand<T> weights;             // scores by their slots
+  bool fills_empty;               // slots without a key...
+  Sum empty;                      // ...with this
+  Sum* tile_weights;              // other weights: [blocks, kRows, window_size]
+};
+
+/// Per row: sums over the columns that it sees of weight * (c of the column), the sum of the
+/// weights alone, or the weights themselves. With the tensors that simt.h chooses for a, b and c
+/// this is every operation but the sums of bias gradients.
+///
+/// Rows are queries, and columns keys and then additional tokens; or, with `kKeyRows`, rows are
+/// keys or additional tokens and columns the queries of all heads that share them. `kDims` elements
+/// of the sums are kept in registers, and vectors are read `kVector` elements at a time; other
+/// blocks sum up other slices of the elements.
+template <class T, Weight kWeight, bool kKeyRows, int kDims, int kVector>
+struct RowSums {
+  using Sum = StatisticOf<T>;
+  using Stored = std::conditional_t<kWeight == Weight::score, T, Sum>;
+  static constexpr bool kHasScore = kWeight != Weight::slot;
+  static constexpr int kSumDims = kDims;
+  static constexpr int kThreads = kRows;
+  static constexpr int kBlocks = kDims * sizeof(Sum) > 256 ? 8 : 12;
+
+  Sums<T> in;
+
+  template <class Machine>
+  NATTEN_DEVICE void operator()(Machine& gpu) const {
+    std::uint32_t index = static_cast<std::uint32_t>(gpu.block() + in.first_block);
+    const int slice = take(index, in.slices);
+    const Tile tile = in.tiles.tile(index);
+    if (tile.is_empty) return;
+    const Row row = in.tiles.row(tile, gpu.thread(), in.windows, in.columns);
+    const int split = kKeyRows ? take(index, in.splits) : 0;
+    const int head = take(index, in.heads);
+    const std::int64_t batch = index;
+    const int first = slice * kDims;  // element of the sums
+    int origin[kMaxRank];             // token
+    for (int i = 0; i < kMaxRank; ++i) origin[i] = row.origin_token(in.tiles.dilation, i);
+
+    Stored* slots = nullptr;
+    if constexpr (kDims == 0) {
+      if (row.is_active) slots = slots_of(gpu, batch, head, row.token);
+      if (in.fills_empty && slots)
+        for (int i = 0; i < in.window_size; ++i) slots[i] = static_cast<Stored>(in.empty);
+    }
+
+    Sum largest = -std::numeric_limits<Sum>::infinity(), total = 0;
+    Sum own_logsumexp = 0, own_term = 0;
+    if constexpr (!kKeyRows) {
+      if (in.logsumexp) own_logsumexp = *in.logsumexp.grid.at(batch, head, widened(row.token));
+      if (in.row_term) own_term = *in.row_term.grid.at(batch, head, widened(row.token));
+    }
+    Sum sum[kDims > 0 ? kDims : 1] = {};
+
+    const int parts = kKeyRows ? in.group : in.additional > 0 ? 2 : 1;
+    for (int part = 0; part < parts; ++part) {
+      const bool is_extra = !kKeyRows && part == 1;
+      const int column_head = kKeyRows ? head * in.group + part : head / in.group;
+      const int query_head = kKeyRows ? column_head : head;
+      int extent[kMaxRank];
+      for (int i = 0; i < kMaxRank; ++i)
+        extent[i] = !is_extra ? row.extent[i] : i == kMaxRank - 1 ? in.additional : 1;
+      const int chunks = extent[0] * extent[1] * Chunk::per_line(extent);
+      int begin = 0, left = chunks;
+      if constexpr (kKeyRows) {
+        const int per_split = (chunks + in.splits - 1) / in.splits;
+        begin = split * per_split;
+        left = chunks - begin < per_split ? chunks - begin : per_split;
+      }
+      if (left <= 0) continue;
+
+      Chunk next = Chunk::find(begin, extent);
+      for (; left > 0; --left) {
+        const Chunk chunk = next;
+        next.advance(extent);
+        const std::uint32_t mask = is_extra ? (1u << chunk.count) - 1 : chunk.mask(row.seen);
+        if (mask == 0) continue;
+
+        Sum weight[kChunk];
+        if constexpr (kHasScore) {
+          const T* vectors[kChunk];
+          find_vectors(vectors, chunk, in.column_a.at(is_extra, batch, column_head, origin), 0);
+          dot<kVector>(weight, in.row_a.at(batch, head, widened(row.token)), vectors,
+                       in.score_dims);
+          NATTEN_UNROLL
+          for (int j = 0; j < kChunk; ++j) weight[j] *= in.scale;
+          if (in.bias && !is_extra) add_bias(weight, mask, chunk, row, query_head);
+        } else {
+          read_slots(weight, mask, chunk, row, batch, query_head, origin, is_extra);
+        }
+
+        Sum correction = 1;
+        if constexpr (kWeight == Weight::softmax) {
+          Sum larger = largest;
+          NATTEN_UNROLL
+          for (int j = 0; j < kChunk; ++j)
+            if ((mask >> j & 1) && weight[j] > larger) larger = weight[j];
+          // Where all scores are -inf so far, their weights are exp(-inf - 0) = 0.
+          const Sum from = larger == -std::numeric_limits<Sum>::infinity() ? Sum(0) : larger;
+          correction = std::exp(largest - from);
+          largest = larger;
+          NATTEN_UNROLL
+          for (int j = 0; j < kChunk; ++j) weight[j] = std::exp(weight[j] - from);
+        }
+        if constexpr (kWeight == Weight::probability || kWeight == Weight::grad_score) {
+          const auto of_columns = [&](const ColumnOperand<const Sum>& of_queries, Sum own,
+                                      auto&& use) {
+            if constexpr (kKeyRows) {
+              const Columns<const Sum> at = of_queries.at(false, batch, query_head, origin);
+              chunk.for_each(at.stride,
+                             [&](int j, std::int64_t offset) { use(j, at.base[offset]); });
+            } else {
+              NATTEN_UNROLL
+              for (int j = 0; j < kChunk; ++j) use(j, own);
+            }
+          };
+          of_columns(in.logsumexp, own_logsumexp,
+                     [&](int j, Sum x) { weight[j] = std::exp(weight[j] - x); });
+          if constexpr (kWeight == Weight::grad_score) {
+            Sum grad[kChunk];
+            const T* vectors[kChunk];
+            find_vectors(vectors, chunk, in.column_b.at(is_extra, batch, column_head, origin), 0);
+            dot<kVector>(grad, in.row_b.at(batch, head, widened(row.token)), vectors, in.grad_dims);
+            of_columns(in.row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
+            NATTEN_UNROLL
+            for (int j = 0; j < kChunk; ++j) weight[j] *= grad[j];
+          }
+        }
+
+        Sum sum_of_weights = 0;
+        NATTEN_UNROLL
+        for (int j = 0; j < kChunk; ++j) {
+          if (!(mask >> j & 1)) weight[j] = 0;
+          sum_of_weights += weight[j];
+        }
+        total = total * correction + sum_of_weights;
+
+        if constexpr (kDims > 0) {
+          const T* vectors[kChunk];
+          find_vectors(vectors, chunk, in.column_c.at(is_extra, batch, column_head, origin), first);
+          NATTEN_UNROLL
+          for (int d = 0; d < kDims; d += kVector) {
+            if (first + d >= in.sum_dims) continue;
+            Sum of_chunk[kVector] = {};
+            NATTEN_UNROLL
+            for (int j = 0; j < kChunk; ++j) {
+              Sum x[kVector];
+              load(x, vectors[j] + d);
+              NATTEN_UNROLL
+              for (int e = 0; e < kVector; ++e) of_chunk[e] += weight[j] * x[e];
+            }
+            NATTEN_UNROLL
+            for (int e = 0; e < kVector; ++e) sum[d + e] = sum[d + e] * correction + of_chunk[e];
+          }
+        } else if (slots) {
+          const Slots s = slots_of_columns(row, is_extra);
+          chunk.for_each(s.stride, [&](int j, std::int64_t offset) {
+            if (mask >> j & 1) slots[s.first + offset] = static_cast<Stored>(weight[j]);
+          });
+        }
+      }
+    }
+
+    if (!row.is_active) return;
+    if constexpr (!kKeyRows)
+      if (in.statistic && slice == 0) {
+        Sum x = kWeight == Weight::softmax ? largest + std::log(total) : total;
+        if (in.subtracted) x -= *in.subtracted.at(batch, head, widened(row.token));
+        *in.statistic.at(batch, head, widened(row.token)) = x;
+      }
+    if constexpr (kDims > 0) {
+      Sum factor = 1;
+      if constexpr (kWeight == Weight::softmax) factor = 1 / total;
+      if constexpr (kWeight == Weight::grad_score) factor = in.scale;
+      const auto write = [&](auto* to) {
+        NATTEN_UNROLL
+        for (int d = 0; d < kDims; ++d)
+          if (first + d < in.sum_dims)
+            to[first + d] = static_cast<std::remove_reference_t<decltype(*to)>>(sum[d] * factor);
+      };
+      if constexpr (kKeyRows)
+        if (in.partial)
+          return write(in.partial.at(batch, head, row.token[2]) + split * in.partial_split);
+      write(in.sums.at(batch, head, widened(row.token)));
+    }
+  }
+
+ private:
+  template <class Machine>
+  NATTEN_DEVICE Stored* slots_of(Machine& gpu, std::int64_t batch, std::int64_t head,
+                                 const int (&token)[kMaxRank]) const {
+    if constexpr (kWeight == Weight::score) {
+      return in.weights.at(batch, head, widened(token));
+    } else {
+      return in.tile_weights
+                 ? in.tile_weights + (gpu.block() * kRows + gpu.thread()) * in.window_size
+                 : nullptr;
+    }
+  }
+
+  /// Slot of the first column of a part, and how it grows along the columns' axes.
+  struct Slots {
+    std::int64_t first, stride[kMaxRank];
+  };
+  NATTEN_DEVICE Slots slots_of_columns(const Row& row, bool is_extra) const {
+    if (is_extra) return {in.window_size, {0, 0, 1}};
+    Slots s{
+        0,
+        {static_cast<std::int64_t>(in.kernel_size[1]) * in.kernel_size[2], in.kernel_size[2], 1}};
+    for (int i = 0; i < kMaxRank; ++i) s.first -= row.seen[i].begin * s.stride[i];
+    return s;
+  }
+
+  NATTEN_DEVICE void read_slots(Sum (&to)[kChunk], std::uint32_t mask, const Chunk& chunk,
+                                const Row& row, std::int64_t batch, int query_head,
+                                const int (&origin)[kMaxRank], bool is_extra) const {
+    if constexpr (kKeyRows) {
+      const Columns<const T> queries = in.attn.at(false, batch, query_head, origin);
+      const Slots strides = slots_of_columns(row, false);
+      const auto slot_along = [&](int axis, int at) {  // of the window of the query there
+        const std::int64_t query =
+            origin[axis] + static_cast<std::int64_t>(at) * in.tiles.dilation[axis];
+        return (row.position[axis] - in.column_windows.of[axis][query].begin) *
+               strides.stride[axis];
+      };
+      std::int64_t slot = in.window_size + row.token[2];  // where rows are additional tokens
+      if (in.windows.of[0]) slot = slot_along(0, chunk.at[0]) + slot_along(1, chunk.at[1]);
+      chunk.for_each(queries.stride, [&](int j, std::int64_t offset) {
+        to[j] = 0;
+        if (!(mask >> j & 1)) return;
+        if (in.windows.of[0]) offset += slot_along(2, chunk.at[2] + j);
+        to[j] = number(queries.base[offset + slot]);
+      });
+    } else {
+      const Slots s = slots_of_columns(row, is_extra);
+      const T* from = in.attn.grid.at(batch, query_head, widened(row.token)) + s.first;
+      chunk.for_each(s.stride, [&](int j, std::int64_t offset) {
+        to[j] = mask >> j & 1 ? number(from[offset]) : Sum(0);
+      });
+    }
+  }
+
+  NATTEN_DEVICE void add_bias(Sum (&to)[kChunk], std::uint32_t mask, const Chunk& chunk,
+                              const Row& row, int query_head) const {
+    constexpr int kSign = kKeyRows ? -1 : 1;  // offsets are those of the key minus the query
+    Coordinate first;
+    std::int64_t stride[kMaxRank];
+    for (int i = 0; i < kMaxRank; ++i) {
+      first[i] = kSign * (row.origin[i] - row.position[i]) + in.kernel_size[i] - 1;
+      stride[i] = kSign * in.bias.grid[i];
+    }
+    const T* from = in.bias.at(0, query_head, first);
+    chunk.for_each(stride, [&](int j, std::int64_t offset) {
+      if (mask >> j & 1) to[j] += number(from[offset]);
+    });
+  }
+};
+
+}  // namespace natten::detail::cuda::simt
