@@ -6,6 +6,8 @@
 #include <nanobind/stl/vector.h>
 #include <natten/natten.h>
 
+#include <cstdint>
+#include <cstdio>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -29,6 +31,8 @@ namespace {
 using Config = std::vector<std::int64_t>;
 using Scale = std::optional<double>;
 using Spec = std::tuple<std::vector<std::int64_t>, std::string>;
+using Stream = std::optional<std::uintptr_t>;
+using Allocate = std::optional<nb::callable>;
 
 /// Binds the inputs or the outputs of a call, one entry per role in table order.
 template <class Bind>
@@ -44,6 +48,19 @@ void bind_tensors(Call& call, const nb::sequence& tensors, bool outputs, Bind&& 
     throw Error(ErrorKind::invalid_value,
                 std::string(name_of(call.op)) + ": got " + std::to_string(given) +
                     (outputs ? " outputs" : " inputs") + "; must be " + std::to_string(at));
+}
+
+/// "cpu", "cuda" or "cuda:1". Without a number it is a CUDA device that need not be in this
+/// machine.
+Device device_named(const std::string& name) {
+  if (name == name_of(DeviceType::cpu)) return {};
+  if (name == name_of(DeviceType::cuda)) return {DeviceType::cuda, -1};
+  int index = 0;
+  char rest = 0;
+  if (std::sscanf(name.c_str(), "cuda:%d%c", &index, &rest) == 1 && index >= 0)
+    return {DeviceType::cuda, index};
+  throw Error(ErrorKind::invalid_value,
+              "device: got \"" + name + "\"; must be cpu, cuda or cuda:<number>");
 }
 
 nb::tuple shape_of(const TensorView& view) {
@@ -62,12 +79,11 @@ Call call_of(Views& views, const std::string& op, const Config& config, Scale sc
   return call;
 }
 
-std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(const std::string& op,
-                                                              const Config& config, Scale scale,
-                                                              const std::string& backend,
-                                                              const nb::sequence& inputs,
-                                                              const nb::sequence& outputs) {
-  Views views;
+std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(
+    const std::string& op, const Config& config, Scale scale, const std::string& backend,
+    const nb::sequence& inputs, const nb::sequence& outputs,
+    const std::optional<std::string>& device) {
+  Views views(device_named(device.value_or("cpu")));
   Call call = call_of(views, op, config, scale, inputs);
   std::vector<TensorView Tensors::*> wanted;
   bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
@@ -86,6 +102,10 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(const std::string&
     specs.emplace_back();
     if (v) specs.back() = Spec{{v.shape.begin(), v.shape.begin() + v.ndim}, name_of(v.dtype)};
   }
+  if (!device) {
+    describe(call);  // for its checks
+    return {std::move(specs), 0};
+  }
   Context context;
   context.backend = backend.c_str();
   return {std::move(specs), workspace_bytes(call, context)};
@@ -93,21 +113,33 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(const std::string&
 
 /// Runs a call, or a list of calls in one parallel region.
 template <class Calls>
-void run_unlocked(const std::string& backend, std::optional<int> openmp_threads,
-                  const Calls& calls) {
+void run_unlocked(const std::string& backend, std::optional<int> openmp_threads, Stream stream,
+                  const Allocate& allocate, Views& views, const Calls& calls) {
   Context context;
   context.backend = backend.c_str();
+  context.stream = reinterpret_cast<void*>(stream.value_or(0));
   OpenMpExecutor openmp(openmp_threads.value_or(1));
   if (openmp_threads) context.executor = &openmp;
+  nb::object workspace;
+  if (allocate && views.has_cuda()) {
+    // Kernels use it after this returns and frees it. That is safe with the frameworks' allocators,
+    // which give memory again only to work that the same stream runs later.
+    const std::size_t count = (workspace_bytes(calls, context) + 3) / sizeof(float);
+    if (count > 0) {
+      workspace = (*allocate)(nb::make_tuple(count), "float32");
+      context.workspace = views.view(workspace, "workspace").data;
+      context.workspace_size = count * sizeof(float);
+    }
+  }
   nb::gil_scoped_release unlocked;
   run(calls, context);
 }
 
-/// `allocate(shape, dtype name)` makes the outputs that are not there yet.
+/// `allocate(shape, dtype name)` makes the outputs that are not there yet, and memory to work in.
 nb::list run_call(const std::string& op, const Config& config, Scale scale,
                   const std::string& backend, const nb::sequence& inputs,
                   const nb::sequence& outputs, std::optional<int> openmp_threads,
-                  const std::optional<nb::callable>& allocate) {
+                  const Allocate& allocate, Stream stream) {
   Views views;
   Call call = call_of(views, op, config, scale, inputs);
   nb::list results;
@@ -123,13 +155,13 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
     set_tensor(call, role, views.view(result, role.name));
     results.append(result);
   });
-  run_unlocked(backend, openmp_threads, call);
+  run_unlocked(backend, openmp_threads, stream, allocate, views, call);
   return results;
 }
 
 void run_calls(const std::string& op, const Config& config, Scale scale, const std::string& backend,
                const std::vector<std::pair<nb::sequence, nb::sequence>>& tensors,
-               std::optional<int> openmp_threads) {
+               std::optional<int> openmp_threads, const Allocate& allocate, Stream stream) {
   Views views;
   std::vector<Call> calls;
   for (const auto& [inputs, outputs] : tensors) {
@@ -138,15 +170,13 @@ void run_calls(const std::string& op, const Config& config, Scale scale, const s
       set_tensor(calls.back(), role, views.view(object, role.name));
     });
   }
-  run_unlocked(backend, openmp_threads, calls);
+  run_unlocked(backend, openmp_threads, stream, allocate, views, calls);
 }
 
-std::vector<std::tuple<std::string, std::string, bool>> explain_call(const std::string& op,
-                                                                     const Config& config,
-                                                                     Scale scale,
-                                                                     const std::string& backend,
-                                                                     const nb::sequence& inputs) {
-  Views views;
+std::vector<std::tuple<std::string, std::string, bool>> explain_call(
+    const std::string& op, const Config& config, Scale scale, const std::string& backend,
+    const nb::sequence& inputs, const std::string& device) {
+  Views views(device_named(device));
   const Call call = call_of(views, op, config, scale, inputs);
   Context context;
   context.backend = backend.c_str();
@@ -184,12 +214,6 @@ std::vector<std::int64_t> tokens_of(bool inverse, std::int64_t token, std::int64
   return tokens;
 }
 
-DeviceType device_type_of(const std::string& name) {
-  for (DeviceType type : {DeviceType::cpu, DeviceType::cuda})
-    if (name == name_of(type)) return type;
-  throw Error(ErrorKind::invalid_value, "device: got \"" + name + "\"; must be cpu or cuda");
-}
-
 PyObject* exception_of(ErrorKind kind) {
   switch (kind) {
     case ErrorKind::invalid_value: return PyExc_ValueError;
@@ -217,22 +241,27 @@ NB_MODULE(_core, m) {
 
   m.def(
       "plan", &plan, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a, "outputs"_a,
+      "device"_a.none() = "cpu",
       "Checks a call and returns (outputs, workspace bytes). inputs: arrays, (shape, dtype name)\n"
       "tuples or None; outputs: True (wanted, described in the result), None, or as inputs. Each\n"
-      "described output is (shape, dtype name), or None where it is not wanted.");
+      "described output is (shape, dtype name), or None where it is not wanted.\n"
+      "device: where tuples are: \"cpu\", \"cuda:1\", or \"cuda\" for one that is not known yet.\n"
+      "None: nothing is known; no backend is chosen, and the workspace is 0.");
   m.def(
       "run", &run_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a, "outputs"_a,
-      "openmp_threads"_a = nb::none(), "allocate"_a = nb::none(),
+      "openmp_threads"_a = nb::none(), "allocate"_a = nb::none(), "stream"_a = nb::none(),
       "Checks a call, runs it and returns its outputs. outputs: arrays to write to, None (not\n"
       "wanted), or, given allocate(shape, dtype name), True or a (shape, dtype name) tuple.\n"
       "openmp_threads: runs on so many threads of the process's OpenMP runtime where it has one;\n"
-      "None: on the library's pool.");
+      "None: on the library's pool. stream: address of the CUDA stream; None: the default one. On\n"
+      "CUDA allocate also makes the memory to work in.");
   m.def(
       "run_all", &run_calls, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "tensors"_a,
-      "openmp_threads"_a = nb::none(),
+      "openmp_threads"_a = nb::none(), "allocate"_a = nb::none(), "stream"_a = nb::none(),
       "Runs one operation on several problems in one parallel region. tensors: (inputs, outputs)\n"
-      "of each, as in run.");
+      "of each. All else as in run.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
+        "device"_a = "cpu",
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
   m.def(
       "roles", &roles, "op"_a,
@@ -244,8 +273,12 @@ NB_MODULE(_core, m) {
         "the query tokens that attend to a key token.");
   m.def(
       "backends",
-      [](const std::string& device) { return natten::backends(device_type_of(device)); },
+      [](const std::string& device) { return natten::backends(device_named(device).type); },
       "device"_a, "Names of the backends built for \"cpu\" or \"cuda\", best first.");
+  m.def(
+      "compute_capability", &natten::compute_capability, "device_index"_a = -1,
+      "Compute capability of a CUDA device, 80 for 8.0; -1: the current device. 0 without such a\n"
+      "device, and in builds without CUDA.");
   m.def("num_threads", &natten::num_threads, "Threads of the library's pool.");
   m.def("set_num_threads", &natten::set_num_threads, "count"_a);
 #if NATTEN_WITH_XLA

@@ -85,7 +85,7 @@ DType dtype_of(const std::string& dtype, const char* name) {
 }
 
 Device device_of(int type, int id, const char* name) {
-  if (type == 1) return {DeviceType::cpu, 0};
+  if (type == 1 || type == 3) return {DeviceType::cpu, 0};  // 3: pinned for copies to a device
   if (type == 2) return {DeviceType::cuda, id};
   fail(ErrorKind::invalid_value, name,
        "is on a device of DLPack type " + std::to_string(type) + "; must be on CPU or CUDA");
@@ -114,17 +114,23 @@ TensorView view_of(const DLTensor& t, const char* name) {
   return v;
 }
 
-/// `(shape, dtype name)`: no memory, on the CPU.
-TensorView view_of(const nb::tuple& spec, const char* name) {
+/// `(shape, dtype name)`: no memory.
+TensorView view_of(const nb::tuple& spec, Device device, const char* name) {
   const auto shape = nb::cast<std::vector<std::int64_t>>(spec[0]);
   check_ndim(static_cast<std::int64_t>(shape.size()), name);
-  return contiguous_view(nullptr, dtype_of(nb::cast<std::string>(spec[1]), name), {}, shape.data(),
-                         static_cast<int>(shape.size()));
+  return contiguous_view(nullptr, dtype_of(nb::cast<std::string>(spec[1]), name), device,
+                         shape.data(), static_cast<int>(shape.size()));
 }
 
 }  // namespace
 
 TensorView Views::view(nb::handle object, const char* name) {
+  const TensorView view = make(object, name);
+  has_cuda_ = has_cuda_ || view.device.type == DeviceType::cuda;
+  return view;
+}
+
+TensorView Views::make(nb::handle object, const char* name) {
   if (object.is_none()) return {};
   if (const ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
     DLTensor t;
@@ -134,7 +140,8 @@ TensorView Views::view(nb::handle object, const char* name) {
     }
     return view_of(t, name);
   }
-  if (nb::isinstance<nb::tuple>(object)) return view_of(nb::borrow<nb::tuple>(object), name);
+  if (nb::isinstance<nb::tuple>(object))
+    return view_of(nb::borrow<nb::tuple>(object), device_, name);
   nb::ndarray<nb::ro> array;
   if (!nb::try_cast(object, array))
     fail(ErrorKind::invalid_type, name,

@@ -29,7 +29,7 @@ class XlaExecutor final : public Executor {
   ffi::ThreadPool& pool_;
 };
 
-TensorView view_of(const ffi::AnyBuffer& buffer, const char* name) {
+TensorView view_of(const ffi::AnyBuffer& buffer, Device device, const char* name) {
   const auto dtype = [&] {
     switch (buffer.element_type()) {
       case ffi::F64: return DType::float64;
@@ -44,16 +44,17 @@ TensorView view_of(const ffi::AnyBuffer& buffer, const char* name) {
   const auto shape = buffer.dimensions();
   if (shape.size() > static_cast<std::size_t>(kMaxDims))
     throw Error(ErrorKind::invalid_value, std::string(name) + ": too many dimensions");
-  return contiguous_view(buffer.untyped_data(), dtype, {}, shape.begin(),
+  return contiguous_view(buffer.untyped_data(), dtype, device, shape.begin(),
                          static_cast<int>(shape.size()));
 }
 
-/// The one handler. `inputs` and `outputs` have one bit per role, in table order, set where a
-/// buffer is passed. Where `has_workspace`, the last result is scratch.
-ffi::Error run_on_cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::RemainingRets results,
-                      std::string_view op, ffi::Span<const std::int64_t> config, double scale,
-                      std::string_view backend, std::int64_t inputs, std::int64_t outputs,
-                      bool has_workspace) {
+/// What the handlers of all platforms do. `context` says where it runs. `inputs` and `outputs` have
+/// one bit per role, in table order, set where a buffer is passed. Where `has_workspace`, the last
+/// result is scratch.
+ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
+                  ffi::RemainingRets results, std::string_view op,
+                  ffi::Span<const std::int64_t> config, double scale, std::string_view backend,
+                  std::int64_t inputs, std::int64_t outputs, bool has_workspace) {
   // Nothing may be thrown across XLA's boundary.
   try {
     Call call = decode_call(op, config.begin(), config.size(), scale);
@@ -66,17 +67,14 @@ ffi::Error run_on_cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remain
       if (role.is_output) {
         auto buffer = results.get<ffi::AnyBuffer>(next_result++);
         if (buffer.has_error()) return buffer.error();
-        set_tensor(call, role, view_of(*buffer.value(), role.name));
+        set_tensor(call, role, view_of(*buffer.value(), device, role.name));
       } else {
         auto buffer = args.get<ffi::AnyBuffer>(next_arg++);
         if (buffer.has_error()) return buffer.error();
-        set_tensor(call, role, view_of(buffer.value(), role.name));
+        set_tensor(call, role, view_of(buffer.value(), device, role.name));
       }
     }
-    XlaExecutor executor(pool);
     const std::string backend_name(backend);
-    Context context;
-    context.executor = &executor;
     context.backend = backend_name.c_str();
     if (has_workspace) {
       auto buffer = results.get<ffi::AnyBuffer>(next_result);
@@ -94,18 +92,40 @@ ffi::Error run_on_cpu(ffi::ThreadPool pool, ffi::RemainingArgs args, ffi::Remain
   }
 }
 
+/// The arguments of `run_on` after the context, added to what a platform binds itself.
+template <class Binding>
+auto with_call(Binding binding) {
+  return std::move(binding)
+      .RemainingArgs()
+      .RemainingRets()
+      .template Attr<std::string_view>("op")
+      .template Attr<ffi::Span<const std::int64_t>>("config")
+      .template Attr<double>("scale")
+      .template Attr<std::string_view>("backend")
+      .template Attr<std::int64_t>("inputs")
+      .template Attr<std::int64_t>("outputs")
+      .template Attr<bool>("has_workspace");
+}
+
+constexpr auto run_on_cpu = [](ffi::ThreadPool pool, auto&&... call) {
+  XlaExecutor executor(pool);
+  Context context;
+  context.executor = &executor;
+  return run_on({}, context, call...);
+};
 XLA_FFI_DEFINE_HANDLER(handler_on_cpu, run_on_cpu,
-                       ffi::Ffi::Bind()
-                           .Ctx<ffi::ThreadPool>()
-                           .RemainingArgs()
-                           .RemainingRets()
-                           .Attr<std::string_view>("op")
-                           .Attr<ffi::Span<const std::int64_t>>("config")
-                           .Attr<double>("scale")
-                           .Attr<std::string_view>("backend")
-                           .Attr<std::int64_t>("inputs")
-                           .Attr<std::int64_t>("outputs")
-                           .Attr<bool>("has_workspace"));
+                       with_call(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+
+#if NATTEN_WITH_CUDA
+constexpr auto run_on_cuda = [](void* stream, std::int32_t device, auto&&... call) {
+  Context context;
+  context.stream = stream;
+  return run_on({DeviceType::cuda, device}, context, call...);
+};
+XLA_FFI_DEFINE_HANDLER(
+    handler_on_cuda, run_on_cuda,
+    with_call(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<void*>>().Ctx<ffi::DeviceOrdinal>()));
+#endif
 
 }  // namespace
 
@@ -115,6 +135,9 @@ void register_xla(nb::module_& m) {
       [] {
         nb::dict handlers;
         handlers["cpu"] = nb::capsule(reinterpret_cast<void*>(handler_on_cpu));
+#if NATTEN_WITH_CUDA
+        handlers["CUDA"] = nb::capsule(reinterpret_cast<void*>(handler_on_cuda));
+#endif
         return handlers;
       },
       "The XLA FFI handler of `run` for each platform, as capsules for jax.ffi.");

@@ -130,6 +130,25 @@ TEST_P(CudaFna, TileShapes) {
   }
 }
 
+TEST(CudaTiles, UnsupportedShapesAreRefusedWithTheSupportedOnes) {
+  Case c;
+  c.axes = {{9, 5, 1, 1, false}, {13, 3, 1, 2, false}};
+  FusedProblem problem(c);
+  const auto refusal = [&](natten::Tuple query_tile, natten::Tuple key_tile) {
+    natten::Call call = problem.forward();
+    call.options.query_tile = query_tile;
+    call.options.key_tile = key_tile;
+    return cuda::tile_refusal(natten::describe(call));
+  };
+  EXPECT_EQ(refusal({8, 8}, {4, 16}), "");
+  EXPECT_EQ(refusal({16, 8}, {}), "");
+  EXPECT_NE(refusal({8, 7}, {}).find("q_tile_shape: got (8, 7); supported are"), std::string::npos);
+  EXPECT_NE(refusal({}, {8, 16}).find("kv_tile_shape: got (8, 16); supported are"),
+            std::string::npos);
+  EXPECT_NE(refusal({}, {8, 16}).find("(64, 1), (32, 2), (16, 4), (8, 8)"), std::string::npos);
+  EXPECT_NE(refusal({1 << 20, 1 << 20}, {}).find("q_tile_shape"), std::string::npos);
+}
+
 /// One pass over the keys for all gradients.
 TEST_P(CudaFna, NotDeterministic) {
   std::uint64_t seed = base_seed() + 1000;

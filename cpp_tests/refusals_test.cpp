@@ -485,20 +485,62 @@ TEST(Refusals, InnermostStride) {
   }
 }
 
+/// The call, as if its tensors were on a CUDA device.
+Call on_cuda(Valid& valid, int index) {
+  Call call = valid.call;
+  valid.buffers.for_each([&](const char*, Buffer&, TensorView natten::Tensors::*member) {
+    (call.tensors.*member).device = {natten::DeviceType::cuda, index};
+  });
+  return call;
+}
+
 TEST(Refusals, DeviceWithoutKernels) {
   if (natten::built_for(natten::DeviceType::cuda)) GTEST_SKIP() << "built with CUDA kernels";
   for (Op op : kOps) {
     Valid valid(op);
-    Call bad = valid.call;
-    valid.buffers.for_each([&](const char*, Buffer&, TensorView natten::Tensors::*member) {
-      (bad.tensors.*member).device = {natten::DeviceType::cuda, 0};
-    });
+    const Call bad = on_cuda(valid, 0);
     expect_error([&] { natten::run(bad); }, kValue, "device", "NATTEN_WITH_CUDA=ON");
     expect_error([&] { natten::workspace_bytes(bad); }, kValue, "device", "cuda");
     EXPECT_NO_THROW(natten::describe(bad)) << "describing needs no kernels";
     EXPECT_TRUE(valid.outputs_are_untouched());
   }
   EXPECT_TRUE(natten::backends(natten::DeviceType::cuda).empty());
+  EXPECT_EQ(natten::compute_capability(), 0);
+}
+
+TEST(Refusals, MissingCudaDevice) {
+  constexpr int kMissing = 999;
+  EXPECT_EQ(natten::compute_capability(kMissing), 0);
+  EXPECT_EQ(natten::compute_capability(-7), 0);
+  if (!natten::built_for(natten::DeviceType::cuda)) GTEST_SKIP() << "built without CUDA kernels";
+  for (Op op : kOps) {
+    Valid valid(op);
+    const Call bad = on_cuda(valid, kMissing);
+    for (const natten::Verdict& verdict : natten::explain(natten::describe(bad)))
+      EXPECT_EQ(verdict.refusal.find("there is no device cuda:999"), 0u) << verdict.refusal;
+    expect_error([&] { natten::run(bad); }, kValue, "backend", "there is no device cuda:999");
+    EXPECT_NO_THROW(natten::workspace_bytes(on_cuda(valid, -1))) << "planning needs no device";
+    EXPECT_TRUE(valid.outputs_are_untouched());
+  }
+}
+
+TEST(Refusals, WorkspaceOnCuda) {
+  if (!natten::built_for(natten::DeviceType::cuda)) GTEST_SKIP() << "built without CUDA kernels";
+  Valid valid(Op::attention_backward);
+  const Call call = on_cuda(valid, -1);
+  const std::size_t needed = natten::workspace_bytes(call);
+  ASSERT_GT(needed, 0u);
+  expect_error([&] { natten::run(call); }, kValue, "workspace", std::to_string(needed) + " bytes");
+  natten::Context context;
+  context.workspace = &context;
+  context.workspace_size = needed - 1;
+  expect_error([&] { natten::run(call, context); }, kValue, "workspace", std::to_string(needed));
+  expect_error(
+      [&] {
+        natten::run(std::vector<Call>{valid.call, call});
+      },
+      kValue, "calls", "must be on one device");
+  EXPECT_TRUE(valid.outputs_are_untouched());
 }
 
 TEST(Refusals, ShapesOfTensorsThatAnOperationLacks) {

@@ -11,7 +11,7 @@ import pytest
 from test_package import run_python
 
 import natten
-from natten import context
+from natten import _core, context
 
 SWITCHES = str.split("""
     use_fused_na enable_fused_na disable_fused_na is_fused_na_enabled use_fna is_fna_enabled
@@ -233,7 +233,12 @@ def test_deterministic_torch_lets_fused_be_switched(deterministic_torch, caplog)
         lambda: natten.enable_tf32(),
         lambda: natten.set_memory_usage_preference("strict"),
         lambda: natten.use_autotuner(True),
-        lambda: natten.use_kv_parallelism_in_fused_na(),
+        pytest.param(
+            lambda: natten.use_kv_parallelism_in_fused_na(),
+            marks=pytest.mark.skipif(
+                bool(_core.backends("cuda")), reason="KV parallelism is for CUDA kernels"
+            ),
+        ),
     ],
 )
 def test_preference_without_effect_says_so_once(switch, caplog):

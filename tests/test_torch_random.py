@@ -15,8 +15,11 @@ import natten.functional as F  # noqa: E402
 COUNT = 600
 
 
+DEVICE = "cpu"  # of all tensors here; test_cuda.py changes it
+
+
 def to_torch(case: cases.Case, x: np.ndarray, dtype: str | None = None) -> torch.Tensor:
-    return torch.from_numpy(np.array(x)).to(getattr(torch, dtype or case.dtype))
+    return torch.from_numpy(np.array(x)).to(DEVICE, getattr(torch, dtype or case.dtype))
 
 
 def leaves(case: cases.Case, arrays: cases.Arrays, names: tuple[str, ...]) -> dict:
@@ -29,7 +32,7 @@ def leaves(case: cases.Case, arrays: cases.Arrays, names: tuple[str, ...]) -> di
 
 
 def to_numpy(tensors: dict) -> cases.Arrays:
-    return {n: t.detach().to(torch.float64).numpy() for n, t in tensors.items()}
+    return {n: t.detach().to("cpu", torch.float64).numpy() for n, t in tensors.items()}
 
 
 def statistic(case: cases.Case) -> str:
@@ -106,16 +109,20 @@ def test_fused_with_large_windows(dtype, shape, kernel_size, stride, dilation, i
     check_fused(case, cases.Errors("large windows"))
 
 
+def check_unfused(case: cases.Case, errors: cases.Errors) -> None:
+    arrays = case.unfused_arrays()
+    for got, want, incoming in zip(
+        run_unfused(case, arrays),
+        oracle.unfused(case, arrays),
+        ("grad_attn", "grad_output"),
+        strict=True,
+    ):
+        errors.check(case, got, want, float(np.linalg.norm(arrays[incoming])))
+
+
 def test_unfused(capsys):
     errors = cases.Errors("torch unfused")
     for case in cases.random_cases(COUNT, cases.SEED + 1):
-        arrays = case.unfused_arrays()
-        for got, want, incoming in zip(
-            run_unfused(case, arrays),
-            oracle.unfused(case, arrays),
-            ("grad_attn", "grad_output"),
-            strict=True,
-        ):
-            errors.check(case, got, want, float(np.linalg.norm(arrays[incoming])))
+        check_unfused(case, errors)
     with capsys.disabled():
         print(f"\n{errors.table()}")

@@ -17,6 +17,10 @@ std::size_t aligned(std::size_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
+std::string name_of(Device device) {
+  return std::string(natten::name_of(device.type)) + ":" + std::to_string(device.index);
+}
+
 /// A checked call and the backend that runs it.
 struct Selected {
   detail::Job job;
@@ -30,6 +34,10 @@ std::vector<Selected> select_all(const Call* calls, std::size_t count, const Con
   selected.reserve(count);
   for (std::size_t i = 0; i < count; ++i) {
     const Problem problem = detail::check(calls[i], for_execution);
+    if (i > 0 && problem.device != selected[0].job.problem.device)
+      throw Error(ErrorKind::invalid_value,
+                  "calls: got calls on " + name_of(selected[0].job.problem.device) + " and " +
+                      name_of(problem.device) + "; must be on one device");
     const detail::Backend& backend = detail::select(problem, context);
     selected.push_back({{problem, calls[i].tensors, nullptr},
                         &backend,
@@ -50,6 +58,11 @@ void run_all(const Call* calls, std::size_t count, const Context& context) {
   std::vector<char> own;
   char* workspace = static_cast<char*>(context.workspace);
   if (!workspace && needed > 0) {
+    const Device device = selected[0].job.problem.device;
+    if (device.type != DeviceType::cpu)
+      throw Error(ErrorKind::invalid_value, "workspace: missing; on " + name_of(device) +
+                                                " this needs " + std::to_string(needed) +
+                                                " bytes of its memory");
     own.resize(needed + kAlignment);
     const auto address = reinterpret_cast<std::uintptr_t>(own.data());
     workspace = own.data() + (aligned(address) - address);

@@ -7,6 +7,9 @@
 
 #include "cpu/naive.h"
 #include "cpu/vectorized.h"
+#if NATTEN_WITH_CUDA
+#include "cuda/backends.h"
+#endif
 
 namespace natten {
 namespace detail {
@@ -16,6 +19,10 @@ namespace {
 const Backend* const kBackends[] = {
     &cpu::vectorized,
     &cpu::naive,
+#if NATTEN_WITH_CUDA
+    &cuda::fna_backend,
+    &cuda::simt_backend,
+#endif
 };
 
 std::vector<const Backend*> backends_of(DeviceType device) {
@@ -93,5 +100,13 @@ std::vector<Verdict> explain(const Problem& problem, const Context& context) {
 }
 
 bool built_for(DeviceType device) { return !detail::backends_of(device).empty(); }
+
+int compute_capability([[maybe_unused]] int device_index) noexcept {
+#if NATTEN_WITH_CUDA
+  return detail::cuda::compute_capability(device_index);
+#else
+  return 0;
+#endif
+}
 
 }  // namespace natten

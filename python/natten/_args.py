@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
-from natten import _core
+from natten import _core, context
 
 Ints: TypeAlias = int | Sequence[int]
 Bools: TypeAlias = bool | Sequence[bool]
@@ -84,6 +84,14 @@ def window_size(config: Sequence[int], key_grid: Sequence[int]) -> int:
     return math.prod(key_grid if config[-1] & SEPARATE_KEY_GRID else config[1 : 1 + config[0]])
 
 
+def attention_flags(scale: float | None) -> int:
+    """The flags of a fused call: what its arguments and the process's switches say."""
+    flags = 0 if scale is None else HAS_SCALE
+    if context.is_kv_parallelism_in_fused_na_enabled():
+        flags |= NONDETERMINISTIC
+    return flags
+
+
 def with_flags(config: Config, flags: int) -> Config:
     return (*config[:-1], config[-1] | flags)
 
@@ -114,7 +122,7 @@ def check_neighborhood(
     smallest_grid = (max(k * d, 1) for k, d in zip(kernel_size, dilation, strict=True))
     attn = (1, 1, *smallest_grid, max(math.prod(kernel_size), 1))
     config = make_config(rank, kernel_size, dilation, stride=stride)
-    _core.plan("rpb_scatter", config, None, "", [(attn, "float32")], [True])
+    _core.plan("rpb_scatter", config, None, "", [(attn, "float32")], [True], device=None)
 
 
 def check_merge(

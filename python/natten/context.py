@@ -1,9 +1,9 @@
 """Process-wide switches, and what the CUDA device can do.
 
-`use_fused_na` makes the PyTorch modules use the fused operation; KV parallelism lets a backend
-trade determinism for speed. All other switches are preferences for kernels of NATTEN's history or
-for devices: they are remembered and can be read back, the CPU kernels have no use for them, and the
-logger `natten` says so once, at debug level.
+`use_fused_na` makes the PyTorch modules use the fused operation; KV parallelism lets a CUDA backend
+trade determinism for speed. All other switches are preferences for kernels of NATTEN's history:
+they are remembered and can be read back, no kernel has a use for them, and the logger `natten` says
+so once, at debug level.
 
 A switch holds for the whole process: every thread sees it at once, and there is no lock. Set
 switches before starting threads that run models.
@@ -11,6 +11,7 @@ switches before starting threads that run models.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass
 from enum import Enum
@@ -61,7 +62,7 @@ _told: set[str] = set()
 
 
 def _say_unused(name: str) -> None:
-    """Says once that a preference has no effect on this device."""
+    """Says once that a preference has no effect."""
     if name not in _told:
         _told.add(name)
         logger.debug("%s: remembered; no kernel built here makes use of it", name)
@@ -122,7 +123,8 @@ is_fna_enabled = is_fused_na_enabled
 
 def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
     """Allows a backward pass whose results differ from run to run in the last digits, where a
-    backend is faster that way. Off by default. No effect on the CPU.
+    backend for CUDA is faster that way. Off by default. No effect on the CPU. A backward pass does
+    as its forward pass was told; JAX reads the switch when it traces a function.
 
     Ignored with a warning while `torch.use_deterministic_algorithms` is on.
 
@@ -131,7 +133,7 @@ def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
     """
     if mode and not _may_enable("KV parallelism"):
         return
-    if mode:
+    if mode and not _core.backends("cuda"):
         _say_unused("KV parallelism")
     _switches.kv_parallelism = bool(mode)
 
@@ -296,8 +298,16 @@ def is_tf32_in_gemm_na_enabled() -> bool:
 
 
 def get_device_cc(device_index: Any = None) -> int:
-    """Compute capability of a CUDA device (80 for 8.0); 0 without one. Never raises."""
-    try:
+    """Compute capability of a CUDA device (80 for 8.0); 0 without one. Never raises.
+
+    Args:
+        device_index: a number, "cuda", "cuda:0" or such a torch.device; None is the current device.
+    """
+    if _core.backends("cuda"):
+        name = "" if device_index is None else str(device_index)
+        found = re.fullmatch(r"(?:cuda)?:?(\d{0,4})", name)
+        return _core.compute_capability(int(found[1] or -1)) if found else 0
+    try:  # kernels or not, PyTorch may know
         import torch
 
         major, minor = torch.cuda.get_device_capability(device_index)

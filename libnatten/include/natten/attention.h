@@ -17,11 +17,13 @@ NATTEN_EXPORT Problem describe(const Call& call);
 NATTEN_EXPORT std::size_t workspace_bytes(const Call& call, const Context& context = {});
 
 /// Checks the call, selects a backend and runs it. On the CPU it returns when the outputs are
-/// written. Throws Error; then no output has been written.
+/// written; on CUDA when the kernels are enqueued on `Context::stream`. Throws Error; where the
+/// call was refused no output has been written.
 NATTEN_EXPORT void run(const Call& call, const Context& context = {});
 
-/// Runs independent calls in one parallel region, for example a batch of images of different
-/// sizes. Their workspaces are laid out one after another (`workspace_bytes` of the list).
+/// Runs independent calls on one device in one parallel region, for example a batch of images of
+/// different sizes. Their workspaces are laid out one after another (`workspace_bytes` of the
+/// list).
 NATTEN_EXPORT void run(const std::vector<Call>& calls, const Context& context = {});
 NATTEN_EXPORT std::size_t workspace_bytes(const std::vector<Call>& calls,
                                           const Context& context = {});

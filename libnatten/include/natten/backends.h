@@ -25,4 +25,8 @@ NATTEN_EXPORT std::vector<Verdict> explain(const Problem& problem, const Context
 /// Whether kernels for the device were built. Says nothing about the machine's hardware.
 NATTEN_EXPORT bool built_for(DeviceType device);
 
+/// Compute capability of a CUDA device, 80 for 8.0; -1 is the current device. 0 where there is no
+/// such device or no driver, and in builds without CUDA kernels.
+NATTEN_EXPORT int compute_capability(int device_index = -1) noexcept;
+
 }  // namespace natten

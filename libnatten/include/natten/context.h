@@ -32,12 +32,13 @@ NATTEN_EXPORT void set_num_threads(int count);
 /// Where and how a call runs. The default context is right for the CPU.
 struct Context {
   Executor* executor = nullptr;  ///< null: default_executor()
-  void* stream = nullptr;        ///< CUDA stream of the call
+  void* stream = nullptr;        ///< CUDA stream (cudaStream_t) that kernels are enqueued on
   /// Forces a backend by name, or with "fused" any but the reference; null or "" lets the registry
   /// choose, after the environment variable NATTEN_BACKEND.
   const char* backend = nullptr;
   /// Scratch of at least `workspace_bytes`, aligned to 64 bytes. Null on the CPU: allocated for the
-  /// duration of the call.
+  /// duration of the call. On CUDA it is memory of the device, which kernels use until the stream
+  /// has run them, and a call that needs it throws Error without it.
   void* workspace = nullptr;
   std::size_t workspace_size = 0;
 };

@@ -305,11 +305,14 @@ class _AttentionTangent(Operation):
         setup: Setup,
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
+        platform: str | None = None,
     ) -> tuple[list[tuple[tuple[int, ...], str]], int]:
         tensors = given[:COUNT]
-        return attention_forward._plan(avals[: sum(tensors)], setup, tensors, wanted)
+        return attention_forward._plan(avals[: sum(tensors)], setup, tensors, wanted, platform)
 
-    def _lower(self, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+    def _lower(
+        self, platform: str, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
+    ) -> Any:
         return mlir.lower_fun(_composed_tangent, multiple_results=True)(ctx, *operands, **params)
 
 

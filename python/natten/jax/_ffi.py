@@ -12,6 +12,9 @@ from natten import _core
 
 TARGET = "natten_run"
 
+# What calls are lowered for. Where the library was built without kernels for it, libnatten says so.
+PLATFORMS = ("cpu", "cuda")
+
 
 def _offered_api_version() -> tuple[int, int] | None:
     """(major, minor) of the FFI that the installed jaxlib offers; None where it does not say."""
@@ -39,21 +42,19 @@ def check_api_version(built: tuple[int, int], offered: tuple[int, int] | None) -
     )
 
 
-def _register() -> tuple[str, ...]:
-    """Registers the handler of every platform and returns the platforms."""
+def _register() -> None:
+    """Registers the handler of every platform that the library was built for."""
     if not hasattr(_core, "xla_ffi_handlers"):
         raise ImportError(
             "natten was built without support for JAX; build it with "
             "-Ccmake.define.NATTEN_WITH_XLA=ON"
         )
     check_api_version(_core.xla_ffi_api_version, _offered_api_version())
-    handlers = _core.xla_ffi_handlers()
-    for platform, handler in handlers.items():
+    for platform, handler in _core.xla_ffi_handlers().items():
         jax.ffi.register_ffi_target(TARGET, handler, platform=platform)
-    return tuple(handlers)
 
 
-PLATFORMS = _register()
+_register()
 
 
 def custom_call_targets() -> list[str]:

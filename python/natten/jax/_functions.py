@@ -12,16 +12,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from natten._args import (
-    HAS_SCALE,
     SEPARATE_KEY_GRID,
     Bools,
     Ints,
+    attention_flags,
     check_merge,
     make_config,
     named,
     real_scale,
     with_flags,
 )
+from natten._kernel import check_name
 from natten.jax import _derivatives, _primitives
 from natten.jax._partitioning import vary_alike
 from natten.jax._primitives import Operation, Setup
@@ -120,6 +121,12 @@ def _for_autodiff(functions: Mapping[str, Callable[..., Any]], autodiff: str) ->
     return functions[autodiff]
 
 
+def _setup(config: Any, scale: float | None, backend: str | None) -> Setup:
+    if backend:
+        check_name(backend)
+    return Setup(config, scale, backend or "")
+
+
 def _call_fused(
     tensors: Tensors,
     config: Any,
@@ -128,9 +135,7 @@ def _call_fused(
     backend: str | None,
     autodiff: str,
 ) -> FusedResult:
-    if scale is not None:
-        config = with_flags(config, HAS_SCALE)
-    setup = Setup(config, real_scale(scale), backend or "")
+    setup = _setup(with_flags(config, attention_flags(scale)), real_scale(scale), backend)
     function = _for_autodiff(_ATTENTION, autodiff)
     output, logsumexp = function(setup, bool(return_lse), vary_alike(tensors))
     return (output, logsumexp) if return_lse else output
@@ -140,7 +145,7 @@ def _call_unfused(
     operation: Operation, tensors: Tensors, config: Any, backend: str | None, autodiff: str
 ) -> Array:
     function = _for_autodiff(_UNFUSED, autodiff)
-    return function(operation, Setup(config, None, backend or ""), vary_alike(tensors))
+    return function(operation, _setup(config, None, backend), vary_alike(tensors))
 
 
 def _make_fused(rank: int) -> Callable[..., FusedResult]:

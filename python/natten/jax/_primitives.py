@@ -1,7 +1,8 @@
 """One JAX primitive per operation of libnatten, all made by one class from libnatten's own table.
 
-Shapes, dtypes and refusals come from `natten._core.plan`, so a bad call raises while it is traced,
-with libnatten's own message. Derivatives are made of these operations in `_derivatives.py`.
+Shapes, dtypes and errors come from `natten._core.plan`, so a bad call raises while it is traced,
+with libnatten's own message. Backends are chosen when a call is lowered, as only then its platform
+is known. Derivatives are made of these operations in `_derivatives.py`.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Operation:
         batching.primitive_batchers[self.primitive] = self._batch
         partial_eval.dce_rules[self.primitive] = self._drop_unused
         for platform in _ffi.PLATFORMS:
-            mlir.register_lowering(self.primitive, self._lower, platform=platform)
+            lower = functools.partial(self._lower, platform)
+            mlir.register_lowering(self.primitive, lower, platform=platform)
         self._compiled = functools.lru_cache(maxsize=4096)(self._compile)
 
     def __call__(
@@ -82,8 +84,10 @@ class Operation:
         setup: Setup,
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
+        platform: str | None = None,
     ) -> tuple[list[tuple[tuple[int, ...], str]], int]:
-        """((shape, dtype name) of each result, bytes of workspace)."""
+        """((shape, dtype name) of each result, bytes of workspace). While a function is traced JAX
+        does not know the platform; without one no backend is chosen, and there is no workspace."""
         specs = iter([(a.shape, a.dtype.name) for a in avals])
         inputs = [next(specs) if g else None for g in given]
         outputs = [
@@ -91,7 +95,7 @@ class Operation:
             for w in wanted
         ]
         results, workspace = _core.plan(
-            self.name, setup.config, setup.scale, setup.backend, inputs, outputs
+            self.name, setup.config, setup.scale, setup.backend, inputs, outputs, platform
         )
         return [(tuple(r[0]), r[1]) for r in results if r is not None], workspace
 
@@ -134,13 +138,14 @@ class Operation:
 
     def _lower(
         self,
+        platform: str,
         ctx: mlir.LoweringRuleContext,
         *operands: Any,
         setup: Setup,
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
     ) -> Any:
-        run = functools.partial(self._call, setup, given, wanted)
+        run = functools.partial(self._call, platform, setup, given, wanted)
         shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
         roles = self._roles(given, wanted)
         function = partitionable(run, *roles, shapes, setup.config[0], ctx)
@@ -148,6 +153,7 @@ class Operation:
 
     def _call(
         self,
+        platform: str,
         setup: Setup,
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
@@ -158,7 +164,7 @@ class Operation:
         rest = iter(shapes)
         sizes = [w is not False and next(rest) for w in wanted]
         asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
-        results, workspace = self._plan(arrays, setup, given, tuple(asked))
+        results, workspace = self._plan(arrays, setup, given, tuple(asked), platform)
         if workspace:
             results.append(((workspace,), "uint8"))
         call = jax.ffi.ffi_call(

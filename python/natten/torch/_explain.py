@@ -7,7 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from natten import _core
-from natten._args import HAS_SCALE, Bools, Ints, make_config, real_scale
+from natten._args import Bools, Ints, attention_flags, make_config, real_scale
 from natten._kernel import check_name, chosen_backend
 from natten.torch import _ops
 
@@ -72,7 +72,7 @@ def explain(
     if backend:
         check_name(backend)
     rank = query.dim() - 3
-    flags = 0 if scale is None else HAS_SCALE
+    flags = attention_flags(scale)
     config = make_config(rank, kernel_size, dilation, is_causal, stride, flags=flags, **tile_shapes)
     inputs = [query, key, value, rpb, additional_keys, additional_values]
     sizes = _ops.attention_forward.sizes(inputs, {}, config)

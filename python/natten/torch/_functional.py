@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from natten._args import (
-    HAS_SCALE,
     SEPARATE_KEY_GRID,
     Bools,
     Ints,
+    attention_flags,
     check_merge,
     make_config,
     named,
@@ -114,7 +114,8 @@ def _make_fused(rank: int):
             return_lse: also return logsumexp.
             backend: name of the implementation to use; by default the first that can.
             q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
-            backward_kv_splits: hints for backends that work on tiles; CPU backends only check them.
+            backward_kv_splits: for CUDA backends that work on tiles; where one refuses a shape, its
+            message names those that it takes. CPU backends only check them.
 
         Returns:
             output [batch, *spatial, heads, value_head_dim]; with return_lse also logsumexp
@@ -136,7 +137,7 @@ def _make_fused(rank: int):
             backward_q_tile_shape=backward_q_tile_shape,
             backward_kv_tile_shape=backward_kv_tile_shape,
             backward_kv_splits=backward_kv_splits,
-            flags=0 if scale is None else HAS_SCALE,
+            flags=attention_flags(scale),
         )
         output, logsumexp = _call(
             _ops.attention_forward,
@@ -273,7 +274,7 @@ def attention(
             f"key: got shape {list(key.shape)}; must be [batch, kv_length, kv_heads, head_dim] "
             "with at least one key"
         )
-    flags = SEPARATE_KEY_GRID | (0 if scale is None else HAS_SCALE)
+    flags = SEPARATE_KEY_GRID | attention_flags(scale)
     config = make_config(1, 1, is_causal=is_causal, flags=flags)
     output, logsumexp = _call(
         _ops.attention_forward, query, key, value, None, None, None,

@@ -43,6 +43,10 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
         *([x if has_own_batch else x.unsqueeze(0) for x in parts] for _, parts in results),
         strict=True,
     )
+
+    def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
+        return torch.empty(shape, dtype=getattr(torch, dtype), device=first.device)
+
     _core.run_all(
         operator.name,
         config,
@@ -50,6 +54,8 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
         backend,
         list(zip(examples, outputs, strict=True)),
         torch.get_num_threads(),
+        allocate,
+        _ops.stream_of(first) if first.is_cuda else None,
     )
     nested = tuple(whole for whole, _ in results)
     return nested if len(nested) > 1 else nested[0]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from natten import _core
-from natten._args import Config, window_size
+from natten._args import NONDETERMINISTIC, Config, window_size
 from natten._roles import GRIDS, Role, fold_dims, roles_of
 
 library = torch.library.Library("natten", "DEF")
@@ -103,6 +103,8 @@ class Operator:
         inputs, extras, config, scale, backend = self.split(args)
         inputs = [x if x is None or x.is_contiguous() else readable(x) for x in inputs]
         first = inputs[0]
+        if config[-1] & NONDETERMINISTIC and torch.are_deterministic_algorithms_enabled():
+            config = (*config[:-1], config[-1] & ~NONDETERMINISTIC)
 
         def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
             return first.new_empty(shape, dtype=_DTYPES[dtype])
@@ -115,7 +117,15 @@ class Operator:
             dtype = _DTYPE_NAMES[first.dtype]
             outputs = [(shape_of(role, sizes), dtype) for role in self.outputs]
         results = _core.run(
-            self.name, config, scale, backend, inputs, outputs, torch.get_num_threads(), allocate
+            self.name,
+            config,
+            scale,
+            backend,
+            inputs,
+            outputs,
+            torch.get_num_threads(),
+            allocate,
+            stream_of(first) if first.is_cuda else None,
         )
         return self._returned(results)
 
@@ -148,6 +158,7 @@ class Operator:
                     None if not want or role.is_statistic else (shape, dtype_name(first))
                     for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
                 ],
+                "cuda" if first.is_cuda else "cpu",  # without a number: it may not exist here
             )
         return self._returned(
             [
@@ -226,6 +237,11 @@ class Operator:
         if many:
             return type(results)(unfolded), type(results)(axes)
         return unfolded[0], axes[0]
+
+
+def stream_of(x: Tensor) -> int:
+    """The stream that PyTorch has current for a CUDA tensor's device."""
+    return torch.cuda.current_stream(x.device).cuda_stream
 
 
 def _emptied(x: Tensor, axis: int) -> Tensor:
