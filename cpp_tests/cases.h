@@ -414,7 +414,10 @@ class Property : public testing::TestWithParam<std::tuple<std::string, natten::D
     return nullptr;
   }
   void run(const natten::Call& call) const {
-    if (const ProvidedBackend* b = provided()) return b->run(call);
+    if (const ProvidedBackend* b = provided()) {
+      if (!accepts(call)) throw std::logic_error(backend() + " refuses the call");
+      return b->run(call);
+    }
     natten::run(call, context());
   }
   void run_forward_with_logsumexp(FusedProblem& problem) const {

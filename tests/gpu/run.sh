@@ -3,7 +3,7 @@
 #
 #   tests/gpu/run.sh [REPORT [WHEELS]]
 #
-# REPORT (default: $OUT or gpu_report) is a folder for at most eight files, report.md the first to
+# REPORT (default: gpu_report) is a folder for at most eight files, report.md the first to
 # read. It is written as stages end, so that what a stopped run has found is there. A stage that
 # fails does not keep the others from running; it makes the exit status 1.
 #
@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
-report=$(realpath -m "${1:-${OUT:-gpu_report}}")
+report=$(realpath -m "${1:-gpu_report}")
 wheels=${2:+$(realpath "$2")}
 PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}

@@ -19,10 +19,14 @@
 
 #if defined(__CUDACC__)
 #define NATTEN_DEVICE __device__ __forceinline__
+#else
+#define NATTEN_DEVICE inline
+#endif
+// Host compilers, nvcc's too, know no such pragmas.
+#if defined(__CUDA_ARCH__)
 #define NATTEN_UNROLL _Pragma("unroll")
 #define NATTEN_DO_NOT_UNROLL _Pragma("unroll 1")
 #else
-#define NATTEN_DEVICE inline
 #define NATTEN_UNROLL
 #define NATTEN_DO_NOT_UNROLL
 #endif

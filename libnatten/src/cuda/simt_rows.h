@@ -15,12 +15,6 @@
 #include "../operand.h"
 #include "machine.h"
 
-#if defined(__CUDACC__)
-#define NATTEN_UNROLL _Pragma("unroll")
-#else
-#define NATTEN_UNROLL
-#endif
-
 namespace natten::detail::cuda::simt {
 
 inline constexpr int kRowsLog2 = 5;

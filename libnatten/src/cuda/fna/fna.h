@@ -52,7 +52,15 @@ class TilePasses {
   TilePasses(const Job& job, Launcher& launch) : job_(job), p_(job.problem), launch_(launch) {}
 
   void run() {
-    if (p_.batch == 0 || p_.queries() == 0) return;
+    if (p_.batch > 0) run_tiles();
+    if (p_.op == Op::attention_backward && p_.wants_grad_rpb)  // zero for an empty batch
+      simt_grad_rpb<T>(
+          job_, static_cast<const float*>(job_.workspace),
+          static_cast<char*>(job_.workspace) + row_term_bytes(p_) + query_sums_bytes(p_), launch_);
+  }
+
+ private:
+  void run_tiles() {
     if (p_.op == Op::attention_forward) return run_pass<Pass::forward>(Rows::queries);
     run_pass<Pass::row_term>(Rows::queries);
     const Tensors& t = job_.tensors;
@@ -60,20 +68,14 @@ class TilePasses {
       launch_.clear(query_sums(), query_sums_bytes(p_));
       run_pass<Pass::grad_all>(Rows::keys);
       if (p_.additional > 0) run_pass<Pass::grad_all>(Rows::additional);
-      scale_queries();
-    } else {
-      if (t.grad_query) run_pass<Pass::grad_query>(Rows::queries);
-      if (t.grad_key || t.grad_value) run_key_passes(Rows::keys, t.grad_key, t.grad_value);
-      if (p_.additional > 0 && (t.grad_additional_keys || t.grad_additional_values))
-        run_key_passes(Rows::additional, t.grad_additional_keys, t.grad_additional_values);
+      return scale_queries();
     }
-    if (t.grad_rpb)
-      simt_grad_rpb<T>(
-          job_, static_cast<const float*>(job_.workspace),
-          static_cast<char*>(job_.workspace) + row_term_bytes(p_) + query_sums_bytes(p_), launch_);
+    if (t.grad_query) run_pass<Pass::grad_query>(Rows::queries);
+    if (t.grad_key || t.grad_value) run_key_passes(Rows::keys, t.grad_key, t.grad_value);
+    if (p_.additional > 0 && (t.grad_additional_keys || t.grad_additional_values))
+      run_key_passes(Rows::additional, t.grad_additional_keys, t.grad_additional_values);
   }
 
- private:
   float* query_sums() const {
     return reinterpret_cast<float*>(static_cast<char*>(job_.workspace) + row_term_bytes(p_));
   }
@@ -166,7 +168,8 @@ class TilePasses {
   static Tokens<E> tokens(Operand<E> x, bool is_additional = false) {
     if (is_additional) x.grid = {0, 0, x.token};
     bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
-    for (std::int64_t stride : {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]})
+    const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
+    for (std::int64_t stride : strides)
       is_aligned = is_aligned && stride % kChunk == 0;
     return {x, is_aligned};
   }

@@ -135,7 +135,8 @@ struct TileBits {
 };
 inline int padded_dims(const Problem& p) {
   const auto dims = static_cast<int>(std::max(p.head_dim, p.value_dim));
-  for (int bucket : {32, 64, 96, 128, 192})
+  const int buckets[] = {32, 64, 96, 128, 192};
+  for (int bucket : buckets)
     if (dims <= bucket) return bucket;
   return kMostDims;
 }
