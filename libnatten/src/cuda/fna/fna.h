@@ -169,8 +169,7 @@ class TilePasses {
     if (is_additional) x.grid = {0, 0, x.token};
     bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
     const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
-    for (std::int64_t stride : strides)
-      is_aligned = is_aligned && stride % kChunk == 0;
+    for (std::int64_t stride : strides) is_aligned = is_aligned && stride % kChunk == 0;
     return {x, is_aligned};
   }
   Tokens<const T> input(Member member, bool is_additional = false) const {
