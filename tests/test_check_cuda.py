@@ -49,7 +49,7 @@ arch = sm_80
         /*1020*/  LDL R3, [R1+0x4] ;  /* 0x0000040001037983 */
         /*1030*/  @UP0 UIADD3 UR4, UR4, 0x1, URZ ;  /* 0x0000000104047890 */
 """
-NAMES = {"fna": "fna::Forward", "simt": "simt::Forward"}
+NAMES = {"fna": "TileKernel<128>", "simt": "simt::Forward"}
 
 
 def problems(usage, code):
@@ -66,11 +66,11 @@ def test_reads_what_kernels_take():
 
 def test_kernels_for_tensor_cores_keep_everything_in_registers_and_use_them():
     (problem,) = problems(USAGE.replace("STACK:0", "STACK:8"), CODE)
-    assert problem == "fna::Forward, sm_80: 8 bytes in local memory, 0 instructions that use it"
+    assert problem == "TileKernel<128>, sm_80: 8 bytes in local memory, 0 instructions that use it"
     (problem,) = problems(USAGE, CODE.replace("LDG.E", "LDL.64"))
-    assert problem == "fna::Forward, sm_80: 0 bytes in local memory, 1 instructions that use it"
+    assert problem == "TileKernel<128>, sm_80: 0 bytes in local memory, 1 instructions that use it"
     (problem,) = problems(USAGE, CODE.replace("HMMA", "FFMA"))
-    assert problem == "fna::Forward, sm_80: no instructions for tensor cores"
+    assert problem == "TileKernel<128>, sm_80: no instructions for tensor cores"
     # Those of Hopper have another name.
     assert not problems(USAGE, CODE.replace("HMMA", "HGMMA"))
 
@@ -87,9 +87,9 @@ def test_all_architectures_have_the_same_kernels():
 
 
 def test_names_and_seconds():
-    kernel = "natten::detail::cuda::fna::Forward<natten::bfloat16, 128>"
+    kernel = "natten::detail::cuda::TileKernel<natten::bfloat16, 128>"
     assert check_cuda.short(f"void natten::detail::cuda::entry<{kernel} >({kernel})") == (
-        "fna::Forward<bfloat16, 128>"
+        "TileKernel<128><bfloat16, 128>"
     )
     entries = [("10", "2510", "a/fna.cu.o"), ("0", "5", "b.cpp.o"), ("5", "6505", "a/fna.cu.o")]
     log = "# ninja log v5\n" + "".join(f"{a}\t{b}\t0\t{name}\tx\n" for a, b, name in entries)
