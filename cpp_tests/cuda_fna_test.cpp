@@ -189,16 +189,14 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
       cuda::ColumnTiles tiles{{}, {}, 0, 1};
       cuda::Bounds of_warps[kWarps][natten::kMaxRank];
       for (int a = 0; a < natten::kMaxRank; ++a) {
-        tiles.low[a] = bounds(a, 0, kRows).least_begin;
-        tiles.high[a] = bounds(a, 0, kRows).greatest_end;
+        tiles.set_axis(a, bounds(a, 0, kRows), grid.column_tile);
         for (int w = 0; w < kWarps; ++w) of_warps[w][a] = bounds(a, w * kWarpRows, kWarpRows);
       }
-      cuda::ColumnTile tile = cuda::ColumnTile::first(tiles);
-      for (int left = tiles.count(grid.column_tile); left > 0; --left) {
+      for (int i = 0; i < tiles.count(); ++i) {
+        const cuda::ColumnTile tile = tiles.at(i, grid.column_tile);
         for (const auto& of_warp : of_warps)
           if (cuda::overlap_of(of_warp, grid.column_tile, tile.origin) != cuda::Overlap::none)
             executed += kWarpRows * grid.column_tile.size();
-        if (left > 1) tile.advance(tiles, grid.column_tile);
       }
     }
     EXPECT_LE(executed / static_cast<double>(p.queries() * p.window_size()), e.most);

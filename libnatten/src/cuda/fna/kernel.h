@@ -94,8 +94,10 @@ struct ColumnStop {
 /// Where a block is at work, in shared memory: it is read now and then, by all threads.
 template <class T, int kWarps>
 struct BlockState {
-  /// The tile of columns that the block is at, the next and the one after that: tile i at i % 4.
-  ColumnStop<T> stops[4];
+  /// Tiles of columns are located `kBatch` at a time, one by each lane of a warp, while the block
+  /// is at the batch before.
+  static constexpr int kBatch = 8;
+  ColumnStop<T> stops[2 * kBatch];  ///< of tile i at i modulo their number
   RowTile rows;
   ColumnTiles tiles;
   int count;  ///< of tiles of columns
@@ -148,7 +150,7 @@ struct TileKernel {
     static constexpr int kTotals =
         kReferences + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
     static constexpr int kSpans =
-        kTotals + (kPass == Pass::forward ? 2 * kM * kThreads * int(sizeof(float)) : 0);
+        kTotals + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
     static constexpr int kBytes = kSpans + (kRows + 2) * int(sizeof(Span));
   };
   static constexpr int kSharedBytes = Layout::kBytes;
@@ -195,10 +197,9 @@ struct TileKernel {
     NATTEN_DEVICE float* references() const {
       return gpu.template shared<float>(Layout::kReferences);
     }
-    /// What this thread has added up of a row's weights.
-    NATTEN_DEVICE float& total(int m, int half) const {
-      return gpu.template shared<float>(Layout::kTotals)[(2 * m + half) * kThreads + thread()];
-    }
+    /// Sums of weights, by row. The first of a row's four threads keeps them.
+    NATTEN_DEVICE float* totals() const { return gpu.template shared<float>(Layout::kTotals); }
+    NATTEN_DEVICE bool keeps_totals() const { return lane() % 4 == 0; }
     NATTEN_DEVICE Spans spans() const {
       return {gpu.template shared<Span>(Layout::kSpans), a.grid.row_tile};
     }
@@ -254,8 +255,15 @@ struct TileKernel {
       }
     }
 
-    /// Finds out where a tile's tokens are. One thread does it for the block, ahead of time.
-    NATTEN_DEVICE void stop_at(ColumnStop<T>& stop, const ColumnTile& tile) const {
+    NATTEN_DEVICE ColumnStop<T>& stop_of(int i) const {
+      return state.stops[i % (2 * State::kBatch)];
+    }
+    /// Finds out where the tokens of a batch of tiles are. One warp does it for the block.
+    NATTEN_DEVICE void locate(int first_tile) const {
+      const int i = first_tile + lane();
+      if (lane() >= State::kBatch || i >= state.count) return;
+      ColumnStop<T>& stop = stop_of(i);
+      const ColumnTile tile = state.tiles.at(i, a.grid.column_tile);
       stop.tile = tile;
       Coordinate token;
       const bool is_whole = token_of_column(tile, kColumns - 1, token);
@@ -336,7 +344,7 @@ struct TileKernel {
         state.head = static_cast<int>(index % a.heads);
         state.first_column_head =
             kRowsAreQueries ? state.head / a.queries_per_kv : state.head * a.queries_per_kv;
-        state.tiles.additional = a.additional_columns;
+        state.tiles.additional = (a.additional_columns + kColumns - 1) / kColumns;
         state.tiles.heads = kRowsAreQueries ? 1 : a.queries_per_kv;
       }
       gpu.sync();
@@ -360,8 +368,10 @@ struct TileKernel {
         relative_bias()[thread()] = bias;
       }
       if constexpr (kPass == Pass::forward) {
-        for (int row = thread(); row < kRows; row += kThreads) references()[row] = kNone;
-        for (int row = 0; row < 2 * kM; ++row) total(row / 2, row % 2) = 0;
+        for (int row = thread(); row < kRows; row += kThreads) {
+          references()[row] = kNone;
+          totals()[row] = 0;
+        }
       }
       clear_padding({Layout::kColumns1}, kStages * kColumns, a.dims[0]);
       clear_padding({Layout::kColumns2}, kColumns, a.dims[1]);
@@ -372,25 +382,18 @@ struct TileKernel {
         const TileShape& shape = a.grid.row_tile;
         state.bounds[warp()][i] =
             bounds_of(spans(), shape, rows, i, 16 * kM * warp(), 16 * kM * (warp() + 1) - 1);
-        if (warp() > 0) continue;
-        const Bounds all = bounds_of(spans(), shape, rows, i, 0, kRows - 1);
-        state.tiles.low[i] = all.least_begin;
-        state.tiles.high[i] = all.greatest_end;
+        if (warp() == 0)
+          state.tiles.set_axis(i, bounds_of(spans(), shape, rows, i, 0, kRows - 1),
+                               a.grid.column_tile);
       }
-      gpu.sync();
-      if (thread() == 0) {
-        state.count = state.tiles.count(a.grid.column_tile);
-        stop_at(state.stops[0], ColumnTile::first(state.tiles));
-        if (state.count > 1) find_stop(1);
+      if (warp() == 0) {
+        gpu.sync_warp();
+        if (lane() == 0) state.count = state.tiles.count();
+        gpu.sync_warp();
+        locate(0);
       }
       gpu.sync();
       return true;
-    }
-    /// Tile `i` of columns, from the one before.
-    NATTEN_DEVICE void find_stop(int i) const {
-      ColumnTile tile = state.stops[(i - 1) % 4].tile;
-      tile.advance(state.tiles, a.grid.column_tile);
-      stop_at(state.stops[i % 4], tile);
     }
 
     NATTEN_DEVICE Overlap overlap(const ColumnTile& at) const {
@@ -509,7 +512,7 @@ struct TileKernel {
           const float correction = now == kNone ? 1.0f : gpu.exp2(past - now);
           past = now;
           references()[first_row + 16 * m + 8 * half] = now;
-          total(m, half) *= correction;
+          if (keeps_totals()) totals()[first_row + 16 * m + 8 * half] *= correction;
           NATTEN_UNROLL
           for (int n = 0; n < kDims / 8; ++n) NATTEN_UNROLL
           for (int j = 0; j < 2; ++j) sums[m][n][2 * half + j] *= correction;
@@ -527,7 +530,8 @@ struct TileKernel {
           x = gpu.exp2(x * a.factor - subtracted);
           sum += x;
         }
-        total(m, half) += sum;
+        sum = row_sum(sum);
+        if (keeps_totals()) totals()[first_row + 16 * m + 8 * half] += sum;
       }
     }
 
@@ -600,7 +604,7 @@ struct TileKernel {
 
       load_rows(0, rows1);
       if constexpr (kNeedsGradWeights) load_rows(1, rows2);
-      if (state.count > 0) load_first_columns(0, state.stops[0]);
+      if (state.count > 0) load_first_columns(0, stop_of(0));
       gpu.commit();
 
       FragmentC sums1[kSumsFirst ? kM : 1][kDims / 8], sums2[kSumsSecond ? kM : 1][kDims / 8];
@@ -617,8 +621,7 @@ struct TileKernel {
       for (int i = 0; i < state.count; ++i) {
         const int stage = kStages == 2 ? i & 1 : 0;
         const bool has_next = i + 1 < state.count;
-        const ColumnStop<T>& stop = state.stops[i % 4];
-        const ColumnStop<T>& next = state.stops[(i + 1) % 4];
+        const ColumnStop<T>&stop = stop_of(i), &next = stop_of(i + 1);
         gpu.template wait<0>();
         gpu.sync();  // B1 is there, and all warps are done with B2
         load_columns(1, columns2, stop);
@@ -627,7 +630,9 @@ struct TileKernel {
           if (has_next) load_first_columns(1 - stage, next);
           gpu.commit();
         }
-        if (thread() == 0 && i + 2 < state.count) find_stop(i + 2);
+        if (i % State::kBatch == 0 && warp() == i / State::kBatch % kWarps)
+          locate(i + State::kBatch);
+        gpu.sync_warp();  // products need whole warps
 
         const Overlap seen = overlap(stop.tile);
         FragmentC scores[kM][kN];
@@ -683,11 +688,14 @@ struct TileKernel {
         NATTEN_UNROLL
         for (int m = 0; m < kM; ++m) NATTEN_UNROLL
         for (int half = 0; half < 2; ++half) {
-          const float sum = row_sum(kPass == Pass::forward ? total(m, half) : products[m][half]);
-          write_statistic(row_of(m, half), sum);
-          if constexpr (kPass == Pass::forward) NATTEN_UNROLL
-          for (int n = 0; n < kDims / 8; ++n) NATTEN_UNROLL
-          for (int j = 0; j < 2; ++j) sums2[m][n][2 * half + j] /= sum;
+          const int row = row_of(m, half);
+          const float sum = kPass == Pass::forward ? totals()[row] : row_sum(products[m][half]);
+          write_statistic(row, sum);
+          if constexpr (kPass == Pass::forward) {
+            NATTEN_UNROLL
+            for (int n = 0; n < kDims / 8; ++n) NATTEN_UNROLL
+            for (int j = 0; j < 2; ++j) sums2[m][n][2 * half + j] /= sum;
+          }
         }
       }
       if constexpr (kSumsFirst) write(0, sums1, a.scale);

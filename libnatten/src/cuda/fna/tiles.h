@@ -183,65 +183,44 @@ struct MaskWords {
   }
 };
 
-/// The columns that a block visits: for each of `heads` heads the tiles that cover a box, then
-/// those that cover `additional` tokens.
-struct ColumnTiles {
-  int low[kMaxRank], high[kMaxRank];
-  int additional;
-  int heads;
-
-  NATTEN_HOST_DEVICE int count(const TileShape& tile) const {
-    int count = 1;
-    NATTEN_UNROLL
-    for (int a = 0; a < kMaxRank; ++a) {
-      const int extent = high[a] - low[a];
-      count *= extent > 0 ? (extent + tile.extent(a) - 1) >> tile.bits[a] : 0;
-    }
-    return heads * (count + (additional + tile.size() - 1) / tile.size());
-  }
-};
-
 /// One tile of columns.
 struct ColumnTile {
-  int origin[kMaxRank];
+  int origin[kMaxRank];  ///< position of the first column; of additional tokens the last counts
   int head;
   bool is_additional;
+};
 
-  NATTEN_HOST_DEVICE void begin_head(const ColumnTiles& tiles) {
-    is_additional = false;
+/// The columns that a block visits: for each of `heads` heads the tiles that cover a box, then
+/// those that cover additional tokens.
+struct ColumnTiles {
+  int low[kMaxRank];
+  int counts[kMaxRank];  ///< of tiles along each axis
+  int additional;        ///< tiles of additional tokens
+  int heads;
+
+  NATTEN_HOST_DEVICE void set_axis(int axis, const Bounds& seen, const TileShape& tile) {
+    const int extent = seen.greatest_end - seen.least_begin;
+    low[axis] = seen.least_begin;
+    counts[axis] = extent > 0 ? (extent + tile.extent(axis) - 1) >> tile.bits[axis] : 0;
+  }
+  NATTEN_HOST_DEVICE int per_head() const { return counts[0] * counts[1] * counts[2] + additional; }
+  NATTEN_HOST_DEVICE int count() const { return heads * per_head(); }
+  /// Tile `index`, less than `count()`.
+  NATTEN_HOST_DEVICE ColumnTile at(int index, const TileShape& shape) const {
+    ColumnTile tile{{0, 0, 0}, index / per_head(), false};
+    index %= per_head();
+    const int of_box = per_head() - additional;
+    if (index >= of_box) {
+      tile.is_additional = true;
+      tile.origin[kMaxRank - 1] = (index - of_box) * shape.size();
+      return tile;
+    }
     NATTEN_UNROLL
-    for (int a = 0; a < kMaxRank; ++a) {
-      origin[a] = tiles.low[a];
-      is_additional = is_additional || tiles.low[a] >= tiles.high[a];
+    for (int a = kMaxRank - 1; a >= 0; --a) {
+      tile.origin[a] = low[a] + (index % counts[a] << shape.bits[a]);
+      index /= counts[a];
     }
-    if (is_additional) begin_additional();
-  }
-  NATTEN_HOST_DEVICE void begin_additional() {
-    is_additional = true;
-    origin[0] = origin[1] = origin[2] = 0;
-  }
-  NATTEN_HOST_DEVICE static ColumnTile first(const ColumnTiles& tiles) {
-    ColumnTile tile;
-    tile.head = 0;
-    tile.begin_head(tiles);
     return tile;
-  }
-  /// Not to be called after the last.
-  NATTEN_HOST_DEVICE void advance(const ColumnTiles& tiles, const TileShape& shape) {
-    if (!is_additional) {
-      NATTEN_UNROLL
-      for (int a = kMaxRank - 1; a >= 0; --a) {
-        origin[a] += shape.extent(a);
-        if (origin[a] < tiles.high[a]) return;
-        origin[a] = tiles.low[a];
-      }
-      if (tiles.additional > 0) return begin_additional();
-    } else {
-      origin[2] += shape.size();
-      if (origin[2] < tiles.additional) return;
-    }
-    ++head;
-    begin_head(tiles);
   }
 };
 
