@@ -39,6 +39,7 @@ Call decode_call(std::string_view op, const std::int64_t* config, std::size_t co
   if (flags & empty_slots_zero) o.empty_slots = EmptySlots::zero;
   o.separate_key_grid = flags & separate_key_grid;
   o.deterministic = !(flags & nondeterministic);
+  o.allow_tf32 = flags & allow_tf32;
   return call;
 }
 

@@ -17,6 +17,7 @@ enum Flag : std::int64_t {
   empty_slots_zero = 2,
   separate_key_grid = 4,
   nondeterministic = 8,
+  allow_tf32 = 16,
 };
 
 /// Throws Error.

@@ -31,8 +31,21 @@ inline const natten::DType kDTypes[] = {natten::DType::float64, natten::DType::f
 struct Bounds {
   double forward, gradient;
 };
-inline Bounds bounds_of(natten::DType dtype) {
-  switch (dtype) {
+/// An element type, and how it is multiplied.
+struct Precision {
+  natten::DType dtype;
+  bool allow_tf32;
+
+  Precision(natten::DType a_dtype, bool allows_tf32 = false)
+      : dtype(a_dtype), allow_tf32(allows_tf32) {}
+  std::string name() const { return allow_tf32 ? "tf32" : name_of(dtype); }
+  bool operator<(const Precision& other) const {
+    return std::tie(dtype, allow_tf32) < std::tie(other.dtype, other.allow_tf32);
+  }
+};
+/// TF32 has as many bits as float16.
+inline Bounds bounds_of(const Precision& p) {
+  switch (p.allow_tf32 ? natten::DType::float16 : p.dtype) {
     case natten::DType::float64: return {1e-13, 1e-12};
     case natten::DType::float32: return {1e-6, 1e-5};
     case natten::DType::bfloat16: return {1e-2, 2e-2};
@@ -52,7 +65,9 @@ struct Case {
   std::optional<std::int64_t> additional;  ///< tensors with 0 tokens differ from none
   std::optional<double> scale;
   bool rpb = false, logsumexp = true, grad_logsumexp = false, is_contiguous = true;
+  bool allow_tf32 = false;
 
+  Precision precision() const { return {dtype, allow_tf32}; }
   int rank() const { return static_cast<int>(axes.size()); }
   bool is_causal() const {
     for (const oracle::Axis& axis : axes)
@@ -62,7 +77,7 @@ struct Case {
 };
 
 inline std::ostream& operator<<(std::ostream& s, const Case& c) {
-  s << "seed " << c.seed << ": " << name_of(c.dtype);
+  s << "seed " << c.seed << ": " << c.precision().name();
   for (const oracle::Axis& a : c.axes)
     s << " (length " << a.length << " kernel " << a.kernel_size << " stride " << a.stride
       << " dilation " << a.dilation << (a.is_causal ? " causal)" : ")");
@@ -263,6 +278,7 @@ class FusedProblem {
     call.tensors = buffers.views();
     call.options.scale = c.scale;
     call.options.separate_key_grid = c.keys.has_value();
+    call.options.allow_tf32 = c.allow_tf32;
     return call;
   }
   natten::Call forward() { return call(natten::Op::attention_forward); }
@@ -331,8 +347,8 @@ void for_each_gradient(Buffers& b, const oracle::FusedResults& expected, F&& f) 
 /// Largest errors seen, by what was computed, element type and rank.
 class ErrorTable {
  public:
-  void add(const std::string& what, natten::DType dtype, int rank, double error) {
-    double& largest = errors_[{what, static_cast<int>(dtype), rank}];
+  void add(const std::string& what, const Precision& precision, int rank, double error) {
+    double& largest = errors_[{what, precision, rank}];
     if (!(error <= largest)) largest = error;
   }
   void print(const char* title) const {
@@ -341,39 +357,57 @@ class ErrorTable {
     for (int rank = 1; rank <= natten::kMaxRank; ++rank)
       std::cout << std::setw(12) << "rank " + std::to_string(rank);
     std::cout << "bound\n";
-    std::string what;
-    int dtype = -1;
-    for (const auto& entry : errors_) {
-      const auto& [name, type, unused_rank] = entry.first;
-      if (name == what && type == dtype) continue;
-      what = name;
-      dtype = type;
-      std::cout << std::setw(28) << name << std::setw(10)
-                << name_of(static_cast<natten::DType>(type));
+    for (auto entry = errors_.begin(); entry != errors_.end();) {
+      const auto& [name, precision, lowest_rank] = entry->first;
+      std::cout << std::setw(28) << name << std::setw(10) << precision.name();
       for (int rank = 1; rank <= natten::kMaxRank; ++rank) {
-        const auto found = errors_.find({name, type, rank});
+        const auto found = errors_.find({name, precision, rank});
         std::ostringstream cell;
         if (found != errors_.end()) cell << std::setprecision(2) << found->second;
         std::cout << std::setw(12) << (cell.str().empty() ? "-" : cell.str());
       }
-      std::cout << bound_of(name, static_cast<natten::DType>(type)) << "\n";
+      std::cout << bound_of(name, precision) << "\n";
+      entry = errors_.upper_bound({name, precision, natten::kMaxRank});
     }
     std::cout << std::endl;
   }
-  static double bound_of(const std::string& what, natten::DType dtype) {
-    if (what == "logsumexp") return bounds_of(statistic_of(dtype)).forward;
-    const Bounds bounds = bounds_of(dtype);
+  static double bound_of(const std::string& what, const Precision& precision) {
+    const Bounds bounds = bounds_of(precision);
+    if (what == "logsumexp" && !precision.allow_tf32)
+      return bounds_of(statistic_of(precision.dtype)).forward;
     return what.rfind("grad_", 0) == 0 ? bounds.gradient : bounds.forward;
   }
   /// Adds an error and fails the test where it exceeds its bound; a NaN does.
-  void expect(const std::string& what, natten::DType dtype, int rank, double error) {
-    add(what, dtype, rank, error);
-    EXPECT_LE(error, bound_of(what, dtype)) << what;
+  void expect(const std::string& what, const Precision& precision, int rank, double error) {
+    add(what, precision, rank, error);
+    EXPECT_LE(error, bound_of(what, precision)) << what;
   }
 
  private:
-  std::map<std::tuple<std::string, int, int>, double> errors_;
+  std::map<std::tuple<std::string, Precision, int>, double> errors_;
 };
+
+/// Runs a problem's forward and backward pass by `run(call)` and compares with the reference.
+template <class Run>
+void expect_definition(FusedProblem& problem, ErrorTable& errors, Run&& run) {
+  const Case& c = problem.c;
+  SCOPED_TRACE(testing::Message() << c);
+  problem.provide_logsumexp();
+  run(problem.forward());
+  run(problem.backward());
+  const oracle::FusedResults expected = problem.expected();
+  Buffers& b = problem.buffers;
+  const auto expect = [&](const char* name, double error) {
+    errors.expect(name, c.precision(), c.rank(), error);
+  };
+  expect("output", relative_error(b.output.dense(), expected.output));
+  expect("logsumexp", logsumexp_error(b.logsumexp.dense(), expected.logsumexp));
+  for_each_gradient(b, expected, [&](const char* name, Buffer& got, const Dense& reference) {
+    if (got.view())
+      expect(name, relative_error(got.dense(), reference, problem.incoming_gradient()));
+  });
+  b.expect_gaps_intact();
+}
 
 /// Whether some backend runs the call, given what NATTEN_BACKEND forces.
 inline bool is_runnable(const natten::Call& call) {

@@ -27,39 +27,23 @@ const bool kProvided = [] {
   return true;
 }();
 
-class CudaFna : public testing::TestWithParam<natten::DType> {
+class CudaFna : public testing::TestWithParam<Precision> {
  protected:
   static void TearDownTestSuite() { errors_.print("CUDA, tensor-core kernels: larger problems"); }
 
-  natten::DType dtype() const { return GetParam(); }
+  natten::DType dtype() const { return GetParam().dtype; }
 
   /// Forward and backward against the reference.
   void expect_definition(Case c, std::uint64_t seed = 0,
                          const std::function<void(natten::Call&)>& configure = {}) {
     c.dtype = dtype();
-    std::ostringstream text;
-    text << c;
-    SCOPED_TRACE(text.str());
+    c.allow_tf32 = GetParam().allow_tf32;
     FusedProblem problem(c);
-    problem.provide_logsumexp();
-    natten::Call forward = problem.forward(), backward = problem.backward();
-    for (natten::Call* call : {&forward, &backward}) {
-      if (configure) configure(*call);
-      ASSERT_EQ(cuda::fna_refuse_reason(natten::describe(*call)), "");
-      ASSERT_NO_THROW(run_emulated(*call, seed));
-    }
-    const oracle::FusedResults expected = problem.expected();
-    Buffers& b = problem.buffers;
-    const auto expect = [&](const char* name, double error) {
-      errors_.expect(name, dtype(), c.rank(), error);
-    };
-    expect("output", relative_error(b.output.dense(), expected.output));
-    expect("logsumexp", relative_error(b.logsumexp.dense(), expected.logsumexp));
-    for_each_gradient(b, expected, [&](const char* name, Buffer& got, const Dense& reference) {
-      if (got.view())
-        expect(name, relative_error(got.dense(), reference, problem.incoming_gradient()));
+    natten_tests::expect_definition(problem, errors_, [&](natten::Call call) {
+      if (configure) configure(call);
+      ASSERT_EQ(cuda::fna_refuse_reason(natten::describe(call)), "");
+      ASSERT_NO_THROW(run_emulated(call, seed));
     });
-    b.expect_gaps_intact();
   }
 
   static ErrorTable errors_;
@@ -92,7 +76,7 @@ TEST_P(CudaFna, HeadDims) {
     c.seed = ++seed;
     c.dim = dim;
     c.value_dim = value_dim;
-    expect_definition(c);
+    if (std::max(dim, value_dim) <= cuda::most_dims(natten::size_of(dtype()))) expect_definition(c);
   }
 }
 
@@ -147,6 +131,23 @@ TEST(CudaTiles, UnsupportedShapesAreRefusedWithTheSupportedOnes) {
             std::string::npos);
   EXPECT_NE(refusal({}, {8, 16}).find("(64, 1), (32, 2), (16, 4), (8, 8)"), std::string::npos);
   EXPECT_NE(refusal({1 << 20, 1 << 20}, {}).find("q_tile_shape"), std::string::npos);
+}
+
+TEST(CudaFnaChoice, Float32OnlyInTf32AndWithItsDims) {
+  Case c;
+  c.axes = {{9, 5, 1, 1, false}};
+  c.dtype = natten::DType::float32;
+  const auto refusal = [&] {
+    FusedProblem problem(c);
+    return cuda::fna_refuse_reason(natten::describe(problem.forward()));
+  };
+  EXPECT_EQ(refusal(), "computes float32 in TF32 only, which the call does not allow");
+  c.allow_tf32 = true;
+  EXPECT_EQ(refusal(), "");
+  c.dim = 129;
+  EXPECT_EQ(refusal(), "head dims 129 and 4; the most is 128 for float32");
+  c.dtype = natten::DType::float64;
+  EXPECT_EQ(refusal(), "does not compute float64");
 }
 
 /// What a forward pass multiplies, relative to what the windows hold: whole tiles, but for those
@@ -253,7 +254,10 @@ TEST_P(CudaFna, Random) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Emulated, CudaFna,
-                         testing::Values(natten::DType::bfloat16, natten::DType::float16));
+                         testing::Values(Precision(natten::DType::bfloat16),
+                                         Precision(natten::DType::float16),
+                                         Precision(natten::DType::float32, true)),
+                         [](const auto& info) { return info.param.name(); });
 
 }  // namespace
 }  // namespace natten_tests

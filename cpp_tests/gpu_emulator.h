@@ -19,6 +19,7 @@
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <type_traits>
 #include <vector>
 
 #include "../libnatten/src/cuda/machine.h"
@@ -50,6 +51,10 @@ class EmulatedThread {
   }
   void load_matrices(std::uint32_t (&r)[4], int row) { load(r, row, false); }
   void load_matrices_transposed(std::uint32_t (&r)[4], int row) { load(r, row, true); }
+  void read_chunk(std::uint32_t (&r)[4], int from) { std::memcpy(r, shared_bytes(from, 16), 16); }
+  void write_chunk(int to, const std::uint32_t (&r)[4]) {
+    std::memcpy(shared_bytes(to, 16), r, 16);
+  }
   template <class T>
   void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
   template <class T>
@@ -317,29 +322,35 @@ void EmulatedThread::multiply_add(float (&c)[4], const std::uint32_t (&a)[4],
     const std::uint32_t (&b)[2];
   } args{c, a, b};
   with_warp(args, [](Args*(&lanes)[32]) {
-    const auto half_of = [](std::uint32_t pair, int which) {
-      T x;
-      x.bits = static_cast<std::uint16_t>(pair >> (16 * which));
-      return static_cast<float>(x);
+    constexpr int kPacked = 4 / sizeof(T);  // elements in a register
+    constexpr int kDepth = 8 * kPacked;
+    const auto element = [](std::uint32_t bits, int which) {
+      if constexpr (std::is_same_v<T, float>) {
+        if (bits & 0x1fff) throw std::logic_error("multiply_add: not rounded to TF32");
+        float x;
+        std::memcpy(&x, &bits, sizeof x);
+        return x;
+      } else {
+        T x;
+        x.bits = static_cast<std::uint16_t>(bits >> (16 * which));
+        return static_cast<float>(x);
+      }
     };
-    static thread_local float a[16][16], b[16][8];
+    static thread_local float a[16][kDepth], b[kDepth][8];
     for (int lane = 0; lane < 32; ++lane) {
       const int group = lane / 4, in_group = lane % 4;
-      for (int i = 0; i < 8; ++i) {  // PTX: element i of A's fragment
-        const int row = group + (i / 2 % 2 == 1 ? 8 : 0);
-        const int column = in_group * 2 + (i & 1) + (i >= 4 ? 8 : 0);
-        a[row][column] = half_of(lanes[lane]->a[i / 2], i % 2);
-      }
-      for (int i = 0; i < 4; ++i) {
-        const int row = in_group * 2 + (i & 1) + (i >= 2 ? 8 : 0);
-        b[row][group] = half_of(lanes[lane]->b[i / 2], i % 2);
-      }
+      for (int r = 0; r < 4; ++r)  // PTX: registers of A's fragment, then of B's
+        for (int i = 0; i < kPacked; ++i) {
+          const int at = in_group * kPacked + i;
+          a[group + r % 2 * 8][at + r / 2 * kDepth / 2] = element(lanes[lane]->a[r], i);
+          if (r < 2) b[at + r * kDepth / 2][group] = element(lanes[lane]->b[r], i);
+        }
     }
     for (int lane = 0; lane < 32; ++lane)
       for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + (i & 1);
         float sum = lanes[lane]->c[i];
-        for (int k = 0; k < 16; ++k) sum += a[row][k] * b[k][column];
+        for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
         lanes[lane]->c[i] = sum;
       }
   });

@@ -93,7 +93,6 @@ for name in {[name for name in SWITCHES if name.startswith(("is_", "are_"))]}:
         "is_memory_usage_default",
         "is_gemm_na_enabled",
         "is_tiled_na_enabled",
-        "is_tf32_in_gemm_na_enabled",
     ]
 
 
@@ -225,20 +224,20 @@ def test_deterministic_torch_lets_fused_be_switched(deterministic_torch, caplog)
     assert not caplog.records
 
 
+without_kernels = pytest.mark.skipif(
+    bool(_core.backends("cuda")), reason="for builds without CUDA kernels"
+)
+
+
 @pytest.mark.parametrize(
     "switch",
     [
         lambda: natten.use_gemm_na(False),
         lambda: natten.disable_tiled_na(),
-        lambda: natten.enable_tf32(),
         lambda: natten.set_memory_usage_preference("strict"),
         lambda: natten.use_autotuner(True),
-        pytest.param(
-            lambda: natten.use_kv_parallelism_in_fused_na(),
-            marks=pytest.mark.skipif(
-                bool(_core.backends("cuda")), reason="KV parallelism is for CUDA kernels"
-            ),
-        ),
+        pytest.param(lambda: natten.enable_tf32(), marks=without_kernels),
+        pytest.param(lambda: natten.use_kv_parallelism_in_fused_na(), marks=without_kernels),
     ],
 )
 def test_preference_without_effect_says_so_once(switch, caplog):

@@ -145,6 +145,28 @@ def test_large(grid, neighborhood, dtype):
         assert relative_error(g, w) <= bound, name
 
 
+def test_tf32_is_an_opt_in():
+    inputs = tensors(1, 40, 40, 4, 64, dtype=torch.float32)
+    exact = gradients(step, [x.double() for x in inputs])
+
+    def errors():
+        verdicts = natten.explain(*inputs, kernel_size=5).verdicts
+        found = flat(gradients(step, inputs))
+        return [v.backend for v in verdicts if v.chosen], [
+            relative_error(x, y) for x, y in zip(found, flat(exact), strict=True)
+        ]
+
+    backends, plain = errors()
+    assert backends == ["simt", "simt"] and max(plain) < 1e-5
+    natten.enable_tf32()
+    try:
+        backends, rounded = errors()
+    finally:
+        natten.disable_tf32()
+    assert backends == ["fna", "fna"]
+    assert max(rounded) <= cases.GRADIENT_BOUND["float16"] and min(rounded) > 10 * max(plain)
+
+
 def test_attention_and_merging():
     q, k, v = tensors(2, 50, 4, 32, dtype=torch.float64)
 

@@ -197,17 +197,30 @@ def test_fake_tensors():
     assert device.type == "cuda" and shape == TOKENS[0]
 
 
-@pytest.fixture
-def kv_parallelism(monkeypatch):
+@pytest.fixture(autouse=True)
+def switches(monkeypatch):
     monkeypatch.setattr(context, "_switches", context._Switches())
-    natten.use_kv_parallelism_in_fused_na()
 
 
-@needs_torch
-@pytest.mark.parametrize("compiled", [False, True])
-def test_kv_parallelism_reaches_the_backward_pass(kv_parallelism, compiled, monkeypatch):
+@pytest.fixture(params=[False, True], ids=["eager", "compiled"])
+def step(request):
+    """A forward pass in PyTorch."""
     import torch
 
+    q = torch.randn(1, 6, 2, 4, requires_grad=True)
+
+    def step():
+        return natten.na1d(q, q, q, 3, scale=0.5).sum()
+
+    if not request.param:
+        return step
+    torch._dynamo.reset()
+    return torch.compile(step, fullgraph=True, backend="aot_eager")
+
+
+@pytest.fixture
+def flags(monkeypatch):
+    """The flags that reach libnatten, by operation."""
     flags = {}
     run = _core.run
 
@@ -216,14 +229,23 @@ def test_kv_parallelism_reaches_the_backward_pass(kv_parallelism, compiled, monk
         return run(op, config, *args)
 
     monkeypatch.setattr(_core, "run", recorded)
-    q = torch.randn(1, 6, 2, 4, requires_grad=True)
+    return flags
 
-    def step():
-        return natten.na1d(q, q, q, 3, scale=0.5).sum()
 
-    if compiled:
-        torch._dynamo.reset()
-        step = torch.compile(step, fullgraph=True, backend="aot_eager")
+@needs_torch
+def test_tf32_reaches_both_passes(step, flags):
+    for mode in (False, True, False):
+        natten.use_tf32_in_gemm_na(mode)
+        step().backward()
+        expected = _args.HAS_SCALE | (_args.ALLOW_TF32 if mode else 0)
+        assert flags == {"attention_forward": expected, "attention_backward": expected}
+
+
+@needs_torch
+def test_kv_parallelism_reaches_the_backward_pass(step, flags):
+    import torch
+
+    natten.use_kv_parallelism_in_fused_na()
     step().backward()
     assert flags["attention_backward"] == _args.HAS_SCALE | _args.NONDETERMINISTIC
 
@@ -303,7 +325,7 @@ def test_jax_lowers_for_cuda():
 
 
 @needs_jax
-def test_kv_parallelism_is_read_when_jax_traces(kv_parallelism):
+def test_switches_are_read_when_jax_traces():
     import jax
 
     def flags():
@@ -313,6 +335,10 @@ def test_kv_parallelism_is_read_when_jax_traces(kv_parallelism):
             if "setup" in eqn.params
         }
 
+    natten.use_kv_parallelism_in_fused_na()
     assert flags() == {_args.NONDETERMINISTIC}
     natten.use_kv_parallelism_in_fused_na(False)
+    natten.use_tf32_in_gemm_na()
+    assert flags() == {_args.ALLOW_TF32}
+    natten.use_tf32_in_gemm_na(False)
     assert flags() == {0}

@@ -315,6 +315,7 @@ class Checker {
     p.wants_grad_additional = bool(t.grad_additional_keys) || bool(t.grad_additional_values);
     p.empty_slots = o.empty_slots;
     p.deterministic = o.deterministic;
+    p.allow_tf32 = o.allow_tf32;
     const bool is_backward = call_.op == Op::attention_backward;
     p.query_tile = is_backward ? o.backward_query_tile : o.query_tile;
     p.key_tile = is_backward ? o.backward_key_tile : o.key_tile;

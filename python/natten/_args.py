@@ -23,6 +23,7 @@ HAS_SCALE = 1
 EMPTY_SLOTS_ZERO = 2
 SEPARATE_KEY_GRID = 4  # the window is all of the keys' grid; kernel_size is a placeholder
 NONDETERMINISTIC = 8
+ALLOW_TF32 = 16
 
 
 def per_axis(name: str, value: Ints | Bools, rank: int) -> tuple[int, ...]:
@@ -89,6 +90,8 @@ def attention_flags(scale: float | None) -> int:
     flags = 0 if scale is None else HAS_SCALE
     if context.is_kv_parallelism_in_fused_na_enabled():
         flags |= NONDETERMINISTIC
+    if context.is_tf32_in_gemm_na_enabled():
+        flags |= ALLOW_TF32
     return flags
 
 

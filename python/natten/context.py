@@ -53,7 +53,7 @@ class _Switches:
     memory: MemoryUsagePreference = MemoryUsagePreference.Default
     gemm: bool = True
     tiled: bool = True
-    tf32: bool = True
+    tf32: bool = False
 
 
 _switches = _Switches()
@@ -278,9 +278,16 @@ def is_tiled_na_enabled() -> bool:
 
 
 def use_tf32_in_gemm_na(mode: bool = True) -> None:
-    """Remembers whether matrix products may use TF32. No effect here."""
+    """Allows fused attention on float32 to multiply in TF32, on tensor cores of a CUDA device. Off
+    by default. No effect on the CPU. A backward pass does as its forward pass was told; JAX reads
+    the switch when it traces a function.
+
+    What is multiplied is rounded to 11 significant bits, as many as float16 has; range, sums and
+    results stay those of float32. Head dims over 128 and the unfused operations remain in float32.
+    """
+    if mode and not _core.backends("cuda"):
+        _say_unused("TF32")
     _switches.tf32 = bool(mode)
-    _say_unused("tf32_in_gemm_na")
 
 
 def enable_tf32() -> bool:
@@ -348,4 +355,9 @@ def has_gemm(device_index: Any = None) -> bool:
     return False
 
 
-has_tf32_gemm = has_fp32_gemm = has_fp64_gemm = has_gemm
+has_fp32_gemm = has_fp64_gemm = has_gemm
+
+
+def has_tf32_gemm(device_index: Any = None) -> bool:
+    """Whether the CUDA device has kernels that multiply float32 in TF32: the fused ones."""
+    return _has(80, device_index)

@@ -57,6 +57,9 @@ struct Options {
   /// query's.
   bool separate_key_grid = false;
   bool deterministic = true;
+  /// Products of float32 may be computed in TF32, with 11 bits of precision in place of 24, where
+  /// that is faster: by backends for CUDA.
+  bool allow_tf32 = false;
   /// Tile shapes and key splits are hints for backends that work on tiles: one positive integer
   /// per axis, or empty for the default.
   Tuple query_tile, key_tile, backward_query_tile, backward_key_tile, key_splits;
@@ -96,6 +99,7 @@ struct Problem {
   bool wants_grad_additional = false;
   EmptySlots empty_slots = EmptySlots::negative_infinity;
   bool deterministic = true;
+  bool allow_tf32 = false;
   Tuple query_tile, key_tile, key_splits;
 
   std::int64_t queries() const {

@@ -13,6 +13,7 @@ namespace natten::detail::cuda {
 // Compiled from instance.cu.in.
 extern template void run_fna_as<bfloat16>(const Job& job, Launcher& launch);
 extern template void run_fna_as<float16>(const Job& job, Launcher& launch);
+extern template void run_fna_as<float>(const Job& job, Launcher& launch);
 extern template void run_simt_as<double>(const Job& job, Launcher& launch);
 extern template void run_simt_as<float>(const Job& job, Launcher& launch);
 extern template void run_simt_as<bfloat16>(const Job& job, Launcher& launch);

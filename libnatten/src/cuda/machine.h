@@ -15,6 +15,7 @@
 
 #include <natten/half.h>
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -34,10 +35,20 @@
 namespace natten::detail::cuda {
 
 /// What a thread of a warp holds of a matrix of 16 x 16 (A), 16 x 8 (B) or 16 x 8 (C) elements of
-/// mma.m16n8k16, by PTX's fragment layouts.
+/// mma.m16n8k16, by PTX's fragment layouts; of mma.m16n8k8 for float, whose A is 16 x 8 and B 8
+/// x 8.
 using FragmentA = std::uint32_t[4];
 using FragmentB = std::uint32_t[2];
 using FragmentC = float[4];
+
+/// Rounds to TF32, float without its last 13 bits: to nearest, as cvt.rna.tf32.f32 does, so the
+/// middle between two goes away from zero.
+NATTEN_DEVICE float round_to_tf32(float x) {
+  constexpr int kDropped = 13;
+  std::uint32_t bits = natten::detail::bits_of(x);
+  if (std::fabs(x) < __builtin_huge_valf()) bits += 1u << (kDropped - 1);
+  return natten::detail::float_of(bits & ~((1u << kDropped) - 1));
+}
 
 #if defined(__CUDACC__)
 
@@ -99,7 +110,19 @@ class Gpu {
                  : "r"(address(row))
                  : "memory");
   }
-  /// c += a b. `T` is the type of a's and b's elements.
+  /// Reads, or writes, 16 bytes at an offset in shared memory.
+  __device__ void read_chunk(std::uint32_t (&r)[4], int from) const {
+    const uint4 x = *shared<uint4>(from);
+    r[0] = x.x;
+    r[1] = x.y;
+    r[2] = x.z;
+    r[3] = x.w;
+  }
+  __device__ void write_chunk(int to, const std::uint32_t (&r)[4]) const {
+    *shared<uint4>(to) = make_uint4(r[0], r[1], r[2], r[3]);
+  }
+  /// c += a b. `T` is the type of a's and b's elements; float stands for TF32, to which they must
+  /// have been rounded.
   template <class T>
   __device__ void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b) const;
 
@@ -141,6 +164,14 @@ template <>
 __device__ inline void Gpu::multiply_add<bfloat16>(FragmentC& c, const FragmentA& a,
                                                    const FragmentB& b) const {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+      "{%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+__device__ inline void Gpu::multiply_add<float>(FragmentC& c, const FragmentA& a,
+                                                const FragmentB& b) const {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
       "{%8, %9}, {%0, %1, %2, %3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));

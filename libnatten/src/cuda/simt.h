@@ -149,6 +149,7 @@ class Run {
     }
   }
 
+  template <bool kTf32 = false>
   void grad_rpb(const Sum* row_term, const BiasParts<Sum>& parts) {
     fill(parts.fill);
     const std::int64_t count = p_.batch * p_.heads * parts.tiles.total();
@@ -159,7 +160,7 @@ class Run {
     do {  // at least once, so that sums over nothing are written
       const std::int64_t tiles = std::min<std::int64_t>(parts.tile_count, count - first);
       s.first_block = first;
-      run<Weight::grad_score, false, false>(s, tiles);
+      run<Weight::grad_score, false, false, kTf32>(s, tiles);
       sum_biases<Sum>(parts, parts.tile_weights, {}, first, tiles);
       first += parts.tile_count;
     } while (first < count);
@@ -226,7 +227,7 @@ class Run {
   }
 
   /// Runs RowSums: `blocks` of them, or all. Without `kSums`, no vectors are summed up.
-  template <Weight kWeight, bool kKeyRows, bool kSums = true>
+  template <Weight kWeight, bool kKeyRows, bool kSums = true, bool kTf32 = false>
   void run(Sums<T> s, std::int64_t blocks = -1) {
     constexpr int kVector = 16 / sizeof(T);
     constexpr int kWide = 512 / sizeof(Sum);  // elements
@@ -248,8 +249,8 @@ class Run {
               blocks >= 0 ? blocks : p_.batch * s.heads * s.splits * s.tiles.total() * s.slices);
     };
     if constexpr (!kSums) {
-      if (aligned) return launch(RowSums<T, kWeight, kKeyRows, 0, kVector>{});
-      launch(RowSums<T, kWeight, kKeyRows, 0, 1>{});
+      if (aligned) return launch(RowSums<T, kWeight, kKeyRows, 0, kVector, kTf32>{});
+      launch(RowSums<T, kWeight, kKeyRows, 0, 1, kTf32>{});
     } else {
       if (!aligned) return launch(RowSums<T, kWeight, kKeyRows, kWide / 4, 1>{});
       if constexpr (kWeight != Weight::slot)  // whose weights cost little to find again
@@ -511,14 +512,16 @@ void run_simt(const Job& job, Launcher& launch) {
                  [&](auto type) { run_simt_as<typename decltype(type)::type>(job, launch); });
 }
 
-/// The gradient of biases alone, for backends that find the rest otherwise. `row_term`
+/// The gradient of biases alone, for backends that find the rest otherwise, and multiply float in
+/// TF32: dP and the row terms nearly cancel, so both must come from the same numbers. `row_term`
 /// [B, H, queries] holds the sums of P * dP minus grad_logsumexp.
 template <class T, class Launcher>
 void simt_grad_rpb(const Job& job, const StatisticOf<T>* row_term, void* workspace,
                    Launcher& launch) {
   simt::Pieces pieces(workspace);
   simt::Run<T, Launcher>(job, launch)
-      .grad_rpb(row_term, simt::BiasParts<StatisticOf<T>>(job.problem, pieces));
+      .template grad_rpb<std::is_same_v<T, float>>(
+          row_term, simt::BiasParts<StatisticOf<T>>(job.problem, pieces));
 }
 inline std::size_t simt_grad_rpb_workspace_bytes(const Problem& p) {
   simt::Pieces pieces(nullptr);

@@ -34,8 +34,8 @@ NATTEN_DEVICE float number(float16 x) {
 #endif
 }
 
-/// Reads `kCount` elements: one, or 16 aligned bytes.
-template <int kCount, class T, class Sum>
+/// Reads `kCount` elements: one, or 16 aligned bytes. With `kTf32` they are rounded to TF32.
+template <bool kTf32 = false, int kCount, class T, class Sum>
 NATTEN_DEVICE void load(Sum (&to)[kCount], const T* from) {
   if constexpr (kCount == 1) {
     to[0] = number(*from);
@@ -50,6 +50,10 @@ NATTEN_DEVICE void load(Sum (&to)[kCount], const T* from) {
 #endif
     NATTEN_UNROLL
     for (int i = 0; i < kCount; ++i) to[i] = number(elements[i]);
+  }
+  if constexpr (kTf32) {
+    NATTEN_UNROLL
+    for (int i = 0; i < kCount; ++i) to[i] = round_to_tf32(to[i]);
   }
 }
 
@@ -320,19 +324,19 @@ NATTEN_DEVICE void find_vectors(const T* (&vectors)[kChunk], const Chunk& chunk,
 }
 
 /// Adds products of elements `d`, ... of `kBlock` vectors of `kVector` elements.
-template <int kBlock, int kVector, class T, class Sum>
+template <int kBlock, int kVector, bool kTf32, class T, class Sum>
 NATTEN_DEVICE void add_products(Sum (&sums)[kChunk], const T* row,
                                 const T* const (&vectors)[kChunk], int d) {
   Sum x[kBlock][kVector];
   NATTEN_UNROLL
-  for (int v = 0; v < kBlock; ++v) load(x[v], row + d + v * kVector);
+  for (int v = 0; v < kBlock; ++v) load<kTf32>(x[v], row + d + v * kVector);
   NATTEN_UNROLL
   for (int j = 0; j < kChunk; ++j) {
     const T* const at = vectors[j] + d;
     NATTEN_UNROLL
     for (int v = 0; v < kBlock; ++v) {
       Sum y[kVector];
-      load(y, at + v * kVector);
+      load<kTf32>(y, at + v * kVector);
       NATTEN_UNROLL
       for (int e = 0; e < kVector; ++e) sums[j] += x[v][e] * y[e];
     }
@@ -340,7 +344,7 @@ NATTEN_DEVICE void add_products(Sum (&sums)[kChunk], const T* row,
 }
 
 /// sums[j] = <row, vectors[j]>
-template <int kVector, class T, class Sum>
+template <int kVector, bool kTf32, class T, class Sum>
 NATTEN_DEVICE void dot(Sum (&sums)[kChunk], const T* row, const T* const (&vectors)[kChunk],
                        int dims) {
   constexpr int kLongest = 512;  // longer sums are sums of sums, which round less
@@ -351,8 +355,8 @@ NATTEN_DEVICE void dot(Sum (&sums)[kChunk], const T* row, const T* const (&vecto
     const int end = dims - d < kLongest ? dims : d + kLongest;
     Sum part[kChunk] = {};
     for (; d + kBlock * kVector <= end; d += kBlock * kVector)
-      add_products<kBlock, kVector>(part, row, vectors, d);
-    for (; d < end; d += kVector) add_products<1, kVector>(part, row, vectors, d);
+      add_products<kBlock, kVector, kTf32>(part, row, vectors, d);
+    for (; d < end; d += kVector) add_products<1, kVector, kTf32>(part, row, vectors, d);
     NATTEN_UNROLL
     for (int j = 0; j < kChunk; ++j) sums[j] += part[j];
   }

@@ -61,7 +61,9 @@ struct Sums {
 /// keys or additional tokens and columns the queries of all heads that share them. `kDims` elements
 /// of the sums are kept in registers, and vectors are read `kVector` elements at a time; other
 /// blocks sum up other slices of the elements.
-template <class T, Weight kWeight, bool kKeyRows, int kDims, int kVector>
+/// With `kTf32`, vectors of scores and their gradients are rounded to TF32, as by backends that
+/// multiply so.
+template <class T, Weight kWeight, bool kKeyRows, int kDims, int kVector, bool kTf32 = false>
 struct RowSums {
   using Sum = StatisticOf<T>;
   using Stored = std::conditional_t<kWeight == Weight::score, T, Sum>;
@@ -129,8 +131,8 @@ struct RowSums {
         if constexpr (kHasScore) {
           const T* vectors[kChunk];
           find_vectors(vectors, chunk, in.column_a.at(is_extra, batch, column_head, origin), 0);
-          dot<kVector>(weight, in.row_a.at(batch, head, widened(row.token)), vectors,
-                       in.score_dims);
+          dot<kVector, kTf32>(weight, in.row_a.at(batch, head, widened(row.token)), vectors,
+                              in.score_dims);
           NATTEN_UNROLL
           for (int j = 0; j < kChunk; ++j) weight[j] *= in.scale;
           if (in.bias && !is_extra) add_bias(weight, mask, chunk, row, query_head);
@@ -169,7 +171,8 @@ struct RowSums {
             Sum grad[kChunk];
             const T* vectors[kChunk];
             find_vectors(vectors, chunk, in.column_b.at(is_extra, batch, column_head, origin), 0);
-            dot<kVector>(grad, in.row_b.at(batch, head, widened(row.token)), vectors, in.grad_dims);
+            dot<kVector, kTf32>(grad, in.row_b.at(batch, head, widened(row.token)), vectors,
+                                in.grad_dims);
             of_columns(in.row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
             NATTEN_UNROLL
             for (int j = 0; j < kChunk; ++j) weight[j] *= grad[j];

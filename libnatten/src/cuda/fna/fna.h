@@ -1,12 +1,14 @@
 #pragma once
 
-// The backend "fna": fused neighborhood attention of half types on tensor cores.
+// The backend "fna": fused neighborhood attention on tensor cores, of half types and, in TF32, of
+// float32.
 
 #include <natten/error.h>
 
 #include <cstddef>
 #include <cstdlib>
 #include <string>
+#include <type_traits>
 
 #include "../simt.h"
 #include "plan.h"
@@ -16,22 +18,24 @@ namespace natten::detail::cuda {
 inline std::string fna_refuse_reason(const Problem& p) {
   if (p.op != Op::attention_forward && p.op != Op::attention_backward)
     return "computes fused attention only";
-  if (p.dtype != DType::float16 && p.dtype != DType::bfloat16)
-    return std::string("computes float16 and bfloat16, not ") + name_of(p.dtype);
-  if (p.head_dim > kMostDims || p.value_dim > kMostDims)
+  if (p.dtype == DType::float64) return "does not compute float64";
+  if (p.dtype == DType::float32 && !p.allow_tf32)
+    return "computes float32 in TF32 only, which the call does not allow";
+  const int most = most_dims(size_of(p.dtype));
+  if (p.head_dim > most || p.value_dim > most)
     return "head dims " + std::to_string(p.head_dim) + " and " + std::to_string(p.value_dim) +
-           "; the most is " + std::to_string(kMostDims);
+           "; the most is " + std::to_string(most) + " for " + name_of(p.dtype);
   for (const Axis& axis : p.axes)
     if (std::max(axis.query_length, axis.key_length) > std::numeric_limits<std::int32_t>::max() / 2)
       return "an axis has more than 2^30 tokens";
   return {};
 }
 
-/// Where the caller does not insist on determinism, one pass over the keys computes all gradients,
-/// up to the dims whose sums fit into registers.
+/// Where the caller does not insist on determinism, one pass over the keys computes all gradients
+/// of 16-bit elements, up to the dims whose sums fit into registers.
 inline bool adds_queries(const Problem& p) {
-  return !p.deterministic && p.wants_grad_query && p.wants_grad_key && p.wants_grad_value &&
-         padded_dims(p) <= 128;
+  return !p.deterministic && p.dtype != DType::float32 && p.wants_grad_query && p.wants_grad_key &&
+         p.wants_grad_value && padded_dims(p) <= kMostDimsOfTwo;
 }
 inline std::size_t query_sums_bytes(const Problem& p) {
   return adds_queries(p) ? row_term_bytes(p) * static_cast<std::size_t>(p.head_dim) : 0;
@@ -64,11 +68,13 @@ class TilePasses {
     if (p_.op == Op::attention_forward) return run_pass<Pass::forward>(Rows::queries);
     run_pass<Pass::row_term>(Rows::queries);
     const Tensors& t = job_.tensors;
-    if (adds_queries(p_)) {
-      launch_.clear(query_sums(), query_sums_bytes(p_));
-      run_pass<Pass::grad_all>(Rows::keys);
-      if (p_.additional > 0) run_pass<Pass::grad_all>(Rows::additional);
-      return scale_queries();
+    if constexpr (!std::is_same_v<T, float>) {
+      if (adds_queries(p_)) {
+        launch_.clear(query_sums(), query_sums_bytes(p_));
+        run_pass<Pass::grad_all>(Rows::keys);
+        if (p_.additional > 0) run_pass<Pass::grad_all>(Rows::additional);
+        return scale_queries();
+      }
     }
     if (t.grad_query) run_pass<Pass::grad_query>(Rows::queries);
     if (t.grad_key || t.grad_value) run_key_passes(Rows::keys, t.grad_key, t.grad_value);
@@ -92,8 +98,7 @@ class TilePasses {
   }
 
   void run_key_passes(Rows rows, const TensorView& grad_key, const TensorView& grad_value) {
-    // Sums of both gradients fit into registers up to 128 dims.
-    const bool together = padded_dims(p_) <= 128;
+    const bool together = padded_dims(p_) <= kMostDimsOfTwo;
     if (grad_key && grad_value && together) return run_pass<Pass::grad_key_value>(rows);
     if (grad_key) run_pass<Pass::grad_key>(rows);
     if (grad_value) run_pass<Pass::grad_value>(rows);
@@ -107,17 +112,18 @@ class TilePasses {
       case 96: return run_bucket<kPass, 96>(rows);
       case 128: return run_bucket<kPass, 128>(rows);
       case 192: return run_bucket<kPass, 192>(rows);
-      default: return run_bucket<kPass, kMostDims>(rows);
+      default: return run_bucket<kPass, 256>(rows);
     }
   }
 
   template <Pass kPass, int kDims>
   void run_bucket(Rows rows) {
-    if constexpr ((kPass == Pass::grad_key_value || kPass == Pass::grad_all) && kDims > 128) {
-      return;  // never asked for: sums of both gradients need too many registers
+    constexpr bool kSumsTwo = kPass == Pass::grad_key_value || kPass == Pass::grad_all;
+    if constexpr (kDims > (kSumsTwo ? kMostDimsOfTwo : most_dims(sizeof(T)))) {
+      return;  // never asked for
     } else {
       Grid grid = grid_of(p_, rows);
-      if constexpr (kPass == Pass::forward && kDims <= 128)
+      if constexpr (kPass == Pass::forward && kDims <= most_wide_dims(sizeof(T)))
         if (uses_wide_rows(grid)) return enqueue<TileKernel<T, kDims, 2, kPass>>(grid);
       using Kernel = TileKernel<T, kDims, 1, kPass>;
       set_tiles(grid, Kernel::kRows, Kernel::kColumns);
@@ -169,7 +175,7 @@ class TilePasses {
     if (is_additional) x.grid = {0, 0, x.token};
     bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
     const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
-    for (std::int64_t stride : strides) is_aligned = is_aligned && stride % kChunk == 0;
+    for (std::int64_t stride : strides) is_aligned = is_aligned && stride % kChunk<T> == 0;
     return {x, is_aligned};
   }
   Tokens<const T> input(Member member, bool is_additional = false) const {
@@ -239,8 +245,8 @@ class TilePasses {
     for (int i = 0; i < kMaxRank; ++i)
       furthest += std::abs(a.columns[which].tensor.grid[i]) * a.grid.axes[i].dilation *
                   (a.grid.column_tile.extent(i) - 1);
-    return a.columns[which].is_aligned && a.dims[which] % kChunk == 0 &&
-           furthest / kChunk <= std::numeric_limits<std::int32_t>::max();
+    return a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
+           furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
   }
 
   const Job& job_;
@@ -255,10 +261,11 @@ void run_fna_as(const Job& job, Launcher& launch) {
 }
 template <class Launcher>
 void run_fna(const Job& job, Launcher& launch) {
-  if (job.problem.dtype == DType::float16)
-    run_fna_as<float16>(job, launch);
-  else
-    run_fna_as<bfloat16>(job, launch);
+  switch (job.problem.dtype) {
+    case DType::float16: return run_fna_as<float16>(job, launch);
+    case DType::bfloat16: return run_fna_as<bfloat16>(job, launch);
+    default: return run_fna_as<float>(job, launch);
+  }
 }
 
 }  // namespace natten::detail::cuda

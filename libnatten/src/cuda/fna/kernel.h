@@ -122,12 +122,14 @@ struct TileKernel {
   /// that to those with 16: they have no registers to spare.
   static constexpr bool kScalesFirst = kM == 1;
   static constexpr int kRows = 16 * kM * kWarps;
-  static constexpr int kColumns = kPass != Pass::forward && kDims > 128 ? 32 : 64;
+  using Tile = SharedTile<T, kDims>;
+  /// As many as shared memory has room for beside the rows.
+  static constexpr bool kIsCrowded = Tile::kPitch > 256 && (kPass != Pass::forward || kM > 1);
+  static constexpr int kColumns = kIsCrowded ? 32 : 64;
   static constexpr int kN = kColumns / 8;
   /// Tiles of B1 in shared memory. Where it serves twice per tile, the next one is loaded beside
   /// it.
-  static constexpr int kStages = kSumsFirst && kDims <= 192 ? 2 : 1;
-  using Tile = SharedTile<kDims>;
+  static constexpr int kStages = kSumsFirst && Tile::kPitch <= 384 ? 2 : 1;
 
   using State = BlockState<T, kWarps>;
 
@@ -141,7 +143,7 @@ struct TileKernel {
     static constexpr int kColumns2 = kColumns1 + kStages * Tile::bytes(kColumns);
     static constexpr int kGradScores = kColumns2 + Tile::bytes(kColumns);
     static constexpr int kStatistics =
-        kGradScores + (kAddsQueries ? SharedTile<kColumns>::bytes(kRows) : 0);
+        kGradScores + (kAddsQueries ? SharedTile<T, kColumns>::bytes(kRows) : 0);
     static constexpr int kState =
         kStatistics + (kRowsAreQueries ? 0 : 2 * kStages * kColumns * int(sizeof(float)));
     static constexpr int kRelativeBias = kState + int(sizeof(State));
@@ -232,12 +234,12 @@ struct TileKernel {
     /// Copies one chunk of a token of which `dims` elements exist; zeros where `from` is null.
     NATTEN_DEVICE void load_chunk(int to, const T* from, int chunk, int dims,
                                   bool is_aligned) const {
-      if (from && is_aligned && (chunk + 1) * kChunk <= dims)
-        return gpu.copy_async(to, from + chunk * kChunk, true);
+      if (from && is_aligned && (chunk + 1) * kChunk<T> <= dims)
+        return gpu.copy_async(to, from + chunk * kChunk<T>, true);
       // Not unrolled: it is slow anyway, and registers are scarce where it is called.
       NATTEN_DO_NOT_UNROLL
-      for (int j = 0; j < kChunk; ++j) {
-        const int d = chunk * kChunk + j;
+      for (int j = 0; j < kChunk<T>; ++j) {
+        const int d = chunk * kChunk<T> + j;
         gpu.template shared<T>(to)[j] = from && d < dims ? from[d] : T();
       }
     }
@@ -282,15 +284,15 @@ struct TileKernel {
         constexpr int kUnit = Tile::kChunks % 8 == 0 ? 8 : 4;
         const int thread = this->thread();
         const int chunk = thread % kUnit, column = thread / kUnit;
-        const int slot = to.at(column, chunk), element = chunk * kChunk;
+        const int slot = to.at(column, chunk), element = chunk * kChunk<T>;
         const int* offset = relative(which) + column;
         NATTEN_UNROLL
         for (int i = 0; i < kColumns; i += kThreads / kUnit) {
-          const T* from = first + std::int64_t{offset[i]} * kChunk + element;
+          const T* from = first + std::int64_t{offset[i]} * kChunk<T> + element;
           NATTEN_UNROLL
           for (int j = 0; j < Tile::kChunks; j += kUnit)
-            if (element + j * kChunk < dims)
-              gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + j * kChunk, true);
+            if (element + j * kChunk<T> < dims)
+              gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + j * kChunk<T>, true);
         }
         return;
       }
@@ -330,7 +332,7 @@ struct TileKernel {
 
     /// Chunks past `dims`, which whole tiles' copies leave alone, are zero.
     NATTEN_DEVICE void clear_padding(const Tile& tile, int count, int dims) const {
-      if (dims > kDims - kChunk) return;
+      if (dims > kDims - kChunk<T>) return;
       for (int item = thread(); item < count * Tile::kChunks; item += kThreads)
         load_chunk(tile.at(item / Tile::kChunks, item % Tile::kChunks), nullptr, 0, 0, false);
     }
@@ -364,7 +366,7 @@ struct TileKernel {
         }
         NATTEN_UNROLL
         for (int which = 0; which < 2; ++which)
-          relative(which)[thread()] = static_cast<int>(offsets[which] / kChunk);
+          relative(which)[thread()] = static_cast<int>(offsets[which] / kChunk<T>);
         relative_bias()[thread()] = bias;
       }
       if constexpr (kPass == Pass::forward) {
@@ -636,7 +638,7 @@ struct TileKernel {
 
         const Overlap seen = overlap(stop.tile);
         FragmentC scores[kM][kN];
-        Weights<kM, kN> weights;
+        Weights<T, kM, kN> weights;
         if (seen != Overlap::none) {
           clear(scores);
           multiply_rows<T>(gpu, scores, rows1, 16 * kM * warp(), first_columns(stage));
@@ -703,8 +705,8 @@ struct TileKernel {
     }
 
     /// Puts the warp's dS where all warps find them: keys by queries, in the element type.
-    NATTEN_DEVICE void store_grad_scores(const Weights<kM, kN>& x) const {
-      constexpr SharedTile<kColumns> to{Layout::kGradScores};
+    NATTEN_DEVICE void store_grad_scores(const Weights<T, kM, kN>& x) const {
+      constexpr SharedTile<T, kColumns> to{Layout::kGradScores};
       NATTEN_UNROLL
       for (int m = 0; m < kM; ++m) NATTEN_UNROLL
       for (int n = 0; n < kN; ++n) NATTEN_UNROLL
@@ -715,7 +717,7 @@ struct TileKernel {
     /// Adds to each query of the tile what the block's keys give it. A warp has 16 queries.
     NATTEN_DEVICE void add_to_queries(const ColumnTile& at) const {
       static_assert(kColumns == 16 * kWarps);
-      constexpr SharedTile<kColumns> grads{Layout::kGradScores};
+      constexpr SharedTile<T, kColumns> grads{Layout::kGradScores};
       constexpr Tile keys{Layout::kRows1};
       const int a_at = grads.at(lane() / 16 * 8 + lane() % 8, 2 * warp() + lane() / 8 % 2);
       const int b_at = keys.at(lane() % 16, lane() / 16);
@@ -796,23 +798,21 @@ struct TileKernel {
       gpu.sync_warp();
       NATTEN_UNROLL
       for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) NATTEN_UNROLL
-      for (int n = 0; n < kDims / 8; ++n)
-        *gpu.template shared<std::uint32_t>(staging.at(row_of(m, half), n) + 4 * (lane() % 4)) =
-            gpu.template pack<T>(sums[m][n][2 * half] * factor, sums[m][n][2 * half + 1] * factor);
+      for (int half = 0; half < 2; ++half)
+        store_sums(gpu, sums[m], half, factor, staging, row_of(m, half));
       gpu.sync_warp();
       NATTEN_DO_NOT_UNROLL
       for (int item = lane(); item < 16 * kM * Tile::kChunks; item += kLanes) {
         const int row = 16 * kM * warp() + item / Tile::kChunks, chunk = item % Tile::kChunks;
         Coordinate token;
-        if (chunk * kChunk >= dims || !token_of_row(row, token)) continue;
-        T* slot = to.tensor.at(state.batch, state.head, token) + chunk * kChunk;
+        if (chunk * kChunk<T> >= dims || !token_of_row(row, token)) continue;
+        T* slot = to.tensor.at(state.batch, state.head, token) + chunk * kChunk<T>;
         const T* from = gpu.template shared<T>(staging.at(row, chunk));
-        if (to.is_aligned && (chunk + 1) * kChunk <= dims) {
+        if (to.is_aligned && (chunk + 1) * kChunk<T> <= dims) {
           gpu.copy_chunk(slot, from);
           continue;
         }
-        for (int j = 0; j < kChunk && chunk * kChunk + j < dims; ++j) slot[j] = from[j];
+        for (int j = 0; j < kChunk<T> && chunk * kChunk<T> + j < dims; ++j) slot[j] = from[j];
       }
     }
   };

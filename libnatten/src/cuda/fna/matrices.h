@@ -1,20 +1,31 @@
 #pragma once
 
-// Tiles in shared memory and products of them on tensor cores.
+// Tiles in shared memory and products of them on tensor cores. All but what a fragment holds is the
+// same for 16-bit elements and for float, which is multiplied in TF32: a row of an operand is two
+// chunks of 16 bytes in either case.
+
+#include <natten/half.h>
+
+#include <type_traits>
 
 #include "../machine.h"
 
 namespace natten::detail::cuda {
 
 inline constexpr int kLanes = 32;
-inline constexpr int kChunk = 8;  ///< 16-bit elements in 16 bytes, the unit of copies
+inline constexpr int kChunkBytes = 16;  ///< the unit of copies
+template <class T>
+inline constexpr int kChunk = kChunkBytes / int(sizeof(T));  ///< elements
+/// Columns of A, and rows of B, in one product.
+template <class T>
+inline constexpr int kDepth = 2 * kChunk<T>;
 
-/// Rows of `kDims` 16-bit elements in shared memory, `kDims` a multiple of 32. The chunks of a row
-/// change places with the row, so that eight rows' chunks of one column lie in different banks.
-template <int kDims>
+/// Rows of `kDims` elements in shared memory, `kDims` a multiple of 32. The chunks of a row change
+/// places with the row, so that eight rows' chunks of one column lie in different banks.
+template <class T, int kDims>
 struct SharedTile {
-  static constexpr int kPitch = 2 * kDims;
-  static constexpr int kChunks = kDims / kChunk;
+  static constexpr int kPitch = int(sizeof(T)) * kDims;
+  static constexpr int kChunks = kDims / kChunk<T>;
   static constexpr int kSwaps = kPitch % 128 == 0 ? 7 : 3;
 
   int offset;  ///< in bytes
@@ -24,29 +35,46 @@ struct SharedTile {
     const int swap = kSwaps == 7 ? row & 7 : (row >> 1) & 3;
     return offset + row * kPitch + ((chunk ^ swap) << 4);
   }
-  /// The offset `chunks` after that of chunk 0 or 1 of the same row; `chunks` is even. Cheaper than
-  /// `at`: where it is constant, so are both numbers.
+  /// The offset `chunks` after that of a chunk of the same row, whose number has no bit in common
+  /// with `chunks`. Cheaper than `at`: where it is constant, so are both numbers.
   NATTEN_DEVICE static int step(int at, int chunks) {
     return (at ^ ((chunks & kSwaps) << 4)) + ((chunks & ~kSwaps) << 4);
   }
 };
 
+NATTEN_DEVICE std::uint32_t rounded_bits(float x) {
+  return natten::detail::bits_of(round_to_tf32(x));
+}
+/// Rounds elements that products take as they lie in memory.
+template <class T, int kCount>
+NATTEN_DEVICE void round_operand(std::uint32_t (&x)[kCount]) {
+  if constexpr (std::is_same_v<T, float>) {
+    NATTEN_UNROLL
+    for (int i = 0; i < kCount; ++i) x[i] = rounded_bits(natten::detail::float_of(x[i]));
+  }
+}
+
 /// c[i][j] += row i of `a` (from `first_row`) times row j of `b`.
 template <class T, int kDims, int kM, int kN, class Machine>
-NATTEN_DEVICE void multiply_rows(Machine& gpu, FragmentC (&c)[kM][kN], const SharedTile<kDims>& a,
-                                 int first_row, const SharedTile<kDims>& b) {
+NATTEN_DEVICE void multiply_rows(Machine& gpu, FragmentC (&c)[kM][kN],
+                                 const SharedTile<T, kDims>& a, int first_row,
+                                 const SharedTile<T, kDims>& b) {
   const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
   const int a_at = a.at(first_row + lane % 16, lane / 16);
   const int b_at = b.at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
   NATTEN_UNROLL
-  for (int k = 0; k < kDims / 16; ++k) {
+  for (int k = 0; k < kDims / kDepth<T>; ++k) {
     FragmentA x[kM];
     NATTEN_UNROLL
-    for (int m = 0; m < kM; ++m) gpu.load_matrices(x[m], a.step(a_at, 2 * k) + 16 * m * a.kPitch);
+    for (int m = 0; m < kM; ++m) {
+      gpu.load_matrices(x[m], a.step(a_at, 2 * k) + 16 * m * a.kPitch);
+      round_operand<T>(x[m]);
+    }
     NATTEN_UNROLL
     for (int n = 0; n < kN; n += 2) {
       std::uint32_t y[4];
       gpu.load_matrices(y, b.step(b_at, 2 * k) + 8 * n * b.kPitch);
+      round_operand<T>(y);
       const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
       NATTEN_UNROLL
       for (int m = 0; m < kM; ++m) {
@@ -57,38 +85,98 @@ NATTEN_DEVICE void multiply_rows(Machine& gpu, FragmentC (&c)[kM][kN], const Sha
   }
 }
 
-/// Weights in the element type, as fragments of 16 x 16.
-template <int kM, int kN>
-using Weights = FragmentA[kM][kN / 2];
+/// Weights as operands A of products.
+template <class T, int kM, int kN>
+using Weights = FragmentA[kM][8 * kN / kDepth<T>];
 
+/// Of 16-bit elements, two blocks of 8 columns of C are an operand A as they lie. Of float one is,
+/// with its columns in the order 0, 2, 4, 6, 1, 3, 5, 7.
 template <class T, int kM, int kN, class Machine>
-NATTEN_DEVICE void pack_weights(Machine& gpu, Weights<kM, kN>& x, const FragmentC (&c)[kM][kN]) {
+NATTEN_DEVICE void pack_weights(Machine& gpu, Weights<T, kM, kN>& x, const FragmentC (&c)[kM][kN]) {
   NATTEN_UNROLL
   for (int m = 0; m < kM; ++m) NATTEN_UNROLL
   for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-  for (int half = 0; half < 2; ++half)
-    x[m][n / 2][n % 2 * 2 + half] = gpu.template pack<T>(c[m][n][2 * half], c[m][n][2 * half + 1]);
+  for (int half = 0; half < 2; ++half) {
+    const float first = c[m][n][2 * half], second = c[m][n][2 * half + 1];
+    if constexpr (std::is_same_v<T, float>) {
+      x[m][n][half] = rounded_bits(first);
+      x[m][n][2 + half] = rounded_bits(second);
+    } else {
+      x[m][n / 2][n % 2 * 2 + half] = gpu.template pack<T>(first, second);
+    }
+  }
 }
 
-/// sums[i] += sum over j of weights[i][j] times row j of `b`.
+/// sums[i] += sum over j of weights[i][j] times row j of `b`. Blocks of sums are 8 dims in a row;
+/// but of float, block n's dims are 32 (n / 4) + n % 4 + (0, 4, ..., 28).
 template <class T, int kDims, int kM, int kK, class Machine>
 NATTEN_DEVICE void accumulate_rows(Machine& gpu, FragmentC (&sums)[kM][kDims / 8],
-                                   const FragmentA (&weights)[kM][kK], const SharedTile<kDims>& b) {
+                                   const FragmentA (&weights)[kM][kK],
+                                   const SharedTile<T, kDims>& b) {
   const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
-  const int b_at = b.at(lane % 16, lane / 16);
-  NATTEN_UNROLL
-  for (int k = 0; k < kK; ++k) {
+  if constexpr (std::is_same_v<T, float>) {
+    // ldmatrix transposes 16-bit elements only. A thread reads a chunk of each of its two rows:
+    // four dims, for as many blocks.
+    const int b_at[2] = {b.at(lane % 4 * 2, lane / 4), b.at(lane % 4 * 2 + 1, lane / 4)};
     NATTEN_UNROLL
-    for (int n = 0; n < kDims / 8; n += 2) {
-      std::uint32_t y[4];
-      gpu.load_matrices_transposed(y, b.step(b_at, n) + 16 * k * b.kPitch);
-      const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
+    for (int k = 0; k < kK; ++k) {
       NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) {
-        gpu.template multiply_add<T>(sums[m][n], weights[m][k], low);
-        gpu.template multiply_add<T>(sums[m][n + 1], weights[m][k], high);
+      for (int n = 0; n < kDims / 8; n += 4) {
+        std::uint32_t y[2][4];
+        NATTEN_UNROLL
+        for (int row = 0; row < 2; ++row) {
+          gpu.read_chunk(y[row], b.step(b_at[row], 2 * n) + 8 * k * b.kPitch);
+          round_operand<T>(y[row]);
+        }
+        NATTEN_UNROLL
+        for (int i = 0; i < 4; ++i) {
+          const FragmentB column = {y[0][i], y[1][i]};
+          NATTEN_UNROLL
+          for (int m = 0; m < kM; ++m)
+            gpu.template multiply_add<T>(sums[m][n + i], weights[m][k], column);
+        }
       }
     }
+  } else {
+    const int b_at = b.at(lane % 16, lane / 16);
+    NATTEN_UNROLL
+    for (int k = 0; k < kK; ++k) {
+      NATTEN_UNROLL
+      for (int n = 0; n < kDims / 8; n += 2) {
+        std::uint32_t y[4];
+        gpu.load_matrices_transposed(y, b.step(b_at, n) + 16 * k * b.kPitch);
+        const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
+        NATTEN_UNROLL
+        for (int m = 0; m < kM; ++m) {
+          gpu.template multiply_add<T>(sums[m][n], weights[m][k], low);
+          gpu.template multiply_add<T>(sums[m][n + 1], weights[m][k], high);
+        }
+      }
+    }
+  }
+}
+
+/// Puts sums of `accumulate_rows`, times a factor, into a row of shared memory.
+template <class T, int kBlocks, int kDims, class Machine>
+NATTEN_DEVICE void store_sums(Machine& gpu, const FragmentC (&sums)[kBlocks], int half,
+                              float factor, const SharedTile<T, kDims>& to, int row) {
+  static_assert(kBlocks * 8 == kDims);
+  const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
+  if constexpr (std::is_same_v<T, float>) {
+    NATTEN_UNROLL
+    for (int n = 0; n < kBlocks; n += 4) NATTEN_UNROLL
+    for (int j = 0; j < 2; ++j) {
+      std::uint32_t x[4];
+      NATTEN_UNROLL
+      for (int i = 0; i < 4; ++i)
+        x[i] = natten::detail::bits_of(sums[n + i][2 * half + j] * factor);
+      gpu.write_chunk(to.at(row, 2 * n + lane % 4 * 2 + j), x);
+    }
+  } else {
+    NATTEN_UNROLL
+    for (int n = 0; n < kBlocks; ++n)
+      *gpu.template shared<std::uint32_t>(to.at(row, n) + lane % 4 * 4) =
+          gpu.template pack<T>(sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
   }
 }
 

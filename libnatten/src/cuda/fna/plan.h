@@ -17,7 +17,12 @@
 
 namespace natten::detail::cuda {
 
-inline constexpr int kMostDims = 256;
+/// The most dims that there are kernels for, by the bytes of an element: shared memory limits those
+/// for float32, registers the others. Of all; of those with 32 rows per warp; of those that sum two
+/// gradients of their rows.
+constexpr int most_dims(std::size_t element_bytes) { return element_bytes == 4 ? 128 : 256; }
+constexpr int most_wide_dims(std::size_t element_bytes) { return element_bytes == 4 ? 96 : 128; }
+inline constexpr int kMostDimsOfTwo = 128;
 
 /// The grid of a pass, but for its tiles.
 inline Grid grid_of(const Problem& p, Rows rows) {
@@ -138,11 +143,12 @@ inline int padded_dims(const Problem& p) {
   const int buckets[] = {32, 64, 96, 128, 192};
   for (int bucket : buckets)
     if (dims <= bucket) return bucket;
-  return kMostDims;
+  return 256;
 }
 /// 64 queries, and where a kernel with 32 rows per warp takes the problem also 128.
 inline bool takes_wide_rows(const Problem& p) {
-  return p.op == Op::attention_forward && padded_dims(p) <= 128 && !p.has_rpb && p.scale > 0;
+  return p.op == Op::attention_forward && padded_dims(p) <= most_wide_dims(size_of(p.dtype)) &&
+         !p.has_rpb && p.scale > 0;
 }
 inline TileBits query_bits(const Problem& p) { return {6, takes_wide_rows(p) ? 7 : 6}; }
 
