@@ -30,7 +30,7 @@ PASSES = {"forward": 1.0, "forward+backward": 3.5}  # and what each counts of `C
 MAX_BYTES = 4e9  # of what a way needs only because it is not written for neighborhoods
 
 # By how much a way may differ from ours, as norm of the difference to norm of the result.
-TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, "bfloat16": 5e-2}
 
 
 def window(

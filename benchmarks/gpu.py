@@ -8,9 +8,10 @@
 Prints milliseconds, useful TFLOP/s (4 * batch * heads * tokens * window * head_dim for the forward
 pass, 3.5 times that for forward and backward; what a mask throws away does not count), the share
 of the ceiling, and how many times as fast as FlexAttention a way is. The ceiling is a matrix
-product of 8192^3 of the same type, timed in turn with the others; in float32, without TF32. All are
-timed by events of the GPU and figures are medians of rounds in which all ways take turns; before
-each call 2 GB are written, which empties the caches and gives Python time to enqueue the call.
+product of 8192^3 of the same type, timed in turn with the others; float32 is computed without
+TF32, where a case is not in tf32. All are timed by events of the GPU and figures are medians of
+rounds in which all ways take turns; before each call 2 GB are written, which empties the caches and
+gives Python time to enqueue the call.
 
     ours          natten, by the backend that the case names: fna or simt
     flex          FlexAttention, compiled, tokens in row-major order
@@ -34,7 +35,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from ways import check, flex, full
 
+import natten
+
 Inputs = Sequence[Tensor]
 Call = Callable[[], object]
 
@@ -51,7 +54,7 @@ Call = Callable[[], object]
 @dataclass(frozen=True)
 class Timed:
     case: Case
-    dtype: str = "bfloat16"
+    precision: str = "bfloat16"  # an element type, or tf32: float32 where all may use TF32
     backend: str | None = "fna"
     milliseconds: float | None = None  # targets of ours, forward
     times_flex: float | None = None
@@ -65,6 +68,7 @@ ALL = [  # those with targets first, in case time runs out
     Timed(Case("hunyuan_na", 1, 24, HUNYUAN, 128, (18, 24, 24)), milliseconds=80, times_flex=1.4),
     Timed(Case("flux_na80s16", 1, 24, FLUX, 128, (80, 80), stride=16), milliseconds=17),
     Timed(case_named("2d_128_k13"), "float32", "simt", tflops=3),
+    Timed(replace(case_named("2d_128_k13"), name="2d_128_k13_tf32"), "tf32"),
     Timed(Case("1d_32k_w2048s256", 1, 1, (32768,), 128, (2048,), stride=256)),
     Timed(Case("1d_32k_w2048s2048", 1, 1, (32768,), 128, (2048,), stride=2048)),
     Timed(Case("hunyuan_na_s16_8_8", 1, 24, HUNYUAN, 128, (18, 24, 24), stride=(16, 8, 8))),
@@ -72,7 +76,7 @@ ALL = [  # those with targets first, in case time runs out
 QUICK = ("1d_32k_w2048", "flux_na80", "2d_128_k13")
 TINY = [
     Timed(Case("1d_tiny", 1, 2, (64,), 16, (16,), stride=4), "float32", None, milliseconds=1e9),
-    Timed(Case("3d_tiny", 1, 1, (4, 6, 5), 16, (3, 4, 4), stride=(2, 2, 1)), "bfloat16", None),
+    Timed(Case("3d_tiny", 1, 1, (4, 6, 5), 16, (3, 4, 4), stride=(2, 2, 1)), "tf32", None),
 ]
 
 
@@ -132,7 +136,7 @@ OTHERS = {
 }
 
 
-def spot_check(case: Case, dtype: str, inputs: Inputs, output: Tensor) -> None:
+def spot_check(case: Case, precision: str, inputs: Inputs, output: Tensor) -> None:
     """Compares the results of some tokens with attention as it is defined."""
     generator = torch.Generator().manual_seed(1)
     some = torch.randint(case.tokens, (32,), generator=generator).to(output.device)
@@ -145,18 +149,22 @@ def spot_check(case: Case, dtype: str, inputs: Inputs, output: Tensor) -> None:
         want = scores.softmax(-1) @ v
         error = torch.linalg.norm(result[some, head].double() - want) / torch.linalg.norm(want)
         worst = max(worst, error.item())
-    if not worst < TOLERANCES[dtype]:
+    if not worst < TOLERANCES[precision]:
         raise Wrong(f"WRONG: differs from attention written out by {worst:.1e}")
 
 
 def time_pass(
     timed: Timed, ways: list[str], pass_name: str, clock: Clock, rounds: int, limit: int
 ) -> Iterator[Row]:
-    case, dtype, device = timed.case, timed.dtype, clock.flushed.device
+    case, precision, device = timed.case, timed.precision, clock.flushed.device
+    is_tf32 = precision == "tf32"
+    natten.use_tf32_in_gemm_na(is_tf32)
+    torch.backends.cuda.matmul.allow_tf32 = is_tf32
+    dtype = "float32" if is_tf32 else precision
     inputs, gradient = tensors_of(case, dtype, device)
     if pass_name == "forward":
         inputs = [x.detach() for x in inputs]
-    head = {"case": case.name, "dtype": dtype, "pass": pass_name}
+    head = {"case": case.name, "dtype": precision, "pass": pass_name}
     # Other ways are compared with ours, so it is there in any case.
     calls: dict[str, Call] = {
         "ours": call_of(ours(case, timed.backend), inputs, gradient, pass_name)
@@ -164,7 +172,7 @@ def time_pass(
     try:
         references = calls["ours"]()
         if pass_name == "forward":
-            spot_check(case, dtype, inputs, references[0])
+            spot_check(case, precision, inputs, references[0])
     except Exception as error:
         yield {**skipped({**head, "way": "ours"}, error), "wrong": True}
         return
@@ -177,7 +185,7 @@ def time_pass(
                 call = call_of(build(case, inputs), inputs, gradient, pass_name)
                 results = call()
                 if way == "flex":
-                    check(results, references)
+                    check(results, references, precision)
                 calls[way] = call
         except Exception as error:
             yield skipped({**head, "way": way}, error)
@@ -317,7 +325,6 @@ def main() -> int:
         args.cases, args.ways, args.rounds = args.cases or QUICK, ["ours", "flex"], 7
     chosen = TINY if args.tiny else [t for t in ALL if not args.cases or t.case.name in args.cases]
 
-    torch.backends.cuda.matmul.allow_tf32 = False
     rows: list[Row] = []
     figures: Row = {"machine": machine(args.device), "rows": rows, "targets": []}
     print(*(f"{name}: {value}" for name, value in figures["machine"].items()), sep="\n")
@@ -326,7 +333,7 @@ def main() -> int:
     for timed in chosen:
         if time.perf_counter() - start > args.budget:
             rows.append(
-                {"case": timed.case.name, "dtype": timed.dtype, "pass": "", "way": "ours",
+                {"case": timed.case.name, "dtype": timed.precision, "pass": "", "way": "ours",
                  "skipped": "no time left"}
             )  # fmt: skip
             print(*(f"{cell:18}" for cell in cells(rows[-1])), flush=True)

@@ -22,8 +22,8 @@ import natten.functional as F
 Inputs = Sequence[Tensor]
 
 
-def check(results: Inputs, references: Inputs) -> None:
-    dtype = str(references[0].dtype).removeprefix("torch.")
+def check(results: Inputs, references: Inputs, precision: str | None = None) -> None:
+    dtype = precision or str(references[0].dtype).removeprefix("torch.")
     wide = ([x.detach().double() for x in xs] for xs in (results, references))
     cases.check(*wide, dtype)
 
