@@ -41,6 +41,7 @@ class EmulatedThread {
   void sync();
   void sync_warp();
   float shuffle_xor(float x, int mask);
+  std::uint32_t shuffle(std::uint32_t x, int lane);
   bool all(bool x);
   void copy_async(int to, const void* from, bool valid) { copy(to, from, valid, 16); }
   void copy_word_async(int to, const void* from, bool valid) { copy(to, from, valid, 4); }
@@ -257,6 +258,16 @@ inline float EmulatedThread::shuffle_xor(float x, int mask) {
   } args{x, 0, mask};
   with_warp(args, [](Args*(&lanes)[32]) {
     for (int i = 0; i < 32; ++i) lanes[i]->result = lanes[i ^ lanes[i]->mask]->x;
+  });
+  return args.result;
+}
+inline std::uint32_t EmulatedThread::shuffle(std::uint32_t x, int lane) {
+  struct Args {
+    std::uint32_t x, result;
+    int lane;
+  } args{x, 0, lane};
+  with_warp(args, [](Args*(&lanes)[32]) {
+    for (Args* to : lanes) to->result = lanes[to->lane % 32]->x;
   });
   return args.result;
 }

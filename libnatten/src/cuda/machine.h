@@ -73,6 +73,10 @@ class Gpu {
   __device__ float shuffle_xor(float x, int mask) const {
     return __shfl_xor_sync(0xffffffffu, x, mask);
   }
+  /// `x` of a lane of the warp.
+  __device__ std::uint32_t shuffle(std::uint32_t x, int lane) const {
+    return __shfl_sync(0xffffffffu, x, lane);
+  }
   /// Whether `x` holds for all threads of the warp.
   __device__ bool all(bool x) const { return __all_sync(0xffffffffu, x); }
 

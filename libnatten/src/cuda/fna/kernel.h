@@ -22,6 +22,7 @@
 
 #include <natten/types.h>
 
+#include <cmath>
 #include <cstdint>
 
 #include "../../operand.h"
@@ -84,9 +85,10 @@ struct Arguments {
 };
 
 /// A tile of columns and where its tokens are.
-template <class T>
+template <class T, int kWarps>
 struct ColumnStop {
   ColumnTile tile;
+  Overlap seen[kWarps];  ///< by the rows of each warp
   /// The first token of B1 and B2 where all of the tile can be copied by chunks, else null.
   const T* first[2];
 };
@@ -94,10 +96,10 @@ struct ColumnStop {
 /// Where a block is at work, in shared memory: it is read now and then, by all threads.
 template <class T, int kWarps>
 struct BlockState {
-  /// Tiles of columns are located `kBatch` at a time, one by each lane of a warp, while the block
-  /// is at the batch before.
-  static constexpr int kBatch = 8;
-  ColumnStop<T> stops[2 * kBatch];  ///< of tile i at i modulo their number
+  /// Tiles of columns are located `kBatch` at a time, each lane of a warp one for one of the warps,
+  /// while the block is at the batch before.
+  static constexpr int kBatch = kLanes / kWarps;
+  ColumnStop<T, kWarps> stops[2 * kBatch];  ///< of tile i at i modulo their number
   RowTile rows;
   ColumnTiles tiles;
   int count;  ///< of tiles of columns
@@ -132,6 +134,7 @@ struct TileKernel {
   static constexpr int kStages = kSumsFirst && Tile::kPitch <= 384 ? 2 : 1;
 
   using State = BlockState<T, kWarps>;
+  using Stop = ColumnStop<T, kWarps>;
 
   Arguments<T> a;
 
@@ -149,10 +152,8 @@ struct TileKernel {
     static constexpr int kRelativeBias = kState + int(sizeof(State));
     static constexpr int kRelative = kRelativeBias + kColumns * int(sizeof(int));
     static constexpr int kReferences = kRelative + 2 * kColumns * int(sizeof(int));
-    static constexpr int kTotals =
-        kReferences + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
     static constexpr int kSpans =
-        kTotals + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
+        kReferences + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
     static constexpr int kBytes = kSpans + (kRows + 2) * int(sizeof(Span));
   };
   static constexpr int kSharedBytes = Layout::kBytes;
@@ -199,9 +200,6 @@ struct TileKernel {
     NATTEN_DEVICE float* references() const {
       return gpu.template shared<float>(Layout::kReferences);
     }
-    /// Sums of weights, by row. The first of a row's four threads keeps them.
-    NATTEN_DEVICE float* totals() const { return gpu.template shared<float>(Layout::kTotals); }
-    NATTEN_DEVICE bool keeps_totals() const { return lane() % 4 == 0; }
     NATTEN_DEVICE Spans spans() const {
       return {gpu.template shared<Span>(Layout::kSpans), a.grid.row_tile};
     }
@@ -257,15 +255,15 @@ struct TileKernel {
       }
     }
 
-    NATTEN_DEVICE ColumnStop<T>& stop_of(int i) const {
-      return state.stops[i % (2 * State::kBatch)];
-    }
+    NATTEN_DEVICE Stop& stop_of(int i) const { return state.stops[i % (2 * State::kBatch)]; }
     /// Finds out where the tokens of a batch of tiles are. One warp does it for the block.
     NATTEN_DEVICE void locate(int first_tile) const {
-      const int i = first_tile + lane();
-      if (lane() >= State::kBatch || i >= state.count) return;
-      ColumnStop<T>& stop = stop_of(i);
+      const int i = first_tile + lane() % State::kBatch, of_warp = lane() / State::kBatch;
+      if (i >= state.count) return;
+      Stop& stop = stop_of(i);
       const ColumnTile tile = state.tiles.at(i, a.grid.column_tile);
+      stop.seen[of_warp] = overlap(tile, of_warp);
+      if (of_warp != 0) return;
       stop.tile = tile;
       Coordinate token;
       const bool is_whole = token_of_column(tile, kColumns - 1, token);
@@ -277,7 +275,7 @@ struct TileKernel {
                                 : nullptr;
     }
 
-    NATTEN_DEVICE void load_columns(int which, const Tile& to, const ColumnStop<T>& stop) const {
+    NATTEN_DEVICE void load_columns(int which, const Tile& to, const Stop& stop) const {
       const int dims = a.dims[which];
       if (const T* first = stop.first[which]) {
         // Eight threads copy 128 bytes, or four 64: then what a loop adds to an offset is constant.
@@ -313,7 +311,7 @@ struct TileKernel {
       }
     }
     /// B1 and what else is known about its columns.
-    NATTEN_DEVICE void load_first_columns(int stage, const ColumnStop<T>& stop) const {
+    NATTEN_DEVICE void load_first_columns(int stage, const Stop& stop) const {
       load_columns(0, first_columns(stage), stop);
       if constexpr (!kRowsAreQueries) {
         if (thread() < kColumns) {
@@ -372,23 +370,24 @@ struct TileKernel {
       if constexpr (kPass == Pass::forward) {
         for (int row = thread(); row < kRows; row += kThreads) {
           references()[row] = kNone;
-          totals()[row] = 0;
         }
       }
       clear_padding({Layout::kColumns1}, kStages * kColumns, a.dims[0]);
       clear_padding({Layout::kColumns2}, kColumns, a.dims[1]);
       gpu.sync();
-      NATTEN_UNROLL
-      for (int i = 0; i < kMaxRank; ++i) {
-        if (lane() != i) continue;
-        const TileShape& shape = a.grid.row_tile;
-        state.bounds[warp()][i] =
-            bounds_of(spans(), shape, rows, i, 16 * kM * warp(), 16 * kM * (warp() + 1) - 1);
-        if (warp() == 0)
-          state.tiles.set_axis(i, bounds_of(spans(), shape, rows, i, 0, kRows - 1),
-                               a.grid.column_tile);
-      }
       if (warp() == 0) {
+        NATTEN_UNROLL
+        for (int i = 0; i < kMaxRank; ++i) {
+          if (lane() % 4 != i) continue;
+          const TileShape& shape = a.grid.row_tile;
+          const int of_warp = lane() / 4, first = 16 * kM * of_warp;
+          if (of_warp < kWarps)
+            state.bounds[of_warp][i] =
+                bounds_of(spans(), shape, rows, i, first, first + 16 * kM - 1);
+          if (of_warp == kWarps)
+            state.tiles.set_axis(i, bounds_of(spans(), shape, rows, i, 0, kRows - 1),
+                                 a.grid.column_tile);
+        }
         gpu.sync_warp();
         if (lane() == 0) state.count = state.tiles.count();
         gpu.sync_warp();
@@ -398,31 +397,25 @@ struct TileKernel {
       return true;
     }
 
-    NATTEN_DEVICE Overlap overlap(const ColumnTile& at) const {
+    NATTEN_DEVICE Overlap overlap(const ColumnTile& at, int of_warp) const {
       if (at.is_additional)
         return at.origin[2] + kColumns <= a.additional_columns ? Overlap::all : Overlap::some;
-      return overlap_of(state.bounds[warp()], a.grid.column_tile, at.origin);
+      return overlap_of(state.bounds[of_warp], a.grid.column_tile, at.origin);
     }
 
-    /// The bit of a row's column `8 n + 2 (lane % 4)` is bit 8 n, the next column's the next.
-    NATTEN_DEVICE std::uint64_t seen_by(int row, const ColumnTile& at, Overlap overlap) const {
-      std::uint64_t word = ~std::uint64_t{0};
-      if (overlap == Overlap::some) {
-        if (at.is_additional) {
-          word = low_bits(a.additional_columns - at.origin[2]);
-        } else {
-          const TileShape& shape = a.grid.row_tile;
-          const Span seen[kMaxRank] = {spans().at(0, shape.offset(row, 0)),
-                                       spans().at(1, shape.offset(row, 1)),
-                                       spans().at(2, shape.offset(row, 2))};
-          word = a.mask.word(a.grid.column_tile, seen, at.origin);
-        }
-      }
-      return word >> (2 * (lane() % 4));
+    /// The columns that a row sees, a bit for each.
+    NATTEN_DEVICE std::uint64_t seen_by(int row, const ColumnTile& at) const {
+      if (at.is_additional) return low_bits(a.additional_columns - at.origin[2]);
+      const TileShape& shape = a.grid.row_tile;
+      const Span seen[kMaxRank] = {spans().at(0, shape.offset(row, 0)),
+                                   spans().at(1, shape.offset(row, 1)),
+                                   spans().at(2, shape.offset(row, 2))};
+      return a.mask.word(a.grid.column_tile, seen, at.origin);
     }
-    NATTEN_DEVICE static bool bit(std::uint64_t word, int n, int j) {
-      const auto half = static_cast<std::uint32_t>(n < 4 ? word : word >> 32);
-      return half >> (8 * (n % 4) + j) & 1;
+    /// The same for this thread's columns: bit 8 n + j is element j of block n.
+    using Mask = std::uint32_t[(kN + 3) / 4];
+    NATTEN_DEVICE static bool bit(const Mask& mask, int n, int j) {
+      return mask[n / 4] >> (8 * (n % 4) + j) & 1;
     }
 
     /// Scales where that comes first, adds biases, and gives unseen columns the score -inf.
@@ -430,23 +423,30 @@ struct TileKernel {
                                      Overlap overlap) const {
       const bool scales_first = kScalesFirst && a.scales_first;
       if (overlap == Overlap::all && !scales_first) return;
-      const int first_row = row_of(0, 0);
+      // Four threads share their rows, and what rows see: each finds it out for one of them.
+      const int first_row = row_of(0, 0), own = lane() % (2 * kM);
+      std::uint64_t word = ~std::uint64_t{0};
+      if (overlap == Overlap::some) word = seen_by(first_row + 8 * own, at);
       NATTEN_UNROLL
       for (int m = 0; m < kM; ++m) NATTEN_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const int row = first_row + 16 * m + 8 * half;
-        const std::uint64_t word = seen_by(row, at, overlap);
-        if (scales_first) scale_row(scores[m], half, row, at, word);
+        Mask mask;
+        NATTEN_UNROLL
+        for (int i = 0; i < (kN + 3) / 4; ++i)
+          mask[i] = gpu.shuffle(static_cast<std::uint32_t>(word >> (32 * i)),
+                                (lane() & ~3) + 2 * m + half) >>
+                    (2 * (lane() % 4));
+        if (scales_first) scale_row(scores[m], half, first_row + 16 * m + 8 * half, at, mask);
         NATTEN_UNROLL
         for (int n = 0; n < kN; ++n) NATTEN_UNROLL
         for (int j = 0; j < 2; ++j) {
           float& score = scores[m][n][2 * half + j];
-          score = bit(word, n, j) ? score : kNone;
+          score = bit(mask, n, j) ? score : kNone;
         }
       }
     }
     NATTEN_DEVICE void scale_row(FragmentC (&scores)[kN], int half, int row, const ColumnTile& at,
-                                 std::uint64_t word) const {
+                                 const Mask& mask) const {
       const bool is_biased = a.rpb && !at.is_additional && a.grid.rows != Rows::additional &&
                              state.rows.holds(a.grid.row_tile, row);
       constexpr int kSign = kRowsAreQueries ? 1 : -1;  // offsets are key - query
@@ -464,7 +464,7 @@ struct TileKernel {
       for (int j = 0; j < 2; ++j) {
         float& score = scores[n][2 * half + j];
         score *= a.scale * kLog2E;
-        if (is_biased && bit(word, n, j))
+        if (is_biased && bit(mask, n, j))
           score += static_cast<float>(bias[offset + relative_bias()[column_of(n) + j]]) * kLog2E;
       }
     }
@@ -475,17 +475,16 @@ struct TileKernel {
       return x + gpu.shuffle_xor(x, 2);
     }
     NATTEN_DEVICE float row_max(float x) const {
-      const float y = gpu.shuffle_xor(x, 1);
-      x = x < y ? y : x;
-      const float z = gpu.shuffle_xor(x, 2);
-      return x < z ? z : x;
+      x = std::fmax(x, gpu.shuffle_xor(x, 1));
+      return std::fmax(x, gpu.shuffle_xor(x, 2));
     }
 
-    /// Turns scores into weights 2^(factor score - reference). A row's reference is a largest score
-    /// of the past: it follows, and what was summed is rescaled, only once weights would exceed
-    /// 2^8, which float16 holds and which is rare after the first tiles.
-    NATTEN_DEVICE void softmax(FragmentC (&scores)[kM][kN],
-                               FragmentC (&sums)[kM][kDims / 8]) const {
+    /// Turns scores into weights 2^(factor score - reference), and adds them to this thread's share
+    /// of the rows' totals. A row's reference is a largest score of the past: it follows, and what
+    /// was summed is rescaled, only once weights would exceed 2^8, which float16 holds and which is
+    /// rare after the first tiles.
+    NATTEN_DEVICE void softmax(FragmentC (&scores)[kM][kN], FragmentC (&sums)[kM][kDims / 8],
+                               float (&totals)[kM][2]) const {
       constexpr float kSlack = 8;
       float most[kM][2], reference[kM][2];
       const int first_row = row_of(0, 0);
@@ -496,11 +495,8 @@ struct TileKernel {
         float x = kNone;
         NATTEN_UNROLL
         for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const float score = scores[m][n][2 * half + j];
-          x = x < score ? score : x;
-        }
-        most[m][half] = row_max(x) * a.factor;
+        for (int j = 0; j < 2; ++j) x = std::fmax(x, scores[m][n][2 * half + j]);
+        most[m][half] = x * a.factor;
         reference[m][half] = references()[first_row + 16 * m + 8 * half];
         is_near = is_near && most[m][half] <= reference[m][half] + kSlack;
       }
@@ -509,12 +505,12 @@ struct TileKernel {
         for (int m = 0; m < kM; ++m) NATTEN_UNROLL
         for (int half = 0; half < 2; ++half) {
           float& past = reference[m][half];
-          const float now = past < most[m][half] ? most[m][half] : past;
+          const float now = std::fmax(past, row_max(most[m][half]));
           // Before a row has seen anything its sums are 0, and 0 * 2^-inf too.
           const float correction = now == kNone ? 1.0f : gpu.exp2(past - now);
           past = now;
           references()[first_row + 16 * m + 8 * half] = now;
-          if (keeps_totals()) totals()[first_row + 16 * m + 8 * half] *= correction;
+          totals[m][half] *= correction;
           NATTEN_UNROLL
           for (int n = 0; n < kDims / 8; ++n) NATTEN_UNROLL
           for (int j = 0; j < 2; ++j) sums[m][n][2 * half + j] *= correction;
@@ -524,16 +520,13 @@ struct TileKernel {
       for (int m = 0; m < kM; ++m) NATTEN_UNROLL
       for (int half = 0; half < 2; ++half) {
         const float subtracted = reference[m][half] == kNone ? 0.0f : reference[m][half];
-        float sum = 0;
         NATTEN_UNROLL
         for (int n = 0; n < kN; ++n) NATTEN_UNROLL
         for (int j = 0; j < 2; ++j) {
           float& x = scores[m][n][2 * half + j];
           x = gpu.exp2(x * a.factor - subtracted);
-          sum += x;
+          totals[m][half] += x;
         }
-        sum = row_sum(sum);
-        if (keeps_totals()) totals()[first_row + 16 * m + 8 * half] += sum;
       }
     }
 
@@ -612,10 +605,10 @@ struct TileKernel {
       FragmentC sums1[kSumsFirst ? kM : 1][kDims / 8], sums2[kSumsSecond ? kM : 1][kDims / 8];
       clear(sums1);
       clear(sums2);
-      float products[kM][2];
+      float totals[kM][2];  // this thread's shares, of weights or of P dP
       NATTEN_UNROLL
       for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) products[m][half] = 0;
+      for (int half = 0; half < 2; ++half) totals[m][half] = 0;
       QueryStatistics of_rows{};
       if constexpr (kRowsAreQueries && kPass != Pass::forward) of_rows = row_statistics();
 
@@ -623,7 +616,7 @@ struct TileKernel {
       for (int i = 0; i < state.count; ++i) {
         const int stage = kStages == 2 ? i & 1 : 0;
         const bool has_next = i + 1 < state.count;
-        const ColumnStop<T>&stop = stop_of(i), &next = stop_of(i + 1);
+        const Stop &stop = stop_of(i), &next = stop_of(i + 1);
         gpu.template wait<0>();
         gpu.sync();  // B1 is there, and all warps are done with B2
         load_columns(1, columns2, stop);
@@ -636,7 +629,7 @@ struct TileKernel {
           locate(i + State::kBatch);
         gpu.sync_warp();  // products need whole warps
 
-        const Overlap seen = overlap(stop.tile);
+        const Overlap seen = stop.seen[warp()];
         FragmentC scores[kM][kN];
         Weights<T, kM, kN> weights;
         if (seen != Overlap::none) {
@@ -644,7 +637,7 @@ struct TileKernel {
           multiply_rows<T>(gpu, scores, rows1, 16 * kM * warp(), first_columns(stage));
           finish_scores(scores, stop.tile, seen);
           if constexpr (kPass == Pass::forward)
-            softmax(scores, sums2);
+            softmax(scores, sums2, totals);
           else
             weigh(scores, of_rows, stage);
           if constexpr (kSumsSecond) pack_weights<T>(gpu, weights, scores);
@@ -663,7 +656,7 @@ struct TileKernel {
             clear(grads);
             multiply_rows<T>(gpu, grads, rows2, 16 * kM * warp(), columns2);
             if constexpr (kPass == Pass::row_term) {
-              add_products(products, scores, grads);
+              add_products(totals, scores, grads);
             } else {
               differentiate(grads, scores, of_rows, stage);
               pack_weights<T>(gpu, weights, grads);
@@ -691,7 +684,7 @@ struct TileKernel {
         for (int m = 0; m < kM; ++m) NATTEN_UNROLL
         for (int half = 0; half < 2; ++half) {
           const int row = row_of(m, half);
-          const float sum = kPass == Pass::forward ? totals()[row] : row_sum(products[m][half]);
+          const float sum = row_sum(totals[m][half]);
           write_statistic(row, sum);
           if constexpr (kPass == Pass::forward) {
             NATTEN_UNROLL

@@ -131,7 +131,7 @@ NATTEN_HOST_DEVICE inline Bounds bounds_of(const Spans& spans, const TileShape& 
 }
 
 /// What a tile of columns is to a set of rows.
-enum class Overlap { none, some, all };
+enum class Overlap : std::uint8_t { none, some, all };
 
 NATTEN_HOST_DEVICE inline Overlap overlap_of(const Bounds (&bounds)[kMaxRank],
                                              const TileShape& tile, const int (&origin)[kMaxRank]) {
