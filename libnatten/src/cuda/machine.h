@@ -80,13 +80,12 @@ class Gpu {
   /// Whether `x` holds for all threads of the warp.
   __device__ bool all(bool x) const { return __all_sync(0xffffffffu, x); }
 
-  /// Copies 16 bytes to an offset in shared memory, or zeros where not `valid`; done after `wait`.
-  __device__ void copy_async(int to, const void* from, bool valid) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
-                 "r"(valid ? 16 : 0)
+  /// Copies 16 bytes to an offset in shared memory; done after `wait`.
+  __device__ void copy_async(int to, const void* from) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from)
                  : "memory");
   }
-  /// The same for 4 bytes.
+  /// Copies 4 bytes, or zeros where not `valid`.
   __device__ void copy_word_async(int to, const void* from, bool valid) const {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from),
                  "r"(valid ? 4 : 0)

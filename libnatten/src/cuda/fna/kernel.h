@@ -233,7 +233,7 @@ struct TileKernel {
     NATTEN_DEVICE void load_chunk(int to, const T* from, int chunk, int dims,
                                   bool is_aligned) const {
       if (from && is_aligned && (chunk + 1) * kChunk<T> <= dims)
-        return gpu.copy_async(to, from + chunk * kChunk<T>, true);
+        return gpu.copy_async(to, from + chunk * kChunk<T>);
       // Not unrolled: it is slow anyway, and registers are scarce where it is called.
       NATTEN_DO_NOT_UNROLL
       for (int j = 0; j < kChunk<T>; ++j) {
@@ -290,7 +290,7 @@ struct TileKernel {
           NATTEN_UNROLL
           for (int j = 0; j < Tile::kChunks; j += kUnit)
             if (element + j * kChunk<T> < dims)
-              gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + j * kChunk<T>, true);
+              gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + j * kChunk<T>);
         }
         return;
       }
