@@ -31,6 +31,8 @@
 #define NATTEN_UNROLL
 #define NATTEN_DO_NOT_UNROLL
 #endif
+/// An unrolled loop with i = 0 ... count - 1, often over elements that registers hold.
+#define NATTEN_EACH(i, count) NATTEN_UNROLL for (int i = 0; i < (count); ++i)
 
 namespace natten::detail::cuda {
 

@@ -48,12 +48,10 @@ NATTEN_DEVICE void load(Sum (&to)[kCount], const T* from) {
 #else
     std::memcpy(elements, from, sizeof elements);
 #endif
-    NATTEN_UNROLL
-    for (int i = 0; i < kCount; ++i) to[i] = number(elements[i]);
+    NATTEN_EACH (i, kCount) to[i] = number(elements[i]);
   }
   if constexpr (kTf32) {
-    NATTEN_UNROLL
-    for (int i = 0; i < kCount; ++i) to[i] = round_to_tf32(to[i]);
+    NATTEN_EACH (i, kCount) to[i] = round_to_tf32(to[i]);
   }
 }
 
@@ -303,8 +301,7 @@ struct Chunk {
   template <class F>
   NATTEN_DEVICE void for_each(const std::int64_t (&stride)[kMaxRank], F&& f) const {
     std::int64_t offset = at[0] * stride[0] + at[1] * stride[1] + at[2] * stride[2];
-    NATTEN_UNROLL
-    for (int j = 0; j < kChunk; ++j) {
+    NATTEN_EACH (j, kChunk) {
       f(j, offset);
       if (j + 1 < count) offset += stride[2];
     }
@@ -328,17 +325,13 @@ template <int kBlock, int kVector, bool kTf32, class T, class Sum>
 NATTEN_DEVICE void add_products(Sum (&sums)[kChunk], const T* row,
                                 const T* const (&vectors)[kChunk], int d) {
   Sum x[kBlock][kVector];
-  NATTEN_UNROLL
-  for (int v = 0; v < kBlock; ++v) load<kTf32>(x[v], row + d + v * kVector);
-  NATTEN_UNROLL
-  for (int j = 0; j < kChunk; ++j) {
+  NATTEN_EACH (v, kBlock) load<kTf32>(x[v], row + d + v * kVector);
+  NATTEN_EACH (j, kChunk) {
     const T* const at = vectors[j] + d;
-    NATTEN_UNROLL
-    for (int v = 0; v < kBlock; ++v) {
+    NATTEN_EACH (v, kBlock) {
       Sum y[kVector];
       load<kTf32>(y, at + v * kVector);
-      NATTEN_UNROLL
-      for (int e = 0; e < kVector; ++e) sums[j] += x[v][e] * y[e];
+      NATTEN_EACH (e, kVector) sums[j] += x[v][e] * y[e];
     }
   }
 }
@@ -349,16 +342,14 @@ NATTEN_DEVICE void dot(Sum (&sums)[kChunk], const T* row, const T* const (&vecto
                        int dims) {
   constexpr int kLongest = 512;  // longer sums are sums of sums, which round less
   constexpr int kBlock = 2;
-  NATTEN_UNROLL
-  for (int j = 0; j < kChunk; ++j) sums[j] = 0;
+  NATTEN_EACH (j, kChunk) sums[j] = 0;
   for (int d = 0; d < dims;) {
     const int end = dims - d < kLongest ? dims : d + kLongest;
     Sum part[kChunk] = {};
     for (; d + kBlock * kVector <= end; d += kBlock * kVector)
       add_products<kBlock, kVector, kTf32>(part, row, vectors, d);
     for (; d < end; d += kVector) add_products<1, kVector, kTf32>(part, row, vectors, d);
-    NATTEN_UNROLL
-    for (int j = 0; j < kChunk; ++j) sums[j] += part[j];
+    NATTEN_EACH (j, kChunk) sums[j] += part[j];
   }
 }
 

@@ -133,8 +133,7 @@ struct RowSums {
           find_vectors(vectors, chunk, in.column_a.at(is_extra, batch, column_head, origin), 0);
           dot<kVector, kTf32>(weight, in.row_a.at(batch, head, widened(row.token)), vectors,
                               in.score_dims);
-          NATTEN_UNROLL
-          for (int j = 0; j < kChunk; ++j) weight[j] *= in.scale;
+          NATTEN_EACH (j, kChunk) weight[j] *= in.scale;
           if (in.bias && !is_extra) add_bias(weight, mask, chunk, row, query_head);
         } else {
           read_slots(weight, mask, chunk, row, batch, query_head, origin, is_extra);
@@ -143,15 +142,13 @@ struct RowSums {
         Sum correction = 1;
         if constexpr (kWeight == Weight::softmax) {
           Sum larger = largest;
-          NATTEN_UNROLL
-          for (int j = 0; j < kChunk; ++j)
+          NATTEN_EACH (j, kChunk)
             if ((mask >> j & 1) && weight[j] > larger) larger = weight[j];
           // Where all scores are -inf so far, their weights are exp(-inf - 0) = 0.
           const Sum from = larger == -std::numeric_limits<Sum>::infinity() ? Sum(0) : larger;
           correction = std::exp(largest - from);
           largest = larger;
-          NATTEN_UNROLL
-          for (int j = 0; j < kChunk; ++j) weight[j] = std::exp(weight[j] - from);
+          NATTEN_EACH (j, kChunk) weight[j] = std::exp(weight[j] - from);
         }
         if constexpr (kWeight == Weight::probability || kWeight == Weight::grad_score) {
           const auto of_columns = [&](const ColumnOperand<const Sum>& of_queries, Sum own,
@@ -161,8 +158,7 @@ struct RowSums {
               chunk.for_each(at.stride,
                              [&](int j, std::int64_t offset) { use(j, at.base[offset]); });
             } else {
-              NATTEN_UNROLL
-              for (int j = 0; j < kChunk; ++j) use(j, own);
+              NATTEN_EACH (j, kChunk) use(j, own);
             }
           };
           of_columns(in.logsumexp, own_logsumexp,
@@ -174,14 +170,12 @@ struct RowSums {
             dot<kVector, kTf32>(grad, in.row_b.at(batch, head, widened(row.token)), vectors,
                                 in.grad_dims);
             of_columns(in.row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
-            NATTEN_UNROLL
-            for (int j = 0; j < kChunk; ++j) weight[j] *= grad[j];
+            NATTEN_EACH (j, kChunk) weight[j] *= grad[j];
           }
         }
 
         Sum sum_of_weights = 0;
-        NATTEN_UNROLL
-        for (int j = 0; j < kChunk; ++j) {
+        NATTEN_EACH (j, kChunk) {
           if (!(mask >> j & 1)) weight[j] = 0;
           sum_of_weights += weight[j];
         }
@@ -194,15 +188,12 @@ struct RowSums {
           for (int d = 0; d < kDims; d += kVector) {
             if (first + d >= in.sum_dims) continue;
             Sum of_chunk[kVector] = {};
-            NATTEN_UNROLL
-            for (int j = 0; j < kChunk; ++j) {
+            NATTEN_EACH (j, kChunk) {
               Sum x[kVector];
               load(x, vectors[j] + d);
-              NATTEN_UNROLL
-              for (int e = 0; e < kVector; ++e) of_chunk[e] += weight[j] * x[e];
+              NATTEN_EACH (e, kVector) of_chunk[e] += weight[j] * x[e];
             }
-            NATTEN_UNROLL
-            for (int e = 0; e < kVector; ++e) sum[d + e] = sum[d + e] * correction + of_chunk[e];
+            NATTEN_EACH (e, kVector) sum[d + e] = sum[d + e] * correction + of_chunk[e];
           }
         } else if (slots) {
           const Slots s = slots_of_columns(row, is_extra);
@@ -225,8 +216,7 @@ struct RowSums {
       if constexpr (kWeight == Weight::softmax) factor = 1 / total;
       if constexpr (kWeight == Weight::grad_score) factor = in.scale;
       const auto write = [&](auto* to) {
-        NATTEN_UNROLL
-        for (int d = 0; d < kDims; ++d)
+        NATTEN_EACH (d, kDims)
           if (first + d < in.sum_dims)
             to[first + d] = static_cast<std::remove_reference_t<decltype(*to)>>(sum[d] * factor);
       };

@@ -206,16 +206,14 @@ struct TileKernel {
 
     /// Whether there is such a row, and where.
     NATTEN_DEVICE bool token_of_row(int row, Coordinate& token) const {
-      NATTEN_UNROLL
-      for (int i = 0; i < kMaxRank; ++i)
+      NATTEN_EACH (i, kMaxRank)
         token[i] = token_at(a.grid.axes[i], state.rows.group[i],
                             state.rows.origin[i] + a.grid.row_tile.offset(row, i));
       return state.rows.holds(a.grid.row_tile, row);
     }
     NATTEN_DEVICE bool token_of_column(const ColumnTile& at, int column, Coordinate& token) const {
       bool exists = true;
-      NATTEN_UNROLL
-      for (int i = 0; i < kMaxRank; ++i) {
+      NATTEN_EACH (i, kMaxRank) {
         const int position = at.origin[i] + a.grid.column_tile.offset(column, i);
         token[i] = token_at(a.grid.axes[i], state.rows.group[i], position);
         exists = exists && token[i] < a.grid.column_lengths[i];
@@ -268,8 +266,7 @@ struct TileKernel {
       Coordinate token;
       const bool is_whole = token_of_column(tile, kColumns - 1, token);
       token_of_column(tile, 0, token);
-      NATTEN_UNROLL
-      for (int which = 0; which < 2; ++which)
+      NATTEN_EACH (which, 2)
         stop.first[which] = a.copies_chunks[which] && is_whole && !tile.is_additional
                                 ? a.columns[which].tensor.at(state.batch, column_head(tile), token)
                                 : nullptr;
@@ -354,16 +351,13 @@ struct TileKernel {
       if (thread() < kColumns) {
         std::int64_t offsets[2] = {0, 0};
         int bias = 0;
-        NATTEN_UNROLL
-        for (int i = 0; i < kMaxRank; ++i) {
+        NATTEN_EACH (i, kMaxRank) {
           const int offset = a.grid.column_tile.offset(thread(), i);
-          NATTEN_UNROLL
-          for (int which = 0; which < 2; ++which)
+          NATTEN_EACH (which, 2)
             offsets[which] += a.columns[which].tensor.grid[i] * a.grid.axes[i].dilation * offset;
           bias += (kRowsAreQueries ? 1 : -1) * offset * static_cast<int>(a.rpb.grid[i]);
         }
-        NATTEN_UNROLL
-        for (int which = 0; which < 2; ++which)
+        NATTEN_EACH (which, 2)
           relative(which)[thread()] = static_cast<int>(offsets[which] / kChunk<T>);
         relative_bias()[thread()] = bias;
       }
@@ -376,8 +370,7 @@ struct TileKernel {
       clear_padding({Layout::kColumns2}, kColumns, a.dims[1]);
       gpu.sync();
       if (warp() == 0) {
-        NATTEN_UNROLL
-        for (int i = 0; i < kMaxRank; ++i) {
+        NATTEN_EACH (i, kMaxRank) {
           if (lane() % 4 != i) continue;
           const TileShape& shape = a.grid.row_tile;
           const int of_warp = lane() / 4, first = 16 * kM * of_warp;
@@ -427,23 +420,20 @@ struct TileKernel {
       const int first_row = row_of(0, 0), own = lane() % (2 * kM);
       std::uint64_t word = ~std::uint64_t{0};
       if (overlap == Overlap::some) word = seen_by(first_row + 8 * own, at);
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        Mask mask;
-        NATTEN_UNROLL
-        for (int i = 0; i < (kN + 3) / 4; ++i)
-          mask[i] = gpu.shuffle(static_cast<std::uint32_t>(word >> (32 * i)),
-                                (lane() & ~3) + 2 * m + half) >>
-                    (2 * (lane() % 4));
-        if (scales_first) scale_row(scores[m], half, first_row + 16 * m + 8 * half, at, mask);
-        NATTEN_UNROLL
-        for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          float& score = scores[m][n][2 * half + j];
-          score = bit(mask, n, j) ? score : kNone;
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (half, 2) {
+          Mask mask;
+          NATTEN_EACH (i, (kN + 3) / 4)
+            mask[i] = gpu.shuffle(static_cast<std::uint32_t>(word >> (32 * i)),
+                                  (lane() & ~3) + 2 * m + half) >>
+                      (2 * (lane() % 4));
+          if (scales_first) scale_row(scores[m], half, first_row + 16 * m + 8 * half, at, mask);
+          NATTEN_EACH (n, kN)
+            NATTEN_EACH (j, 2) {
+              float& score = scores[m][n][2 * half + j];
+              score = bit(mask, n, j) ? score : kNone;
+            }
         }
-      }
     }
     NATTEN_DEVICE void scale_row(FragmentC (&scores)[kN], int half, int row, const ColumnTile& at,
                                  const Mask& mask) const {
@@ -451,22 +441,20 @@ struct TileKernel {
                              state.rows.holds(a.grid.row_tile, row);
       constexpr int kSign = kRowsAreQueries ? 1 : -1;  // offsets are key - query
       int offset = 0;
-      NATTEN_UNROLL
-      for (int i = 0; i < kMaxRank; ++i) {
+      NATTEN_EACH (i, kMaxRank) {
         const int position = state.rows.origin[i] + a.grid.row_tile.offset(row, i);
         offset +=
             (kSign * (at.origin[i] - position) + static_cast<int>(a.grid.axes[i].kernel_size) - 1) *
             static_cast<int>(a.rpb.grid[i]);
       }
       const T* bias = a.rpb.data + query_head(at) * a.rpb.head;
-      NATTEN_UNROLL
-      for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        float& score = scores[n][2 * half + j];
-        score *= a.scale * kLog2E;
-        if (is_biased && bit(mask, n, j))
-          score += static_cast<float>(bias[offset + relative_bias()[column_of(n) + j]]) * kLog2E;
-      }
+      NATTEN_EACH (n, kN)
+        NATTEN_EACH (j, 2) {
+          float& score = scores[n][2 * half + j];
+          score *= a.scale * kLog2E;
+          if (is_biased && bit(mask, n, j))
+            score += static_cast<float>(bias[offset + relative_bias()[column_of(n) + j]]) * kLog2E;
+        }
     }
 
     /// The sum, or the largest, of a row's four threads.
@@ -489,45 +477,39 @@ struct TileKernel {
       float most[kM][2], reference[kM][2];
       const int first_row = row_of(0, 0);
       bool is_near = true;
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float x = kNone;
-        NATTEN_UNROLL
-        for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-        for (int j = 0; j < 2; ++j) x = std::fmax(x, scores[m][n][2 * half + j]);
-        most[m][half] = x * a.factor;
-        reference[m][half] = references()[first_row + 16 * m + 8 * half];
-        is_near = is_near && most[m][half] <= reference[m][half] + kSlack;
-      }
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (half, 2) {
+          float x = kNone;
+          NATTEN_EACH (n, kN)
+            NATTEN_EACH (j, 2) x = std::fmax(x, scores[m][n][2 * half + j]);
+          most[m][half] = x * a.factor;
+          reference[m][half] = references()[first_row + 16 * m + 8 * half];
+          is_near = is_near && most[m][half] <= reference[m][half] + kSlack;
+        }
       if (!gpu.all(is_near)) {
-        NATTEN_UNROLL
-        for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float& past = reference[m][half];
-          const float now = std::fmax(past, row_max(most[m][half]));
-          // Before a row has seen anything its sums are 0, and 0 * 2^-inf too.
-          const float correction = now == kNone ? 1.0f : gpu.exp2(past - now);
-          past = now;
-          references()[first_row + 16 * m + 8 * half] = now;
-          totals[m][half] *= correction;
-          NATTEN_UNROLL
-          for (int n = 0; n < kDims / 8; ++n) NATTEN_UNROLL
-          for (int j = 0; j < 2; ++j) sums[m][n][2 * half + j] *= correction;
-        }
+        NATTEN_EACH (m, kM)
+          NATTEN_EACH (half, 2) {
+            float& past = reference[m][half];
+            const float now = std::fmax(past, row_max(most[m][half]));
+            // Before a row has seen anything its sums are 0, and 0 * 2^-inf too.
+            const float correction = now == kNone ? 1.0f : gpu.exp2(past - now);
+            past = now;
+            references()[first_row + 16 * m + 8 * half] = now;
+            totals[m][half] *= correction;
+            NATTEN_EACH (n, kDims / 8)
+              NATTEN_EACH (j, 2) sums[m][n][2 * half + j] *= correction;
+          }
       }
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        const float subtracted = reference[m][half] == kNone ? 0.0f : reference[m][half];
-        NATTEN_UNROLL
-        for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          float& x = scores[m][n][2 * half + j];
-          x = gpu.exp2(x * a.factor - subtracted);
-          totals[m][half] += x;
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (half, 2) {
+          const float subtracted = reference[m][half] == kNone ? 0.0f : reference[m][half];
+          NATTEN_EACH (n, kN)
+            NATTEN_EACH (j, 2) {
+              float& x = scores[m][n][2 * half + j];
+              x = gpu.exp2(x * a.factor - subtracted);
+              totals[m][half] += x;
+            }
         }
-      }
     }
 
     /// Statistics of queries: of this thread's rows, or of the columns in shared memory.
@@ -536,61 +518,56 @@ struct TileKernel {
     };
     NATTEN_DEVICE QueryStatistics row_statistics() const {
       QueryStatistics s;
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        Coordinate token;
-        const bool exists = token_of_row(row_of(m, half), token);
-        s.logsumexp[m][half] =
-            exists ? *a.logsumexp.at(state.batch, state.head, token) * kLog2E : 0.0f;
-        s.row_term[m][half] =
-            exists && kSumsFirst ? *a.row_term.at(state.batch, state.head, token) : 0.0f;
-      }
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (half, 2) {
+          Coordinate token;
+          const bool exists = token_of_row(row_of(m, half), token);
+          s.logsumexp[m][half] =
+              exists ? *a.logsumexp.at(state.batch, state.head, token) * kLog2E : 0.0f;
+          s.row_term[m][half] =
+              exists && kSumsFirst ? *a.row_term.at(state.batch, state.head, token) : 0.0f;
+        }
       return s;
     }
 
     /// Turns scores into the weights P of the forward pass.
     NATTEN_DEVICE void weigh(FragmentC (&scores)[kM][kN], const QueryStatistics& of_rows,
                              int stage) const {
-      NATTEN_UNROLL
-      for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        float of_column = 0;
-        if constexpr (!kRowsAreQueries)
-          of_column = gpu.template shared<float>(statistics(0, stage))[column_of(n) + j] * kLog2E;
-        NATTEN_UNROLL
-        for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          float& x = scores[m][n][2 * half + j];
-          x = gpu.exp2(x * a.factor - (kRowsAreQueries ? of_rows.logsumexp[m][half] : of_column));
+      NATTEN_EACH (n, kN)
+        NATTEN_EACH (j, 2) {
+          float of_column = 0;
+          if constexpr (!kRowsAreQueries)
+            of_column = gpu.template shared<float>(statistics(0, stage))[column_of(n) + j] * kLog2E;
+          NATTEN_EACH (m, kM)
+            NATTEN_EACH (half, 2) {
+              float& x = scores[m][n][2 * half + j];
+              x = gpu.exp2(x * a.factor -
+                           (kRowsAreQueries ? of_rows.logsumexp[m][half] : of_column));
+            }
         }
-      }
     }
     /// Turns dP into dS.
     NATTEN_DEVICE void differentiate(FragmentC (&grads)[kM][kN], const FragmentC (&weights)[kM][kN],
                                      const QueryStatistics& of_rows, int stage) const {
-      NATTEN_UNROLL
-      for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-      for (int j = 0; j < 2; ++j) {
-        float of_column = 0;
-        if constexpr (!kRowsAreQueries)
-          of_column = gpu.template shared<float>(statistics(1, stage))[column_of(n) + j];
-        NATTEN_UNROLL
-        for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int i = 2 * half + j;
-          const float term = kRowsAreQueries ? of_rows.row_term[m][half] : of_column;
-          grads[m][n][i] = weights[m][n][i] * (grads[m][n][i] - term);
+      NATTEN_EACH (n, kN)
+        NATTEN_EACH (j, 2) {
+          float of_column = 0;
+          if constexpr (!kRowsAreQueries)
+            of_column = gpu.template shared<float>(statistics(1, stage))[column_of(n) + j];
+          NATTEN_EACH (m, kM)
+            NATTEN_EACH (half, 2) {
+              const int i = 2 * half + j;
+              const float term = kRowsAreQueries ? of_rows.row_term[m][half] : of_column;
+              grads[m][n][i] = weights[m][n][i] * (grads[m][n][i] - term);
+            }
         }
-      }
     }
 
     template <class E, int kRowBlocks, int kColumnBlocks>
     NATTEN_DEVICE static void clear(E (&x)[kRowBlocks][kColumnBlocks][4]) {
-      NATTEN_UNROLL
-      for (int m = 0; m < kRowBlocks; ++m) NATTEN_UNROLL
-      for (int n = 0; n < kColumnBlocks; ++n) NATTEN_UNROLL
-      for (int i = 0; i < 4; ++i) x[m][n][i] = 0;
+      NATTEN_EACH (m, kRowBlocks)
+        NATTEN_EACH (n, kColumnBlocks)
+          NATTEN_EACH (i, 4) x[m][n][i] = 0;
     }
 
     NATTEN_DEVICE void run() const {
@@ -606,9 +583,8 @@ struct TileKernel {
       clear(sums1);
       clear(sums2);
       float totals[kM][2];  // this thread's shares, of weights or of P dP
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) totals[m][half] = 0;
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (half, 2) totals[m][half] = 0;
       QueryStatistics of_rows{};
       if constexpr (kRowsAreQueries && kPass != Pass::forward) of_rows = row_statistics();
 
@@ -680,18 +656,16 @@ struct TileKernel {
       gpu.sync();  // rows are there even where there was no column; their memory is free
 
       if constexpr (kPass == Pass::forward || kPass == Pass::row_term) {
-        NATTEN_UNROLL
-        for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-        for (int half = 0; half < 2; ++half) {
-          const int row = row_of(m, half);
-          const float sum = row_sum(totals[m][half]);
-          write_statistic(row, sum);
-          if constexpr (kPass == Pass::forward) {
-            NATTEN_UNROLL
-            for (int n = 0; n < kDims / 8; ++n) NATTEN_UNROLL
-            for (int j = 0; j < 2; ++j) sums2[m][n][2 * half + j] /= sum;
+        NATTEN_EACH (m, kM)
+          NATTEN_EACH (half, 2) {
+            const int row = row_of(m, half);
+            const float sum = row_sum(totals[m][half]);
+            write_statistic(row, sum);
+            if constexpr (kPass == Pass::forward) {
+              NATTEN_EACH (n, kDims / 8)
+                NATTEN_EACH (j, 2) sums2[m][n][2 * half + j] /= sum;
+            }
           }
-        }
       }
       if constexpr (kSumsFirst) write(0, sums1, a.scale);
       if constexpr (kSumsSecond) write(1, sums2, 1.0f);
@@ -700,12 +674,11 @@ struct TileKernel {
     /// Puts the warp's dS where all warps find them: keys by queries, in the element type.
     NATTEN_DEVICE void store_grad_scores(const Weights<T, kM, kN>& x) const {
       constexpr SharedTile<T, kColumns> to{Layout::kGradScores};
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half)
-        *gpu.template shared<std::uint32_t>(to.at(row_of(m, half), n) + 4 * (lane() % 4)) =
-            x[m][n / 2][n % 2 * 2 + half];
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (n, kN)
+          NATTEN_EACH (half, 2)
+            *gpu.template shared<std::uint32_t>(to.at(row_of(m, half), n) + 4 * (lane() % 4)) =
+                x[m][n / 2][n % 2 * 2 + half];
     }
     /// Adds to each query of the tile what the block's keys give it. A warp has 16 queries.
     NATTEN_DEVICE void add_to_queries(const ColumnTile& at) const {
@@ -715,8 +688,7 @@ struct TileKernel {
       const int a_at = grads.at(lane() / 16 * 8 + lane() % 8, 2 * warp() + lane() / 8 % 2);
       const int b_at = keys.at(lane() % 16, lane() / 16);
       float* to[2];
-      NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) {
+      NATTEN_EACH (half, 2) {
         Coordinate token;
         const bool exists = token_of_column(at, 16 * warp() + 8 * half + lane() / 4, token);
         const Axis* axes = a.grid.axes;
@@ -735,8 +707,7 @@ struct TileKernel {
       for (int part = 0; part < kDims / 8; part += kPart) {
         FragmentC sums[1][kPart];
         clear(sums);
-        NATTEN_UNROLL
-        for (int k = 0; k < kRows / 16; ++k) {
+        NATTEN_EACH (k, kRows / 16) {
           FragmentA x;
           gpu.load_matrices_transposed(x, a_at + 16 * k * grads.kPitch);
           NATTEN_UNROLL
@@ -748,26 +719,23 @@ struct TileKernel {
             gpu.template multiply_add<T>(sums[0][n + 1], x, high);
           }
         }
-        NATTEN_UNROLL
-        for (int n = 0; n < kPart; ++n) NATTEN_UNROLL
-        for (int i = 0; i < 4; ++i) {
-          const int d = column_of(part + n) + i % 2;
-          if (to[i / 2] && d < a.dims[0]) gpu.atomic_add(to[i / 2] + d, sums[0][n][i]);
-        }
+        NATTEN_EACH (n, kPart)
+          NATTEN_EACH (i, 4) {
+            const int d = column_of(part + n) + i % 2;
+            if (to[i / 2] && d < a.dims[0]) gpu.atomic_add(to[i / 2] + d, sums[0][n][i]);
+          }
       }
     }
 
     NATTEN_DEVICE void add_products(float (&sums)[kM][2], const FragmentC (&x)[kM][kN],
                                     const FragmentC (&y)[kM][kN]) const {
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        float sum = 0;
-        NATTEN_UNROLL
-        for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-        for (int j = 0; j < 2; ++j) sum += x[m][n][2 * half + j] * y[m][n][2 * half + j];
-        sums[m][half] += sum;
-      }
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (half, 2) {
+          float sum = 0;
+          NATTEN_EACH (n, kN)
+            NATTEN_EACH (j, 2) sum += x[m][n][2 * half + j] * y[m][n][2 * half + j];
+          sums[m][half] += sum;
+        }
     }
 
     /// Writes a row's logsumexp or row term, given the sum of its weights or of P dP.
@@ -789,10 +757,8 @@ struct TileKernel {
       const int dims = a.dims[which];
       constexpr Tile staging{Layout::kRows1};
       gpu.sync_warp();
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-      for (int half = 0; half < 2; ++half)
-        store_sums(gpu, sums[m], half, factor, staging, row_of(m, half));
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (half, 2) store_sums(gpu, sums[m], half, factor, staging, row_of(m, half));
       gpu.sync_warp();
       NATTEN_DO_NOT_UNROLL
       for (int item = lane(); item < 16 * kM * Tile::kChunks; item += kLanes) {

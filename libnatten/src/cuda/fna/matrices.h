@@ -49,8 +49,7 @@ NATTEN_DEVICE std::uint32_t rounded_bits(float x) {
 template <class T, int kCount>
 NATTEN_DEVICE void round_operand(std::uint32_t (&x)[kCount]) {
   if constexpr (std::is_same_v<T, float>) {
-    NATTEN_UNROLL
-    for (int i = 0; i < kCount; ++i) x[i] = rounded_bits(natten::detail::float_of(x[i]));
+    NATTEN_EACH (i, kCount) x[i] = rounded_bits(natten::detail::float_of(x[i]));
   }
 }
 
@@ -62,11 +61,9 @@ NATTEN_DEVICE void multiply_rows(Machine& gpu, FragmentC (&c)[kM][kN],
   const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
   const int a_at = a.at(first_row + lane % 16, lane / 16);
   const int b_at = b.at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
-  NATTEN_UNROLL
-  for (int k = 0; k < kDims / kDepth<T>; ++k) {
+  NATTEN_EACH (k, kDims / kDepth<T>) {
     FragmentA x[kM];
-    NATTEN_UNROLL
-    for (int m = 0; m < kM; ++m) {
+    NATTEN_EACH (m, kM) {
       gpu.load_matrices(x[m], a.step(a_at, 2 * k) + 16 * m * a.kPitch);
       round_operand<T>(x[m]);
     }
@@ -76,8 +73,7 @@ NATTEN_DEVICE void multiply_rows(Machine& gpu, FragmentC (&c)[kM][kN],
       gpu.load_matrices(y, b.step(b_at, 2 * k) + 8 * n * b.kPitch);
       round_operand<T>(y);
       const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
-      NATTEN_UNROLL
-      for (int m = 0; m < kM; ++m) {
+      NATTEN_EACH (m, kM) {
         gpu.template multiply_add<T>(c[m][n], x[m], low);
         gpu.template multiply_add<T>(c[m][n + 1], x[m], high);
       }
@@ -93,18 +89,17 @@ using Weights = FragmentA[kM][8 * kN / kDepth<T>];
 /// with its columns in the order 0, 2, 4, 6, 1, 3, 5, 7.
 template <class T, int kM, int kN, class Machine>
 NATTEN_DEVICE void pack_weights(Machine& gpu, Weights<T, kM, kN>& x, const FragmentC (&c)[kM][kN]) {
-  NATTEN_UNROLL
-  for (int m = 0; m < kM; ++m) NATTEN_UNROLL
-  for (int n = 0; n < kN; ++n) NATTEN_UNROLL
-  for (int half = 0; half < 2; ++half) {
-    const float first = c[m][n][2 * half], second = c[m][n][2 * half + 1];
-    if constexpr (std::is_same_v<T, float>) {
-      x[m][n][half] = rounded_bits(first);
-      x[m][n][2 + half] = rounded_bits(second);
-    } else {
-      x[m][n / 2][n % 2 * 2 + half] = gpu.template pack<T>(first, second);
-    }
-  }
+  NATTEN_EACH (m, kM)
+    NATTEN_EACH (n, kN)
+      NATTEN_EACH (half, 2) {
+        const float first = c[m][n][2 * half], second = c[m][n][2 * half + 1];
+        if constexpr (std::is_same_v<T, float>) {
+          x[m][n][half] = rounded_bits(first);
+          x[m][n][2 + half] = rounded_bits(second);
+        } else {
+          x[m][n / 2][n % 2 * 2 + half] = gpu.template pack<T>(first, second);
+        }
+      }
 }
 
 /// sums[i] += sum over j of weights[i][j] times row j of `b`. Blocks of sums are 8 dims in a row;
@@ -118,36 +113,29 @@ NATTEN_DEVICE void accumulate_rows(Machine& gpu, FragmentC (&sums)[kM][kDims / 8
     // ldmatrix transposes 16-bit elements only. A thread reads a chunk of each of its two rows:
     // four dims, for as many blocks.
     const int b_at[2] = {b.at(lane % 4 * 2, lane / 4), b.at(lane % 4 * 2 + 1, lane / 4)};
-    NATTEN_UNROLL
-    for (int k = 0; k < kK; ++k) {
+    NATTEN_EACH (k, kK) {
       NATTEN_UNROLL
       for (int n = 0; n < kDims / 8; n += 4) {
         std::uint32_t y[2][4];
-        NATTEN_UNROLL
-        for (int row = 0; row < 2; ++row) {
+        NATTEN_EACH (row, 2) {
           gpu.read_chunk(y[row], b.step(b_at[row], 2 * n) + 8 * k * b.kPitch);
           round_operand<T>(y[row]);
         }
-        NATTEN_UNROLL
-        for (int i = 0; i < 4; ++i) {
+        NATTEN_EACH (i, 4) {
           const FragmentB column = {y[0][i], y[1][i]};
-          NATTEN_UNROLL
-          for (int m = 0; m < kM; ++m)
-            gpu.template multiply_add<T>(sums[m][n + i], weights[m][k], column);
+          NATTEN_EACH (m, kM) gpu.template multiply_add<T>(sums[m][n + i], weights[m][k], column);
         }
       }
     }
   } else {
     const int b_at = b.at(lane % 16, lane / 16);
-    NATTEN_UNROLL
-    for (int k = 0; k < kK; ++k) {
+    NATTEN_EACH (k, kK) {
       NATTEN_UNROLL
       for (int n = 0; n < kDims / 8; n += 2) {
         std::uint32_t y[4];
         gpu.load_matrices_transposed(y, b.step(b_at, n) + 16 * k * b.kPitch);
         const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
-        NATTEN_UNROLL
-        for (int m = 0; m < kM; ++m) {
+        NATTEN_EACH (m, kM) {
           gpu.template multiply_add<T>(sums[m][n], weights[m][k], low);
           gpu.template multiply_add<T>(sums[m][n + 1], weights[m][k], high);
         }
@@ -164,17 +152,14 @@ NATTEN_DEVICE void store_sums(Machine& gpu, const FragmentC (&sums)[kBlocks], in
   const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
   if constexpr (std::is_same_v<T, float>) {
     NATTEN_UNROLL
-    for (int n = 0; n < kBlocks; n += 4) NATTEN_UNROLL
-    for (int j = 0; j < 2; ++j) {
-      std::uint32_t x[4];
-      NATTEN_UNROLL
-      for (int i = 0; i < 4; ++i)
-        x[i] = natten::detail::bits_of(sums[n + i][2 * half + j] * factor);
-      gpu.write_chunk(to.at(row, 2 * n + lane % 4 * 2 + j), x);
-    }
+    for (int n = 0; n < kBlocks; n += 4)
+      NATTEN_EACH (j, 2) {
+        std::uint32_t x[4];
+        NATTEN_EACH (i, 4) x[i] = natten::detail::bits_of(sums[n + i][2 * half + j] * factor);
+        gpu.write_chunk(to.at(row, 2 * n + lane % 4 * 2 + j), x);
+      }
   } else {
-    NATTEN_UNROLL
-    for (int n = 0; n < kBlocks; ++n)
+    NATTEN_EACH (n, kBlocks)
       *gpu.template shared<std::uint32_t>(to.at(row, n) + lane % 4 * 4) =
           gpu.template pack<T>(sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
   }

@@ -46,8 +46,7 @@ struct Grid {
 
   NATTEN_HOST_DEVICE std::int64_t blocks_per_head() const {
     std::int64_t blocks = 1;
-    NATTEN_UNROLL
-    for (int a = 0; a < kMaxRank; ++a) blocks *= row_tiles[a] * axes[a].dilation;
+    NATTEN_EACH (a, kMaxRank) blocks *= row_tiles[a] * axes[a].dilation;
     return blocks;
   }
   /// Tokens of a dilation group among `length`.
@@ -107,8 +106,7 @@ struct Spans {
   /// Computes the part of one of `threads` threads.
   NATTEN_HOST_DEVICE void compute(const Grid& grid, const RowTile& rows, int thread,
                                   int threads) const {
-    NATTEN_UNROLL
-    for (int a = 0; a < kMaxRank; ++a)
+    NATTEN_EACH (a, kMaxRank)
       for (int i = thread; i < grid.row_tile.extent(a); i += threads)
         at(a, i) = i < rows.valid[a] ? grid.seen(a, rows.group[a], rows.origin[a] + i) : Span{0, 0};
   }
@@ -136,8 +134,7 @@ enum class Overlap : std::uint8_t { none, some, all };
 NATTEN_HOST_DEVICE inline Overlap overlap_of(const Bounds (&bounds)[kMaxRank],
                                              const TileShape& tile, const int (&origin)[kMaxRank]) {
   bool none = false, all = true;
-  NATTEN_UNROLL
-  for (int a = 0; a < kMaxRank; ++a) {
+  NATTEN_EACH (a, kMaxRank) {
     const int begin = origin[a], end = origin[a] + tile.extent(a);
     none = none || end <= bounds[a].least_begin || begin >= bounds[a].greatest_end;
     all = all && bounds[a].greatest_begin <= begin && end <= bounds[a].least_end;
