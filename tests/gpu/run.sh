@@ -104,50 +104,40 @@ fi
 
 # ---- build ----
 
+# The package, its Python module and the C++ tests share one build, as kernels take minutes.
 xla=OFF
 ! imports jaxlib || xla=ON
-options=(-DNATTEN_WITH_CUDA=ON "-DCMAKE_CUDA_ARCHITECTURES=$architecture")
-python_options=()
-for option in "${options[@]}" "-DNATTEN_WITH_XLA=$xla"; do
-  python_options+=("-Ccmake.define.${option#-D}")
-done
-package_built=0
-stage build.log 240 "Python package (sm_${architecture%-real}, XLA $xla)" \
-  "$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index --no-compile --upgrade \
-  --target "$site" "-Cbuild-dir=$work/package" "${python_options[@]}" . && package_built=1
-
-cpp_built=0
-cpp_options=("${options[@]}" -DNATTEN_BUILD_TESTS=ON)
+package=$work/package
+install=("$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index --no-compile
+  --upgrade --target "$site" "-Cbuild-dir=$package" -Ccmake.define.NATTEN_WITH_CUDA=ON
+  "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$architecture" "-Ccmake.define.NATTEN_WITH_XLA=$xla")
 [ -z "${GTEST_SOURCE:-}" ] ||
-  cpp_options+=("-DFETCHCONTENT_SOURCE_DIR_GOOGLETEST=$(realpath "$GTEST_SOURCE")")
-generator=()
-! has ninja || generator=(-G Ninja)
-cpp_build() {
-  cmake -S . -B "$work/cpp" "${generator[@]}" "${cpp_options[@]}" &&
-    cmake --build "$work/cpp" --parallel --target natten_tests
-}
-export -f cpp_build
-if has cmake; then
-  stage build.log 300 "C++ tests, build" bash -c "set -e; $(declare -p work generator cpp_options)
-    cpp_build" && cpp_built=1
-else
-  skip "C++ tests" "no cmake"
+  install+=("-Ccmake.define.FETCHCONTENT_SOURCE_DIR_GOOGLETEST=$(realpath "$GTEST_SOURCE")")
+package_built=0 cpp_built=0
+title="build (sm_${architecture%-real}, XLA $xla)"
+if stage build.log 300 "$title, with C++ tests" \
+  "${install[@]}" -Ccmake.define.NATTEN_BUILD_TESTS=ON .; then
+  package_built=1 cpp_built=1
+elif stage build.log 300 "$title, without" "${install[@]}" .; then
+  package_built=1
 fi
 
 # ---- correctness ----
 
-gtest=$work/cpp/cpp_tests/natten_tests
+gtest=$package/cpp_tests/natten_tests
 # Tests of the backends for CPUs run elsewhere.
 filter='*on_gpu*:OnGpu*'
 if [ "$cpp_built" = 1 ]; then
   stage cpp_tests.log 120 "C++ tests" "$gtest" --gtest_brief=1 "--gtest_filter=$filter" || true
 fi
 if [ "$package_built" = 1 ]; then
-  if [ -e tests/test_cuda.py ]; then
-    stage pytest.log 120 "pytest" "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_cuda.py ||
-      true
+  stage pytest.log 120 "PyTorch tests" "$PYTHON" -m pytest -q -p no:cacheprovider \
+    tests/test_cuda.py || true
+  if [ "$xla" = ON ]; then
+    stage pytest.log 60 "JAX tests" "$PYTHON" -m pytest -q -p no:cacheprovider \
+      tests/test_cuda_jax.py || true
   else
-    skip "pytest" "there is no tests/test_cuda.py"
+    skip "JAX tests" "no jaxlib"
   fi
 fi
 
