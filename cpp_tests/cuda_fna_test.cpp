@@ -232,6 +232,26 @@ TEST(CudaTiles, MaskWordsHaveTheColumnsOfTheSpans) {
   }
 }
 
+/// Gradients of few additional tokens, which blocks find in parts of the queries.
+TEST_P(CudaFna, AdditionalTokensOfManyQueries) {
+  for (const bool deterministic : {true, false}) {
+    Case c;
+    c.seed = base_seed() + 2000;
+    c.axes = {{33, 3, 1, 1, false}, {32, 3, 1, 2, true}};
+    c.heads = 2;
+    c.kv_heads = 1;
+    c.dim = 24;
+    c.value_dim = 20;
+    c.additional = 70;
+    c.is_contiguous = false;
+    c.dtype = dtype();
+    FusedProblem problem(c);
+    EXPECT_EQ(cuda::additional_splits(natten::describe(problem.backward())), 2);
+    expect_definition(c, deterministic ? 1 : 2,
+                      [&](natten::Call& call) { call.options.deterministic = deterministic; });
+  }
+}
+
 /// One pass over the keys for all gradients.
 TEST_P(CudaFna, NotDeterministic) {
   std::uint64_t seed = base_seed() + 1000;

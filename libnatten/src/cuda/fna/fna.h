@@ -37,30 +37,56 @@ inline bool adds_queries(const Problem& p) {
   return !p.deterministic && p.dtype != DType::float32 && p.wants_grad_query && p.wants_grad_key &&
          p.wants_grad_value && padded_dims(p) <= kMostDimsOfTwo;
 }
-inline std::size_t query_sums_bytes(const Problem& p) {
-  return adds_queries(p) ? row_term_bytes(p) * static_cast<std::size_t>(p.head_dim) : 0;
+
+/// Blocks for each tile of additional tokens. These see all queries, so few blocks would work long.
+inline int additional_splits(const Problem& p) {
+  constexpr std::int64_t kEnoughBlocks = 264, kLeastTiles = 16, kTile = 64;
+  const std::int64_t blocks = p.batch * p.kv_heads * ((p.additional + kTile - 1) / kTile);
+  const std::int64_t tiles = p.queries() / kTile * (p.heads / p.kv_heads);
+  if (!p.wants_grad_additional || blocks == 0) return 1;
+  return static_cast<int>(
+      std::max<std::int64_t>(1, std::min(kEnoughBlocks / blocks, tiles / kLeastTiles)));
 }
 
-/// In order: row terms, one per query and head; sums of query gradients; what the bias gradient
-/// needs.
+/// The workspace of a backward pass.
+struct FnaPieces {
+  float* row_term;    ///< [B, H, queries]
+  float* query_sums;  ///< of grad_all: [B, H, queries, D]
+  int splits;         ///< of the gradients of additional keys and values...
+  Partial parts[2];   ///< ...where there are several
+  void* bias;         ///< what the bias gradient needs
+  std::size_t bytes;
+
+  FnaPieces(const Problem& p, void* workspace) : splits(additional_splits(p)) {
+    simt::Pieces pieces(workspace);
+    const std::int64_t rows = p.batch * p.heads * p.queries();
+    row_term = pieces.take<float>(rows);
+    query_sums = pieces.take<float>(adds_queries(p) ? rows * p.head_dim : 0);
+    const std::int64_t dims[] = {p.head_dim, p.value_dim};
+    for (int which = 0; which < 2; ++which) {
+      parts[which].part = p.batch * p.kv_heads * p.additional * dims[which];
+      parts[which].data = pieces.take<float>(splits > 1 ? splits * parts[which].part : 0);
+    }
+    bytes = pieces.bytes();
+    bias = workspace ? static_cast<char*>(workspace) + bytes : nullptr;
+    if (p.wants_grad_rpb) bytes += simt_grad_rpb_workspace_bytes(p);
+  }
+};
 inline std::size_t fna_workspace_bytes(const Problem& p) {
-  if (p.op != Op::attention_backward) return 0;
-  return row_term_bytes(p) + query_sums_bytes(p) +
-         (p.wants_grad_rpb ? simt_grad_rpb_workspace_bytes(p) : 0);
+  return p.op == Op::attention_backward ? FnaPieces(p, nullptr).bytes : 0;
 }
 
 /// Enqueues the passes of one job.
 template <class T, class Launcher>
 class TilePasses {
  public:
-  TilePasses(const Job& job, Launcher& launch) : job_(job), p_(job.problem), launch_(launch) {}
+  TilePasses(const Job& job, Launcher& launch)
+      : job_(job), p_(job.problem), launch_(launch), pieces_(p_, job.workspace) {}
 
   void run() {
     if (p_.batch > 0) run_tiles();
     if (p_.op == Op::attention_backward && p_.wants_grad_rpb)  // zero for an empty batch
-      simt_grad_rpb<T>(
-          job_, static_cast<const float*>(job_.workspace),
-          static_cast<char*>(job_.workspace) + row_term_bytes(p_) + query_sums_bytes(p_), launch_);
+      simt_grad_rpb<T>(job_, pieces_.row_term, pieces_.bias, launch_);
   }
 
  private:
@@ -70,9 +96,11 @@ class TilePasses {
     const Tensors& t = job_.tensors;
     if constexpr (!std::is_same_v<T, float>) {
       if (adds_queries(p_)) {
-        launch_.clear(query_sums(), query_sums_bytes(p_));
+        const std::int64_t sums = p_.batch * p_.heads * p_.queries() * p_.head_dim;
+        launch_.clear(pieces_.query_sums, static_cast<std::size_t>(sums) * sizeof(float));
         run_pass<Pass::grad_all>(Rows::keys);
         if (p_.additional > 0) run_pass<Pass::grad_all>(Rows::additional);
+        add_parts();
         return scale_queries();
       }
     }
@@ -80,15 +108,30 @@ class TilePasses {
     if (t.grad_key || t.grad_value) run_key_passes(Rows::keys, t.grad_key, t.grad_value);
     if (p_.additional > 0 && (t.grad_additional_keys || t.grad_additional_values))
       run_key_passes(Rows::additional, t.grad_additional_keys, t.grad_additional_values);
+    add_parts();
   }
 
-  float* query_sums() const {
-    return reinterpret_cast<float*>(static_cast<char*>(job_.workspace) + row_term_bytes(p_));
+  /// Adds up gradients of additional tokens from the parts of the queries.
+  void add_parts() {
+    if (pieces_.splits == 1) return;
+    for (int which = 0; which < 2; ++which) {
+      const Operand<T> to = operand<T>(p_, job_.tensors, kGradAdditional[which]);
+      if (!to) continue;
+      const std::int64_t dims = which == 0 ? p_.head_dim : p_.value_dim;
+      using Add = simt::AddParts<T>;
+      const Add add{pieces_.parts[which].data,
+                    pieces_.splits,
+                    to.data,
+                    {p_.batch, p_.kv_heads, p_.additional, dims},
+                    {to.batch, to.head, to.token, 1}};
+      launch_(add, (add.count() + Add::kThreads - 1) / Add::kThreads, 0);
+    }
   }
+
   void scale_queries() {
     ScaleQueries<T> kernel;
     kernel.to = operand<T>(p_, job_.tensors, &Tensors::grad_query);
-    kernel.from = query_sums();
+    kernel.from = pieces_.query_sums;
     kernel.lengths = query_lengths(p_);
     kernel.count = p_.batch * p_.heads * p_.queries() * p_.head_dim;
     kernel.heads = p_.heads;
@@ -165,11 +208,14 @@ class TilePasses {
   template <class Kernel>
   void enqueue(const Grid& grid) {
     const Kernel kernel{arguments(grid, Kernel::kRowsAreQueries)};
-    const std::int64_t blocks = p_.batch * kernel.a.heads * kernel.a.blocks_per_head;
+    const std::int64_t blocks =
+        p_.batch * kernel.a.heads * kernel.a.splits * kernel.a.blocks_per_head;
     launch_(kernel, blocks, Kernel::kSharedBytes);
   }
 
   using Member = TensorView Tensors::*;
+  static constexpr Member kGradAdditional[] = {&Tensors::grad_additional_keys,
+                                               &Tensors::grad_additional_values};
   template <class E>
   static Tokens<E> tokens(Operand<E> x, bool is_additional = false) {
     if (is_additional) x.grid = {0, 0, x.token};
@@ -199,7 +245,7 @@ class TilePasses {
     a.factor = a.scales_first ? 1.0f : a.scale * kLog2E;
     a.logsumexp = operand<const float>(p_, job_.tensors, &M::logsumexp);
     a.grad_logsumexp = operand<const float>(p_, job_.tensors, &M::grad_logsumexp);
-    const Operand<float> row_term = row_term_operand(p_, static_cast<float*>(job_.workspace));
+    const Operand<float> row_term = row_term_operand(p_, pieces_.row_term);
     a.row_term = {row_term.data, row_term.batch, row_term.head, row_term.token, row_term.grid};
     const bool forward = p_.op == Op::attention_forward;
     a.statistic = forward ? operand<float>(p_, job_.tensors, &M::logsumexp) : row_term;
@@ -222,9 +268,13 @@ class TilePasses {
       a.columns[0] = query;
       a.columns[1] = grad_output;
       a.additional_columns = 0;
-      a.query_sums = query_sums();
-      a.sums[0] = output(extra ? &M::grad_additional_keys : &M::grad_key, extra);
-      a.sums[1] = output(extra ? &M::grad_additional_values : &M::grad_value, extra);
+      a.query_sums = pieces_.query_sums;
+      a.sums[0] = output(extra ? kGradAdditional[0] : &M::grad_key, extra);
+      a.sums[1] = output(extra ? kGradAdditional[1] : &M::grad_value, extra);
+      if (extra) {
+        a.splits = pieces_.splits;
+        std::copy(pieces_.parts, pieces_.parts + 2, a.partial);
+      }
     }
     require_near(a.rpb, grid);
     for (int which = 0; which < 2; ++which) a.copies_chunks[which] = copies_chunks(a, which);
@@ -252,6 +302,7 @@ class TilePasses {
   const Job& job_;
   const Problem& p_;
   Launcher& launch_;
+  const FnaPieces pieces_;
 };
 
 /// Enqueues the kernels of a job.

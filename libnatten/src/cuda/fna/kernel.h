@@ -58,6 +58,12 @@ struct Tokens {
   bool is_aligned = false;  ///< tokens lie at multiples of 16 bytes
 };
 
+/// Sums over parts of the columns, contiguous: [splits, B, heads, rows, dims].
+struct Partial {
+  float* data = nullptr;
+  std::int64_t part = 0;  ///< elements of one
+};
+
 /// What all passes take.
 template <class T>
 struct Arguments {
@@ -75,6 +81,8 @@ struct Arguments {
   Operand<const float> logsumexp, row_term, grad_logsumexp;
   Operand<float> statistic;  ///< written: logsumexp or row term
   Tokens<T> sums[2];         ///< written: of weights times B1 and B2
+  int splits = 1;            ///< blocks for a tile of rows, each for a part of the columns
+  Partial partial[2];        ///< written in place of `sums` where there are several
   float* query_sums;         ///< added to by grad_all: contiguous [B, H, queries, D]
   float scale;
   /// Scores are scaled, and biased, before all else; otherwise `factor` scales them.
@@ -102,8 +110,8 @@ struct BlockState {
   ColumnStop<T, kWarps> stops[2 * kBatch];  ///< of tile i at i modulo their number
   RowTile rows;
   ColumnTiles tiles;
-  int count;  ///< of tiles of columns
-  int head, first_column_head;
+  int first, count;  ///< of tiles of columns: those of this block
+  int split, head, first_column_head;
   std::int64_t batch;
   Bounds bounds[kWarps][kMaxRank];
 };
@@ -259,7 +267,7 @@ struct TileKernel {
       const int i = first_tile + lane() % State::kBatch, of_warp = lane() / State::kBatch;
       if (i >= state.count) return;
       Stop& stop = stop_of(i);
-      const ColumnTile tile = state.tiles.at(i, a.grid.column_tile);
+      const ColumnTile tile = state.tiles.at(state.first + i, a.grid.column_tile);
       stop.seen[of_warp] = overlap(tile, of_warp);
       if (of_warp != 0) return;
       stop.tile = tile;
@@ -335,8 +343,10 @@ struct TileKernel {
     /// Fills `state` and the tables. Returns false where the block has no rows.
     NATTEN_DEVICE bool prepare() const {
       if (thread() == 0) {
-        const std::int64_t index = gpu.block() / a.blocks_per_head;
+        std::int64_t index = gpu.block() / a.blocks_per_head;
         state.rows = row_tile(a.grid, gpu.block() % a.blocks_per_head);
+        state.split = static_cast<int>(index % a.splits);
+        index /= a.splits;
         state.batch = index / a.heads;
         state.head = static_cast<int>(index % a.heads);
         state.first_column_head =
@@ -382,7 +392,11 @@ struct TileKernel {
                                  a.grid.column_tile);
         }
         gpu.sync_warp();
-        if (lane() == 0) state.count = state.tiles.count();
+        if (lane() == 0) {
+          const std::int64_t count = state.tiles.count();
+          state.first = static_cast<int>(count * state.split / a.splits);
+          state.count = static_cast<int>(count * (state.split + 1) / a.splits) - state.first;
+        }
         gpu.sync_warp();
         locate(0);
       }
@@ -749,11 +763,34 @@ struct TileKernel {
       *a.statistic.at(state.batch, state.head, token) = sum;
     }
 
+    /// Writes the sums of this thread's rows over a part of the columns.
+    NATTEN_DEVICE void write_partial(int which, const FragmentC (&sums)[kM][kDims / 8],
+                                     float factor) const {
+      const int dims = a.dims[which];
+      const int* lengths = a.grid.row_lengths;
+      const std::int64_t rows = std::int64_t{lengths[0]} * lengths[1] * lengths[2];
+      const std::int64_t before = (state.batch * a.heads + state.head) * rows;
+      NATTEN_EACH (m, kM)
+        NATTEN_EACH (half, 2) {
+          Coordinate token;
+          if (!token_of_row(row_of(m, half), token)) continue;
+          const std::int64_t row = (token[0] * lengths[1] + token[1]) * lengths[2] + token[2];
+          float* to =
+              a.partial[which].data + state.split * a.partial[which].part + (before + row) * dims;
+          NATTEN_EACH (n, kDims / 8)
+            NATTEN_EACH (j, 2) {
+              const int d = dim_of<T>(lane(), n, j);
+              if (d < dims) to[d] = sums[m][n][2 * half + j] * factor;
+            }
+        }
+    }
+
     /// Writes the sums of the warp's rows, in whole rows by way of the memory that A1 had.
     NATTEN_DEVICE void write(int which, const FragmentC (&sums)[kM][kDims / 8],
                              float factor) const {
       const Tokens<T>& to = a.sums[which];
       if (!to.tensor) return;
+      if (!kRowsAreQueries && a.splits > 1) return write_partial(which, sums, factor);
       const int dims = a.dims[which];
       constexpr Tile staging{Layout::kRows1};
       gpu.sync_warp();

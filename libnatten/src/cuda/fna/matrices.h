@@ -102,8 +102,15 @@ NATTEN_DEVICE void pack_weights(Machine& gpu, Weights<T, kM, kN>& x, const Fragm
       }
 }
 
-/// sums[i] += sum over j of weights[i][j] times row j of `b`. Blocks of sums are 8 dims in a row;
-/// but of float, block n's dims are 32 (n / 4) + n % 4 + (0, 4, ..., 28).
+/// The dim of element `j` of block `n` of a row's sums. Blocks are 8 dims in a row; but of float,
+/// block n's dims are 32 (n / 4) + n % 4 + (0, 4, ..., 28).
+template <class T>
+NATTEN_DEVICE int dim_of(int lane, int n, int j) {
+  const int in_block = lane % 4 * 2 + j;
+  return std::is_same_v<T, float> ? n / 4 * 32 + n % 4 + 4 * in_block : 8 * n + in_block;
+}
+
+/// sums[i] += sum over j of weights[i][j] times row j of `b`.
 template <class T, int kDims, int kM, int kK, class Machine>
 NATTEN_DEVICE void accumulate_rows(Machine& gpu, FragmentC (&sums)[kM][kDims / 8],
                                    const FragmentA (&weights)[kM][kK],

@@ -109,9 +109,6 @@ inline double choose_tiles(Grid& grid, int rank, int row_bits, int column_bits) 
 }
 
 /// Row terms of the backward pass: contiguous [B, H, queries].
-inline std::size_t row_term_bytes(const Problem& p) {
-  return static_cast<std::size_t>(p.batch * p.heads * p.queries()) * sizeof(float);
-}
 inline Operand<float> row_term_operand(const Problem& p, float* data) {
   Operand<float> x;
   x.data = data;
