@@ -42,8 +42,8 @@ inline bool adds_queries(const Problem& p) {
 inline int additional_splits(const Problem& p) {
   constexpr std::int64_t kEnoughBlocks = 264, kLeastTiles = 16, kTile = 64;
   const std::int64_t blocks = p.batch * p.kv_heads * ((p.additional + kTile - 1) / kTile);
-  const std::int64_t tiles = p.queries() / kTile * (p.heads / p.kv_heads);
   if (!p.wants_grad_additional || blocks == 0) return 1;
+  const std::int64_t tiles = p.queries() / kTile * (p.heads / p.kv_heads);
   return static_cast<int>(
       std::max<std::int64_t>(1, std::min(kEnoughBlocks / blocks, tiles / kLeastTiles)));
 }
