@@ -104,30 +104,34 @@ fi
 
 # ---- build ----
 
-# The package, its Python module and the C++ tests share one build, as kernels take minutes.
+# The package, its Python module and the C++ tests share one build, as kernels take minutes. Where
+# it fails it is tried without the tests, and without XLA.
 xla=OFF
 ! imports jaxlib || xla=ON
 package=$work/package
 install=("$PYTHON" -m pip install -q --no-build-isolation --no-deps --no-index --no-compile
   --upgrade --target "$site" "-Cbuild-dir=$package" -Ccmake.define.NATTEN_WITH_CUDA=ON
-  "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$architecture" "-Ccmake.define.NATTEN_WITH_XLA=$xla")
+  "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=$architecture")
 [ -z "${GTEST_SOURCE:-}" ] ||
   install+=("-Ccmake.define.FETCHCONTENT_SOURCE_DIR_GOOGLETEST=$(realpath "$GTEST_SOURCE")")
-package_built=0 cpp_built=0
-title="build (sm_${architecture%-real}, XLA $xla)"
-if stage build.log 300 "$title, with C++ tests" \
-  "${install[@]}" -Ccmake.define.NATTEN_BUILD_TESTS=ON .; then
-  package_built=1 cpp_built=1
-elif stage build.log 300 "$title, without" "${install[@]}" .; then
-  package_built=1
-fi
+package_built=0 cpp_built=OFF
+for variant in "$xla ON" "$xla OFF" "OFF ON"; do
+  read -r xla cpp_built <<<"$variant"
+  if stage build.log 300 "build (sm_${architecture%-real}, XLA $xla, C++ tests $cpp_built)" \
+    "${install[@]}" "-Ccmake.define.NATTEN_WITH_XLA=$xla" \
+    "-Ccmake.define.NATTEN_BUILD_TESTS=$cpp_built" .; then
+    package_built=1
+    break
+  fi
+  cpp_built=OFF
+done
 
 # ---- correctness ----
 
 gtest=$package/cpp_tests/natten_tests
 # Tests of the backends for CPUs run elsewhere.
 filter='*on_gpu*:OnGpu*'
-if [ "$cpp_built" = 1 ]; then
+if [ "$cpp_built" = ON ]; then
   stage cpp_tests.log 120 "C++ tests" "$gtest" --gtest_brief=1 "--gtest_filter=$filter" || true
 fi
 if [ "$package_built" = 1 ]; then
@@ -151,7 +155,7 @@ fi
 # ---- sanitizers: slow, so on few cases, and last ----
 
 few='*ForwardIsTheDefinition/*on_gpu_bfloat16_rank2:*BackwardIsTheDerivative/*on_gpu_bfloat16_rank2'
-if [ "$cpp_built" != 1 ]; then
+if [ "$cpp_built" = OFF ]; then
   skip "compute-sanitizer" "the C++ tests are not built"
 elif ! has compute-sanitizer; then
   skip "compute-sanitizer" "not installed"
