@@ -141,7 +141,7 @@ if [ "$package_built" = 1 ]; then
     stage pytest.log 60 "JAX tests" "$PYTHON" -m pytest -q -p no:cacheprovider \
       tests/test_cuda_jax.py || true
   else
-    skip "JAX tests" "no jaxlib"
+    skip "JAX tests" "built without XLA"
   fi
 fi
 
