@@ -21,6 +21,12 @@ NATTEN_HOST_DEVICE inline Coordinate unravel(std::int64_t index, const Coordinat
   return at;
 }
 
+/// The number of a token of a grid: the inverse of `unravel`.
+template <class Lengths>
+NATTEN_HOST_DEVICE std::int64_t ravel(const Coordinate& at, const Lengths& lengths) {
+  return (at[0] * lengths[1] + at[1]) * lengths[2] + at[2];
+}
+
 inline Coordinate query_lengths(const Problem& p) {
   return {p.axes[0].query_length, p.axes[1].query_length, p.axes[2].query_length};
 }

@@ -157,30 +157,20 @@ class Gpu {
   }
 };
 
-template <>
-__device__ inline void Gpu::multiply_add<float16>(FragmentC& c, const FragmentA& a,
-                                                  const FragmentB& b) const {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-__device__ inline void Gpu::multiply_add<bfloat16>(FragmentC& c, const FragmentA& a,
-                                                   const FragmentB& b) const {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-template <>
-__device__ inline void Gpu::multiply_add<float>(FragmentC& c, const FragmentA& a,
-                                                const FragmentB& b) const {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-      "{%8, %9}, {%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
+#define NATTEN_MULTIPLY_ADD(T, variant)                                          \
+  template <>                                                                    \
+  __device__ inline void Gpu::multiply_add<T>(FragmentC & c, const FragmentA& a, \
+                                              const FragmentB& b) const {        \
+    asm("mma.sync.aligned." variant                                              \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"       \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));     \
+  }
+NATTEN_MULTIPLY_ADD(float16, "m16n8k16.row.col.f32.f16.f16.f32")
+NATTEN_MULTIPLY_ADD(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
+NATTEN_MULTIPLY_ADD(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef NATTEN_MULTIPLY_ADD
+
 template <>
 __device__ inline std::uint32_t Gpu::pack<float16>(float first, float second) const {
   std::uint32_t bits;

@@ -377,9 +377,7 @@ class Run {
                {p_.batch, p_.kv_heads, n, dims},
                {to.batch, to.head, to.token, 1}});
   }
-  void add_parts(const AddParts<T>& add) {
-    launch_(add, (add.count() + AddParts<T>::kThreads - 1) / AddParts<T>::kThreads);
-  }
+  void add_parts(const AddParts<T>& add) { launch_(add, add.blocks()); }
 
   void scores(Pieces& pieces) {
     const FillWindows windows = fill_windows(p_, pieces);

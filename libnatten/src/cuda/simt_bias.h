@@ -97,6 +97,7 @@ struct AddParts {
   NATTEN_HOST_DEVICE std::int64_t count() const {
     return shape[0] * shape[1] * shape[2] * shape[3];
   }
+  std::int64_t blocks() const { return (count() + kThreads - 1) / kThreads; }
 
   template <class Machine>
   NATTEN_DEVICE void operator()(Machine& gpu) const {

@@ -52,16 +52,18 @@ inline int additional_splits(const Problem& p) {
 struct FnaPieces {
   float* row_term;    ///< [B, H, queries]
   float* query_sums;  ///< of grad_all: [B, H, queries, D]
-  int splits;         ///< of the gradients of additional keys and values...
-  Partial parts[2];   ///< ...where there are several
-  void* bias;         ///< what the bias gradient needs
+  std::int64_t query_sum_count;
+  int splits;        ///< of the gradients of additional keys and values...
+  Partial parts[2];  ///< ...where there are several
+  void* bias;        ///< what the bias gradient needs
   std::size_t bytes;
 
   FnaPieces(const Problem& p, void* workspace) : splits(additional_splits(p)) {
     simt::Pieces pieces(workspace);
     const std::int64_t rows = p.batch * p.heads * p.queries();
     row_term = pieces.take<float>(rows);
-    query_sums = pieces.take<float>(adds_queries(p) ? rows * p.head_dim : 0);
+    query_sum_count = adds_queries(p) ? rows * p.head_dim : 0;
+    query_sums = pieces.take<float>(query_sum_count);
     const std::int64_t dims[] = {p.head_dim, p.value_dim};
     for (int which = 0; which < 2; ++which) {
       parts[which].part = p.batch * p.kv_heads * p.additional * dims[which];
@@ -96,8 +98,8 @@ class TilePasses {
     const Tensors& t = job_.tensors;
     if constexpr (!std::is_same_v<T, float>) {
       if (adds_queries(p_)) {
-        const std::int64_t sums = p_.batch * p_.heads * p_.queries() * p_.head_dim;
-        launch_.clear(pieces_.query_sums, static_cast<std::size_t>(sums) * sizeof(float));
+        launch_.clear(pieces_.query_sums,
+                      static_cast<std::size_t>(pieces_.query_sum_count) * sizeof(float));
         run_pass<Pass::grad_all>(Rows::keys);
         if (p_.additional > 0) run_pass<Pass::grad_all>(Rows::additional);
         add_parts();
@@ -118,13 +120,12 @@ class TilePasses {
       const Operand<T> to = operand<T>(p_, job_.tensors, kGradAdditional[which]);
       if (!to) continue;
       const std::int64_t dims = which == 0 ? p_.head_dim : p_.value_dim;
-      using Add = simt::AddParts<T>;
-      const Add add{pieces_.parts[which].data,
-                    pieces_.splits,
-                    to.data,
-                    {p_.batch, p_.kv_heads, p_.additional, dims},
-                    {to.batch, to.head, to.token, 1}};
-      launch_(add, (add.count() + Add::kThreads - 1) / Add::kThreads, 0);
+      const simt::AddParts<T> add{pieces_.parts[which].data,
+                                  pieces_.splits,
+                                  to.data,
+                                  {p_.batch, p_.kv_heads, p_.additional, dims},
+                                  {to.batch, to.head, to.token, 1}};
+      launch_(add, add.blocks());
     }
   }
 
@@ -133,7 +134,7 @@ class TilePasses {
     kernel.to = operand<T>(p_, job_.tensors, &Tensors::grad_query);
     kernel.from = pieces_.query_sums;
     kernel.lengths = query_lengths(p_);
-    kernel.count = p_.batch * p_.heads * p_.queries() * p_.head_dim;
+    kernel.count = pieces_.query_sum_count;
     kernel.heads = p_.heads;
     kernel.dims = p_.head_dim;
     kernel.scale = static_cast<float>(p_.scale);

@@ -420,7 +420,8 @@ struct TileKernel {
       return a.mask.word(a.grid.column_tile, seen, at.origin);
     }
     /// The same for this thread's columns: bit 8 n + j is element j of block n.
-    using Mask = std::uint32_t[(kN + 3) / 4];
+    static_assert(kN % 4 == 0);
+    using Mask = std::uint32_t[kN / 4];
     NATTEN_DEVICE static bool bit(const Mask& mask, int n, int j) {
       return mask[n / 4] >> (8 * (n % 4) + j) & 1;
     }
@@ -437,7 +438,7 @@ struct TileKernel {
       NATTEN_EACH (m, kM)
         NATTEN_EACH (half, 2) {
           Mask mask;
-          NATTEN_EACH (i, (kN + 3) / 4)
+          NATTEN_EACH (i, kN / 4)
             mask[i] = gpu.shuffle(static_cast<std::uint32_t>(word >> (32 * i)),
                                   (lane() & ~3) + 2 * m + half) >>
                       (2 * (lane() % 4));
@@ -705,11 +706,9 @@ struct TileKernel {
       NATTEN_EACH (half, 2) {
         Coordinate token;
         const bool exists = token_of_column(at, 16 * warp() + 8 * half + lane() / 4, token);
-        const Axis* axes = a.grid.axes;
-        const std::int64_t index =
-            (token[0] * axes[1].query_length + token[1]) * axes[2].query_length + token[2];
-        const std::int64_t queries =
-            axes[0].query_length * axes[1].query_length * axes[2].query_length;
+        const int* lengths = a.grid.column_lengths;
+        const std::int64_t index = ravel(token, lengths);
+        const std::int64_t queries = std::int64_t{lengths[0]} * lengths[1] * lengths[2];
         const std::int64_t heads = std::int64_t{a.heads} * a.queries_per_kv;
         to[half] = exists
                        ? a.query_sums +
@@ -774,9 +773,8 @@ struct TileKernel {
         NATTEN_EACH (half, 2) {
           Coordinate token;
           if (!token_of_row(row_of(m, half), token)) continue;
-          const std::int64_t row = (token[0] * lengths[1] + token[1]) * lengths[2] + token[2];
-          float* to =
-              a.partial[which].data + state.split * a.partial[which].part + (before + row) * dims;
+          float* to = a.partial[which].data + state.split * a.partial[which].part +
+                      (before + ravel(token, lengths)) * dims;
           NATTEN_EACH (n, kDims / 8)
             NATTEN_EACH (j, 2) {
               const int d = dim_of<T>(lane(), n, j);
