@@ -51,7 +51,7 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
   }
   PyErr_Clear();
   if (api) {
-    Py_INCREF(type);  // the address must not be reused by another type
+    Py_INCREF(reinterpret_cast<PyObject*>(type));  // the address must not be reused by another type
     last_type = type;
     last_api = api;
   }
