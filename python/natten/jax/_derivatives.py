@@ -27,7 +27,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.interpreters import ad, mlir
 
 from natten._args import EMPTY_SLOTS_ZERO, with_flags
 from natten._roles import roles_of
@@ -42,6 +41,15 @@ from natten.jax._primitives import (
     qk,
     rpb_gather,
     rpb_scatter,
+)
+from natten.jax._private import (
+    LoweringRuleContext,
+    Zero,
+    instantiate_zeros,
+    is_undefined_primal,
+    lower_fun,
+    primitive_jvps,
+    primitive_transposes,
 )
 
 Tensors: TypeAlias = Sequence[Any]  # None where there is none
@@ -59,13 +67,13 @@ def _shape(x: Any) -> Wanted:
     """The shape of an input that may be absent, or unknown in a transpose."""
     if x is None:
         return False
-    return x.aval.shape if ad.is_undefined_primal(x) else x.shape
+    return x.aval.shape if is_undefined_primal(x) else x.shape
 
 
 def _bias_of(setup: Setup, rpb: Any, scores: Any) -> Array:
     """The bias of every slot of scores, of which only the type is used. All of the batch has the
     same."""
-    aval = scores.aval if ad.is_undefined_primal(scores) else jax.typeof(scores)
+    aval = scores.aval if is_undefined_primal(scores) else jax.typeof(scores)
     (bias,) = rpb_gather(_linear(setup), (rpb,), ((1, *aval.shape[1:]),))
     assert bias is not None
     is_split = any(axes is not None for axes in aval.sharding.spec)
@@ -164,7 +172,7 @@ def _define_linear(
         for group in groups:
             if any(_moves(tangents[i]) for i in group):
                 inputs = [
-                    ad.instantiate_zeros(tangents[i]) if i in group else primals[i]
+                    instantiate_zeros(tangents[i]) if i in group else primals[i]
                     for i in range(len(primals))
                 ]
                 terms.append(_present(operation(_linear(setup), inputs, wanted), wanted))
@@ -175,7 +183,7 @@ def _define_linear(
     def rule(
         setup: Setup, inputs: Tensors, needed: list[bool], grads: Tensors, wanted: Sequence[Wanted]
     ) -> Tensors:
-        return reverse(setup, inputs, needed, _slots(map(ad.instantiate_zeros, grads), wanted))
+        return reverse(setup, inputs, needed, _slots(map(instantiate_zeros, grads), wanted))
 
     REVERSE[operation] = reverse
     _define(operation, jvp, rule)
@@ -192,20 +200,20 @@ def _define(operation: Operation, jvp: Callable[..., Any], reverse: Callable[...
         wanted: tuple[Wanted, ...],
     ) -> Tensors:
         if not any(map(_moves, grads)):
-            return [ad.Zero(x.aval) if ad.is_undefined_primal(x) else None for x in args]
+            return [Zero(x.aval) if is_undefined_primal(x) else None for x in args]
         inputs = _slots(args, given)
-        needed = [ad.is_undefined_primal(x) for x in inputs]
+        needed = [is_undefined_primal(x) for x in inputs]
         results = reverse(setup, inputs, needed, grads, wanted)
         return _present(
             (x if need else None for x, need in zip(results, needed, strict=True)), given
         )
 
-    ad.primitive_jvps[operation.primitive] = jvp
-    ad.primitive_transposes[operation.primitive] = transpose
+    primitive_jvps[operation.primitive] = jvp
+    primitive_transposes[operation.primitive] = transpose
 
 
 def _moves(tangent: Any) -> bool:
-    return tangent is not None and type(tangent) is not ad.Zero
+    return tangent is not None and type(tangent) is not Zero
 
 
 _define_linear(qk, _qk_reverse, (0,), (1, 3))
@@ -311,9 +319,9 @@ class _AttentionTangent(Operation):
         return attention_forward._plan(avals[: sum(tensors)], setup, tensors, wanted, platform)
 
     def _lower(
-        self, platform: str, ctx: mlir.LoweringRuleContext, *operands: Any, **params: Any
+        self, platform: str, ctx: LoweringRuleContext, *operands: Any, **params: Any
     ) -> Any:
-        return mlir.lower_fun(_composed_tangent, multiple_results=True)(ctx, *operands, **params)
+        return lower_fun(_composed_tangent, multiple_results=True)(ctx, *operands, **params)
 
 
 attention_tangent = _AttentionTangent()
@@ -339,7 +347,7 @@ def _attention_tangent_transpose(
 ) -> Tensors:
     grad_output, grad_logsumexp = _slots(grads, wanted)
     gradients = (
-        ad.instantiate_zeros(grad_output),
+        instantiate_zeros(grad_output),
         grad_logsumexp if _moves(grad_logsumexp) else None,
     )
     known = inputs[: COUNT + 1]
@@ -366,7 +374,7 @@ def _jvp_of_composed(operation: Operation, composed: Callable[..., list[Array]])
     return jvp
 
 
-ad.primitive_jvps[attention_forward.primitive] = _attention_jvp
+primitive_jvps[attention_forward.primitive] = _attention_jvp
 _define(
     attention_tangent,
     _jvp_of_composed(attention_tangent, _composed_tangent),

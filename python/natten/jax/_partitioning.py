@@ -12,17 +12,21 @@ from typing import Any, TypeAlias
 
 import jax
 import numpy as np
-from jax._src import dispatch
-from jax.experimental.custom_partitioning import (
-    ArrayMapping,
-    CompoundFactor,
-    SdyShardingRule,
-    custom_partitioning,
-)
-from jax.interpreters import mlir
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from natten._roles import GRIDS, Role
+from natten.jax._private import (
+    ArrayMapping,
+    CompoundFactor,
+    LoweringRuleContext,
+    SdyShardingRule,
+    custom_partitioning,
+    is_partitioned_by_shardy,
+    made_varying,
+    mapped_axes,
+    outside_of_meshes,
+    varying_axes,
+)
 
 Axes: TypeAlias = tuple[str, ...]  # of a mesh
 # Computes a call on shards; the shapes are those of the shards of its results, by output.
@@ -65,34 +69,15 @@ def _heads(
     return heads, heads // key_heads, key_heads == 1 < heads
 
 
-def asks_for_devices(primitive: Any) -> None:
-    """JAX tells the lowering of a primitive the devices and their mesh only if asked to, which is
-    not public."""
-    dispatch.prim_requires_devices_during_lowering.add(primitive)
-
-
 def vary_alike(tensors: Sequence[jax.Array | None]) -> tuple[jax.Array | None, ...]:
     """Inside `shard_map`: arrays that are the same on all shards become ones that may vary, as
     others do, so that their gradients are summed over shards."""
-    varying = [_varying_axes(x) for x in tensors]
+    varying = [frozenset() if x is None else varying_axes(x) for x in tensors]
     union = frozenset().union(*varying)
     return tuple(
-        x if x is None or v == union else _made_varying(x, tuple(sorted(union - v)))
+        x if x is None or v == union else made_varying(x, tuple(sorted(union - v)))
         for x, v in zip(tensors, varying, strict=True)
     )
-
-
-def _varying_axes(x: jax.Array | None) -> frozenset[str]:
-    if x is None:
-        return frozenset()
-    aval: Any = jax.typeof(x)
-    return aval.vma if hasattr(aval, "vma") else aval.mat.varying  # JAX renamed it
-
-
-def _made_varying(x: jax.Array, axes: Axes) -> jax.Array:
-    if hasattr(jax.lax, "pcast"):
-        return jax.lax.pcast(x, axes, to="varying")
-    return jax.lax.pvary(x, axes)  # type: ignore[attr-defined]  # in older versions of JAX
 
 
 def split_of_types(roles: Sequence[Role], avals: Sequence[Any], rank: int) -> Split:
@@ -195,7 +180,7 @@ def partitionable(
     outputs: Sequence[Role],
     shapes: Sequence[tuple[int, ...]],
     rank: int,
-    context: mlir.LoweringRuleContext,
+    context: LoweringRuleContext,
 ) -> Callable[..., Sequence[Any]]:
     """A function of arrays that XLA splits over devices. `shapes`: of inputs and outputs."""
     roles = (*inputs, *outputs)
@@ -220,8 +205,9 @@ def partitionable(
         shards = [s.shard_shape(x) for s, x in zip(of_results, output_shapes, strict=True)]
 
         def of_shards(*arrays: Any) -> Sequence[Any]:
-            computed = zip(outputs, run(arrays, shards), strict=True)
-            return [_summed(x, _missing(role, split)) for role, x in computed]
+            with outside_of_meshes():
+                computed = zip(outputs, run(arrays, shards), strict=True)
+                return [_summed(x, _missing(role, split)) for role, x in computed]
 
         return mesh, of_shards, of_results, tuple(shardings[: len(inputs)])
 
@@ -244,25 +230,20 @@ def _summed(x: Any, axes: Axes) -> Any:
     return jax.lax.psum(x, axes) if axes else x
 
 
-def _is_inside_shard_map(context: mlir.LoweringRuleContext) -> bool:
+def _is_inside_shard_map(context: LoweringRuleContext) -> bool:
     """Whether arrays are split already.
 
     JAX cannot tell how those axes of a mesh split them that shard_map was told to leave alone. Over
     these XLA gathers; its older partitioner would end the process instead.
     """
-    axis_context: Any = context.module_context.axis_context
-    manual = set(getattr(axis_context, "manual_axes", ()))
-    if (
-        manual
-        and manual != set(axis_context.mesh.axis_names)
-        and not getattr(jax.config, "jax_use_shardy_partitioner", True)
-    ):
+    mapped, all_axes = mapped_axes(context)
+    if mapped != set(all_axes) and not is_partitioned_by_shardy():
         raise NotImplementedError(
-            f"jax.shard_map: got axis_names={manual} of a mesh with {axis_context.mesh.axis_names};"
+            f"jax.shard_map: got axis_names={set(mapped)} of a mesh with {all_axes};"
             " must be all of them, unless the partitioner is Shardy: "
             'jax.config.update("jax_use_shardy_partitioner", True)'
         )
-    return bool(manual)
+    return bool(mapped)
 
 
 def _with_names(mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> Any:

@@ -15,8 +15,6 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir, partial_eval
 from jax.sharding import NamedSharding
 
 from natten import _core
@@ -24,7 +22,16 @@ from natten._args import Config
 from natten._roles import Role, roles_of
 from natten.jax import _ffi
 from natten.jax._folding import Fold
-from natten.jax._partitioning import asks_for_devices, partitionable, spec_of, split_of_types
+from natten.jax._partitioning import partitionable, spec_of, split_of_types
+from natten.jax._private import (
+    LoweringRuleContext,
+    Primitive,
+    asks_for_devices,
+    define_dead_code_elimination,
+    lower_fun,
+    primitive_batchers,
+    register_lowering,
+)
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
 Wanted: TypeAlias = bool | tuple[int, ...]
@@ -50,11 +57,11 @@ class Operation:
         asks_for_devices(self.primitive)
         self.primitive.def_impl(self._run)
         self.primitive.def_abstract_eval(self._abstract_eval)
-        batching.primitive_batchers[self.primitive] = self._batch
-        partial_eval.dce_rules[self.primitive] = self._drop_unused
+        primitive_batchers[self.primitive] = self._batch
+        define_dead_code_elimination(self.primitive, self._drop_unused)
         for platform in _ffi.PLATFORMS:
             lower = functools.partial(self._lower, platform)
-            mlir.register_lowering(self.primitive, lower, platform=platform)
+            register_lowering(self.primitive, lower, platform=platform)
         self._compiled = functools.lru_cache(maxsize=4096)(self._compile)
 
     def __call__(
@@ -139,7 +146,7 @@ class Operation:
     def _lower(
         self,
         platform: str,
-        ctx: mlir.LoweringRuleContext,
+        ctx: LoweringRuleContext,
         *operands: Any,
         setup: Setup,
         given: tuple[bool, ...],
@@ -149,7 +156,7 @@ class Operation:
         shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
         roles = self._roles(given, wanted)
         function = partitionable(run, *roles, shapes, setup.config[0], ctx)
-        return mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
+        return lower_fun(function, multiple_results=True)(ctx, *operands)
 
     def _call(
         self,
