@@ -68,14 +68,21 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
 }
 
 DType dtype_of(int code, int bits, int lanes, const char* name) {
-  constexpr const char* kCodes[] = {"int", "uint", "float", "opaque", "bfloat", "complex", "bool"};
+  constexpr const char* kCodes[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
+  // The rest of DLPack's codes, of which each is one type.
+  constexpr const char* kTypes[] = {
+      "bool",           "float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz",
+      "float8_e4m3fn",  "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",
+      "float8_e8m0fnu", "float6_e2m3fn",   "float6_e3m2fn", "float4_e2m1fn"};
   if (lanes == 1 && code == 2) {
     if (bits == 64) return DType::float64;
     if (bits == 32) return DType::float32;
     if (bits == 16) return DType::float16;
   }
   if (lanes == 1 && code == 4 && bits == 16) return DType::bfloat16;
-  bad_dtype(name, code <= 6 ? std::string(kCodes[code]) + std::to_string(bits) : "unknown");
+  if (code < 6) bad_dtype(name, kCodes[code] + std::to_string(bits));
+  if (code < 18) bad_dtype(name, kTypes[code - 6]);
+  bad_dtype(name, "number " + std::to_string(code) + " of DLPack, which is unknown");
 }
 
 DType dtype_of(const std::string& dtype, const char* name) {
@@ -136,7 +143,8 @@ TensorView Views::make(nb::handle object, const char* name) {
     DLTensor t;
     if (api->borrow(object.ptr(), &t) != 0) {
       PyErr_Clear();
-      fail(ErrorKind::invalid_type, name, "this kind of tensor has no memory to read");
+      fail(ErrorKind::invalid_type, name,
+           "this kind of tensor has no memory to read; must be on CPU or CUDA");
     }
     return view_of(t, name);
   }

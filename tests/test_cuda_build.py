@@ -294,7 +294,7 @@ def test_jax_without_kernels():
     ):
         with pytest.raises(ValueError, match=r"are on cuda.*-DNATTEN_WITH_CUDA=ON"):
             call()
-    assert lowered(("cpu",)).count("@natten_run") == 2
+    assert lowered(("cpu",)).count("@natten.jax.custom_call_targets") == 2
 
 
 @needs_jax
@@ -305,8 +305,8 @@ def test_jax_lowers_for_cuda():
 
     import natten.jax as nj
 
-    assert lowered(("cuda",)).count("@natten_run") == 2
-    assert lowered(("cpu", "cuda")).count("@natten_run") == 4
+    assert lowered(("cuda",)).count("@natten.jax.custom_call_targets") == 2
+    assert lowered(("cpu", "cuda")).count("@natten.jax.custom_call_targets") == 4
     assert 'backend = "simt"' in lowered(("cuda",), "simt")
     with pytest.raises(ValueError, match='"simt"; must be one of vectorized, naive'):
         lowered(("cpu",), "simt")
@@ -321,7 +321,7 @@ def test_jax_lowers_for_cuda():
     checks = [export.DisabledSafetyCheck.custom_call(t) for t in nj.custom_call_targets()]
     program = export.export(gradient(), platforms=("cuda",), disabled_checks=checks)(array())
     assert program.platforms == ("cuda",)
-    assert program.mlir_module().count("@natten_run") == 2
+    assert program.mlir_module().count("@natten.jax.custom_call_targets") == 2
 
 
 @needs_jax

@@ -500,7 +500,7 @@ def test_names_signatures_and_pickling():
         assert f"{rank}-D" in function.__doc__ and "{rank}" not in function.__doc__
         assert pickle.loads(pickle.dumps(function)) is function
         assert {"backend", "autodiff"} <= inspect.signature(function).parameters.keys()
-    assert nj.custom_call_targets() == ["natten_run"]
+    assert nj.custom_call_targets() == ["natten.jax.custom_call_targets"]
 
 
 def test_version_of_the_ffi():

@@ -231,7 +231,7 @@ def _(f):
     axes = tuple(i % 2 for i in f.all)
     lowered = jax.jit(jax.vmap(f, axes)).lower(*stacked)
     # None in merge_attentions.
-    assert lowered.as_text().count("stablehlo.custom_call @natten_run") <= 1
+    assert lowered.as_text().count("stablehlo.custom_call @natten.jax.custom_call_targets") <= 1
     mapped = lowered.compile()(*stacked)
     gradient = jax.grad(f.scalar, f.all)
     gradients = jax.jit(jax.vmap(gradient, axes))(*stacked)

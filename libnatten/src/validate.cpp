@@ -73,8 +73,8 @@ DimNames names_of(char dim) {
     case 'D': return {"the head dim", "head_dim"};
     case 'V': return {"the head dim", "value_head_dim"};
     case 'N': return {"the number of additional tokens", "additional"};
-    case 'Q':
-    case 'K': return {"the spatial shape", "*spatial"};
+    case 'Q': return {"the spatial shape", "*spatial"};
+    case 'K': return {"the number of keys", "*spatial"};
     case 'R':
       return {"the relative positions, 2 * kernel_size - 1 per axis,", "*(2 * kernel_size - 1)"};
     default: return {"the number of slots", "slots"};
@@ -106,6 +106,7 @@ class Checker {
     check_neighborhood();
     check_options();
     for (const Role& role : roles_of(call_.op)) check_tensor(role);
+    check_scale();
     check_pairs();
     check_grids();
     check_slots();
@@ -133,12 +134,14 @@ class Checker {
     if (rank_ < 1 || rank_ > kMaxRank)
       bad_value("kernel_size: got ", to_string(n.kernel_size), ", ", rank_,
                 " elements; there must be 1, 2 or 3 spatial axes");
-    check_tuple("kernel_size", n.kernel_size, 1);
+    // That of keys on a grid of their own is the grid, of which check_extent speaks.
+    const std::int64_t smallest = call_.options.separate_key_grid ? 0 : 1;
+    check_tuple("kernel_size", n.kernel_size, smallest);
     check_tuple("dilation", n.dilation, 1);
     check_tuple("stride", n.stride, 1);
     check_tuple("is_causal", n.is_causal, 0);
     for (int i = 0; i < n.stride.size; ++i)
-      if (n.stride[i] > n.kernel_size[i])
+      if (n.stride[i] > n.kernel_size[i] && n.kernel_size[i] > 0)
         bad_value("stride: got ", to_string(n.stride), "; must not exceed kernel_size, ",
                   to_string(n.kernel_size), ", on any axis");
     Tuple relative = n.kernel_size;
@@ -156,7 +159,16 @@ class Checker {
     check_tuple("backward_q_tile_shape", o.backward_query_tile, 1);
     check_tuple("backward_kv_tile_shape", o.backward_key_tile, 1);
     check_tuple("backward_kv_splits", o.key_splits, 1);
-    if (o.scale && !std::isfinite(*o.scale)) bad_value("scale: got ", *o.scale, "; must be finite");
+  }
+
+  /// Scores are multiplied by it in the type of sums.
+  void check_scale() const {
+    const std::optional<double>& scale = call_.options.scale;
+    const DType sums = statistic_dtype(dtype_);
+    const double largest = sums == DType::float64 ? std::numeric_limits<double>::max()
+                                                  : std::numeric_limits<float>::max();
+    if (scale && !(std::abs(*scale) <= largest))
+      bad_value("scale: got ", *scale, "; must be finite in ", name_of(sums));
   }
 
   void check_tensor(const Role& role) {
@@ -172,7 +184,8 @@ class Checker {
     if (v.ndim != ndim)
       bad_value(role.name, ": got ", v.ndim, " dimensions, shape ", shape_text(v), "; must have ",
                 ndim, ", ", layout_of(role), ", for ", rank_, " spatial ",
-                rank_ == 1 ? "axis" : "axes", ", as many as kernel_size has elements");
+                rank_ == 1 ? "axis" : "axes",
+                call_.options.separate_key_grid ? "" : ", as many as kernel_size has elements");
     int at = 0;
     for (const char* d = role.dims; *d; ++d) {
       const Tuple values(v.shape.begin() + at, is_grid(*d) ? rank_ : 1);
@@ -256,8 +269,17 @@ class Checker {
       if (n.kernel_size[i] > length / dilation)
         bad_value("kernel_size: got ", to_string(n.kernel_size), " with dilation ", dilation,
                   " on axis ", i, "; kernel_size * dilation must not exceed the axis, ", length,
-                  length == 1 ? " token" : " tokens", " here");
+                  length == 1 ? " token" : " tokens", " here", layout_of_grid());
     }
+  }
+
+  /// How the tensor that says the grid is read: in another layout, heads are taken for an axis.
+  std::string layout_of_grid() {
+    for (const Role& role : roles_of(call_.op))
+      if (role.name == extent('Q').source)
+        return std::string(" (") + role.name + ", " + shape_text(call_.tensors.*role.tensor) +
+               ", is read as " + layout_of(role) + ")";
+    return "";
   }
 
   void check_slots() {

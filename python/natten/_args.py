@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from natten import _core, context
 
@@ -25,15 +26,35 @@ SEPARATE_KEY_GRID = 4  # the window is all of the keys' grid; kernel_size is a p
 NONDETERMINISTIC = 8
 ALLOW_TF32 = 16
 
+_TOO_LARGE = 2**63  # for the integers that C++ takes
+_LARGEST_FLOAT32 = float.fromhex("0x1.fffffep127")
 
-def per_axis(name: str, value: Ints | Bools, rank: int) -> tuple[int, ...]:
+
+def integer(name: str, value: int, minimum: int | None = None) -> int:
+    """`value` as an int of 64 bits. Bools are refused, as they are misplaced arguments."""
+    if type(value) is not int:  # numpy has integers of its own
+        try:
+            if isinstance(value, bool):
+                raise TypeError
+            value = operator.index(value)
+        except TypeError:
+            raise TypeError(f"{name}: got {value!r}; must be an integer") from None
+    if minimum is not None and value < minimum:
+        raise ValueError(f"{name}: got {value}; must be at least {minimum}")
+    if not -_TOO_LARGE <= value < _TOO_LARGE:
+        raise ValueError(f"{name}: got {value}; must be an integer of 64 bits")
+    return value
+
+
+def per_axis(name: str, value: Ints, rank: int) -> tuple[int, ...]:
     """`value` for every axis, or one value per axis, as a tuple of `rank` ints."""
-    if isinstance(value, int):  # by far the most frequent, and quicker than what follows
+    # By far the most frequent, and quicker than what follows. What is too small libnatten refuses.
+    if type(value) is int and -_TOO_LARGE < value < _TOO_LARGE:
         return (value,) * rank
     try:
         if not isinstance(value, Sequence):
-            return (operator.index(value),) * rank
-        values = tuple(operator.index(v) for v in value)
+            return (integer(name, value),) * rank
+        values = tuple([integer(name, v) for v in value])
     except TypeError:
         raise TypeError(
             f"{name}: got {value!r}; must be an integer or {rank} integers, one per spatial axis"
@@ -46,11 +67,33 @@ def per_axis(name: str, value: Ints | Bools, rank: int) -> tuple[int, ...]:
     return values
 
 
+def causal_per_axis(value: Bools | None, rank: int) -> tuple[bool, ...]:
+    """`is_causal` for every axis, or one value per axis, as a tuple of `rank` bools. None is False.
+
+    Integers are refused: they are how a misplaced stride or dilation slips in.
+    """
+    if type(value) is bool:
+        return (value,) * rank
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    must = "must be True or False" + f", or {rank} of them, one per spatial axis" * (rank > 1)
+    for v in values:
+        if not (v is None or type(v) is bool or _is_numpy_bool(v)):
+            raise TypeError(f"is_causal: got {value!r}; {must}")
+    if len(values) != rank:
+        raise ValueError(f"is_causal: got {value!r}, {len(values)} elements; {must}")
+    return tuple(map(bool, values))
+
+
+def _is_numpy_bool(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.bool_)
+
+
 def make_config(
     rank: int,
     kernel_size: Ints,
     dilation: Ints = 1,
-    is_causal: Bools = False,
+    is_causal: Bools | None = False,
     stride: Ints = 1,
     *,
     q_tile_shape: Ints | None = None,
@@ -74,6 +117,8 @@ def make_config(
     ):
         if value is None:
             config.append(0)
+        elif name == "is_causal":
+            config += (rank, *causal_per_axis(value, rank))
         else:
             config += (rank, *per_axis(name, value, rank))
     return (*config, flags)
@@ -101,12 +146,50 @@ def with_flags(config: Config, flags: int) -> Config:
 
 def real_scale(scale: float | None) -> float | None:
     """`scale` as a float; libnatten checks that it is finite."""
-    if scale is None:
-        return None
+    return scale if scale is None or type(scale) is float else _real("scale", scale)
+
+
+def _real(name: str, value: Any) -> float:
+    """A number as a float."""
+    if getattr(value, "requires_grad", False):
+        raise TypeError(
+            f"{name}: got a tensor that requires a gradient, which it would not get; must be a "
+            "real number (multiply query by the tensor instead)"
+        )
     try:
-        return float(scale)
-    except (TypeError, ValueError):
-        raise TypeError(f"scale: got {scale!r}; must be a real number or None") from None
+        if isinstance(value, (bool, str, bytes)):  # which float takes
+            raise TypeError
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name}: got {value!r}; must be finite") from None
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name}: got {value!r}; must be a real number or None") from None
+
+
+def module_scale(qk_scale: float | None, head_dim: int) -> float:
+    """A module's factor on scores. It has to fit float32, as modules may compute in that."""
+    if qk_scale is None:
+        return head_dim**-0.5
+    scale = _real("qk_scale", qk_scale)
+    if not abs(scale) <= _LARGEST_FLOAT32:
+        raise ValueError(f"qk_scale: got {scale}; must be finite in float32")
+    return scale
+
+
+def head_dim_of(dim: int, num_heads: int) -> int:
+    """The channels of each of a module's heads."""
+    dim, num_heads = integer("dim", dim, 1), integer("num_heads", num_heads, 1)
+    if dim % num_heads != 0:
+        raise ValueError(f"num_heads: got {num_heads}; must divide dim, {dim}")
+    return dim // num_heads
+
+
+def probability(name: str, value: float) -> float:
+    """A module's rate of dropout."""
+    rate = _real(name, value)
+    if not 0 <= rate <= 1:
+        raise ValueError(f"{name}: got {value!r}; must lie in [0, 1]")
+    return rate
 
 
 def spelled_is_causal(is_causal: Bools, is_casual: Bools | None) -> Bools:
@@ -117,13 +200,24 @@ def spelled_is_causal(is_causal: Bools, is_casual: Bools | None) -> Bools:
     return is_casual
 
 
+def listed(name: str, value: Any) -> list[Any]:
+    """What `value` holds, as a list."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name}: got {type(value).__name__}; must be a list or tuple") from None
+
+
 def check_neighborhood(
     kernel_size: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
     """Raises what libnatten says of values that fit no grid at all."""
     rank = len(kernel_size)
-    smallest_grid = (max(k * d, 1) for k, d in zip(kernel_size, dilation, strict=True))
-    attn = (1, 1, *smallest_grid, max(math.prod(kernel_size), 1))
+    smallest_grid = (k * d for k, d in zip(kernel_size, dilation, strict=True))
+    attn = (1, 1, *smallest_grid, math.prod(kernel_size))
+    attn = tuple(min(max(n, 1), _TOO_LARGE - 1) for n in attn)
     config = make_config(rank, kernel_size, dilation, stride=stride)
     _core.plan("rpb_scatter", config, None, "", [(attn, "float32")], [True], device=None)
 

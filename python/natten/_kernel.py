@@ -11,8 +11,14 @@ _NAMES = sorted({"fused", *_core.backends("cpu"), *_core.backends("cuda")})
 
 
 def check_name(backend: str) -> None:
+    _check_type(backend)
     if backend not in _NAMES:
         raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(_NAMES)}')
+
+
+def _check_type(backend: str) -> None:
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: got {backend!r}; must be a name (a string) or None")
 
 
 class _Chosen(threading.local):
@@ -37,6 +43,7 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
 
     Raises:
         ValueError: an unknown name.
+        TypeError: not a string.
     """
 
     def __init__(self, backend: str) -> None:
@@ -59,4 +66,6 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
 
 def chosen_backend(backend: str | None) -> str:
     """`backend`, or else what the innermost `na_kernel` block says; "" leaves the choice."""
+    if backend is not None:
+        _check_type(backend)
     return backend or _chosen.backend

@@ -202,12 +202,16 @@ def use_autotuner(
 
     Raises:
         RuntimeError: tuning enabled while `natten.use_deterministic_algorithms` is on.
+        TypeError: a number of steps that is no integer.
     """
     settings = {name: value for name, value in locals().items() if value is not None}
     if (forward_pass or backward_pass) and not _may_enable("autotuner"):
         return
     if any(settings.values()):
         _say_unused("autotuner")
+    for name, value in settings.items():
+        if type(getattr(_autotuner, name)) is int and not isinstance(value, int):
+            raise TypeError(f"{name}: got {value!r}; must be an integer")
     for name, value in settings.items():
         setattr(_autotuner, name, type(getattr(_autotuner, name))(value))
 

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any, TypeAlias
 
 from natten import _core
-from natten._args import Bools, Config, Ints, make_config, window_size
+from natten._args import Bools, Config, Ints, integer, listed, make_config, window_size
 from natten.utils import check_all_args
 
 Shape: TypeAlias = Sequence[int]
@@ -214,7 +214,7 @@ def na_av_flop_count(
 
 def _rank(**shapes: Shape) -> int:
     for name, shape in shapes.items():
-        if len(shape) not in (4, 5, 6):
+        if len([integer(name, n) for n in listed(name, shape)]) not in (4, 5, 6):
             raise ValueError(
                 f"{name}: got {list(shape)}; must have 4, 5 or 6 dimensions, those of batch, heads "
                 "and head dim besides 1, 2 or 3 spatial axes"
@@ -236,6 +236,7 @@ def _tokens(like: Shape, axis: int, count: int) -> Shape | None:
     """The shape of `count` additional tokens for keys or values shaped `like`, None for none:
     the spatial axes replaced by one. `axis` is the first of them."""
     rank = len(like) - 3
+    count = integer("additional", count, 0)
     return (*like[:axis], count, *like[axis + rank :]) if count else None
 
 

@@ -20,6 +20,7 @@ from natten._args import (
     Config,
     Ints,
     check_merge,
+    listed,
     make_config,
     named,
     real_scale,
@@ -53,6 +54,8 @@ _DLPACK_DTYPES = np.typecodes["AllInteger"] + "?efdFD"
 
 def _as_array(name: str, value: ArrayLike) -> np.ndarray:
     """`value` as an array that libnatten can read: copied only where its layout requires that."""
+    if value is None:
+        raise TypeError(f"{name}: got None; must be an array")
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -81,7 +84,7 @@ def _run(
     wanted: tuple[bool | None, ...] = (True,),
 ) -> list[Any]:
     inputs = [
-        None if x is None else _as_array(role.name, x)
+        None if x is None and not role.is_required else _as_array(role.name, x)
         for role, x in zip(_INPUTS[op], arrays, strict=True)
     ]
     backend = chosen_backend(backend)
@@ -262,13 +265,6 @@ def attention(
     Raises:
         ValueError, TypeError: as `na1d`.
     """
-    if key is not None:
-        key = _as_array("key", key)
-        if key.ndim == 4 and key.shape[1] < 1:  # would be refused as a window of size 0
-            raise ValueError(
-                f"key: got shape {list(key.shape)}; must be [batch, kv_length, kv_heads, head_dim] "
-                "with at least one key"
-            )
     config = make_config(1, 1, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
     return _attention((query, key, value, None, None, None), config, backend, scale, return_lse)
 
@@ -294,8 +290,8 @@ def merge_attentions(
         ValueError: nothing to merge, or shapes that differ.
         TypeError: dtypes that differ or are not supported.
     """
-    parts = [_as_array("outputs", x) for x in outputs]
-    lses = [_as_array("lse_tensors", x) for x in lse_tensors]
+    parts = [_as_array("outputs", x) for x in listed("outputs", outputs)]
+    lses = [_as_array("lse_tensors", x) for x in listed("lse_tensors", lse_tensors)]
     check_merge(*([(x.shape, x.dtype.name) for x in arrays] for arrays in (parts, lses)))
     stacked = np.stack(lses)
     top = stacked.max(axis=0)

@@ -11,7 +11,17 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 import natten.jax as natten_jax
-from natten._args import Bools, Ints, check_neighborhood, per_axis
+from natten._args import (
+    Bools,
+    Ints,
+    causal_per_axis,
+    check_neighborhood,
+    head_dim_of,
+    module_scale,
+    per_axis,
+    probability,
+)
+from natten.jax._functions import as_array
 
 # (key, shape, dtype) -> array, or an array in the box that the framework's with_partitioning makes
 Initializer: TypeAlias = Callable[..., Any]
@@ -69,7 +79,7 @@ class SelfAttention:
         {own}
 
     Raises:
-        TypeError: a size that is no integer.
+        TypeError: a size that is no integer, or is_causal that is no bool.
         ValueError: an argument that does not fit.
     """
 
@@ -81,7 +91,7 @@ class SelfAttention:
     num_heads: int
     kernel_size: Ints
     dilation: Ints
-    is_causal: Bools
+    is_causal: Bools | None
     stride: Ints
     qk_scale: float | None
 
@@ -93,17 +103,19 @@ class SelfAttention:
             own = inspect.cleandoc(cls._own).replace("\n", "\n    ")
             cls.__doc__ = doc.replace("{own}", own).replace("{rank}", str(cls.rank))
 
-    def _check_arguments(self) -> None:
+    def _check_arguments(self, attn_drop: float, proj_drop: float) -> None:
         """Raises on arguments that do not fit, and gives each one a value per axis."""
-        if self.num_heads < 1 or self.dim % self.num_heads != 0:
-            raise ValueError(f"num_heads: got {self.num_heads}; must divide dim, {self.dim}")
+        probability("attn_drop", attn_drop)
+        probability("proj_drop", proj_drop)
+        head_dim = head_dim_of(self.dim, self.num_heads)
+        if self.qk_scale is not None:
+            self.qk_scale = module_scale(self.qk_scale, head_dim)
         kernel_size = per_axis("kernel_size", self.kernel_size, self.rank)
         dilation = per_axis("dilation", self.dilation, self.rank)
-        causal = per_axis("is_causal", self.is_causal, self.rank)
         stride = per_axis("stride", self.stride, self.rank)
         check_neighborhood(kernel_size, dilation, stride)
         self.kernel_size, self.dilation, self.stride = kernel_size, dilation, stride
-        self.is_causal = tuple(map(bool, causal))
+        self.is_causal = causal_per_axis(self.is_causal, self.rank)
 
     @property
     def head_dim(self) -> int:
@@ -119,11 +131,11 @@ class SelfAttention:
         return (self.num_heads, *(2 * k - 1 for k in kernel_size))
 
     def _check_input(self, x: ArrayLike) -> jax.Array:
-        x = jnp.asarray(x)
+        x = as_array("x", x)
         if x.ndim != self.rank + 2 or x.shape[-1] != self.dim:
             raise ValueError(
-                f"x: got shape {x.shape}; must be [batch, *spatial, {self.dim}] with {self.rank} "
-                f"spatial {'axis' if self.rank == 1 else 'axes'}"
+                f"x: got shape {x.shape}; must be [batch, *spatial, {self.dim}], channels last, "
+                f"with {self.rank} spatial {'axis' if self.rank == 1 else 'axes'}"
             )
         return x
 

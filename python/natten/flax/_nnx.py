@@ -49,7 +49,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         self.dim, self.num_heads, self.qk_scale = dim, num_heads, qk_scale
         self.kernel_size, self.dilation = kernel_size, dilation
         self.is_causal, self.stride = is_causal, stride
-        self._check_arguments()
+        self._check_arguments(attn_drop, proj_drop)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         # Query, key and value have an axis of their own: devices that share the last one hold whole
         # heads of all three.

@@ -86,7 +86,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
     deterministic: bool | None = None
 
     def __post_init__(self) -> None:
-        self._check_arguments()
+        self._check_arguments(self.attn_drop, self.proj_drop)
         super().__post_init__()
 
     @nn.compact

@@ -10,7 +10,9 @@ import jaxlib
 
 from natten import _core
 
-TARGET = "natten_run"
+# All that errors of JAX and XLA say of a program that may not be exported, or runs in a process
+# that did not import this module. So it is the name of what helps in both.
+TARGET = "natten.jax.custom_call_targets"
 
 # What calls are lowered for. Where the library was built without kernels for it, libnatten says so.
 PLATFORMS = ("cpu", "cuda")

@@ -17,6 +17,7 @@ from natten._args import (
     Ints,
     attention_flags,
     check_merge,
+    listed,
     make_config,
     named,
     real_scale,
@@ -98,31 +99,41 @@ _UNFUSED = {"reverse": _compiled(_unfused_reverse), "any": _compiled(_unfused)}
 # What users call.
 
 
-def _as_array(name: str, value: ArrayLike) -> Array:
+def as_array(name: str, value: ArrayLike) -> Array:
     if isinstance(value, Array):  # converting it is slow where it is differentiated
         return value
     try:
         return jnp.asarray(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name}: got {type(value)}; must be an array") from None
+        got = "None" if value is None else type(value).__name__
+        raise TypeError(f"{name}: got {got}; must be an array") from None
 
 
 def _as_arrays(**values: ArrayLike | None) -> Tensors:
     optional = ("rpb", "additional_keys", "additional_values")
     return tuple(
-        None if value is None and name in optional else _as_array(name, value)  # type: ignore[arg-type]
+        None if value is None and name in optional else as_array(name, value)  # type: ignore[arg-type]
         for name, value in values.items()
     )
 
 
-def _for_autodiff(functions: Mapping[str, Callable[..., Any]], autodiff: str) -> Callable[..., Any]:
-    if autodiff not in functions:
+def _call(functions: Mapping[str, Callable[..., Any]], autodiff: str, *args: Any) -> Any:
+    if not isinstance(autodiff, str) or autodiff not in functions:
         raise ValueError(f'autodiff: got {autodiff!r}; must be "reverse" or "any"')
-    return functions[autodiff]
+    try:
+        return functions[autodiff](*args)
+    except TypeError as error:
+        # JAX's words. Where it raises them later, as for a jvp of a jit, they cannot be replaced.
+        if "custom_vjp function" not in str(error):
+            raise
+        raise TypeError(
+            f'autodiff: got "{autodiff}", which bars forward mode (jvp, linearize, jacfwd); for '
+            'that it must be autodiff="any"'
+        ) from error
 
 
 def _setup(config: Any, scale: float | None, backend: str | None) -> Setup:
-    if backend:
+    if backend not in (None, ""):
         check_name(backend)
     return Setup(config, scale, backend or "")
 
@@ -136,16 +147,15 @@ def _call_fused(
     autodiff: str,
 ) -> FusedResult:
     setup = _setup(with_flags(config, attention_flags(scale)), real_scale(scale), backend)
-    function = _for_autodiff(_ATTENTION, autodiff)
-    output, logsumexp = function(setup, bool(return_lse), vary_alike(tensors))
+    output, logsumexp = _call(_ATTENTION, autodiff, setup, bool(return_lse), vary_alike(tensors))
     return (output, logsumexp) if return_lse else output
 
 
 def _call_unfused(
     operation: Operation, tensors: Tensors, config: Any, backend: str | None, autodiff: str
 ) -> Array:
-    function = _for_autodiff(_UNFUSED, autodiff)
-    return function(operation, _setup(config, None, backend), vary_alike(tensors))
+    setup = _setup(config, None, backend)
+    return _call(_UNFUSED, autodiff, operation, setup, vary_alike(tensors))
 
 
 def _make_fused(rank: int) -> Callable[..., FusedResult]:
@@ -331,7 +341,7 @@ def attention(
         ValueError, TypeError: as `na1d`.
     """
     query, key, value = (
-        _as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
+        as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
     )
     config = make_config(1, 1, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
     return _call_fused(
@@ -359,8 +369,8 @@ def merge_attentions(
         ValueError: nothing to merge, or shapes that differ.
         TypeError: dtypes that differ or are not supported.
     """
-    parts = [_as_array("outputs", x) for x in outputs]
-    lses = [_as_array("lse_tensors", x) for x in lse_tensors]
+    parts = [as_array("outputs", x) for x in listed("outputs", outputs)]
+    lses = [as_array("lse_tensors", x) for x in listed("lse_tensors", lse_tensors)]
     check_merge(*([(x.shape, x.dtype.name) for x in arrays] for arrays in (parts, lses)))
     first = parts[0]
     statistic = jnp.promote_types(first.dtype, jnp.float32)

@@ -53,7 +53,11 @@ def explain(
     *,
     stride: Ints = 1,
     backend: str | None = None,
-    **tile_shapes: Ints | None,
+    q_tile_shape: Ints | None = None,
+    kv_tile_shape: Ints | None = None,
+    backward_q_tile_shape: Ints | None = None,
+    backward_kv_tile_shape: Ints | None = None,
+    backward_kv_splits: Ints | None = None,
 ) -> Explanation:
     """Which backend would run `na1d`, `na2d` or `na3d` with these arguments, forward and backward.
 
@@ -67,14 +71,32 @@ def explain(
     Raises:
         ValueError, TypeError: as those functions do.
     """
-    if query.is_nested:
-        raise ValueError("query: got a nested tensor; explain one of its examples")
+    inputs = [query, key, value, rpb, additional_keys, additional_values]
+    for role, x in zip(_ops.attention_forward.inputs, inputs, strict=True):
+        if isinstance(x, Tensor) and x.is_nested:
+            raise ValueError(f"{role.name}: got a nested tensor; explain one of its examples")
+        if x is not None or role.is_required:
+            _ops.check_tensor(role.name, x)
+    backend = chosen_backend(backend)
     if backend:
         check_name(backend)
-    rank = query.dim() - 3
-    flags = attention_flags(scale)
-    config = make_config(rank, kernel_size, dilation, is_causal, stride, flags=flags, **tile_shapes)
-    inputs = [query, key, value, rpb, additional_keys, additional_values]
+    config = make_config(
+        _ops.rank_of(query),
+        kernel_size,
+        dilation,
+        is_causal,
+        stride,
+        q_tile_shape=q_tile_shape,
+        kv_tile_shape=kv_tile_shape,
+        backward_q_tile_shape=backward_q_tile_shape,
+        backward_kv_tile_shape=backward_kv_tile_shape,
+        backward_kv_splits=backward_kv_splits,
+        flags=attention_flags(scale),
+    )
+    scale = real_scale(scale)
+    # What libnatten refuses is refused before the shapes of outputs are made of it.
+    specs = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in inputs]
+    _core.plan("attention_forward", config, scale, "", specs, [True, True], None)
     sizes = _ops.attention_forward.sizes(inputs, {}, config)
     output, logsumexp = (
         query.new_empty(_ops.shape_of(role, sizes), dtype=_ops.dtype_of(role, query.dtype))
@@ -88,8 +110,6 @@ def explain(
         tuple(
             Verdict(name, *row)
             for name, (operator, tensors) in calls.items()
-            for row in _core.explain(
-                operator.name, config, real_scale(scale), chosen_backend(backend), tensors
-            )
+            for row in _core.explain(operator.name, config, scale, backend, tensors)
         )
     )

@@ -14,6 +14,7 @@ from natten._args import (
     Ints,
     attention_flags,
     check_merge,
+    listed,
     make_config,
     named,
     real_scale,
@@ -35,13 +36,16 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
             return operator.overload(*args)
         # There the dispatcher would only lead to here; this saves microseconds.
         return operator.differentiate(*args)
-    except (AttributeError, RuntimeError):
+    except Exception:
+        # Only now, as good calls need no such checks.
         for role, x in zip(operator.inputs, args, strict=False):
-            if not (isinstance(x, Tensor) or (x is None and not role.is_required)):
-                raise TypeError(
-                    f"{role.name}: got {type(x).__name__}; must be a torch.Tensor"
-                ) from None
+            if x is not None or role.is_required:
+                _ops.check_tensor(role.name, x, may_be_nested=_is_nested(args[0]))
         raise
+
+
+def _is_nested(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_nested
 
 
 def _is_plain(args: tuple[Any, ...]) -> bool:
@@ -269,11 +273,6 @@ def attention(
             "torch.nn.functional.scaled_dot_product_attention, or merge_attentions over parts of "
             "the keys"
         )
-    if isinstance(key, Tensor) and not key.is_nested and (key.dim() != 4 or key.shape[1] < 1):
-        raise ValueError(
-            f"key: got shape {list(key.shape)}; must be [batch, kv_length, kv_heads, head_dim] "
-            "with at least one key"
-        )
     flags = SEPARATE_KEY_GRID | attention_flags(scale)
     config = make_config(1, 1, is_causal=is_causal, flags=flags)
     output, logsumexp = _call(
@@ -301,9 +300,19 @@ def merge_attentions(
         ValueError: nothing to merge, or shapes that differ.
         TypeError: dtypes that differ.
     """
-    if any(x.is_nested for x in (*outputs, *lse_tensors)):
-        raise ValueError("outputs, lse_tensors: got nested tensors; merge their values() instead")
+    outputs, lse_tensors = listed("outputs", outputs), listed("lse_tensors", lse_tensors)
+    for name, tensors in (("outputs", outputs), ("lse_tensors", lse_tensors)):
+        for x in tensors:
+            if _is_nested(x):
+                raise ValueError(f"{name}: got a nested tensor; merge their values() instead")
+            _ops.check_tensor(name, x)
     check_merge(*([(x.shape, _ops.dtype_name(x)) for x in xs] for xs in (outputs, lse_tensors)))
+    devices = {x.device for x in (*outputs, *lse_tensors)}
+    if len(devices) > 1:
+        raise ValueError(
+            f"outputs, lse_tensors: are on {' and '.join(sorted(map(str, devices)))}; must be on "
+            "one device"
+        )
     lse = torch.logsumexp(torch.stack(tuple(lse_tensors)), dim=0)
     # Where every set is empty all is -inf, and the output 0 rather than NaN.
     finite = lse.masked_fill(lse == -torch.inf, 0.0)

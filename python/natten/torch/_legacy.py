@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from natten._args import Bools, Ints, named
+from natten.torch import _ops
 from natten.torch._functional import (
     na1d,
     na1d_av,
@@ -110,12 +111,7 @@ def neighborhood_attention_generic(
     Raises:
         ValueError, TypeError: as `na2d`, and ValueError for an unknown kernel_schedule.
     """
-    fused = _FUSED.get(query.dim() - 3)
-    if fused is None:
-        raise ValueError(
-            f"query: got shape {list(query.shape)}; must be [batch, *spatial, heads, head_dim] "
-            "with one to three spatial axes"
-        )
+    fused = _FUSED[_ops.rank_of(query)]
     if kernel_schedule not in _KERNEL_SCHEDULES:
         raise ValueError(
             f'kernel_schedule: got {kernel_schedule!r}; must be None, "non", "coop" or "pp"'

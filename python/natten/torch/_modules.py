@@ -6,9 +6,18 @@ import torch
 from torch import Tensor, nn
 
 from natten import context
-from natten._args import Bools, Ints, check_neighborhood, per_axis
+from natten._args import (
+    Bools,
+    Ints,
+    causal_per_axis,
+    check_neighborhood,
+    head_dim_of,
+    module_scale,
+    per_axis,
+    probability,
+)
 from natten._log import logger
-from natten.torch import _functional
+from natten.torch import _functional, _ops
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -37,6 +46,7 @@ class _NeighborhoodAttention(nn.Module):
 
     Raises:
         ValueError: an argument that does not fit.
+        TypeError: an argument of another type; is_causal takes no integers.
     """
 
     rank: int
@@ -64,15 +74,12 @@ class _NeighborhoodAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if num_heads < 1 or dim % num_heads != 0:
-            raise ValueError(f"num_heads: got {num_heads}; must divide dim, {dim}")
+        self.head_dim = head_dim_of(dim, num_heads)
         self.num_heads = num_heads
-        self.head_dim = dim // num_heads
-        self.scale = self.head_dim**-0.5 if qk_scale is None else qk_scale
+        self.scale = module_scale(qk_scale, self.head_dim)
         self.kernel_size = per_axis("kernel_size", kernel_size, self.rank)
         self.dilation = per_axis("dilation", 1 if dilation is None else dilation, self.rank)
-        causal = per_axis("is_causal", False if is_causal is None else is_causal, self.rank)
-        self.is_causal = tuple(map(bool, causal))
+        self.is_causal = causal_per_axis(is_causal, self.rank)
         self.stride = per_axis("stride", stride, self.rank)
         check_neighborhood(self.kernel_size, self.dilation, self.stride)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
@@ -83,9 +90,9 @@ class _NeighborhoodAttention(nn.Module):
             nn.init.trunc_normal_(self.rpb, std=0.02)
         else:
             self.register_parameter("rpb", None)
-        self.attn_drop = nn.Dropout(attn_drop)
+        self.attn_drop = nn.Dropout(probability("attn_drop", attn_drop))
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = nn.Dropout(probability("proj_drop", proj_drop))
 
     @property
     def _neighborhood(self) -> dict[str, tuple[int, ...]]:
@@ -111,19 +118,27 @@ class _NeighborhoodAttention(nn.Module):
         """[batch, *spatial, dim] -> [batch, *spatial, dim].
 
         Of rank 1 also a nested tensor of sequences [length, dim], without gradients.
+
+        Raises:
+            ValueError: x does not have the dimensions above, or is too small for the windows.
+            TypeError: x is no dense tensor, or not of the parameters' dtype.
         """
         rank = self.rank
+        if not isinstance(x, Tensor):
+            _ops.check_tensor("x", x)
         if x.is_nested and rank != 1:
             raise ValueError("x: got a nested tensor; only the module of rank 1 takes them")
         if x.is_nested and x.layout != torch.jagged:
             jagged = torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
             return torch.nested.as_nested_tensor(list(self(jagged).unbind()))
-        if x.dim() != rank + 2:
+        # Another map may have taken the place of the linear one.
+        dim = getattr(self.qkv, "in_features", x.shape[-1])
+        if x.dim() != rank + 2 or x.shape[-1] != dim:
             raise ValueError(
-                f"x: got shape {list(x.shape)}; must be [batch, *spatial, dim] with {rank} "
-                f"spatial {'axis' if rank == 1 else 'axes'}"
+                f"x: got shape {list(x.shape)}; must be [batch, *spatial, {dim}], channels last, "
+                f"with {rank} spatial {'axis' if rank == 1 else 'axes'}"
             )
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        qkv = self._map_to_qkv(x)
         query, key, value = (qkv.select(rank + 1, i) for i in range(3))
         if self._uses_fused():
             out = _FUSED[rank](
@@ -137,6 +152,24 @@ class _NeighborhoodAttention(nn.Module):
                 attn = self.attn_drop(attn)
             out = _AV[rank](attn, value, **self._neighborhood).movedim(1, rank + 1)
         return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def _map_to_qkv(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., 3, num_heads, head_dim]."""
+        try:
+            return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        except RuntimeError:
+            _ops.check_tensor("x", x, may_be_nested=True)
+            weight = getattr(self.qkv, "weight", x)
+            if x.device != weight.device:
+                raise ValueError(
+                    f"x: is on {x.device}; must be on the device of the parameters, {weight.device}"
+                ) from None
+            if x.dtype != weight.dtype:
+                raise TypeError(
+                    f"x: got dtype {_ops.dtype_name(x)}; must be {_ops.dtype_name(weight)}, as the "
+                    "parameters are"
+                ) from None
+            raise
 
     def extra_repr(self) -> str:
         return (

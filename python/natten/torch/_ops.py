@@ -244,6 +244,30 @@ def stream_of(x: Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream
 
 
+def check_tensor(name: str, x: Any, may_be_nested: bool = False) -> None:
+    """Raises unless `x` is a tensor of a kind that libnatten reads."""
+    if not isinstance(x, Tensor):
+        got = "None" if x is None else type(x).__name__
+        raise TypeError(f"{name}: got {got}; must be a torch.Tensor")
+    if x.is_nested and not may_be_nested:
+        raise ValueError(f"{name}: got a nested tensor; must be dense, as the others are")
+    if x.is_quantized or x.layout not in (torch.strided, torch.jagged):
+        kind = x.dtype if x.is_quantized else x.layout
+        raise TypeError(f"{name}: got a {kind} tensor; must be dense (torch.strided), unquantized")
+
+
+def rank_of(query: Tensor) -> int:
+    """The number of spatial axes of a query of fused attention."""
+    check_tensor("query", query, may_be_nested=True)
+    rank = query.dim() - 3
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            f"query: got shape {list(query.shape)}; must be [batch, *spatial, heads, head_dim] "
+            "with one to three spatial axes"
+        )
+    return rank
+
+
 def _emptied(x: Tensor, axis: int) -> Tensor:
     return x.narrow(axis, 0, 0)
 

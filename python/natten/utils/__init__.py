@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from natten._args import Bools, Ints, per_axis
+from natten._args import Bools, Ints, causal_per_axis, integer, per_axis
 from natten.context import get_device_cc
 from natten.utils import log
 
@@ -20,14 +20,14 @@ def check_all_args(
 
     Raises:
         ValueError: na_dim is not 1, 2 or 3, or a sequence has another length.
-        TypeError: elements that are not integers.
+        TypeError: elements that are not integers, or not bools for is_causal.
     """
-    if na_dim not in (1, 2, 3):
+    if integer("na_dim", na_dim) not in (1, 2, 3):
         raise ValueError(f"na_dim: got {na_dim!r}; must be 1, 2 or 3")
     return (
         per_axis("kernel_size", kernel_size, na_dim),
         per_axis("dilation", 1 if dilation is None else dilation, na_dim),
-        tuple(map(bool, per_axis("is_causal", False if is_causal is None else is_causal, na_dim))),
+        causal_per_axis(is_causal, na_dim),
     )
 
 
@@ -39,7 +39,7 @@ def get_num_na_weights(kernel_size: Sequence[int]) -> int:
     """
     if not isinstance(kernel_size, Sequence):
         raise TypeError(f"kernel_size: got {kernel_size!r}; must be a tuple, one element per axis")
-    return math.prod(kernel_size)
+    return math.prod(per_axis("kernel_size", kernel_size, len(kernel_size)))
 
 
 __all__ = ["check_all_args", "get_device_cc", "get_num_na_weights", "log"]
