@@ -560,7 +560,7 @@ TEST(Refusals, GeneralAttention) {
     spoil(bad);
     expect_error([&] { natten::run(natten::attention_call(bad)); }, kValue, argument, got);
   };
-  refused([](natten::Tensors& t) { t.key.shape[1] = t.value.shape[1] = 0; }, "kernel_size", "[0]");
+  refused([](natten::Tensors& t) { t.key.shape[1] = t.value.shape[1] = 0; }, "key", "[1, 0, 1, 4]");
   refused([](natten::Tensors& t) { t.value.shape[1] = 5; }, "value", "5");
   refused([](natten::Tensors& t) { t.key = TensorView{}; }, "key", "missing");
   refused([](natten::Tensors& t) { t.query.ndim = 5; }, "query", "5 dimensions");

@@ -28,7 +28,7 @@ def test_check_all_args():
         (2, 2, 2),
         (True, False, False),
     )
-    assert all(type(c) is bool for c in utils.check_all_args(2, 3, 1, [1, 0])[2])
+    assert utils.check_all_args(2, 3, 1, [True, None])[2] == (True, False)
 
 
 @pytest.mark.parametrize(

@@ -183,6 +183,9 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         stored. `spatial` below stands for {rank} axes. Works under jit, vmap over any array
         and grad of any order; the second and later derivatives store the weights.
 
+        Heads are last here and first in `na{rank}d_qk`. Arrays of the other layout are taken for
+        another grid, without an error where that is large enough for the window.
+
         Args:
             query: [batch, *spatial, heads, head_dim], float64, float32, bfloat16 or float16.
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
@@ -191,7 +194,8 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
                 not exceed the axis. This and all that follow, except arrays, are static: Python
                 values, not traced ones.
             dilation: distance between neighbors.
-            is_causal: whether a token sees only itself and those before it, per axis.
+            is_causal: whether a token sees only itself and those before it, a bool for all axes or
+                one per axis (None is False).
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
             scale: factor on the scores; head_dim ** -0.5 by default.
             additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
@@ -209,7 +213,8 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
 
         Raises:
             ValueError: a shape or value that does not fit; the message says which and why.
-            TypeError: an unsupported or mismatched dtype. Both are raised when traced.
+            TypeError: an argument of another type; an unsupported or mismatched dtype.
+                Both are raised when traced.
         """
         config = make_config(rank, kernel_size, dilation, is_causal, stride)
         tensors = _as_arrays(
@@ -241,6 +246,8 @@ def _make_qk(rank: int) -> Callable[..., Array]:
         autodiff: str = "reverse",
     ) -> Array:
         """Scores of {rank}-D neighborhood attention, heads-first. No scale is applied.
+
+        Heads are first here and last in `na{rank}d`; see there.
 
         Works under jit, vmap and grad of any order.
 
@@ -280,6 +287,8 @@ def _make_av(rank: int) -> Callable[..., Array]:
         autodiff: str = "reverse",
     ) -> Array:
         """Sums of values over {rank}-D neighborhoods, weighted by attn, heads-first.
+
+        Heads are first here and last in `na{rank}d`; see there.
 
         Works under jit, vmap and grad of any order.
 

@@ -102,6 +102,9 @@ def _make_fused(rank: int):
         Every token attends to a window of `kernel_size` tokens around it; the weights are never
         stored. `spatial` below stands for {rank} axes.
 
+        Heads are last here and first in `na{rank}d_qk`. Tensors of the other layout are taken for
+        another grid, without an error where that is large enough for the window.
+
         Args:
             query: [batch, *spatial, heads, head_dim], float64, float32, bfloat16 or float16.
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
@@ -109,7 +112,8 @@ def _make_fused(rank: int):
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
                 not exceed the axis.
             dilation: distance between neighbors.
-            is_causal: whether a token sees only itself and those before it, per axis.
+            is_causal: whether a token sees only itself and those before it, a bool for all axes or
+                one per axis (None is False).
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
             scale: factor on the scores; head_dim ** -0.5 by default.
             additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
@@ -128,7 +132,7 @@ def _make_fused(rank: int):
 
         Raises:
             ValueError: a shape or value that does not fit; the message says which and why.
-            TypeError: an unsupported or mismatched dtype.
+            TypeError: an argument of another type; an unsupported or mismatched dtype.
         """
         config = make_config(
             rank,
@@ -170,6 +174,8 @@ def _make_qk(rank: int):
     ) -> Tensor:
         """Scores of {rank}-D neighborhood attention, heads-first. No scale is applied.
 
+        Heads are first here and last in `na{rank}d`; see there.
+
         Args:
             query, key: [batch, heads, *spatial, head_dim].
             additional_keys: [batch, heads, n, head_dim]; their n scores follow the window's.
@@ -206,6 +212,8 @@ def _make_av(rank: int):
         is_casual: Bools | None = None,
     ) -> Tensor:
         """Values weighted by {rank}-D neighborhood attention weights, heads-first.
+
+        Heads are first here and last in `na{rank}d`; see there.
 
         Args:
             attn: [batch, heads, *spatial, slots], slots as `na{rank}d_qk` returns them. Slots that
