@@ -62,7 +62,7 @@ struct float16 {
   }
   NATTEN_HOST_DEVICE explicit float16(double x) : float16(static_cast<float>(x)) {}
   NATTEN_HOST_DEVICE operator float() const {
-    const std::uint32_t sign = static_cast<std::uint32_t>(bits & 0x8000u) << 16;
+    const std::uint32_t sign = (bits & 0x8000u) << 16;
     const std::uint32_t exponent = (bits >> 10) & 0x1fu;
     const std::uint32_t mantissa = bits & 0x3ffu;
     if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24, exact in float32

@@ -9,4 +9,6 @@
 #include <natten/operations.h>
 #include <natten/problem.h>
 #include <natten/roles.h>
+#include <natten/status.h>
 #include <natten/types.h>
+#include <natten/version.h>

@@ -65,7 +65,7 @@ struct TensorView {
   explicit operator bool() const { return ndim >= 0; }
   std::int64_t size() const {
     std::int64_t n = 1;
-    for (int i = 0; i < ndim; ++i) n *= shape[i];
+    for (int i = 0; i < ndim; ++i) n *= shape.data()[i];
     return n;
   }
 };
@@ -80,8 +80,8 @@ inline TensorView contiguous_view(void* data, DType dtype, Device device, const 
   v.ndim = ndim;
   std::int64_t stride = 1;
   for (int i = (ndim < kMaxDims ? ndim : kMaxDims) - 1; i >= 0; --i) {
-    v.shape[i] = shape[i];
-    v.strides[i] = stride;
+    v.shape.data()[i] = shape[i];
+    v.strides.data()[i] = stride;
     stride *= shape[i];
   }
   return v;
@@ -106,9 +106,9 @@ struct Tuple {
       : Tuple(list.begin(), static_cast<int>(list.size())) {}
   template <class Iterator>
   Tuple(Iterator first, int count) : size(count) {
-    for (int i = 0; i < count && i < kMaxDims; ++i, ++first) values[i] = *first;
+    for (int i = 0; i < count && i < kMaxDims; ++i, ++first) values.data()[i] = *first;
   }
-  std::int64_t operator[](int i) const { return values[i]; }
+  std::int64_t operator[](int i) const { return values.data()[i]; }
 };
 
 }  // namespace natten

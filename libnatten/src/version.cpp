@@ -1,0 +1,7 @@
+#include <natten/version.h>
+
+namespace natten {
+
+const char* version() noexcept { return NATTEN_VERSION; }
+
+}  // namespace natten
