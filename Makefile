@@ -13,8 +13,8 @@ INSTALL := $(BIN)/python -m pip install -q --no-compile
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test test-cpp test-sanitize test-aarch64 test-python lint format consumer cuda wheel \
-  test-wheel clean gtest
+.PHONY: demo test test-cpp test-sanitize test-clang test-cross test-cross-one test-wine \
+  test-aarch64 test-python lint format consumer cuda wheel test-wheel ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -30,6 +30,25 @@ test-sanitize: $(VENV)/build gtest
 	cmake --preset sanitize
 	cmake --build --preset sanitize
 	ctest --preset sanitize
+
+# The instruction set that is chosen here, and the one that runs anywhere. It needs clang 14 or newer,
+# Debian's package `clang`.
+test-clang: $(VENV)/build gtest
+	cmake --preset clang
+	cmake --build --preset clang
+	ctest --preset clang
+
+# Compiles and links for other systems; nothing runs. One target of them is part of .ci/run.
+CROSS_TARGETS := aarch64-macos x86_64-linux-musl aarch64-linux-gnu.2.28 x86_64-windows-gnu
+test-cross test-cross-one: $(VENV)/build $(VENV)/cross
+test-cross:
+	cpp_tests/cross.sh $(CURDIR)/$(BIN)/python $(CROSS_TARGETS)
+test-cross-one:
+	cpp_tests/cross.sh $(CURDIR)/$(BIN)/python $(firstword $(CROSS_TARGETS))
+
+# The C++ tests of a DLL, under Wine. It names the Debian packages that it needs.
+test-wine: $(VENV)/build $(VENV)/cross
+	cpp_tests/wine.sh $(CURDIR)/$(BIN)/python
 
 # Not part of `test`: it needs a cross-compiler and QEMU, whose Debian packages it names.
 test-aarch64: $(VENV)/build
@@ -73,6 +92,9 @@ else
 	$(BIN)/python cpp_tests/check_cuda.py build/cuda-check
 endif
 
+# What takes too long for .ci/run, or needs what not every machine has.
+ci-full: test-cross test-wine
+
 # sdist, then the wheel from the sdist, then the wheel that any recent Linux can install.
 wheel: $(VENV)/wheel
 	rm -rf dist
@@ -90,7 +112,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each list of requirements.
-$(addprefix $(VENV)/,build cuda demo test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
+$(addprefix $(VENV)/,build cross cuda demo test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
 	$(INSTALL) -r $<
 	@touch $@
 

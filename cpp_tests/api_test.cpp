@@ -9,6 +9,11 @@ using natten::Op;
 using natten::TensorView;
 using natten::Tuple;
 
+#if defined(_WIN32)
+void setenv(const char* name, const char* value, int) { _putenv_s(name, value); }
+void unsetenv(const char* name) { _putenv_s(name, ""); }
+#endif
+
 /// Sets an environment variable for the life of a scope.
 class Environment {
  public:

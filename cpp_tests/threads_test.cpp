@@ -1,5 +1,7 @@
+#if !defined(_WIN32)
 #include <sys/wait.h>
 #include <unistd.h>
+#endif
 
 #include <atomic>
 #include <condition_variable>
@@ -231,6 +233,7 @@ constexpr bool kThreadSanitizer = true;
 constexpr bool kThreadSanitizer = false;
 #endif
 
+#if !defined(_WIN32)
 /// A child process has none of its parent's threads, yet must compute.
 TEST(Threading, ForkedChildrenCompute) {
   if (kThreadSanitizer) GTEST_SKIP() << "ThreadSanitizer cannot follow threads of a forked child";
@@ -255,6 +258,7 @@ TEST(Threading, ForkedChildrenCompute) {
     EXPECT_EQ(results(), expected) << "the parent goes on";
   }
 }
+#endif
 
 #if defined(__SSE__)
 /// Sets a control word of the floating-point unit for the life of a scope.

@@ -31,32 +31,49 @@ struct Candidate {
 };
 
 #if NATTEN_HAVE_X86_ISAS
-/// Of AMD's processors with AVX-512.
-bool is_zen5_or_later() {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  if (!__builtin_cpu_is("amd") || !__get_cpuid(1, &eax, &ebx, &ecx, &edx)) return false;
-  const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
-  return family >= 0x1a;  // Zen 3 and 4 are family 0x19
-}
+/// What the processor has and the operating system saves. Compilers have functions for it, but
+/// clang only since 19 for all of these, and not every runtime library defines what they need.
+struct Processor {
+  bool avx2 = false;    // with FMA and F16C
+  bool avx512 = false;  // with all that kernels are compiled for
+  bool wide_units;      // faster with vectors of 512 bits
+
+  Processor() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    __get_cpuid(0, &eax, &ebx, &ecx, &edx);
+    const bool intel = ebx == signature_INTEL_ebx;
+    const bool amd = ebx == signature_AMD_ebx;
+    __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+    const unsigned family = (eax >> 8 & 0xf) + (eax >> 20 & 0xff);
+    // Units that wide are Intel's, and AMD's since Zen 5: Zen 3 and 4 are family 0x19. A Zen 4
+    // takes 3 to 15 % longer with them.
+    wide_units = intel || (amd && family >= 0x1a);
+
+    constexpr unsigned fma = 1u << 12, saves_state = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    if (!has(ecx, fma | saves_state | avx | f16c)) return;
+    unsigned saved, high;
+    asm volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    constexpr unsigned sse_and_avx_registers = 0x6, avx512_registers = 0xe0;
+    if (!has(saved, sse_and_avx_registers) || !__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx))
+      return;
+    avx2 = has(ebx, 1u << 5);
+    constexpr unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
+    avx512 = avx2 && has(saved, avx512_registers) && has(ebx, f | dq | bw | vl);
+  }
+
+  static bool has(unsigned word, unsigned bits) { return (word & bits) == bits; }
+};
 #endif
 
 const simd::InstructionSet& choose() {
 #if NATTEN_HAVE_X86_ISAS
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                    __builtin_cpu_supports("f16c");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-                      __builtin_cpu_supports("avx512vl");
-  // Vectors of 512 bits are faster only on processors with units that wide: Intel's, and AMD's
-  // since Zen 5. A Zen 4 takes 3 to 15 % longer with them.
-  const bool wide_units = __builtin_cpu_is("intel") || is_zen5_or_later();
+  const Processor processor;
   const Candidate candidates[] = {
-    {&simd::isa_avx512wide, avx512, wide_units},
-    {&simd::isa_avx512, avx512, true},
-    {&simd::isa_avx2, avx2, true},
+    {&simd::isa_avx512wide, processor.avx512, processor.wide_units},
+    {&simd::isa_avx512, processor.avx512, true},
+    {&simd::isa_avx2, processor.avx2, true},
 #if NATTEN_HAVE_AVX2WIDE
-    {&simd::isa_avx2wide, avx2, false},
+    {&simd::isa_avx2wide, processor.avx2, false},
 #endif
     {&simd::isa_base, true, true}
   };

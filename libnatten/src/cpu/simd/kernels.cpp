@@ -6,6 +6,8 @@
 
 #if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace natten::detail::cpu::simd {
@@ -63,6 +65,64 @@ NATTEN_INLINE Ints<T> lanes() {
   for (int i = 0; i < kWidth<T>; ++i) v[i] = i;
   return v;
 }
+/// Lanes a[first], b[first], a[first + 1], b[first + 1], ...
+template <class T>
+NATTEN_INLINE Vector<T> interleave(Vector<T> a, Vector<T> b, int first) {
+#if defined(__clang__)
+  Vector<T> interleaved;  // makes one instruction of it, as gcc does of the function below
+#pragma GCC unroll 8
+  for (int i = 0; i < kWidth<T> / 2; ++i) {
+    interleaved[2 * i] = a[first + i];
+    interleaved[2 * i + 1] = b[first + i];
+  }
+  return interleaved;
+#else
+  Ints<T> index;
+  for (int i = 0; i < kWidth<T>; ++i) index[i] = (i % 2) * kWidth<T> + i / 2 + first;
+  return __builtin_shuffle(a, b, index);
+#endif
+}
+/// Lane l is v[index[l]].
+template <class T>
+NATTEN_INLINE Vector<T> permute(Vector<T> v, Ints<T> index) {
+#if defined(__clang__)
+  // It has no such function, and makes an instruction of the loop only if that is in no other loop.
+#if defined(__AVX512VL__)
+  if constexpr (kVectorBytes == 32) {
+    if constexpr (sizeof(T) == 4)
+      return _mm256_permutexvar_ps(reinterpret_cast<__m256i>(index), v);
+    else
+      return _mm256_permutexvar_pd(reinterpret_cast<__m256i>(index), v);
+  } else if constexpr (kVectorBytes == 64) {
+    if constexpr (sizeof(T) == 4)
+      return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), v);
+    else
+      return _mm512_permutexvar_pd(reinterpret_cast<__m512i>(index), v);
+  }
+#elif defined(__AVX2__)
+  if constexpr (kVectorBytes == 32) {
+    if constexpr (sizeof(T) == 8) index = index << 1 | index << 33 | std::int64_t{1} << 32;
+    return reinterpret_cast<Vector<T>>(
+        _mm256_permutevar8x32_ps(reinterpret_cast<__m256>(v), reinterpret_cast<__m256i>(index)));
+  }
+#elif defined(__aarch64__)
+  // By bytes.
+  if constexpr (sizeof(T) == 4)
+    index = index * 0x04040404 + 0x03020100;
+  else
+    index = index * 0x0808080808080808 + 0x0706050403020100;
+  return reinterpret_cast<Vector<T>>(
+      vqtbl1q_u8(reinterpret_cast<uint8x16_t>(v), reinterpret_cast<uint8x16_t>(index)));
+#endif
+  Vector<T> permuted;
+#pragma GCC unroll 16
+  for (int l = 0; l < kWidth<T>; ++l) permuted[l] = v[index[l]];
+  return permuted;
+#else
+  return __builtin_shuffle(v, index);
+#endif
+}
+
 template <class T>
 constexpr T kInfinity = static_cast<T>(__builtin_inf());
 
@@ -142,18 +202,13 @@ NATTEN_INLINE T sum_of(Vector<T> v) {
 template <class T>
 NATTEN_INLINE void transpose(Vector<T> (&rows)[kWidth<T>]) {
   constexpr int kW = kWidth<T>;
-  Ints<T> low, high;
-  for (int i = 0; i < kW; ++i) {
-    low[i] = (i % 2) * kW + i / 2;
-    high[i] = (i % 2) * kW + i / 2 + kW / 2;
-  }
 #pragma GCC unroll 8
   for (int round = 1; round < kW; round *= 2) {
     Vector<T> next[kW];
 #pragma GCC unroll 16
     for (int i = 0; i < kW / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(rows[i], rows[i + kW / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(rows[i], rows[i + kW / 2], high);
+      next[2 * i] = interleave<T>(rows[i], rows[i + kW / 2], 0);
+      next[2 * i + 1] = interleave<T>(rows[i], rows[i + kW / 2], kW / 2);
     }
 #pragma GCC unroll 16
     for (int i = 0; i < kW; ++i) rows[i] = next[i];
@@ -207,8 +262,7 @@ void column_tile(const ColumnProducts<T>& p, int first, const T* columns, T* out
     for (int m = 0; m < M; ++m) {
       Vector<T> column;
       if constexpr (kColumns == Columns::following) column = load(columns + m);
-      if constexpr (kColumns == Columns::permuted)
-        column = __builtin_shuffle(load(columns + m), p.index);
+      if constexpr (kColumns == Columns::permuted) column = permute<T>(load(columns + m), p.index);
       if constexpr (kColumns == Columns::same) column = broadcast<T>(columns[m * p.next_column]);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) c[n][m] += row[n] * column;
@@ -410,7 +464,7 @@ struct Slots {
   /// One number per column, read as the rows of a vector read columns.
   NATTEN_INLINE Vector<T> read(const T* from, int v, std::int64_t slot) const {
     const Vector<T> x = load(from + first + v * shift + slot);
-    return columns == Columns::permuted ? __builtin_shuffle(x, index) : x;
+    return columns == Columns::permuted ? permute<T>(x, index) : x;
   }
   NATTEN_INLINE std::int64_t bias_at(int v, std::int64_t slot) const {
     return bias_first + slot + v * (block.adjacent ? shift - kWidth<T> : block.bias_stride);
@@ -593,7 +647,7 @@ NATTEN_INLINE Vector<T> finish_score(const Slots<T>& slots, const Line<T>& line,
   if constexpr (kPlain) return score;
   if (line.bias) {
     const T* bias = line.bias + slots.bias_at(v, slot);
-    score += slots.columns == Columns::permuted ? __builtin_shuffle(load(bias), slots.bias_index)
+    score += slots.columns == Columns::permuted ? permute<T>(load(bias), slots.bias_index)
                                                 : broadcast<T>(*bias);
   }
   if (!slots.sees_all(v, slot)) score = slots.mask(v, slot) ? score : broadcast<T>(-kInfinity<T>);
