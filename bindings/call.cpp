@@ -35,6 +35,7 @@ Call decode_call(std::string_view op, const std::int64_t* config, std::size_t co
     *tuple = next_tuple();
   if (end - at != 1) throw malformed();
   const std::int64_t flags = *at;
+  if (flags & ~kAllFlags) throw malformed();
   if (flags & has_scale) o.scale = scale;
   if (flags & empty_slots_zero) o.empty_slots = EmptySlots::zero;
   o.separate_key_grid = flags & separate_key_grid;

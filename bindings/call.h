@@ -19,6 +19,7 @@ enum Flag : std::int64_t {
   nondeterministic = 8,
   allow_tf32 = 16,
 };
+constexpr std::int64_t kAllFlags = 31;
 
 /// Throws Error.
 Op op_named(std::string_view name);

@@ -152,7 +152,7 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
           is_wanted ? expected(given, role.tensor) : views.view(object, role.name);
       result = (*allocate)(shape_of(view), name_of(view.dtype));
     }
-    set_tensor(call, role, views.view(result, role.name));
+    set_tensor(call, role, views.view(result, role.name, true));
     results.append(result);
   });
   run_unlocked(backend, openmp_threads, stream, allocate, views, call);
@@ -167,7 +167,7 @@ void run_calls(const std::string& op, const Config& config, Scale scale, const s
   for (const auto& [inputs, outputs] : tensors) {
     calls.push_back(call_of(views, op, config, scale, inputs));
     bind_tensors(calls.back(), outputs, true, [&](const Role& role, const nb::object& object) {
-      set_tensor(calls.back(), role, views.view(object, role.name));
+      set_tensor(calls.back(), role, views.view(object, role.name, true));
     });
   }
   run_unlocked(backend, openmp_threads, stream, allocate, views, calls);

@@ -3,6 +3,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <string>
 
 namespace nb = nanobind;
@@ -105,6 +106,15 @@ void check_ndim(std::int64_t ndim, const char* name) {
              std::to_string(kMaxDims));
 }
 
+/// Row-major. Sizes are not checked yet, so their product may overflow.
+void set_strides(TensorView& v) {
+  std::uint64_t stride = 1;
+  for (int i = v.ndim - 1; i >= 0; --i) {
+    v.strides[i] = static_cast<std::int64_t>(stride);
+    stride *= static_cast<std::uint64_t>(v.shape[i]);
+  }
+}
+
 TensorView view_of(const DLTensor& t, const char* name) {
   TensorView v;
   v.dtype = dtype_of(t.dtype.code, t.dtype.bits, t.dtype.lanes, name);
@@ -112,32 +122,49 @@ TensorView view_of(const DLTensor& t, const char* name) {
   v.data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
   check_ndim(t.ndim, name);
   v.ndim = t.ndim;
-  std::int64_t contiguous = 1;
-  for (int i = t.ndim - 1; i >= 0; --i) {
-    v.shape[i] = t.shape[i];
-    v.strides[i] = t.strides ? t.strides[i] : contiguous;
-    contiguous *= t.shape[i];
-  }
+  std::copy_n(t.shape, t.ndim, v.shape.begin());
+  if (t.strides)
+    std::copy_n(t.strides, t.ndim, v.strides.begin());
+  else
+    set_strides(v);
   return v;
 }
 
 /// `(shape, dtype name)`: no memory.
 TensorView view_of(const nb::tuple& spec, Device device, const char* name) {
-  const auto shape = nb::cast<std::vector<std::int64_t>>(spec[0]);
+  std::vector<std::int64_t> shape;
+  std::string dtype;
+  if (spec.size() != 2 || !nb::try_cast(nb::handle(spec[0]), shape) ||
+      !nb::try_cast(nb::handle(spec[1]), dtype))
+    fail(ErrorKind::invalid_type, name,
+         "got " + nb::cast<std::string>(nb::repr(spec)) +
+             "; must be an array, or (shape, dtype name) where there is none");
   check_ndim(static_cast<std::int64_t>(shape.size()), name);
-  return contiguous_view(nullptr, dtype_of(nb::cast<std::string>(spec[1]), name), device,
-                         shape.data(), static_cast<int>(shape.size()));
+  TensorView v;
+  v.dtype = dtype_of(dtype, name);
+  v.device = device;
+  v.ndim = static_cast<int>(shape.size());
+  std::copy(shape.begin(), shape.end(), v.shape.begin());
+  set_strides(v);
+  return v;
+}
+
+/// Over DLPack JAX does not say that its arrays are immutable.
+bool is_jax_array(nb::handle object) {
+  const nb::object module = nb::getattr(object.type(), "__module__", nb::none());
+  std::string name;
+  return nb::try_cast(module, name) && name.rfind("jax", 0) == 0;
 }
 
 }  // namespace
 
-TensorView Views::view(nb::handle object, const char* name) {
-  const TensorView view = make(object, name);
+TensorView Views::view(nb::handle object, const char* name, bool is_output) {
+  const TensorView view = make(object, name, is_output);
   has_cuda_ = has_cuda_ || view.device.type == DeviceType::cuda;
   return view;
 }
 
-TensorView Views::make(nb::handle object, const char* name) {
+TensorView Views::make(nb::handle object, const char* name, bool is_output) {
   if (object.is_none()) return {};
   if (const ExchangeApi* api = exchange_api(Py_TYPE(object.ptr()))) {
     DLTensor t;
@@ -155,6 +182,9 @@ TensorView Views::make(nb::handle object, const char* name) {
     fail(ErrorKind::invalid_type, name,
          "got " + nb::cast<std::string>(nb::repr(object.type())) +
              "; must be an array that supports DLPack");
+  nb::ndarray<> writable;
+  if (is_output && (is_jax_array(object) || !nb::try_cast(object, writable)))
+    fail(ErrorKind::invalid_value, name, "got a read-only array; must be writable, as an output");
   kept_.push_back(array);
   DLTensor t{};
   t.data = const_cast<void*>(static_cast<const void*>(array.data()));

@@ -16,13 +16,13 @@ class Views {
  public:
   /// Tuples describe tensors on `device`.
   explicit Views(Device device = {}) : device_(device) {}
-  /// `name` is the argument's name in messages. Throws Error.
-  TensorView view(nanobind::handle object, const char* name);
+  /// `name` is the argument's name in messages. Outputs must be writable. Throws Error.
+  TensorView view(nanobind::handle object, const char* name, bool is_output = false);
   /// Whether a view so far was of a CUDA device's memory.
   bool has_cuda() const { return has_cuda_; }
 
  private:
-  TensorView make(nanobind::handle object, const char* name);
+  TensorView make(nanobind::handle object, const char* name, bool is_output);
 
   Device device_;
   bool has_cuda_ = false;

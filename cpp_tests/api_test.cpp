@@ -287,6 +287,53 @@ TEST(Lists, GiveWhatSingleCallsGive) {
   EXPECT_EQ(natten::workspace_bytes(std::vector<Call>{}), 0u);
 }
 
+/// Query, key and value, and their gradients, as slices [:, :, i] of one tensor [B, T, 3, H, D]:
+/// they interleave in memory and share none of it.
+TEST(Memory, SlicesOfOneBufferAreSeparate) {
+  Case c;
+  c.seed = base_seed() + 12;
+  c.axes = {{17, 5, 1, 1, false}};
+  c.batch = c.heads = c.kv_heads = 2;
+  FusedProblem problem(c);
+  problem.forward_with_logsumexp();
+  const Call separate = problem.backward();
+  natten::run(separate);
+  Buffers& b = problem.buffers;
+  const Shape whole{2, 17, 3, 2, c.dim};
+  Buffer packed(c.dtype, whole), gradients(c.dtype, whole);
+  const auto slice = [&](Buffer& of, std::int64_t i) {
+    TensorView v = of.view();
+    v.data = static_cast<float*>(v.data) + i * v.strides[2];
+    v.ndim = 4;
+    for (std::size_t d : {2u, 3u}) {
+      v.shape[d] = v.shape[d + 1];
+      v.strides[d] = v.strides[d + 1];
+    }
+    return v;
+  };
+  const std::int64_t row = 2 * c.dim;
+  Buffer* inputs[] = {&b.query, &b.key, &b.value};
+  Buffer* results[] = {&b.grad_query, &b.grad_key, &b.grad_value};
+  for (std::int64_t i = 0; i < 3; ++i)
+    for (std::int64_t j = 0; j < 2 * 17 * row; ++j)
+      packed.set((j / row * 3 + i) * row + j % row, inputs[i]->get(j));
+  Call call = separate;
+  natten::Tensors& t = call.tensors;
+  t.query = slice(packed, 0);
+  t.key = slice(packed, 1);
+  t.value = slice(packed, 2);
+  t.grad_query = slice(gradients, 0);
+  t.grad_key = slice(gradients, 1);
+  t.grad_value = slice(gradients, 2);
+  ASSERT_NO_THROW(natten::run(call));
+  for (std::int64_t i = 0; i < 3; ++i)
+    for (std::int64_t j = 0; j < 2 * 17 * row; ++j)
+      ASSERT_EQ(gradients.get((j / row * 3 + i) * row + j % row), results[i]->get(j));
+  // One element further, slice 0 and slice 1 overlap.
+  t.grad_query.data = static_cast<float*>(t.grad_query.data) + 1;
+  EXPECT_THROW(natten::run(call), natten::Error);
+}
+
 TEST(Workspace, ListsNeedTheSumAndStayInside) {
   std::vector<FusedProblem> owned = mixed_problems(), lent = mixed_problems();
   std::vector<Call> calls;

@@ -72,6 +72,31 @@ TEST_P(General, SelfAttentionIsANeighborhoodOfEverything) {
             2 * bounds_of(dtype()).forward);
 }
 
+/// Queries whose scores all are -inf, here those of batch entry 0.
+TEST_P(General, QueriesThatSeeNothing) {
+  Case c;
+  c.seed = base_seed() + 4;
+  c.dtype = dtype();
+  c.axes = {{5, 1, 1, 1, false}};
+  c.keys = 7;
+  c.batch = 2;
+  c.heads = c.kv_heads = 2;
+  FusedProblem problem(c);
+  if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses it";
+  Buffers& b = problem.buffers;
+  for (std::int64_t i = 0; i < 5 * 2; ++i) b.query.set(i * c.dim, 1);
+  for (std::int64_t i = 0; i < 7 * 2; ++i) b.key.set(i * c.dim, -HUGE_VAL);
+  ASSERT_NO_THROW(run(problem.forward()));
+  ASSERT_NO_THROW(run(problem.backward()));
+  for (std::int64_t i = 0; i < b.output.view().size() / 2; ++i) ASSERT_EQ(b.output.get(i), 0);
+  for (std::int64_t i = 0; i < 5 * 2; ++i) ASSERT_EQ(b.logsumexp.get(i), -HUGE_VAL);
+  for (Buffer* gradient : {&b.grad_key, &b.grad_value})
+    for (std::int64_t i = 0; i < gradient->view().size(); ++i) {
+      ASSERT_TRUE(std::isfinite(gradient->get(i)));
+      ASSERT_EQ(gradient->get(i) == 0, i < gradient->view().size() / 2);
+    }
+}
+
 INSTANTIATE_TEST_SUITE_P(Registry, General,
                          testing::Combine(testing::ValuesIn(tested_backends()),
                                           testing::ValuesIn(kDTypes), testing::Values(1)),
@@ -219,6 +244,77 @@ struct MergeProblem {
                                       views(grad_outputs), views(grad_logsumexps));
   }
 };
+
+/// The cases of tests/cases.py: logsumexps and outputs of two sets, and what they merge to.
+TEST(MergeRows, SpecialValues) {
+  constexpr double kInf = HUGE_VAL;
+  const double kNan = std::nan("");
+  struct Row {
+    double lse[2], output[2], merged_lse, merged;
+  };
+  const Row rows[] = {
+      {{0, 0}, {1, 3}, std::log(2.0), 2},
+      {{1000, 1000}, {1, 3}, 1000 + std::log(2.0), 2},  // beyond exp
+      {{-1000, -1000}, {1, 3}, -1000 + std::log(2.0), 2},
+      {{-kInf, 0.5}, {7, 3}, 0.5, 3},
+      {{-kInf, 0.5}, {kNan, 3}, 0.5, 3},  // an empty set's output is ignored
+      {{0.5, -kInf}, {3, kInf}, 0.5, 3},
+      {{-kInf, -kInf}, {7, 3}, -kInf, 0},
+      {{-kInf, -kInf}, {kNan, kInf}, -kInf, 0},
+      {{0, -1000}, {3, kNan}, 0, kNan},  // small, not empty
+      {{0, 0}, {kNan, 3}, std::log(2.0), kNan},
+      {{0, 0}, {kInf, 3}, std::log(2.0), kInf},
+      {{kNan, 0}, {1, 3}, kNan, kNan},
+      {{-kInf, kNan}, {1, 3}, kNan, kNan},
+      {{kInf, 0}, {1, 3}, kInf, kNan},
+      {{kInf, -kInf}, {1, 3}, kInf, kNan},
+      {{kInf, kNan}, {1, 3}, kNan, kNan},
+  };
+  for (natten::DType dtype : kDTypes)
+    for (bool swapped : {false, true})
+      for (const Row& row : rows) {
+        const auto number = [&](double x, natten::DType type) {
+          return Buffer(type, Dense({1}, x));
+        };
+        const int first = swapped ? 1 : 0, second = 1 - first;
+        const natten::DType statistic = statistic_of(dtype);
+        Buffer outputs[] = {Buffer(dtype, Dense({1, 1}, row.output[first])),
+                            Buffer(dtype, Dense({1, 1}, row.output[second]))};
+        Buffer lses[] = {number(row.lse[first], statistic), number(row.lse[second], statistic)};
+        Buffer output(dtype, Shape{1, 1}), lse(statistic, Shape{1});
+        natten::merge_attentions({outputs[0].view(), outputs[1].view()},
+                                 {lses[0].view(), lses[1].view()}, output.view(), lse.view());
+        SCOPED_TRACE(testing::Message()
+                     << name_of(dtype) << " lse " << row.lse[first] << ", " << row.lse[second]
+                     << " output " << row.output[first] << ", " << row.output[second]);
+        const auto expect_same = [](double got, double expected) {
+          if (std::isfinite(expected))
+            EXPECT_NEAR(got, expected, 1e-6 * std::max(1.0, std::fabs(expected)));
+          else
+            EXPECT_TRUE(std::isnan(expected) ? std::isnan(got) : got == expected) << got;
+        };
+        expect_same(output.get(0), row.merged);
+        expect_same(lse.get(0), row.merged_lse);
+        // An empty set has no part in the result, so it has no gradients.
+        Buffer grad_outputs[] = {output, output}, grad_lses[] = {lse, lse};
+        Buffer grad = Buffer(dtype, Dense({1, 1}, 1)), grad_lse = number(1, statistic);
+        natten::merge_attentions_backward(
+            {outputs[0].view(), outputs[1].view()}, {lses[0].view(), lses[1].view()}, grad.view(),
+            grad_lse.view(), {grad_outputs[0].view(), grad_outputs[1].view()},
+            {grad_lses[0].view(), grad_lses[1].view()});
+        for (int i : {0, 1}) {
+          const bool is_empty = lses[i].get(0) == -kInf;
+          if (is_empty || std::isfinite(row.merged)) {
+            EXPECT_TRUE(std::isfinite(grad_outputs[i].get(0)));
+            EXPECT_TRUE(std::isfinite(grad_lses[i].get(0)));
+          }
+          if (is_empty) {
+            EXPECT_EQ(grad_outputs[i].get(0), 0);
+            EXPECT_EQ(grad_lses[i].get(0), 0);
+          }
+        }
+      }
+}
 
 TEST(MergeRows, GradientsAgreeWithFiniteDifferences) {
   for (bool with_logsumexp : {true, false})

@@ -180,6 +180,44 @@ TEST_P(Fused, InfiniteNegativeBiasMasks) {
   expect_gradients(problem, expected);
 }
 
+/// A query all of whose scores are -inf has no weights: output 0, logsumexp -inf, and it gives no
+/// gradients. Here all queries of head 0; head 1 does not notice.
+TEST_P(Fused, QueriesThatSeeNothing) {
+  Case c;
+  c.seed = base_seed() + 10;
+  c.dtype = dtype();
+  c.axes.assign(index(rank()), {7, 3, 1, 1, false});
+  c.heads = c.kv_heads = 2;
+  c.rpb = c.grad_logsumexp = true;
+  FusedProblem problem(c), ordinary(c);
+  if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses";
+  Buffers& b = problem.buffers;
+  const std::int64_t biases = volume(offsets_of(c));
+  for (std::int64_t i = 0; i < biases; ++i) b.rpb.set(i, -HUGE_VAL);
+  for (FusedProblem* p : {&problem, &ordinary}) {
+    run_forward_with_logsumexp(*p);
+    run(p->backward());
+  }
+  const auto expect_head_0 = [](const char* name, const Buffer& got, const Buffer& other,
+                                std::int64_t head_size, double expected) {
+    const Dense values = got.dense();
+    for (std::int64_t i = 0; i < values.size(); ++i)
+      ASSERT_EQ(values[i], i / head_size % 2 == 0 ? expected : other.get(i)) << name << " " << i;
+  };
+  Buffers& o = ordinary.buffers;
+  expect_head_0("output", b.output, o.output, c.value_dim, 0);
+  expect_head_0("logsumexp", b.logsumexp, o.logsumexp, 1, -HUGE_VAL);
+  expect_head_0("grad_query", b.grad_query, o.grad_query, c.dim, 0);
+  expect_head_0("grad_key", b.grad_key, o.grad_key, c.dim, 0);
+  expect_head_0("grad_value", b.grad_value, o.grad_value, c.value_dim, 0);
+  expect_head_0("grad_rpb", b.grad_rpb, o.grad_rpb, biases, 0);
+
+  b.query.set(0, std::nan(""));  // of token 0 and head 0: no score of its is -inf now
+  run_forward_with_logsumexp(problem);
+  EXPECT_TRUE(std::isnan(b.logsumexp.get(0)));
+  EXPECT_TRUE(std::isnan(b.output.get(0)));
+}
+
 INSTANTIATE_TEST_SUITE_P(Registry, Fused, every_property(), Property::name);
 
 /// The reference's gradients are the derivative of the reference's forward pass: the two are

@@ -209,6 +209,7 @@ TEST(Refusals, NeighborhoodValues) {
       expect_refused(op, set(&N::stride, {3, bad}), kValue, "stride", got);
     }
     expect_refused(op, set(&N::is_causal, {0, -1}), kValue, "is_causal", "got [0, -1]");
+    expect_refused(op, set(&N::is_causal, {2, 0}), kValue, "is_causal", "got [2, 0]");
     expect_refused(op, set(&N::stride, {4, 1}), kValue, "stride", "got [4, 1]");
     expect_refused(op, set(&N::stride, {1, 5}), kValue, "stride", "got [1, 5]");
     expect_refused(op, set(&N::stride, {1, kHuge}), kValue, "stride", std::to_string(kHuge));
@@ -349,6 +350,191 @@ TEST(Refusals, MismatchedShapes) {
           e.op, [&](Call& c) { (c.tensors.*e.member).ndim = ndim; }, kValue, e.tensor,
           "got " + std::to_string(ndim) + " dimensions");
   }
+}
+
+/// Products that overflow, also to 0, and what no enumeration has.
+TEST(Refusals, ViewsThatCannotBe) {
+  for (Op op : kOps) {
+    Valid valid(op);
+    valid.buffers.for_each([&](const char* name, Buffer&, TensorView natten::Tensors::*member) {
+      if (!natten::dims_of(op, member) || !(valid.call.tensors.*member)) return;
+      const auto with = [&](auto change) { return [=](Call& c) { change(c.tensors.*member); }; };
+      expect_refused(op, with([](TensorView& v) { v.ndim = 100; }), kValue, name, "100 dimensions");
+      for (std::int64_t size : {std::int64_t{1} << 32, std::int64_t{1} << 62, kHuge})
+        expect_refused(op, with([=](TensorView& v) {
+                         std::fill_n(v.shape.begin(), v.ndim, size);
+                         v.data = nullptr;
+                       }),
+                       kValue, name, std::to_string(size));
+      for (std::int64_t stride : {std::int64_t{1} << 60, kHuge, -kHuge - 1})
+        expect_refused(op, with([=](TensorView& v) { v.strides[1] = stride; }), kValue, name,
+                       std::to_string(stride));
+      expect_refused(op, with([](TensorView& v) { v.dtype = static_cast<DType>(99); }),
+                     ErrorKind::invalid_type, name, "99");
+      expect_refused(
+          op, with([](TensorView& v) { v.device.type = static_cast<natten::DeviceType>(99); }),
+          kValue, name, "99");
+    });
+    expect_refused(
+        op, [](Call& c) { c.op = static_cast<Op>(99); }, kValue, "op", "99");
+    for (int size : {-1, 100})
+      expect_refused(
+          op, [=](Call& c) { c.neighborhood.kernel_size.size = size; }, kValue, "kernel_size",
+          std::to_string(size) + " elements");
+  }
+}
+
+/// A bias by relative position, or its gradient, needs one grid for queries and keys.
+TEST(Refusals, BiasWithKeysOnTheirOwnGrid) {
+  const auto separate = [](Call& c) { c.options.separate_key_grid = true; };
+  for (Op op : {Op::attention_forward, Op::attention_backward, Op::qk, Op::rpb_gather})
+    expect_refused(op, separate, kValue, "rpb", "separate_key_grid");
+  expect_refused(Op::rpb_scatter, separate, kValue, "grad_rpb", "separate_key_grid");
+}
+
+/// Every output over every other tensor, by its first element.
+TEST(Refusals, OutputsThatShareMemory) {
+  for (Op op : kOps)
+    for (const natten::Role& output : natten::roles_of(op))
+      for (const natten::Role& other : natten::roles_of(op)) {
+        if (!output.is_output || output.tensor == other.tensor) continue;
+        const auto spoil = [&](Call& c) {
+          (c.tensors.*output.tensor).data = (c.tensors.*other.tensor).data;
+        };
+        SCOPED_TRACE(std::string(output.name) + " and " + other.name);
+        Valid valid(op);
+        if (!is_runnable(valid.call)) continue;
+        Call bad = valid.call;
+        spoil(bad);
+        EXPECT_NO_THROW(natten::describe(bad)) << "nothing is written";
+        EXPECT_NO_THROW(natten::workspace_bytes(bad));
+        std::string found;
+        try {
+          natten::run(bad);
+        } catch (const natten::Error& error) {
+          found = error.what();
+        }
+        const std::string shares = "shares memory with ";
+        const bool is_named = found.rfind(output.name + (": " + shares + other.name), 0) == 0;
+        const bool is_named_reversed =
+            other.is_output && found.rfind(other.name + (": " + shares + output.name), 0) == 0;
+        EXPECT_TRUE(is_named || is_named_reversed) << found;
+        EXPECT_TRUE(valid.outputs_are_untouched());
+      }
+}
+
+TEST(Refusals, OutputsThatOverlapThemselves) {
+  for (Op op : kOps)
+    for (const natten::Role& role : natten::roles_of(op)) {
+      if (!role.is_output) continue;
+      for (std::int64_t stride : {0, 1})
+        expect_refused(
+            op, [&](Call& c) { (c.tensors.*role.tensor).strides[0] = stride; }, kValue, role.name,
+            "got strides [" + std::to_string(stride), false);
+    }
+}
+
+TEST(Refusals, CallsThatShareOutputs) {
+  Valid first(Op::attention_forward), second(Op::attention_forward);
+  Call a = first.call, b = second.call;
+  b.tensors.query = a.tensors.query;
+  EXPECT_NO_THROW(natten::run(std::vector<Call>{a, b})) << "inputs may be shared";
+  b.tensors.output = a.tensors.output;
+  expect_error(
+      [&] {
+        natten::run(std::vector<Call>{a, b});
+      },
+      kValue, "output", "shares memory with output of call");
+  b = second.call;
+  b.tensors.key = b.tensors.value;
+  b.tensors.key.data = a.tensors.output.data;
+  b.tensors.key.shape[4] = 5;
+  b.tensors.key.strides = second.call.tensors.key.strides;
+  expect_error(
+      [&] {
+        natten::run(std::vector<Call>{b, a});
+      },
+      kValue, "output", "that of call 1 shares memory with key of call 0");
+}
+
+/// The derivatives by name are several operations: none may write what a later one reads.
+TEST(Refusals, GradientsInPlace) {
+  Rng rng(base_seed());
+  const auto input = [&](const Shape& shape) { return Buffer(DType::float32, normal(rng, shape)); };
+  Buffer query = input({1, 1, 9, 4}), key = input({1, 1, 9, 4}), attn = input({1, 1, 9, 3});
+  Buffer grad(DType::float32, Shape{1, 1, 9, 4}), other = grad, grad_attn = attn;
+  const auto qk_backward = [&](Buffer& d_query, Buffer& d_key) {
+    natten::na1d_qk_backward(d_query.view(), d_key.view(), {}, attn.view(), query.view(),
+                             key.view(), {3}, {1}, {0});
+  };
+  expect_error([&] { qk_backward(query, grad); }, kValue, "output", "query of call 1");
+  expect_error([&] { qk_backward(grad, key); }, kValue, "key", "value of call 0");
+  expect_error(
+      [&] {
+        natten::na1d_av_backward(attn.view(), grad.view(), query.view(), attn.view(), key.view(),
+                                 {3}, {1}, {0});
+      },
+      kValue, "attn", "attn of call 1");
+  EXPECT_TRUE(grad.is_untouched());
+  EXPECT_NO_THROW(qk_backward(grad, other));
+}
+
+/// Exact: views of one buffer are refused if, and only if, they share an element.
+TEST(Refusals, SharedMemoryIsFoundExactly) {
+  Rng rng(base_seed() + 1);
+  int refused = 0, accepted = 0;
+  for (int i = 0; i < 4000; ++i) {
+    const int ndim = static_cast<int>(uniform(rng, 1, 3));
+    Shape rows;
+    for (int d = 0; d < ndim; ++d) rows.push_back(uniform(rng, 1, 4));
+    const auto random_view = [&](std::vector<std::int64_t>& elements) {
+      TensorView v;
+      v.ndim = ndim;
+      std::copy(rows.begin(), rows.end(), v.shape.begin());
+      std::int64_t first = uniform(rng, 0, 12);
+      for (int d = 0; d < ndim; ++d) {
+        std::int64_t& stride = v.strides[index(d)];
+        stride = chance(rng, 0.5) ? uniform(rng, -12, 12) : 4 * uniform(rng, -6, 6);
+        if (stride < 0) first -= (rows[index(d)] - 1) * stride;
+      }
+      for (std::int64_t j = 0; j < volume(rows); ++j) {
+        std::int64_t at = first, left = j;
+        for (int d = ndim - 1; d >= 0; --d) {
+          at += left % rows[index(d)] * v.strides[index(d)];
+          left /= rows[index(d)];
+        }
+        elements.push_back(at);
+      }
+      std::sort(elements.begin(), elements.end());
+      return v;
+    };
+    std::vector<float> memory(400);
+    std::vector<std::int64_t> read, written, both;
+    TensorView lse = random_view(read), merged_lse = random_view(written);
+    for (TensorView* v : {&lse, &merged_lse}) {
+      const auto& elements = v == &lse ? read : written;
+      v->data = memory.data() + elements[0];
+      for (int d = 0; d < ndim; ++d)  // to the view's first element
+        if (v->strides[index(d)] < 0)
+          v->data = static_cast<float*>(v->data) - (rows[index(d)] - 1) * v->strides[index(d)];
+    }
+    std::set_intersection(read.begin(), read.end(), written.begin(), written.end(),
+                          std::back_inserter(both));
+    const bool is_bad =
+        !both.empty() || std::adjacent_find(written.begin(), written.end()) != written.end();
+    const Shape wide = join({rows, {1}});
+    Buffer part(DType::float32, normal(rng, wide)), merged(DType::float32, wide);
+    std::string message;
+    try {
+      natten::merge_attentions({part.view()}, {lse}, merged.view(), merged_lse);
+    } catch (const natten::Error& error) {
+      message = error.what();
+    }
+    EXPECT_EQ(is_bad, !message.empty()) << message;
+    ++(is_bad ? refused : accepted);
+  }
+  EXPECT_GT(refused, 500);
+  EXPECT_GT(accepted, 500);
 }
 
 TEST(Refusals, SlotsThatFitNoWindow) {
@@ -606,6 +792,21 @@ TEST(Refusals, MergingAttentions) {
   const TensorView elsewhere =
       changed(x, [](TensorView& v) { v.device.type = natten::DeviceType::cuda; });
   expect_error(merge({elsewhere}, {l}, o, ol), kValue, "outputs", "CPU");
+  for (int ndim : {9, 100}) {
+    const TensorView deep = changed(x, [&](TensorView& v) { v.ndim = ndim; });
+    const std::string got = std::to_string(ndim) + " dimensions";
+    expect_error(merge({deep}, {l}, o, ol), kValue, "outputs", got);
+    expect_error(merge({x}, {deep}, o, ol), kValue, "lse_tensors", got);
+    expect_error(merge({x}, {l}, deep, ol), kValue, "outputs", got);
+  }
+  const TensorView strange = changed(x, [](TensorView& v) { v.dtype = static_cast<DType>(99); });
+  expect_error(merge({strange}, {l}, strange, ol), ErrorKind::invalid_type, "outputs", "99");
+  const TensorView long_view =
+      changed(x, [](TensorView& v) { v.shape[0] = v.shape[1] = std::int64_t{1} << 32; });
+  expect_error(merge({long_view}, {l}, long_view, ol), kValue, "outputs", "4294967296");
+  expect_error(merge({x}, {l}, x, ol), kValue, "output", "shares memory with outputs");
+  expect_error(merge({x, o}, {l, l}, o, ol), kValue, "output", "shares memory with outputs");
+  expect_error(merge({x}, {l}, o, l), kValue, "logsumexp", "shares memory with lse_tensors");
   EXPECT_TRUE(output.is_untouched() && logsumexp.is_untouched());
   EXPECT_NO_THROW(merge({x, x}, {l, l}, o, ol)());
   const auto backward = [&](Views grads, Views lse_grads, TensorView grad) {
@@ -616,6 +817,8 @@ TEST(Refusals, MergingAttentions) {
   expect_error(backward({o}, {}, x), kValue, "lse_tensors", "got 0");
   expect_error(backward({longer}, {ol}, x), kValue, "outputs", "9");
   expect_error(backward({o}, {ol}, half), ErrorKind::invalid_type, "outputs", "float16");
+  expect_error(backward({x}, {ol}, x), kValue, "grad_outputs", "shares memory with");
+  expect_error(backward({o}, {l}, x), kValue, "grad_logsumexps", "shares memory with lse_tensors");
   EXPECT_NO_THROW(backward({o}, {ol}, x)());
 }
 

@@ -163,6 +163,41 @@ TEST(Threading, TasksMayRunAfterTheCallOrNever) {
   for (std::size_t i = 0; i < pool.tasks.size(); i += 2) pool.tasks[i]();  // harmless by now
 }
 
+/// Fails after it has handed out tasks, some of which run now and some later.
+struct FailingPool : SmallPool {
+  FailingPool() : SmallPool(2) {}
+  std::vector<std::function<void()>> late;
+  void run_on(int threads, const std::function<void()>& task) override {
+    for (int i = 1; i < threads; ++i) schedule(task);
+    late.push_back(task);
+    throw std::runtime_error("no more threads");
+  }
+};
+
+TEST(Threading, ExecutorsThatFailLeaveNoTaskBehind) {
+  Case c;
+  c.seed = base_seed();
+  c.axes = {{500, 9, 1, 1, false}};
+  c.batch = 4;
+  c.dim = c.value_dim = 32;
+  FusedProblem expected(c), problem(c);
+  natten::run(expected.forward());
+  natten::Context context;
+  FailingPool pool;
+  context.executor = &pool;
+  const natten::Call call = problem.forward();
+  try {
+    natten::run(call, context);
+    ADD_FAILURE() << "what the executor throws must reach the caller";
+  } catch (const std::runtime_error& error) {
+    EXPECT_STREQ(error.what(), "no more threads");
+  }
+  EXPECT_EQ(problem.buffers.output.bytes(), expected.buffers.output.bytes())
+      << "tasks run on while the call has ended, or never";
+  ASSERT_FALSE(pool.late.empty());
+  for (const std::function<void()>& task : pool.late) task();  // harmless by now
+}
+
 /// Runs tasks at once, in the caller.
 struct ImmediatePool : natten::Executor {
   int threads = 4;

@@ -29,6 +29,50 @@ def round_to(dtype: str, x: np.ndarray) -> np.ndarray:
     return x.astype(dtype).astype(np.float64)
 
 
+INF, NAN = math.inf, math.nan
+# Merging two sets: (their logsumexps, their outputs, logsumexp of the union, its output). The same
+# cases as in cpp_tests/attention_test.cpp.
+MERGES = (
+    ((0, 0), (1, 3), math.log(2), 2),
+    ((1000, 1000), (1, 3), 1000 + math.log(2), 2),  # beyond exp
+    ((-1000, -1000), (1, 3), -1000 + math.log(2), 2),
+    ((-INF, 0.5), (7, 3), 0.5, 3),
+    ((-INF, 0.5), (NAN, 3), 0.5, 3),  # an empty set's output is ignored
+    ((0.5, -INF), (3, INF), 0.5, 3),
+    ((-INF, -INF), (7, 3), -INF, 0),
+    ((-INF, -INF), (NAN, INF), -INF, 0),
+    ((0, -1000), (3, NAN), 0, NAN),  # small, not empty
+    ((0, 0), (NAN, 3), math.log(2), NAN),
+    ((0, 0), (INF, 3), math.log(2), INF),
+    ((NAN, 0), (1, 3), NAN, NAN),
+    ((-INF, NAN), (1, 3), NAN, NAN),
+    ((INF, 0), (1, 3), INF, NAN),
+    ((INF, -INF), (1, 3), INF, NAN),
+    ((INF, NAN), (1, 3), NAN, NAN),
+)
+
+
+def check_merges(merge: Any, gradients: Any = None) -> None:
+    """`merge(outputs, lses)` of lists of two arrays gives (output, lse); `gradients`, likewise, the
+    gradients of the sum of both results, as two such lists."""
+    lses = np.array([m[0] for m in MERGES], np.float32).T
+    outputs = np.array([m[1] for m in MERGES], np.float32).T[..., None]
+    want_lse, want = (np.array([m[i] for m in MERGES], np.float32) for i in (2, 3))
+    for order in ([0, 1], [1, 0]):
+        arguments = list(outputs[order]), list(lses[order])
+        output, lse = (np.asarray(x) for x in merge(*arguments))
+        assert output.dtype == lse.dtype == np.float32
+        np.testing.assert_allclose(output[:, 0], want, rtol=1e-6)
+        np.testing.assert_allclose(lse, want_lse, rtol=1e-6)
+        if gradients is None:
+            continue
+        empty = np.isneginf(lses[order])
+        for grad in gradients(*arguments):
+            rows = np.stack([np.asarray(x).reshape(len(MERGES)) for x in grad])
+            assert (rows[empty] == 0).all(), "a set without keys has no part in the result"
+            assert np.isfinite(rows[:, np.isfinite(want)]).all()
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem. The last fields say which optional arguments take part."""

@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 
+import cases
 import numpy as np
 import pytest
 
@@ -315,21 +316,35 @@ def test_merge_attentions(sizes):
     assert_close(*(results_and_gradients(f)(q, k, v) for f in (merged, whole)))
 
 
-def test_merge_attentions_of_empty_sets():
-    output, lse = nj.na1d(*(randn(1, 5, 1, 2, seed=i) for i in range(3)), 3, return_lse=True)
-    nothing = jnp.full_like(lse, -jnp.inf)
-    garbage = jnp.full_like(output, jnp.nan)
-    assert_close(nj.merge_attentions([garbage, output], [nothing, lse]), (output, lse))
-    empty, empty_lse = nj.merge_attentions([output, output], [nothing, nothing])
-    assert not np.any(empty) and np.all(np.isneginf(empty_lse))
+def test_merge_attentions_of_special_values():
+    def total(outputs, lses):
+        output, lse = nj.merge_attentions(outputs, lses)
+        return output.sum() + lse.sum()
 
-    def function(output, lse):
-        merged, merged_lse = nj.merge_attentions([output, output], [nothing, lse])
-        return jnp.sum(merged**2) + jnp.sum(jnp.where(lse == -jnp.inf, 0, merged_lse))
+    cases.check_merges(jax.jit(nj.merge_attentions), jax.jit(jax.grad(total, (0, 1))))
 
-    for x in (lse, nothing):
-        for gradient in jax.grad(function, (0, 1))(output, x):
-            assert np.all(np.isfinite(gradient))
+
+def test_queries_that_see_nothing():
+    """Scores are -inf in head 0: output 0, logsumexp -inf, no gradients or tangents."""
+    inputs = [randn(1, 7, 2, 3, seed=i) for i in range(3)]
+    inputs.append(randn(2, 5, seed=4).at[0].set(-jnp.inf))
+
+    def function(q, k, v, rpb):
+        return nj.na1d(q, k, v, 3, rpb=rpb, return_lse=True, autodiff="any")
+
+    def total(*inputs):
+        return function(*inputs)[0].sum()
+
+    @jax.jit
+    def results(*inputs):
+        tangent = jax.jvp(function, inputs, [jnp.ones_like(x) for x in inputs])[1][0]
+        return function(*inputs), tangent, jax.grad(total, (0, 1, 2, 3))(*inputs)
+
+    (output, lse), tangent, grads = results(*inputs)
+    assert np.all(np.isneginf(lse[:, :, 0]))
+    for x in (output, tangent, *grads[:3]):
+        assert np.all(x[:, :, 0] == 0) and np.all(np.isfinite(x))
+    assert np.all(grads[3][0] == 0) and np.all(np.isfinite(grads[3]))
 
 
 def test_merge_attentions_types_and_refusals():

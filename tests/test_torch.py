@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 
+import cases
 import pytest
 from test_package import run_python
 
@@ -127,13 +128,46 @@ def test_merge_attentions_is_exact():
         torch.testing.assert_close(a, b)
 
 
-def test_merge_attentions_of_nothing_seen():
-    out, lse = natten.merge_attentions(
-        [torch.ones(1, 2, 3), torch.ones(1, 2, 3)],
-        [torch.tensor([[-torch.inf, 0.0]]), torch.tensor([[-torch.inf, -torch.inf]])],
-    )
-    assert torch.equal(out[0, 0], torch.zeros(3)) and torch.equal(out[0, 1], torch.ones(3))
-    assert lse[0, 0] == -torch.inf and lse[0, 1] == 0
+def test_merge_attentions_of_special_values():
+    def tensors(arrays, requires_grad=False):
+        return [torch.tensor(x, requires_grad=requires_grad) for x in arrays]
+
+    def gradients(outputs, lses):
+        inputs = tensors(outputs, True), tensors(lses, True)
+        output, lse = natten.merge_attentions(*inputs)
+        (output.sum() + lse.sum()).backward()
+        return [[x.grad for x in xs] for xs in inputs]
+
+    def merge(outputs, lses):
+        return natten.merge_attentions(tensors(outputs), tensors(lses))
+
+    cases.check_merges(merge, gradients)
+
+
+@pytest.mark.parametrize("backend", [None, "naive"])
+def test_queries_that_see_nothing(backend):
+    """Scores are -inf in head 0: output 0, logsumexp -inf, no gradients in any mode."""
+    q, k, v = (randn(1, 7, 2, 3) for _ in range(3))
+    rpb = randn(2, 5, grad=False)
+    rpb[0] = -torch.inf
+    rpb.requires_grad_()
+
+    def function(*inputs):
+        *x, rpb = inputs
+        return natten.na1d(*x, kernel_size=3, rpb=rpb, return_lse=True, backend=backend)
+
+    output, lse = function(q, k, v, rpb)
+    assert (output[:, :, 0] == 0).all() and torch.isneginf(lse[:, :, 0]).all()
+    inputs = (q, k, v, rpb)
+    first = torch.autograd.grad(output.sum(), inputs, create_graph=True)
+    second = torch.autograd.grad(sum(x.square().sum() for x in first), inputs)
+    for grad in (*first, *second):
+        assert ((grad[0] if grad.ndim == 2 else grad[:, :, 0]) == 0).all()
+        assert torch.isfinite(grad).all()
+    tangents = tuple(torch.ones_like(x) for x in inputs)
+    primal, tangent = torch.func.jvp(function, inputs, tangents)
+    for x in (tangent[0], primal[0]):
+        assert (x[:, :, 0] == 0).all() and torch.isfinite(x).all()
 
 
 def test_merge_attentions_refuses():

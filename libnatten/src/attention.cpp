@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <string>
 
+#include "memory.h"
 #include "registry.h"
 #include "validate.h"
 
@@ -52,8 +53,19 @@ std::size_t total_workspace(const std::vector<Selected>& selected) {
   return bytes;
 }
 
+/// They run at once, so the outputs of one must not touch the tensors of another either.
+void check_memory(const Call* calls, std::size_t count) {
+  std::vector<detail::Use> uses;
+  uses.reserve(count * 16);  // more than any operation has
+  for (std::size_t i = 0; i < count; ++i)
+    for (const Role& role : roles_of(calls[i].op))
+      uses.push_back({role.name, &(calls[i].tensors.*role.tensor), role.is_output, i});
+  detail::check_memory(uses, count);
+}
+
 void run_all(const Call* calls, std::size_t count, const Context& context) {
   std::vector<Selected> selected = select_all(calls, count, context, true);
+  check_memory(calls, count);
   const std::size_t needed = total_workspace(selected);
   std::vector<char> own;
   char* workspace = static_cast<char*>(context.workspace);
@@ -124,15 +136,15 @@ Call attention_call(const Tensors& tensors, bool is_causal, std::optional<double
   return call;
 }
 
-void detail::run_of_rank(int rank, const Call& call, const Context& context) {
-  const Tuple& kernel_size = call.neighborhood.kernel_size;
+void detail::run_of_rank(int rank, const Call* calls, int count, const Context& context) {
+  const Tuple& kernel_size = calls[0].neighborhood.kernel_size;
   if (kernel_size.size != rank)
     throw Error(
         ErrorKind::invalid_value,
         "kernel_size: got " +
             detail::to_string(kernel_size.values.data(), std::min(kernel_size.size, kMaxDims)) +
             "; must have " + std::to_string(rank) + " elements");
-  run(call, context);
+  run_all(calls, static_cast<std::size_t>(count), context);
 }
 
 }  // namespace natten

@@ -61,6 +61,9 @@ std::string shape_text(const TensorView& view) {
   return detail::to_string(view.shape.data(), std::min(view.ndim, kMaxDims));
 }
 
+/// What a tensor may take. Sums of several such, in any unit, still are 64-bit integers.
+constexpr double kMostBytes = 0x1p60;
+
 struct DimNames {
   const char* meaning;
   const char* in_layout;
@@ -103,9 +106,12 @@ class Checker {
   Checker(const Call& call, bool for_execution) : call_(call), for_execution_(for_execution) {}
 
   Problem check() {
+    const Roles roles = roles_of(call_.op);
+    if (roles.begin() == roles.end())
+      bad_value("op: got number ", static_cast<int>(call_.op), ", which is unknown");
     check_neighborhood();
     check_options();
-    for (const Role& role : roles_of(call_.op)) check_tensor(role);
+    for (const Role& role : roles) check_tensor(role);
     check_scale();
     check_pairs();
     check_grids();
@@ -140,6 +146,9 @@ class Checker {
     check_tuple("dilation", n.dilation, 1);
     check_tuple("stride", n.stride, 1);
     check_tuple("is_causal", n.is_causal, 0);
+    for (int i = 0; i < n.is_causal.size; ++i)
+      if (n.is_causal[i] > 1)
+        bad_value("is_causal: got ", to_string(n.is_causal), "; must be 0 or 1 on every axis");
     for (int i = 0; i < n.stride.size; ++i)
       if (n.stride[i] > n.kernel_size[i] && n.kernel_size[i] > 0)
         bad_value("stride: got ", to_string(n.stride), "; must not exceed kernel_size, ",
@@ -173,11 +182,15 @@ class Checker {
 
   void check_tensor(const Role& role) {
     const TensorView& v = call_.tensors.*role.tensor;
+    if (call_.options.separate_key_grid && std::strchr(role.dims, 'R') && (v || role.is_required))
+      bad_value(role.name, ": got keys on a grid of their own (separate_key_grid); there must be ",
+                "one grid for a bias by relative position");
     if (!v) {
       if (role.is_required && (for_execution_ || !role.is_output))
         bad_value(role.name, ": missing; ", name_of(call_.op), " needs it");
       return;
     }
+    check_view(role.name, v);
     check_type(role, v);
     int ndim = 0;
     for (const char* d = role.dims; *d; ++d) ndim += is_grid(*d) ? rank_ : 1;
@@ -263,6 +276,9 @@ class Checker {
     if (!extent('Q').source)
       bad_value("attn: missing; ", name_of(call_.op), " takes batch and spatial shape from it");
     if (!call_.options.separate_key_grid) extent('K') = extent('Q');
+    if (!extent('K').source)
+      bad_value("key: missing; where keys lie on a grid of their own (separate_key_grid) ",
+                name_of(call_.op), " takes that from it");
     const Neighborhood& n = call_.neighborhood;
     for (int i = 0; i < rank_; ++i) {
       const std::int64_t length = extent('K').values[i], dilation = value_or(n.dilation, i, 1);
@@ -355,6 +371,31 @@ class Checker {
 };
 
 }  // namespace
+
+void check_view(const char* name, const TensorView& v) {
+  if (v.ndim > kMaxDims)
+    bad_value(name, ": got ", v.ndim, " dimensions; must have at most ", kMaxDims);
+  const auto dtype = static_cast<int>(v.dtype), device = static_cast<int>(v.device.type);
+  if (dtype > static_cast<int>(DType::float16))
+    fail(ErrorKind::invalid_type, name, ": got dtype number ", dtype,
+         "; must be float64, float32, bfloat16 or float16");
+  if (device > static_cast<int>(DeviceType::cuda))
+    bad_value(name, ": got device number ", device, "; must be cpu or cuda");
+  // In float64, as the products of integers may overflow.
+  const auto element = static_cast<double>(size_of(v.dtype));
+  double bytes = element, reach = 0;
+  for (int i = 0; i < v.ndim; ++i) {
+    const auto size = static_cast<double>(v.shape[i]);
+    if (size < 0) bad_value(name, ": got shape ", shape_text(v), "; must not be negative");
+    bytes *= std::max(size, 1.0);
+    if (size > 1) reach += (size - 1) * std::abs(static_cast<double>(v.strides[i])) * element;
+  }
+  if (bytes > kMostBytes)
+    bad_value(name, ": got shape ", shape_text(v), "; must not be larger than memory can be");
+  if (reach > kMostBytes)
+    bad_value(name, ": got strides ", detail::to_string(v.strides.data(), v.ndim), " for shape ",
+              shape_text(v), "; must not reach further than memory does");
+}
 
 Problem check(const Call& call, bool for_execution) { return Checker(call, for_execution).check(); }
 

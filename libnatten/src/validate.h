@@ -7,9 +7,14 @@
 
 namespace natten::detail {
 
-/// The only place that checks arguments. Throws Error. `for_execution` also demands the required
-/// outputs, and memory behind the tensors.
+/// The only place that checks arguments, but for what several of them share (memory.h). Throws
+/// Error. `for_execution` also demands the required outputs, and memory behind the tensors.
 Problem check(const Call& call, bool for_execution);
+
+/// What must hold of any view that is given, whatever its part: dimensions, type and device that
+/// exist, a size and strides that memory can have. Throws Error. Nothing else may be asked of a
+/// view before.
+void check_view(const char* name, const TensorView& view);
 
 /// The shape of a tensor whose dimensions are spelled as in `Role::dims`.
 std::vector<std::int64_t> shape_of(const Problem& problem, const char* dims);

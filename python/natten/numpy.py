@@ -27,6 +27,7 @@ from natten._args import (
     with_flags,
 )
 from natten._kernel import chosen_backend
+from natten._merge import merge
 from natten._roles import roles_of
 
 __all__ = [
@@ -288,7 +289,7 @@ def merge_attentions(
         outputs: arrays [..., heads, value_head_dim], all of one shape and dtype: float64, float32
             or float16.
         lse_tensors: their logsumexps [..., heads], float32 or float64; -inf where a set holds no
-            keys.
+            keys, whose output is ignored.
 
     Returns:
         (output, lse), of the shapes and dtypes of the inputs. Where all sets are empty, output is
@@ -301,15 +302,6 @@ def merge_attentions(
     parts = [_as_array("outputs", x) for x in listed("outputs", outputs)]
     lses = [_as_array("lse_tensors", x) for x in listed("lse_tensors", lse_tensors)]
     check_merge(*([(x.shape, x.dtype.name) for x in arrays] for arrays in (parts, lses)))
-    stacked = np.stack(lses)
-    top = stacked.max(axis=0)
-    # Any shift gives the same result; this one keeps exp in range. Where all sets are empty it
-    # must be finite, as -inf - -inf is not.
-    shift = np.where(np.isfinite(top), top, np.zeros_like(top))
     with np.errstate(all="ignore"):  # infinities and NaN pass through silently, as in the kernels
-        weights = np.exp(stacked - shift)
-        total = weights.sum(axis=0)
-        lse = shift + np.log(total)
-        weights /= np.where(total == 0, np.ones_like(total), total)
-        output = sum(w[..., None] * part for w, part in zip(weights, parts, strict=True))
+        output, lse = merge(np, parts, lses)
     return np.asarray(output, parts[0].dtype), np.asarray(lse)

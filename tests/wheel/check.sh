@@ -19,7 +19,8 @@ sys.exit(any(importlib.util.find_spec(name) for name in '$forbidden'.split()))"
   "$environments/$name/bin/python" -m pytest -q -p no:cacheprovider $tests
 }
 
-check plain "torch jax" "test_package.py test_context.py test_utils.py test_numpy.py" "$wheel"
+check plain "torch jax" \
+  "test_package.py test_binding.py test_context.py test_utils.py test_numpy.py" "$wheel"
 check torch "jax" "test_package.py test_torch.py test_torch_nested.py" "torch==2.13.0" "$wheel[torch]"
 # Here with all of XLA's optimisations, which the tests leave out elsewhere.
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 check jax "torch flax" "test_package.py test_jax.py" flatbuffers "$wheel[jax]"

@@ -18,12 +18,13 @@ NATTEN_EXPORT std::size_t workspace_bytes(const Call& call, const Context& conte
 
 /// Checks the call, selects a backend and runs it. On the CPU it returns when the outputs are
 /// written; on CUDA when the kernels are enqueued on `Context::stream`. Throws Error; where the
-/// call was refused no output has been written.
+/// call was refused no output has been written. Outputs that overlap another tensor are refused
+/// (see `Tensors`).
 NATTEN_EXPORT void run(const Call& call, const Context& context = {});
 
 /// Runs independent calls on one device in one parallel region, for example a batch of images of
-/// different sizes. Their workspaces are laid out one after another (`workspace_bytes` of the
-/// list).
+/// different sizes. No call may write what another reads or writes. Their workspaces are laid out
+/// one after another (`workspace_bytes` of the list).
 NATTEN_EXPORT void run(const std::vector<Call>& calls, const Context& context = {});
 NATTEN_EXPORT std::size_t workspace_bytes(const std::vector<Call>& calls,
                                           const Context& context = {});
@@ -40,7 +41,9 @@ NATTEN_EXPORT Call attention_call(const Tensors& tensors, bool is_causal = false
 
 /// Combines results of attention over disjoint sets of keys into the result over their union:
 /// logsumexp = log sum_i exp(logsumexps[i]), output = sum_i exp(logsumexps[i] - logsumexp) *
-/// outputs[i]. outputs[i], output [..., H, Dv]; logsumexps[i], logsumexp [..., H]. CPU only.
+/// outputs[i]. outputs[i], output [..., H, Dv]; logsumexps[i], logsumexp [..., H]. A set with
+/// logsumexp -inf is empty: its output is ignored, whatever it holds. Where all are empty output is
+/// 0 and logsumexp -inf. The results may not overlap the arguments. CPU only.
 NATTEN_EXPORT void merge_attentions(const std::vector<TensorView>& outputs,
                                     const std::vector<TensorView>& logsumexps,
                                     const TensorView& output, const TensorView& logsumexp,

@@ -17,7 +17,8 @@ class NATTEN_EXPORT Executor {
   /// so a task that runs late, or waits for a busy pool, only costs speed.
   virtual void schedule(std::function<void()> task) = 0;
   /// Runs `task` here and on up to `threads` - 1 other threads; returns once it has returned here.
-  /// By default schedules it on the others. Override it for a pool that only forks and joins.
+  /// By default schedules it on the others. Override it for a pool that only forks and joins. What
+  /// it throws, the caller of the kernel gets, after this thread has done what is left of the work.
   virtual void run_on(int threads, const std::function<void()>& task);
 };
 

@@ -12,8 +12,8 @@ namespace detail {
 
 using OptionalView = std::optional<TensorView>;
 
-/// Checks that the tuples have `rank` entries, then runs.
-NATTEN_EXPORT void run_of_rank(int rank, const Call& call, const Context& context);
+/// Checks that the tuples have `rank` entries, then runs `count` calls of one neighborhood at once.
+NATTEN_EXPORT void run_of_rank(int rank, const Call* calls, int count, const Context& context);
 
 struct Mask {
   const Tuple& kernel_size;
@@ -48,7 +48,7 @@ struct Forward {
     call.options.scale = attn_scale;
     call.options.query_tile = query_tile_size;
     call.options.key_tile = key_tile_size;
-    run_of_rank(Rank, call, context);
+    run_of_rank(Rank, &call, 1, context);
   }
 };
 
@@ -78,7 +78,7 @@ struct Backward {
     call.options.backward_query_tile = query_tile_size;
     call.options.backward_key_tile = key_tile_size;
     call.options.key_splits = num_splits_key;
-    run_of_rank(Rank, call, context);
+    run_of_rank(Rank, &call, 1, context);
   }
 };
 
@@ -92,7 +92,7 @@ struct QkForward {
     call.tensors.query = query;
     call.tensors.key = key;
     call.tensors.rpb = rel_pos_bias.value_or(TensorView{});
-    run_of_rank(Rank, call, context);
+    run_of_rank(Rank, &call, 1, context);
   }
 };
 
@@ -101,21 +101,16 @@ struct QkBackward {
   void operator()(TensorView d_query, TensorView d_key, OptionalView d_rel_pos_bias,
                   TensorView d_attn, TensorView query, TensorView key, Tuple kernel_size,
                   Tuple dilation, Tuple is_causal, const Context& context = {}) const {
-    Call call = make_call(Op::av, {kernel_size, dilation, is_causal});
-    call.tensors.attn = d_attn;
-    call.tensors.value = key;
-    call.tensors.output = d_query;
-    run_of_rank(Rank, call, context);
-    call = make_call(Op::av_transpose, {kernel_size, dilation, is_causal});
-    call.tensors.attn = d_attn;
-    call.tensors.query = query;
-    call.tensors.key = d_key;
-    run_of_rank(Rank, call, context);
-    if (!d_rel_pos_bias) return;
-    call = make_call(Op::rpb_scatter, {kernel_size, dilation, is_causal});
-    call.tensors.attn = d_attn;
-    call.tensors.grad_rpb = *d_rel_pos_bias;
-    run_of_rank(Rank, call, context);
+    const Mask mask{kernel_size, dilation, is_causal};
+    Call calls[] = {make_call(Op::av, mask), make_call(Op::av_transpose, mask),
+                    make_call(Op::rpb_scatter, mask)};
+    for (Call& call : calls) call.tensors.attn = d_attn;
+    calls[0].tensors.value = key;
+    calls[0].tensors.output = d_query;
+    calls[1].tensors.query = query;
+    calls[1].tensors.key = d_key;
+    calls[2].tensors.grad_rpb = d_rel_pos_bias.value_or(TensorView{});
+    run_of_rank(Rank, calls, d_rel_pos_bias ? 3 : 2, context);
   }
 };
 
@@ -127,7 +122,7 @@ struct AvForward {
     call.tensors.output = output;
     call.tensors.attn = attn;
     call.tensors.value = value;
-    run_of_rank(Rank, call, context);
+    run_of_rank(Rank, &call, 1, context);
   }
 };
 
@@ -136,17 +131,16 @@ struct AvBackward {
   void operator()(TensorView d_attn, TensorView d_value, TensorView d_out, TensorView attn,
                   TensorView value, Tuple kernel_size, Tuple dilation, Tuple is_causal,
                   const Context& context = {}) const {
-    Call call = make_call(Op::qk, {kernel_size, dilation, is_causal});
-    call.options.empty_slots = EmptySlots::zero;
-    call.tensors.attn = d_attn;
-    call.tensors.query = d_out;
-    call.tensors.key = value;
-    run_of_rank(Rank, call, context);
-    call = make_call(Op::av_transpose, {kernel_size, dilation, is_causal});
-    call.tensors.attn = attn;
-    call.tensors.query = d_out;
-    call.tensors.key = d_value;
-    run_of_rank(Rank, call, context);
+    const Mask mask{kernel_size, dilation, is_causal};
+    Call calls[] = {make_call(Op::qk, mask), make_call(Op::av_transpose, mask)};
+    calls[0].options.empty_slots = EmptySlots::zero;
+    calls[0].tensors.attn = d_attn;
+    calls[0].tensors.query = d_out;
+    calls[0].tensors.key = value;
+    calls[1].tensors.attn = attn;
+    calls[1].tensors.query = d_out;
+    calls[1].tensors.key = d_value;
+    run_of_rank(Rank, calls, 2, context);
   }
 };
 

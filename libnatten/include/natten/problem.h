@@ -42,6 +42,10 @@ struct Neighborhood {
 /// gradients [B, N, Hkv, D or Dv]. Unfused operations are heads-first: [B, H, *spatial, D],
 /// attn [B, H, *spatial, K + N], additional [B, H, N, D]. rpb, grad_rpb [H, 2 k0 - 1, ...].
 /// The innermost stride is 1, the others are free.
+///
+/// Inputs may share memory with each other, and their outer strides may be 0. An output may share
+/// no element with an input, with another output, or with itself; calls that run at once count as
+/// one. Slices of one buffer that interleave, as of a packed [..., 3, heads, dim], are separate.
 struct Tensors {
   TensorView query, key, value, rpb, additional_keys, additional_values, attn;
   TensorView output, logsumexp;
@@ -54,7 +58,7 @@ struct Options {
   std::optional<double> scale;  ///< fused only; default 1 / sqrt(D)
   EmptySlots empty_slots = EmptySlots::negative_infinity;
   /// Keys lie on a grid of their own (general attention); otherwise their shape must be the
-  /// query's.
+  /// query's. There are no relative positions then, so neither rpb nor its gradient.
   bool separate_key_grid = false;
   bool deterministic = true;
   /// Products of float32 may be computed in TF32, with 11 bits of precision in place of 24, where

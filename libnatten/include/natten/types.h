@@ -63,6 +63,7 @@ struct TensorView {
   std::array<std::int64_t, kMaxDims> strides{};
 
   explicit operator bool() const { return ndim >= 0; }
+  /// Of a view that a call would accept; others may have sizes whose product overflows.
   std::int64_t size() const {
     std::int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= shape.data()[i];

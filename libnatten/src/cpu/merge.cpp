@@ -1,10 +1,12 @@
 #include <natten/attention.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <string>
 
 #include "../dispatch.h"
+#include "../memory.h"
 #include "../validate.h"
 #include "parallel.h"
 
@@ -34,6 +36,8 @@ struct Rows {
 
 /// `like_output[i]` must be [..., dim] of one shape and type; `like_logsumexp[i]` its [...].
 Rows check(const Views& like_output, const Views& like_logsumexp) {
+  for (const TensorView& v : like_output) detail::check_view("outputs", v);
+  for (const TensorView& v : like_logsumexp) detail::check_view("lse_tensors", v);
   const TensorView& first = like_output.at(0);
   if (first.ndim < 1) fail("outputs: got a tensor without dimensions; must be [..., heads, dim]");
   const DType statistic = statistic_dtype(first.dtype);
@@ -58,6 +62,19 @@ Rows check(const Views& like_output, const Views& like_logsumexp) {
   return {dim == 0 ? 0 : first.size() / dim, dim};
 }
 
+struct Argument {
+  const char* name;
+  const Views& views;
+  bool is_output;
+};
+void check_memory(std::initializer_list<Argument> arguments) {
+  std::vector<detail::Use> uses;
+  for (const Argument& argument : arguments)
+    for (const TensorView& v : argument.views)
+      uses.push_back({argument.name, &v, argument.is_output});
+  detail::check_memory(uses);
+}
+
 void check_counts(std::size_t outputs, std::size_t logsumexps) {
   if (outputs == 0) fail("outputs: got none; must be at least one");
   if (outputs != logsumexps)
@@ -70,24 +87,30 @@ T* row(const TensorView& v, std::int64_t index, int inner) {
   return static_cast<T*>(v.data) + row_offset(v, index, inner);
 }
 
-/// log of the sum of exp over the results that are merged; -inf where all are empty.
+constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+/// log of the sum of exp over the results that are merged; -inf where all are empty, +inf where one
+/// is, NaN where one is.
 template <class S>
 double merged_logsumexp(const Views& logsumexps, std::int64_t index) {
-  double largest = -std::numeric_limits<double>::infinity(), total = 0;
+  double largest = -kInfinity, total = 0;
   for (const TensorView& v : logsumexps)
     largest = std::isnan(largest) ? largest
                                   : std::max(static_cast<double>(*row<S>(v, index, 0)), largest);
-  if (largest == -std::numeric_limits<double>::infinity()) return largest;
+  if (std::isinf(largest)) return largest;
   for (const TensorView& v : logsumexps)
     total += std::exp(static_cast<double>(*row<S>(v, index, 0)) - largest);
   return largest + std::log(total);
 }
 
-/// The share of one result; an empty one (-inf) has none, even among empty ones.
-template <class S>
-double share(const TensorView& logsumexp, std::int64_t index, double merged) {
-  const double own = static_cast<double>(*row<S>(logsumexp, index, 0));
-  return own == -std::numeric_limits<double>::infinity() ? 0.0 : std::exp(own - merged);
+/// Calls `f(i, share)` for the results that are merged. Those over no keys (-inf) take no part, and
+/// their outputs may hold anything.
+template <class S, class F>
+void for_each_share(const Views& logsumexps, std::int64_t index, double merged, F&& f) {
+  for (std::size_t i = 0; i < logsumexps.size(); ++i) {
+    const double own = static_cast<double>(*row<S>(logsumexps[i], index, 0));
+    if (own != -kInfinity) f(i, std::exp(own - merged));
+  }
 }
 
 void for_each_row(std::int64_t count, const Context& context,
@@ -110,6 +133,10 @@ void merge_attentions(const Views& outputs, const Views& logsumexps, const Tenso
                       const TensorView& logsumexp, const Context& context) {
   check_counts(outputs.size(), logsumexps.size());
   const Rows rows = check(joined(outputs, {output}), joined(logsumexps, {logsumexp}));
+  check_memory({{"outputs", outputs, false},
+                {"lse_tensors", logsumexps, false},
+                {"output", {output}, true},
+                {"logsumexp", {logsumexp}, true}});
   detail::dispatch_dtype(output.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = detail::StatisticOf<T>;
@@ -118,9 +145,9 @@ void merge_attentions(const Views& outputs, const Views& logsumexps, const Tenso
       T* to = row<T>(output, r, 1);
       for (std::int64_t d = 0; d < rows.dim; ++d) {
         double sum = 0;
-        for (std::size_t i = 0; i < outputs.size(); ++i)
-          sum +=
-              share<S>(logsumexps[i], r, merged) * static_cast<double>(row<T>(outputs[i], r, 1)[d]);
+        for_each_share<S>(logsumexps, r, merged, [&](std::size_t i, double share) {
+          sum += share * static_cast<double>(row<T>(outputs[i], r, 1)[d]);
+        });
         to[d] = static_cast<T>(sum);
       }
       *row<S>(logsumexp, r, 0) = static_cast<S>(merged);
@@ -140,6 +167,12 @@ void merge_attentions_backward(const Views& outputs, const Views& logsumexps,
   Views statistics = joined(logsumexps, grad_logsumexps);
   if (grad_logsumexp) statistics.push_back(grad_logsumexp);
   const Rows rows = check(joined(joined(outputs, grad_outputs), {grad_output}), statistics);
+  check_memory({{"outputs", outputs, false},
+                {"lse_tensors", logsumexps, false},
+                {"grad_output", {grad_output}, false},
+                {"grad_logsumexp", {grad_logsumexp}, false},
+                {"grad_outputs", grad_outputs, true},
+                {"grad_logsumexps", grad_logsumexps, true}});
   detail::dispatch_dtype(grad_output.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = detail::StatisticOf<T>;
@@ -153,17 +186,21 @@ void merge_attentions_backward(const Views& outputs, const Views& logsumexps,
         return sum;
       };
       double projected_output = 0;
-      for (std::size_t i = 0; i < outputs.size(); ++i)
-        projected_output += share<S>(logsumexps[i], r, merged) * project(outputs[i]);
+      for_each_share<S>(logsumexps, r, merged, [&](std::size_t i, double share) {
+        projected_output += share * project(outputs[i]);
+      });
       const double from_logsumexp =
           grad_logsumexp ? static_cast<double>(*row<S>(grad_logsumexp, r, 0)) : 0.0;
       for (std::size_t i = 0; i < outputs.size(); ++i) {
-        const double w = share<S>(logsumexps[i], r, merged);
-        for (std::int64_t d = 0; d < rows.dim; ++d)
-          row<T>(grad_outputs[i], r, 1)[d] = static_cast<T>(w * static_cast<double>(g[d]));
-        *row<S>(grad_logsumexps[i], r, 0) =
-            static_cast<S>(w * (project(outputs[i]) - projected_output + from_logsumexp));
+        std::fill_n(row<T>(grad_outputs[i], r, 1), rows.dim, static_cast<T>(0.0));
+        *row<S>(grad_logsumexps[i], r, 0) = 0;
       }
+      for_each_share<S>(logsumexps, r, merged, [&](std::size_t i, double share) {
+        for (std::int64_t d = 0; d < rows.dim; ++d)
+          row<T>(grad_outputs[i], r, 1)[d] = static_cast<T>(share * static_cast<double>(g[d]));
+        *row<S>(grad_logsumexps[i], r, 0) =
+            static_cast<S>(share * (project(outputs[i]) - projected_output + from_logsumexp));
+      });
     });
   });
 }

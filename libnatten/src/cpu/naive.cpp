@@ -43,6 +43,12 @@ void store(T* to, const std::vector<double>& from) {
   for (std::size_t i = 0; i < from.size(); ++i) to[i] = static_cast<T>(from[i]);
 }
 
+/// exp(score) / exp(logsumexp). Where all scores of a query are -inf so is their logsumexp, and no
+/// key has a weight.
+double weight_of(double score, double logsumexp) {
+  return std::exp(score - (logsumexp == kEmpty ? -kEmpty : logsumexp));
+}
+
 /// One key of a query's window: its slot, its token and its offset in relative positions.
 struct Neighbor {
   std::int64_t slot;
@@ -204,11 +210,11 @@ std::vector<Phase> attention_forward(const Job& job) {
       double total = 0;
       std::fill(sum.begin(), sum.end(), 0.0);
       a.for_each_score(row, [&](double, const T*, const T* v, std::int64_t slot) {
-        const double weight = std::exp(scores[size(slot)] - largest);
+        const double weight = weight_of(scores[size(slot)], largest);
         total += weight;
         add_scaled(sum, weight, v);
       });
-      for (double& x : sum) x /= total;
+      for (double& x : sum) x /= total == 0 ? 1 : total;
       store(output.at(row.batch, row.head, row.token), sum);
       if (logsumexp)
         *logsumexp.at(row.batch, row.head, row.token) =
@@ -248,7 +254,7 @@ std::vector<Phase> attention_backward(const Job& job) {
   };
   const auto pair = [=](const Row& row, double score, const T* v) {
     const double weight =
-        std::exp(score - static_cast<double>(*logsumexp.at(row.batch, row.head, row.token)));
+        weight_of(score, static_cast<double>(*logsumexp.at(row.batch, row.head, row.token)));
     const double grad_weight =
         dot(grad_output.at(row.batch, row.head, row.token), v, a.p.value_dim);
     const double term = static_cast<double>(*row_term.at(row.batch, row.head, row.token));
@@ -264,7 +270,7 @@ std::vector<Phase> attention_backward(const Job& job) {
       const T* g = grad_output.at(row.batch, row.head, row.token);
       double term = 0;
       a.for_each_score(row, [&](double score, const T*, const T* v, std::int64_t slot) {
-        weights[size(slot)] = std::exp(score - lse);
+        weights[size(slot)] = weight_of(score, lse);
         grad_weights[size(slot)] = dot(g, v, a.p.value_dim);
         term += weights[size(slot)] * grad_weights[size(slot)];
       });

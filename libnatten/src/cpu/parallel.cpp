@@ -103,8 +103,16 @@ void run_phase(const std::vector<const Phase*>& phases, Executor& executor) {
   auto region = std::make_shared<Region>(chunks, [&](std::int64_t chunk) {
     run_items(items * chunk / chunks, items * (chunk + 1) / chunks);
   });
-  executor.run_on(static_cast<int>(threads), [region] { region->work(); });
+  std::exception_ptr failure;
+  try {
+    executor.run_on(static_cast<int>(threads), [region] { region->work(); });
+  } catch (...) {
+    // Tasks that it has queued already work on what is in this scope.
+    failure = std::current_exception();
+    region->work();
+  }
   region->wait();
+  if (failure) std::rethrow_exception(failure);
 }
 
 class CallingThread final : public Executor {

@@ -503,7 +503,7 @@ class Engine {
     pack_rows(grad_output_, p_.value_dim, 1.0, row_b_, plain_row_b_, v);
     std::fill(row_term_, row_term_ + rows, T(0));
     for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
-      row_logsumexp_[r] = *logsumexp_.at(batch_, head, at);
+      row_logsumexp_[r] = logsumexp_at(head, at);
       row_grad_logsumexp_[r] = grad_logsumexp_ ? *grad_logsumexp_.at(batch_, head, at) : T(0);
     });
   }
@@ -545,6 +545,14 @@ class Engine {
     }
   }
 
+  /// What weights are exp(score - ...) of: where all scores are -inf, and logsumexp with them,
+  /// there are none.
+  T logsumexp_at(std::int64_t head, const Coordinate& at) const {
+    constexpr T kInfinity = std::numeric_limits<T>::infinity();
+    const T logsumexp = *logsumexp_.at(batch_, head, at);
+    return logsumexp == -kInfinity ? kInfinity : logsumexp;
+  }
+
   T* row_term_at(std::int64_t head, const Coordinate& at) const {
     const Axis* axes = p_.axes;
     const std::int64_t index =
@@ -581,7 +589,7 @@ class Engine {
     for (std::int64_t c = 0; c < count; ++c) {
       const Coordinate at = token({first[0], first[1], first[2] + c});
       for (std::int64_t h = 0; h < column_heads(plan); ++h) {
-        slot.logsumexp[h * slot_stride_ + c] = *logsumexp_.at(batch_, column_head_ + h, at);
+        slot.logsumexp[h * slot_stride_ + c] = logsumexp_at(column_head_ + h, at);
         slot.row_term[h * slot_stride_ + c] = *row_term_at(column_head_ + h, at);
       }
     }

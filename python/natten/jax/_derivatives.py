@@ -249,12 +249,16 @@ def _composed(setup: Setup, wanted: Sequence[Wanted], *tensors: Any) -> list[Arr
     inputs = heads_first(query) * scale, expanded(key), rpb, expanded(additional_keys)
     (scores,) = qk(setup, inputs, (True,))
     assert scores is not None
-    weights = jax.nn.softmax(scores, axis=-1)
+    # Where all scores are -inf there are no weights; they would be NaN.
+    is_empty = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True) == -jnp.inf
+    scores = jnp.where(is_empty, 0.0, scores)
+    weights = jnp.where(is_empty, 0.0, jax.nn.softmax(scores, axis=-1))
     (output,) = av(setup, (weights, expanded(value), expanded(additional_values)), (True,))
     assert output is not None
+    logsumexp = jnp.where(is_empty[..., 0], -jnp.inf, jax.nn.logsumexp(scores, axis=-1))
     results = (
         jnp.moveaxis(output, 1, -2).astype(query.dtype),
-        jnp.moveaxis(jax.nn.logsumexp(scores, axis=-1), 1, -1),
+        jnp.moveaxis(logsumexp, 1, -1),
     )
     return _present(results, wanted)
 

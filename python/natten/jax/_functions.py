@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -24,6 +23,7 @@ from natten._args import (
     with_flags,
 )
 from natten._kernel import check_name
+from natten._merge import merge
 from natten.jax import _derivatives, _primitives
 from natten.jax._partitioning import vary_alike
 from natten.jax._primitives import Operation, Setup
@@ -383,19 +383,10 @@ def merge_attentions(
     check_merge(*([(x.shape, x.dtype.name) for x in arrays] for arrays in (parts, lses)))
     first = parts[0]
     statistic = jnp.promote_types(first.dtype, jnp.float32)
-    lse = jnp.stack([x.astype(statistic) for x in lses])
-    # Any shift gives the same result; this one keeps exp in range. Where all sets are empty it must
-    # be finite, as -inf - -inf is not.
-    shift = jax.lax.stop_gradient(lse.max(axis=0))
-    shift = jnp.where(shift == -jnp.inf, 0.0, shift)
-    weights = jnp.exp(lse - shift)
-    total = weights.sum(axis=0)
-    is_empty = total == 0
-    total = jnp.where(is_empty, 1.0, total)  # keeps the gradients of both branches finite
-    weights = (weights / total)[..., None]
-    # An output over no keys may hold anything, NaN too.
-    terms = (
-        jnp.where(w > 0, x.astype(statistic), 0.0) * w for w, x in zip(weights, parts, strict=True)
+    output, lse = merge(
+        jnp,
+        [x.astype(statistic) for x in parts],
+        [x.astype(statistic) for x in lses],
+        jax.lax.stop_gradient,
     )
-    output = functools.reduce(jnp.add, terms)
-    return output.astype(first.dtype), jnp.where(is_empty, -jnp.inf, shift + jnp.log(total))
+    return output.astype(first.dtype), lse

@@ -355,8 +355,11 @@ class _Composed:
         self.values = self.expanded(value), self.expanded(additional_values)
         rpb = None if rpb is None else rpb.to(self.dtype)
         scores = _ops.qk(self.query * self.scale, self.keys[0], rpb, self.keys[1], *self.options)
-        self.logsumexp = scores.logsumexp(-1)
-        self.weights = scores.softmax(-1)
+        # Where all scores are -inf there are no weights; they would be NaN.
+        is_empty = scores.detach().amax(-1, keepdim=True) == -torch.inf
+        scores = scores.masked_fill(is_empty, 0.0)
+        self.logsumexp = scores.logsumexp(-1).masked_fill(is_empty.squeeze(-1), -torch.inf)
+        self.weights = scores.softmax(-1).masked_fill(is_empty, 0.0)
 
     def heads_first(self, x: Tensor) -> Tensor:
         return x.to(self.dtype).movedim(-2, 1)

@@ -21,6 +21,7 @@ from natten._args import (
     spelled_is_causal,
 )
 from natten._kernel import chosen_backend
+from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _nested, _ops
 
@@ -299,10 +300,12 @@ def merge_attentions(
 
     Args:
         outputs: tensors [..., heads, value_head_dim], all of one shape, dtype and device.
-        lse_tensors: their logsumexps [..., heads], all float32 or float64.
+        lse_tensors: their logsumexps [..., heads], all float32 or float64; -inf where a set holds
+            no keys, whose output is ignored.
 
     Returns:
-        (output, lse), of the shapes and dtypes of the inputs. Differentiable.
+        (output, lse), of the shapes and dtypes of the inputs. Differentiable. Where all sets are
+        empty, output is 0 and lse -inf.
 
     Raises:
         ValueError: nothing to merge, or shapes that differ.
@@ -321,11 +324,5 @@ def merge_attentions(
             f"outputs, lse_tensors: are on {' and '.join(sorted(map(str, devices)))}; must be on "
             "one device"
         )
-    lse = torch.logsumexp(torch.stack(tuple(lse_tensors)), dim=0)
-    # Where every set is empty all is -inf, and the output 0 rather than NaN.
-    finite = lse.masked_fill(lse == -torch.inf, 0.0)
-    output = sum(
-        (part_lse - finite).exp().unsqueeze(-1) * part
-        for part, part_lse in zip(outputs, lse_tensors, strict=True)
-    )
-    return output.to(outputs[0].dtype), lse  # type: ignore[union-attr]
+    output, lse = merge(torch, outputs, lse_tensors, torch.Tensor.detach)
+    return output.to(outputs[0].dtype), lse

@@ -704,7 +704,8 @@ void finish(T* largest, T* total, std::int64_t count) {
   for (std::int64_t i = 0; i < count; i += kWidth<T>) {
     const Vector<T> sum = load(total + i);
     store(largest + i, load(largest + i) + log<T>(sum));
-    store(total + i, 1 / sum);
+    // A row whose scores all are -inf has no weights to divide.
+    store(total + i, sum == 0 ? Vector<T>{} : 1 / sum);
   }
 }
 
