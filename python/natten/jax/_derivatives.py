@@ -322,9 +322,7 @@ class _AttentionTangent(Operation):
         tensors = given[:COUNT]
         return attention_forward._plan(avals[: sum(tensors)], setup, tensors, wanted, platform)
 
-    def _lower(
-        self, platform: str, ctx: LoweringRuleContext, *operands: Any, **params: Any
-    ) -> Any:
+    def _lower(self, platform: str, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         return lower_fun(_composed_tangent, multiple_results=True)(ctx, *operands, **params)
 
 

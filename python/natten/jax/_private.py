@@ -1,7 +1,7 @@
-"""Everything of JAX that is used here and that JAX does not promise to keep, and nothing else.
+"""Everything of JAX that is used here and that JAX does not promise to keep.
 
 A version of JAX that lacks a name, or has changed what it does, is dealt with in this file alone.
-tests/test_private_names.py says which names are gone, and that no other file uses such names.
+tests/test_private_names.py says which names are gone, and that no other file uses such.
 """
 
 from __future__ import annotations

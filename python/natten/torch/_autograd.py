@@ -26,15 +26,22 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.autograd.function import _SingleLevelFunction
 
 from natten._args import EMPTY_SLOTS_ZERO, Config, window_size, with_flags
 from natten.torch import _ops
+from natten.torch._private import (
+    SingleLevelFunction,
+    allow_rules,
+    any_requires_grad,
+    are_transforms_active,
+    forward_mode_levels,
+    is_in_forward_mode,
+    set_forward_mode,
+)
 
 
-class Rule(_SingleLevelFunction):
+class Rule(SingleLevelFunction):
     """The derivatives of one operator, as a PyTorch function."""
 
     operator: ClassVar[_ops.Operator]
@@ -47,18 +54,18 @@ class Rule(_SingleLevelFunction):
     @classmethod
     def differentiate(cls, *args: Any) -> Any:
         """The operator's kernel at the key Autograd."""
-        if forward_ad._current_level >= 0 and _has_tangent(args):
+        if is_in_forward_mode() and _has_tangent(args):
             _refuse_forward_mode_that_is_nested()
             return cls.in_forward_mode(*args)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        if torch.is_grad_enabled() and any_requires_grad(*args):
             return cls.recorded(*args)
         return cls.operator.below_autograd(*args)
 
     @classmethod
     def recorded(cls, *args: Any) -> Any:
         """The outputs, with this rule's derivatives."""
-        if torch._C._are_functorch_transforms_active():
-            with enable_single_level_autograd_function():
+        if are_transforms_active():
+            with allow_rules():
                 return cls.apply(*args)
         return cls.apply(*args)
 
@@ -66,9 +73,9 @@ class Rule(_SingleLevelFunction):
 
     @classmethod
     def forward(cls, ctx: Any, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if are_transforms_active():
             # A transform further out may want derivatives of what happens here.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
+            with torch.enable_grad(), set_forward_mode(True):
                 outputs = cls.operator.below_autograd(*args)
         else:
             outputs = cls.operator.below_autograd(*args)
@@ -122,9 +129,7 @@ def _refuse_forward_mode_that_is_nested() -> None:
             "natten: forward mode under torch.compile and torch.export is not supported; "
             "call torch.func.jvp outside of them"
         )
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    levels = [x for x in stack if x.key() == torch._C._functorch.TransformType.Jvp]
-    if len(levels) > 1:
+    if forward_mode_levels() > 1:
         raise NotImplementedError(
             "natten: forward mode inside forward mode is not supported; "
             "use forward over reverse, torch.func.jvp of torch.func.grad, or reverse over forward"

@@ -24,12 +24,18 @@ from natten._kernel import chosen_backend
 from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _nested, _ops
+from natten.torch._private import (
+    are_transforms_active,
+    is_any_autocast_enabled,
+    is_wrapped_by_transform,
+    tracing_state,
+)
 
 
 def _call(operator: _ops.Operator, *args: Any) -> Any:
     """Calls an operator on dense or nested tensors."""
     try:
-        if torch._C._is_any_autocast_enabled():
+        if is_any_autocast_enabled():
             args = _autocast(args)
         if args[0].is_nested or args[1].is_nested:
             return _nested.call(operator, *args)
@@ -51,11 +57,10 @@ def _is_nested(x: Any) -> bool:
 
 def _is_plain(args: tuple[Any, ...]) -> bool:
     """Whether this is eager mode, on tensors that no transform has wrapped."""
-    if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
+    if are_transforms_active() or tracing_state() is not None:
         return False
-    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
     for x in args:  # noqa: SIM110 (faster than a generator)
-        if isinstance(x, Tensor) and is_wrapped(x):
+        if isinstance(x, Tensor) and is_wrapped_by_transform(x):
             return False
     return True
 

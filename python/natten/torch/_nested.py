@@ -11,6 +11,7 @@ from torch import Tensor
 from natten import _core
 from natten._roles import Role
 from natten.torch import _ops
+from natten.torch._private import any_requires_grad, nested_view_from_buffer
 
 
 def call(operator: _ops.Operator, *args: Any) -> Any:
@@ -20,7 +21,7 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
     in the strided layout, a batch axis of its own.
     """
     inputs, _, config, scale, backend = operator.split(args)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs):
+    if torch.is_grad_enabled() and any_requires_grad(*inputs):
         raise NotImplementedError(
             "nested tensors: there are no derivatives; call under torch.no_grad(), or pad the "
             "examples to one size"
@@ -105,7 +106,7 @@ def _empty_strided(
     counts = [math.prod(shape) for shape in shapes]
     buffer = torch.empty(sum(counts), dtype=dtype, device=device)
     parts = [x.view(s) for x, s in zip(buffer.split(counts), shapes, strict=True)]
-    whole = torch._nested_view_from_buffer(
+    whole = nested_view_from_buffer(
         buffer,
         torch.tensor(shapes),
         torch.tensor([x.stride() for x in parts]),

@@ -15,6 +15,14 @@ from torch import Tensor
 from natten import _core
 from natten._args import NONDETERMINISTIC, Config, window_size
 from natten._roles import GRIDS, Role, fold_dims, roles_of
+from natten.torch._private import (
+    BelowAutograd,
+    add_batch_dim,
+    enter_vmap,
+    is_batched_by_vmap,
+    leave_vmap,
+    remove_batch_dim,
+)
 
 library = torch.library.Library("natten", "DEF")
 
@@ -65,7 +73,7 @@ class Operator:
         return self.overload(*args)
 
     def below_autograd(self, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with BelowAutograd():
             return self.overload(*args)
 
     def split(self, args: Sequence[Any]) -> tuple[Sequence[Any], dict, Config, float | None, str]:
@@ -184,13 +192,13 @@ class Operator:
 
     def _batch_gradients(self, *args: Any) -> Any:
         """torch.autograd.grad(..., is_grads_batched=True), whose vmap is not that of torch.func."""
-        level = torch._C._vmapmode_increment_nesting() - 1
-        torch._C._vmapmode_decrement_nesting()
+        level = enter_vmap() - 1
+        leave_vmap()
         # The mapped axis first, and one of size 1 where there is none.
         found = {
-            i: torch._remove_batch_dim(x, level, 1, 0)
+            i: remove_batch_dim(x, level, 1, 0)
             for i, x in enumerate(args[: len(self.inputs)])
-            if x is not None and torch._C._functorch.is_legacy_batchedtensor(x)
+            if x is not None and is_batched_by_vmap(x)
         }
         size = next((x.shape[0] for x in found.values() if x.shape[0] != 1), 1)
         mapped = {i: x for i, x in found.items() if x.shape[0] == size}
@@ -200,9 +208,9 @@ class Operator:
             [mapped.get(i, x) for i, x in enumerate(args)],
         )
         if isinstance(axes, int):
-            return torch._add_batch_dim(results, axes, level)
+            return add_batch_dim(results, axes, level)
         return type(results)(
-            torch._add_batch_dim(x, axis, level) for x, axis in zip(results, axes, strict=True)
+            add_batch_dim(x, axis, level) for x, axis in zip(results, axes, strict=True)
         )
 
     def _batch(

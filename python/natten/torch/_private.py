@@ -1,0 +1,56 @@
+"""Everything of PyTorch that is used here and that PyTorch does not promise to keep.
+
+A version of PyTorch that lacks a name, or has changed what it does, is dealt with in this file
+alone. tests/test_private_names.py says which names are gone, and that no other file uses such.
+"""
+
+from __future__ import annotations
+
+from torch import _add_batch_dim as add_batch_dim
+from torch import _nested_view_from_buffer as nested_view_from_buffer
+from torch import _remove_batch_dim as remove_batch_dim
+from torch._C import _any_requires_grad as any_requires_grad
+from torch._C import _are_functorch_transforms_active as are_transforms_active
+from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
+from torch._C import _get_tracing_state as tracing_state
+from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
+from torch._C import _vmapmode_decrement_nesting as leave_vmap
+from torch._C import _vmapmode_increment_nesting as enter_vmap
+from torch._C._functorch import TransformType, get_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped_by_transform
+from torch._C._functorch import is_legacy_batchedtensor as is_batched_by_vmap
+from torch._functorch.utils import enable_single_level_autograd_function as allow_rules
+from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode
+from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+
+
+def is_in_forward_mode() -> bool:
+    """Whether tensors may have tangents."""
+    return forward_ad._current_level >= 0
+
+
+def forward_mode_levels() -> int:
+    """How many transforms are active that differentiate in forward mode."""
+    return sum(x.key() == TransformType.Jvp for x in get_interpreter_stack() or [])
+
+
+__all__ = [
+    "BelowAutograd",
+    "SingleLevelFunction",
+    "add_batch_dim",
+    "allow_rules",
+    "any_requires_grad",
+    "are_transforms_active",
+    "enter_vmap",
+    "forward_mode_levels",
+    "is_any_autocast_enabled",
+    "is_batched_by_vmap",
+    "is_in_forward_mode",
+    "is_wrapped_by_transform",
+    "leave_vmap",
+    "nested_view_from_buffer",
+    "remove_batch_dim",
+    "set_forward_mode",
+    "tracing_state",
+]
