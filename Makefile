@@ -76,7 +76,7 @@ format: $(VENV)/lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Installs libnatten without Python and builds a separate project against it.
+# libnatten without Python, installed and as a part of another project, and programs that use it.
 consumer: $(VENV)/build
 	cpp_tests/consumer/check.sh build/consumer
 

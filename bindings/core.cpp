@@ -230,6 +230,7 @@ PyObject* exception_of(ErrorKind kind) {
 NB_MODULE(_core, m) {
   using namespace natten::bindings;
   m.doc() = "libnatten over DLPack. The adapters in natten.torch and natten.jax are its callers.";
+  m.attr("__version__") = natten::version();
 
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
