@@ -16,6 +16,7 @@
 
 #include "call.h"
 #include "openmp.h"
+#include "unlocked.h"
 #include "views.h"
 
 namespace nb = nanobind;
@@ -113,8 +114,8 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(
 
 /// Runs a call, or a list of calls in one parallel region.
 template <class Calls>
-void run_unlocked(const std::string& backend, std::optional<int> openmp_threads, Stream stream,
-                  const Allocate& allocate, Views& views, const Calls& calls) {
+void run_unlocked(HoldsLock& lock, const std::string& backend, std::optional<int> openmp_threads,
+                  Stream stream, const Allocate& allocate, Views& views, const Calls& calls) {
   Context context;
   context.backend = backend.c_str();
   context.stream = reinterpret_cast<void*>(stream.value_or(0));
@@ -131,8 +132,8 @@ void run_unlocked(const std::string& backend, std::optional<int> openmp_threads,
       context.workspace_size = count * sizeof(float);
     }
   }
-  nb::gil_scoped_release unlocked;
-  run(calls, context);
+  context.interrupted = signal_check();
+  lock.release_while([&] { run(calls, context); });
 }
 
 /// `allocate(shape, dtype name)` makes the outputs that are not there yet, and memory to work in.
@@ -140,6 +141,7 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
                   const std::string& backend, const nb::sequence& inputs,
                   const nb::sequence& outputs, std::optional<int> openmp_threads,
                   const Allocate& allocate, Stream stream) {
+  HoldsLock lock;
   Views views;
   Call call = call_of(views, op, config, scale, inputs);
   nb::list results;
@@ -155,13 +157,14 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
     set_tensor(call, role, views.view(result, role.name, true));
     results.append(result);
   });
-  run_unlocked(backend, openmp_threads, stream, allocate, views, call);
+  run_unlocked(lock, backend, openmp_threads, stream, allocate, views, call);
   return results;
 }
 
 void run_calls(const std::string& op, const Config& config, Scale scale, const std::string& backend,
                const std::vector<std::pair<nb::sequence, nb::sequence>>& tensors,
                std::optional<int> openmp_threads, const Allocate& allocate, Stream stream) {
+  HoldsLock lock;
   Views views;
   std::vector<Call> calls;
   for (const auto& [inputs, outputs] : tensors) {
@@ -170,7 +173,7 @@ void run_calls(const std::string& op, const Config& config, Scale scale, const s
       set_tensor(calls.back(), role, views.view(object, role.name, true));
     });
   }
-  run_unlocked(backend, openmp_threads, stream, allocate, views, calls);
+  run_unlocked(lock, backend, openmp_threads, stream, allocate, views, calls);
 }
 
 std::vector<std::tuple<std::string, std::string, bool>> explain_call(
@@ -219,7 +222,8 @@ PyObject* exception_of(ErrorKind kind) {
     case ErrorKind::invalid_value: return PyExc_ValueError;
     case ErrorKind::invalid_type: return PyExc_TypeError;
     case ErrorKind::unsupported: return PyExc_NotImplementedError;
-    case ErrorKind::runtime: break;
+    case ErrorKind::runtime:
+    case ErrorKind::interrupted: break;
   }
   return PyExc_RuntimeError;
 }
@@ -282,6 +286,7 @@ NB_MODULE(_core, m) {
       "device, and in builds without CUDA.");
   m.def("num_threads", &natten::num_threads, "Threads of the library's pool.");
   m.def("set_num_threads", &natten::set_num_threads, "count"_a);
+  watch_interpreter();
 #if NATTEN_WITH_XLA
   register_xla(m);
 #endif

@@ -4,11 +4,14 @@
 #endif
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <thread>
 
 #include "cases.h"
@@ -260,6 +263,90 @@ TEST(Threading, CallsInsideTasksOfTheSamePool) {
     });
   while (done < 4) std::this_thread::yield();
   EXPECT_EQ(right, 4);
+}
+
+/// Starts threads and waits for them, as OpenMP does.
+struct JoiningPool : natten::Executor {
+  int concurrency() const override { return 3; }
+  void schedule(std::function<void()> task) override { task(); }
+  void run_on(int threads, const std::function<void()>& task) override {
+    std::vector<std::thread> others;
+    for (int i = 1; i < threads; ++i) others.emplace_back(task);
+    task();
+    for (std::thread& other : others) other.join();
+  }
+};
+
+/// All tokens see all: by the number of tokens it takes as long as one likes, and little memory.
+Case long_case(std::int64_t tokens, std::int64_t heads) {
+  Case c;
+  c.seed = base_seed() + 700;
+  c.axes = {{tokens, tokens, 1, 1, false}};
+  c.heads = c.kv_heads = heads;
+  return c;
+}
+
+TEST(Interruption, EndsCallsOfAnyKind) {
+  FusedProblem problem(long_case(1 << 15, 16));  // takes seconds in every case below
+  JoiningPool joining;
+  Threads two(2);
+  for (const char* backend : {"vectorized", "naive"})
+    for (const natten::Call& call : {problem.forward(), problem.backward()})
+      for (natten::Executor* executor :
+           {static_cast<natten::Executor*>(nullptr), static_cast<natten::Executor*>(&joining)})
+        for (int threads : {1, 2}) {
+          SCOPED_TRACE(std::string(backend) + " " + name_of(call.op) + " on " +
+                       (executor ? "joined threads" : std::to_string(threads)));
+          if (executor && threads > 1) continue;  // it has a number of its own
+          natten::set_num_threads(threads);
+          using Clock = std::chrono::steady_clock;
+          Clock::time_point asked;
+          const std::thread::id caller = std::this_thread::get_id();
+          natten::Context context;
+          context.backend = backend;
+          context.executor = executor;
+          context.interrupted = [&] {
+            EXPECT_EQ(std::this_thread::get_id(), caller);
+            EXPECT_EQ(asked, Clock::time_point()) << "asked after it had answered";
+            asked = Clock::now();
+            return true;
+          };
+          try {
+            natten::run(call, context);
+            ADD_FAILURE() << "went on";
+          } catch (const natten::Error& e) {
+            EXPECT_EQ(e.kind(), natten::ErrorKind::interrupted) << e.what();
+          }
+          EXPECT_LT(Clock::now() - asked, std::chrono::seconds(1));
+
+          context.interrupted = []() -> bool { throw std::out_of_range("of the callback"); };
+          EXPECT_THROW(natten::run(call, context), std::out_of_range);
+        }
+}
+
+/// The callback makes a call of its own in the middle of another.
+TEST(Interruption, CallsThatGoOnHaveTheSameBits) {
+  const Case c = long_case(1 << 13, 4);
+  for (int threads : {1, 2}) {
+    Threads some(threads);
+    const auto expected = results_of(c, {}), inner = results();
+    int asked = 0;
+    natten::Context context;
+    context.interrupted = [&] {
+      if (++asked < 3) {
+        EXPECT_EQ(results(), inner);
+      }
+      return false;
+    };
+    EXPECT_EQ(results_of(c, context), expected);
+    EXPECT_GT(asked, 0);
+  }
+}
+
+TEST(Interruption, IsNotAskedForInShortCalls) {
+  natten::Context context;
+  context.interrupted = [] { return true; };
+  EXPECT_EQ(results(context), results());
 }
 
 #if defined(__SANITIZE_THREAD__)

@@ -42,6 +42,11 @@ struct Context {
   /// has run them, and a call that needs it throws Error without it.
   void* workspace = nullptr;
   std::size_t workspace_size = 0;
+  /// Asked about every 50 milliseconds of a call on the CPU, in the thread that made the call. Once
+  /// it answers true, or throws, all threads leave their work, which takes them some milliseconds,
+  /// and the call throws Error (interrupted), or what it threw; the contents of the outputs are
+  /// then unspecified. It may call the library. Shorter calls, and calls on CUDA, do not ask.
+  std::function<bool()> interrupted;
 };
 
 }  // namespace natten

@@ -13,6 +13,7 @@ enum class ErrorKind {
   invalid_type,   ///< an element type is wrong (Python: TypeError)
   unsupported,    ///< the definition excludes it (Python: NotImplementedError)
   runtime,        ///< the device or the system failed (Python: RuntimeError)
+  interrupted,  ///< `Context::interrupted` ended the call (Python: what the signal handler raised)
 };
 
 /// The only exception type the library throws. `what()` names the argument, the value it got and

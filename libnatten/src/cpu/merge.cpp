@@ -113,13 +113,17 @@ void for_each_share(const Views& logsumexps, std::int64_t index, double merged, 
   }
 }
 
-void for_each_row(std::int64_t count, const Context& context,
+/// `work` is that of one row.
+void for_each_row(std::int64_t count, std::int64_t work, const Context& context,
                   const std::function<void(std::int64_t)>& body) {
   detail::cpu::run_phases({{{count,
                              [&](std::int64_t begin, std::int64_t end) {
-                               for (std::int64_t i = begin; i < end; ++i) body(i);
+                               for (std::int64_t i = begin; i < end; ++i) {
+                                 detail::cpu::checkpoint(work);
+                                 body(i);
+                               }
                              }}}},
-                          context.executor);
+                          context.executor, context.interrupted);
 }
 
 Views joined(Views views, const Views& more) {
@@ -137,10 +141,11 @@ void merge_attentions(const Views& outputs, const Views& logsumexps, const Tenso
                 {"lse_tensors", logsumexps, false},
                 {"output", {output}, true},
                 {"logsumexp", {logsumexp}, true}});
+  const auto work = static_cast<std::int64_t>(outputs.size()) * rows.dim;
   detail::dispatch_dtype(output.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = detail::StatisticOf<T>;
-    for_each_row(rows.count, context, [&](std::int64_t r) {
+    for_each_row(rows.count, work, context, [&](std::int64_t r) {
       const double merged = merged_logsumexp<S>(logsumexps, r);
       T* to = row<T>(output, r, 1);
       for (std::int64_t d = 0; d < rows.dim; ++d) {
@@ -173,10 +178,11 @@ void merge_attentions_backward(const Views& outputs, const Views& logsumexps,
                 {"grad_logsumexp", {grad_logsumexp}, false},
                 {"grad_outputs", grad_outputs, true},
                 {"grad_logsumexps", grad_logsumexps, true}});
+  const auto work = static_cast<std::int64_t>(outputs.size()) * rows.dim;
   detail::dispatch_dtype(grad_output.dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     using S = detail::StatisticOf<T>;
-    for_each_row(rows.count, context, [&](std::int64_t r) {
+    for_each_row(rows.count, work, context, [&](std::int64_t r) {
       const double merged = merged_logsumexp<S>(logsumexps, r);
       const T* g = row<T>(grad_output, r, 1);
       const auto project = [&](const TensorView& v) {

@@ -119,8 +119,10 @@ Phase row_phase(const Problem& p, std::int64_t heads, const Coordinate& lengths,
   const std::int64_t tokens = volume(lengths);
   return {p.batch * heads * tokens, [=](std::int64_t begin, std::int64_t end) {
             auto body = make_body();
-            for (std::int64_t i = begin; i < end; ++i)
+            for (std::int64_t i = begin; i < end; ++i) {
+              checkpoint(p.slots() * (p.head_dim + p.value_dim + 1));
               body(Row{i / tokens / heads, i / tokens % heads, unravel(i % tokens, lengths)});
+            }
           }};
 }
 
@@ -134,7 +136,8 @@ Phase rpb_phase(const Problem& p, const Operand<T>& grad_rpb, Value value) {
               const std::int64_t head = item / count;
               const Coordinate offset = unravel(item % count, offsets);
               double sum = 0;
-              for (std::int64_t batch = 0; batch < p.batch; ++batch)
+              for (std::int64_t batch = 0; batch < p.batch; ++batch) {
+                checkpoint(p.queries() * (p.head_dim + p.value_dim + 1));
                 for (std::int64_t i = 0; i < p.queries(); ++i) {
                   const Row row{batch, head, unravel(i, query_lengths(p))};
                   Coordinate key;
@@ -147,6 +150,7 @@ Phase rpb_phase(const Problem& p, const Operand<T>& grad_rpb, Value value) {
                   }
                   if (sees) sum += value(row, neighbor(p, row.token, key));
                 }
+              }
               *grad_rpb.at(0, head, offset) = static_cast<T>(sum);
             }
           }};
@@ -315,7 +319,8 @@ std::vector<Phase> attention_backward(const Job& job) {
         std::fill(value_sum.begin(), value_sum.end(), 0.0);
         const T* k = a.additional_keys.at(at.batch, at.head, n);
         const T* v = a.additional_values.at(at.batch, at.head, n);
-        for (std::int64_t i = 0; i < a.heads_per_kv_head(); ++i)
+        for (std::int64_t i = 0; i < a.heads_per_kv_head(); ++i) {
+          checkpoint(a.p.queries() * (a.p.head_dim + a.p.value_dim));
           for (std::int64_t token = 0; token < a.p.queries(); ++token) {
             const Row row{at.batch, at.head * a.heads_per_kv_head() + i,
                           unravel(token, query_lengths(a.p))};
@@ -324,6 +329,7 @@ std::vector<Phase> attention_backward(const Job& job) {
             add_scaled(key_sum, a.p.scale * x.grad_score, q);
             add_scaled(value_sum, x.weight, grad_output.at(row.batch, row.head, row.token));
           }
+        }
         if (grad_additional_keys) store(grad_additional_keys.at(at.batch, at.head, n), key_sum);
         if (grad_additional_values)
           store(grad_additional_values.at(at.batch, at.head, n), value_sum);
@@ -403,6 +409,7 @@ Phase additional_keys(const Job& job) {
     return [=, sum = std::vector<double>(size(p.head_dim))](const Row& at) mutable {
       const std::int64_t n = at.token[2];
       std::fill(sum.begin(), sum.end(), 0.0);
+      checkpoint(p.queries() * p.head_dim);
       for (std::int64_t i = 0; i < p.queries(); ++i) {
         const Coordinate token = unravel(i, query_lengths(p));
         add_scaled(sum, static_cast<double>(attn.at(at.batch, at.head, token)[p.window_size() + n]),
@@ -488,7 +495,7 @@ void run(const std::vector<Job>& jobs, const Context& context) {
     phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
       return phases_of<typename decltype(type)::type>(job);
     }));
-  run_phases(phases, context.executor);
+  run_phases(phases, context.executor, context.interrupted);
 }
 
 }  // namespace

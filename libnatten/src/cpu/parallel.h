@@ -20,6 +20,12 @@ Executor& calling_thread();
 
 /// Runs phase 0 of all jobs in one parallel region, then phase 1 of all jobs, and so on.
 /// Kernels run with the default floating-point environment, whatever the caller's is.
-void run_phases(const std::vector<std::vector<Phase>>& jobs, Executor* executor);
+/// `interrupted` is that of `Context`; throws where it ends the call.
+void run_phases(const std::vector<std::vector<Phase>>& jobs, Executor* executor,
+                const std::function<bool()>& interrupted);
+
+/// Bodies of phases tell here how much they work, in multiply-adds or elements copied, some 10^8 at
+/// a time at most. Where the call has been interrupted this ends the body, by an exception.
+void checkpoint(std::int64_t work);
 
 }  // namespace natten::detail::cpu

@@ -280,6 +280,7 @@ class Engine {
 
   /// Runs units first to last of the pass.
   void run(const Plan& plan, const Partials& partials, std::int64_t first, std::int64_t last) {
+    const Lent lent(memory_);
     allocate(plan);
     for (std::int64_t unit = first; unit < last; ++unit) {
       const std::int64_t of_head = unit % partials.units;
@@ -304,6 +305,23 @@ class Engine {
   T* partial_sums() const { return row_terms_ + p_.batch * p_.heads * p_.queries(); }
 
  private:
+  /// Memory that a thread keeps, in the hands of one engine: at a checkpoint of this call the
+  /// thread's owner may make another.
+  class Lent {
+   public:
+    explicit Lent(std::vector<char>& to) : to_(to) { to_.swap(of_thread()); }
+    ~Lent() { to_.swap(of_thread()); }
+    Lent(const Lent&) = delete;
+    Lent& operator=(const Lent&) = delete;
+
+   private:
+    static std::vector<char>& of_thread() {
+      thread_local std::vector<char> memory;
+      return memory;
+    }
+    std::vector<char>& to_;
+  };
+
   std::int64_t heads_per_kv_head() const { return p_.heads / p_.kv_heads; }
   bool rows_are_keys() const { return cpu::rows_are_keys(pass_); }
   /// Heads of columns that are packed together.
@@ -312,8 +330,7 @@ class Engine {
   }
 
   void allocate(const Plan& plan) {
-    thread_local std::vector<char> memory;
-    Arena arena(memory);
+    Arena arena(memory_);
     for (int round = 0; round < 2; ++round) {
       const std::int64_t columns = plan.piece_columns;
       const std::int64_t per_line = 64 / sizeof(T);
@@ -721,7 +738,10 @@ class Engine {
         block.end[i] = block.everywhere ? p_.additional : std::clamp(seen.end, start, stop) - start;
         sees_any = sees_any || block.begin[i] < block.end[i];
       }
-      if (sees_any) run_block(plan, block, head, head * head_rows_ + r);
+      if (!sees_any) continue;
+      checkpoint(line_count * (block.end[block.rows - 1] - block.begin[0]) * block.vectors *
+                 plan.width * (p_.head_dim + p_.value_dim));
+      run_block(plan, block, head, head * head_rows_ + r);
     }
   }
 
@@ -885,6 +905,7 @@ class Engine {
   Operand<E> output_, attn_, grad_query_, grad_key_, grad_value_;
   Operand<T> logsumexp_out_;
   T* row_terms_;
+  std::vector<char> memory_;
 
   // What the current unit, item and line work on.
   std::int64_t batch_ = 0;
@@ -1022,6 +1043,7 @@ Phase rpb_scatter(const Job& job) {
                     const std::int64_t slot =
                         (slot0 * axes[1].kernel_size + slot1) * axes[2].kernel_size;
                     for (token[2] = 0; token[2] < axes[2].query_length; ++token[2]) {
+                      if (token[2] % 64 == 0) checkpoint(64 * axes[2].kernel_size);
                       const Interval keys = seen(2, token[2]);
                       const E* slots = attn.at(batch, head, token) + slot;
                       double* to = sums.data() + keys.begin - position_of(axes[2], token[2]) +
@@ -1048,6 +1070,7 @@ Phase rpb_gather(const Job& job) {
   return {p.batch * p.heads * tokens, [=](std::int64_t first, std::int64_t last) {
             const Axis* axes = p.axes;
             for (std::int64_t item = first; item < last; ++item) {
+              if (item % 64 == 0) checkpoint(64 * p.slots());
               const std::int64_t batch = item / tokens / p.heads, head = item / tokens % p.heads;
               const Coordinate token = unravel(item % tokens, query_lengths(p));
               Interval seen[kMaxRank];
@@ -1133,7 +1156,7 @@ void run(const std::vector<Job>& jobs, const Context& context) {
     phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
       return phases_of<typename decltype(type)::type>(job, executor.concurrency());
     }));
-  run_phases(phases, &executor);
+  run_phases(phases, &executor, context.interrupted);
 }
 
 }  // namespace

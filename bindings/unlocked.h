@@ -1,0 +1,35 @@
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include <exception>
+#include <functional>
+
+/// The interpreter's lock around calls of the library that may take long.
+namespace natten::bindings {
+
+/// For the life of a function of the module that runs Python code or releases the lock. Python ends
+/// other threads than the main one when they wait for the lock while the interpreter finalizes: in
+/// 3.13 and before by an exception that no C++ function on their stack may stop, and there always
+/// is one. So while the interpreter exits, such threads are stopped here before they wait, for
+/// good, as Python 3.14 itself does; and those that wait already are let through before it
+/// finalizes.
+class HoldsLock {
+ public:
+  HoldsLock();
+  ~HoldsLock();
+  HoldsLock(const HoldsLock&) = delete;
+  HoldsLock& operator=(const HoldsLock&) = delete;
+
+  /// Runs `work` without the lock. Throws what it throws, but for a Python exception that is set.
+  void release_while(const std::function<void()>& work);
+};
+
+/// For `Context::interrupted`: runs Python's signal handlers. True with a Python exception set
+/// where one of them raised it. Null in threads that run none.
+std::function<bool()> signal_check();
+
+/// Has the interpreter tell when it exits and when it was forked.
+void watch_interpreter();
+
+}  // namespace natten::bindings
