@@ -59,6 +59,9 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
+/// Of what is to be allocated. More have no address, and strides would overflow.
+constexpr double kMostElements = 0x1p57;
+
 [[noreturn]] void fail(ErrorKind kind, const char* name, const std::string& message) {
   throw Error(kind, std::string(name) + ": " + message);
 }
@@ -106,15 +109,6 @@ void check_ndim(std::int64_t ndim, const char* name) {
              std::to_string(kMaxDims));
 }
 
-/// Row-major. Sizes are not checked yet, so their product may overflow.
-void set_strides(TensorView& v) {
-  std::uint64_t stride = 1;
-  for (int i = v.ndim - 1; i >= 0; --i) {
-    v.strides[i] = static_cast<std::int64_t>(stride);
-    stride *= static_cast<std::uint64_t>(v.shape[i]);
-  }
-}
-
 TensorView view_of(const DLTensor& t, const char* name) {
   TensorView v;
   v.dtype = dtype_of(t.dtype.code, t.dtype.bits, t.dtype.lanes, name);
@@ -122,11 +116,12 @@ TensorView view_of(const DLTensor& t, const char* name) {
   v.data = t.data ? static_cast<char*>(t.data) + t.byte_offset : nullptr;
   check_ndim(t.ndim, name);
   v.ndim = t.ndim;
-  std::copy_n(t.shape, t.ndim, v.shape.begin());
-  if (t.strides)
-    std::copy_n(t.strides, t.ndim, v.strides.begin());
-  else
-    set_strides(v);
+  std::int64_t contiguous = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    v.shape[i] = t.shape[i];
+    v.strides[i] = t.strides ? t.strides[i] : contiguous;
+    contiguous *= t.shape[i];
+  }
   return v;
 }
 
@@ -140,13 +135,14 @@ TensorView view_of(const nb::tuple& spec, Device device, const char* name) {
          "got " + nb::cast<std::string>(nb::repr(spec)) +
              "; must be an array, or (shape, dtype name) where there is none");
   check_ndim(static_cast<std::int64_t>(shape.size()), name);
-  TensorView v;
-  v.dtype = dtype_of(dtype, name);
-  v.device = device;
-  v.ndim = static_cast<int>(shape.size());
-  std::copy(shape.begin(), shape.end(), v.shape.begin());
-  set_strides(v);
-  return v;
+  double elements = 1;  // in float64, as the product of integers may overflow
+  for (const std::int64_t size : shape) elements *= static_cast<double>(size);
+  if (std::any_of(shape.begin(), shape.end(), [](std::int64_t size) { return size < 0; }) ||
+      elements > kMostElements)
+    fail(ErrorKind::invalid_value, name,
+         "got " + nb::cast<std::string>(nb::repr(spec)) + "; must be a shape that memory can hold");
+  return contiguous_view(nullptr, dtype_of(dtype, name), device, shape.data(),
+                         static_cast<int>(shape.size()));
 }
 
 /// Over DLPack JAX does not say that its arrays are immutable.

@@ -146,24 +146,16 @@ def test_junk_is_refused():
     x = array()
     read_only = x.copy()
     read_only.flags.writeable = False
-    atoms = [
-        *MALFORMED,
-        None,
-        SPEC,
-        x,
-        x.copy(),
-        read_only,
-        x[:0],
-        x[..., :1],
-        x[:, ::-1],
-        float("nan"),
-    ]
+    atoms = [*MALFORMED, None, SPEC, read_only, x[:0], x[..., :1], x[:, ::-1], float("nan")]
     atoms += [-1, 2**31, 2**63, "", "attention_forward", "cuda:1", [[]], list(CONFIG), print]
-    operations = ["attention_forward", "attention_backward", "qk", "av"]
-    operations += ["av_transpose", "rpb_gather", "rpb_scatter"]
+    operations = ["attention_backward", "qk", "av", "av_transpose", "rpb_gather", "rpb_scatter"]
+    operations += ["attention_forward"] * 6
 
-    def some(count):
-        return [rng.choice(atoms) for _ in range(count)]
+    def some(roles):
+        if rng.random() < 0.05:
+            return rng.choice(atoms)
+        good = [x.copy() if is_required else None for *_, is_required, _ in roles]
+        return [rng.choice(atoms) if rng.random() < 0.1 else tensor for tensor in good]
 
     def config():
         values = list(rng.choice((CONFIG, make_config(2, (3, 2)), make_config(1, 1, flags=4))))
@@ -175,8 +167,7 @@ def test_junk_is_refused():
     for _ in range(1500):
         op = rng.choice(operations) if rng.random() < 0.95 else rng.choice(atoms)
         roles = _core.roles(op) if isinstance(op, str) and op in operations else []
-        counts = [sum(r[2] == is_output for r in roles) for is_output in (False, True)]
-        inputs, outputs = (some(n) if rng.random() < 0.95 else rng.choice(atoms) for n in counts)
+        inputs, outputs = (some([r for r in roles if r[2] == out]) for out in (False, True))
         scale = rng.choice((None, 1.0, 0.5, "x"))
         call = rng.choice(("run", "plan", "explain", "run_all"))
         arguments = [op, config(), scale, rng.choice(("", "naive", "fused", "none"))]
@@ -191,5 +182,5 @@ def test_junk_is_refused():
                 _core.explain(*arguments, inputs)
             ran += 1
         except Exception as error:
-            assert isinstance(error, (*FAULTS, NotImplementedError)), (call, arguments, inputs)
-    assert ran > 0
+            assert isinstance(error, FAULTS), (call, arguments, inputs)
+    assert ran > 50

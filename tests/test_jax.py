@@ -337,7 +337,7 @@ def test_queries_that_see_nothing():
 
     @jax.jit
     def results(*inputs):
-        tangent = jax.jvp(function, inputs, [jnp.ones_like(x) for x in inputs])[1][0]
+        tangent = jax.jvp(function, inputs, tuple(map(jnp.ones_like, inputs)))[1][0]
         return function(*inputs), tangent, jax.grad(total, (0, 1, 2, 3))(*inputs)
 
     (output, lse), tangent, grads = results(*inputs)

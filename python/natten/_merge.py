@@ -24,17 +24,23 @@ def merge(
     # -inf - -inf (all sets are empty) nor inf - inf is a number.
     top = constant(functools.reduce(xp.maximum, lses))
     shift = xp.where(xp.isfinite(top), top, xp.zeros_like(top))
-    weights = [xp.exp(lse - shift) for lse in lses]
+    # A set without keys has weight 0, and its output may hold anything, NaN too. Masks on both
+    # sides of exp keep its gradients 0 as well.
+    empty = [lse == -math.inf for lse in lses]
+    weights = [
+        _cleared(xp, none, xp.exp(_cleared(xp, none, lse) - shift))
+        for none, lse in zip(empty, lses, strict=True)
+    ]
     total = functools.reduce(operator.add, weights)
-    is_empty = total == 0
-    total = xp.where(
-        is_empty, xp.ones_like(total), total
-    )  # keeps gradients of both branches finite
-    lse = xp.where(is_empty, xp.full_like(total, -math.inf), shift + xp.log(total))
-    # The output of a set without keys may hold anything, NaN too.
+    all_empty = total == 0
+    total = xp.where(all_empty, xp.ones_like(total), total)  # keeps both gradients finite
+    lse = xp.where(all_empty, xp.full_like(total, -math.inf), shift + xp.log(total))
     terms = (
-        xp.where((own == -math.inf)[..., None], xp.zeros_like(output), output)
-        * (weight / total)[..., None]
-        for own, weight, output in zip(lses, weights, outputs, strict=True)
+        _cleared(xp, none[..., None], output) * (weight / total)[..., None]
+        for none, weight, output in zip(empty, weights, outputs, strict=True)
     )
     return functools.reduce(operator.add, terms), lse
+
+
+def _cleared(xp: Any, mask: Any, x: Any) -> Any:
+    return xp.where(mask, xp.zeros_like(x), x)
