@@ -80,11 +80,9 @@ check_headers() {
     command -v $compiler > /dev/null || continue
     echo "== headers, $compiler"
     local options=(-fsyntax-only -x c++ -I "$include" -Werror -Wall -Wextra -Wpedantic -Wconversion
-      -Wsign-conversion -Wshadow -Wold-style-cast -Wundef)
-    case $compiler in
-      g++) options+=(-Wuseless-cast -Wsuggest-override) ;;
-      clang++) options+=(-Weverything -Wno-c++98-compat -Wno-c++98-compat-pedantic -Wno-padded) ;;
-    esac
+      -Wsign-conversion -Wshadow -Wold-style-cast -Wundef -Wextra-semi -Wnon-virtual-dtor
+      -Wdouble-promotion)
+    if [ $compiler = g++ ]; then options+=(-Wuseless-cast -Wsuggest-override); fi
     for header in "$include"/natten/*.h; do
       for standard in c++17 c++2b; do
         echo "#include <natten/$(basename "$header")>" | $compiler "${options[@]}" -std=$standard - \
