@@ -282,8 +282,8 @@ T = normal(1, 6, 2, 4)
         (lambda: na.na2d(X, X, X, 3.0), TypeError, "kernel_size: got 3.0; must be an integer"),
         (lambda: na.na2d(X, X, X, 3, scale="1 m"), TypeError, "scale: got '1 m'"),
         # Values and shapes
-        (lambda: na.na2d(None, X, X, 3), ValueError, "query: missing"),
-        (lambda: na.attention(T, None, T), ValueError, "key: missing"),
+        (lambda: na.na2d(None, X, X, 3), TypeError, "query: got None; must be an array"),
+        (lambda: na.attention(T, None, T), TypeError, "key: got None; must be an array"),
         (lambda: na.na2d(1.0, X, X, 3), ValueError, "query: got 0 dimensions"),
         (lambda: na.na3d(X, X, X, 3), ValueError, "query: got 5 dimensions, .* must have 6"),
         (lambda: na.na2d(X, X[:, :5], X, 3), ValueError, "key: got shape .*5, 7, 2, 4"),
@@ -296,7 +296,7 @@ T = normal(1, 6, 2, 4)
         (lambda: na.na2d(X, X, X, 3, backend="no"), ValueError, 'backend: got "no"'),
         (lambda: na.attention(T[0], T, T), ValueError, "query: got 3 dimensions"),
         (lambda: na.attention(T, T[0], T), ValueError, "key: got 3 dimensions"),
-        (lambda: na.attention(T, T[:, :0], T[:, :0]), ValueError, "with at least one key"),
+        (lambda: na.attention(T, T[:, :0], T[:, :0]), ValueError, "must be at least 1"),
         # Merging
         (lambda: na.merge_attentions([], []), ValueError, "got 0 and 0 tensors"),
         (lambda: na.merge_attentions([T, T], [T[..., 0]]), ValueError, "got 2 and 1 tensors"),

@@ -48,13 +48,13 @@ def integer(name: str, value: int, minimum: int | None = None) -> int:
 
 def per_axis(name: str, value: Ints, rank: int) -> tuple[int, ...]:
     """`value` for every axis, or one value per axis, as a tuple of `rank` ints."""
-    # By far the most frequent, and quicker than what follows. What is too small libnatten refuses.
-    if type(value) is int and -_TOO_LARGE < value < _TOO_LARGE:
+    # By far the most frequent, and quicker than what follows. Of 0 and less libnatten speaks.
+    if type(value) is int and 0 < value < 2**30:
         return (value,) * rank
     try:
         if not isinstance(value, Sequence):
             return (integer(name, value),) * rank
-        values = tuple([integer(name, v) for v in value])
+        values = tuple([v if type(v) is int and 0 < v < 2**30 else integer(name, v) for v in value])
     except TypeError:
         raise TypeError(
             f"{name}: got {value!r}; must be an integer or {rank} integers, one per spatial axis"
@@ -75,13 +75,13 @@ def causal_per_axis(value: Bools | None, rank: int) -> tuple[bool, ...]:
     if type(value) is bool:
         return (value,) * rank
     values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    must = "must be True or False" + f", or {rank} of them, one per spatial axis" * (rank > 1)
-    for v in values:
-        if not (v is None or type(v) is bool or _is_numpy_bool(v)):
+    fits = [type(v) is bool or v is None or _is_numpy_bool(v) for v in values]
+    if len(values) != rank or not all(fits):
+        must = "must be True or False" + f", or {rank} of them, one per spatial axis" * (rank > 1)
+        if not all(fits):
             raise TypeError(f"is_causal: got {value!r}; {must}")
-    if len(values) != rank:
         raise ValueError(f"is_causal: got {value!r}, {len(values)} elements; {must}")
-    return tuple(map(bool, values))
+    return tuple([bool(v) for v in values])
 
 
 def _is_numpy_bool(value: Any) -> bool:
