@@ -182,7 +182,8 @@ TEST(Refusals, TupleLengths) {
       {"backward_kv_tile_shape", [](Call& c) -> Tuple& { return c.options.backward_key_tile; }},
       {"backward_kv_splits", [](Call& c) -> Tuple& { return c.options.key_splits; }}};
   for (Op op : kOps)
-    for (const auto& [name, tuple] : tuples) {
+    for (const auto& [name, member] : tuples) {
+      const auto& tuple = member;  // a lambda may not capture what is bound by []
       expect_refused(
           op, [&](Call& c) { tuple(c) = {1}; }, kValue, name, "got [1]");
       expect_refused(

@@ -57,7 +57,7 @@ NATTEN_INLINE void store(T* to, Vector<T> v) {
 }
 template <class T>
 NATTEN_INLINE Vector<T> broadcast(T x) {
-  return Vector<T>{} + x;
+  return x - Vector<T>{};  // not +, which would make 0 of -0
 }
 template <class T>
 NATTEN_INLINE Ints<T> lanes() {
