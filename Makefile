@@ -14,7 +14,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python 
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo test test-cpp test-sanitize test-clang test-cross test-cross-one test-wine \
-  test-aarch64 test-python lint format consumer cuda wheel test-wheel ci-full clean gtest
+  test-aarch64 test-python lint format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -100,10 +100,19 @@ wheel: $(VENV)/wheel
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
 	$(BIN)/auditwheel repair --wheel-dir dist/manylinux dist/*.whl
+	$(BIN)/python tools/check_wheel.py dist/manylinux/*.whl
 
 # The wheel in environments that hold one framework only, and the oldest that is supported.
 test-wheel: wheel
 	tests/wheel/check.sh dist/manylinux/*.whl
+
+# One wheel under newer Pythons with the newest numpy, JAX and Flax; needs root and debootstrap.
+test-pythons:
+	tests/wheel/pythons.sh
+
+# What is slow or depends on a changing distribution, run by hand when something that it covers has
+# changed (CONTRIBUTING.md).
+ci-full: test-pythons
 
 clean:
 	rm -rf build dist $(VENV) demo_output
