@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-from check_wheel import problem  # noqa: E402
+from check_wheel import problem
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def problem(wheel: Path, python: tuple[int, int]) -> str | None:
-    """What is wrong with the tags or the module of a wheel that this version of Python has built."""
+    """What is wrong with the tags or the module of a wheel that this Python has built."""
     is_stable = python >= (3, 12)
     version = "cp{}{}".format(*python)
     tags = ["cp312", "abi3"] if is_stable else [version, version]

@@ -13,13 +13,14 @@ if [ -z "${NATTEN_PYTHONS_INSIDE:-}" ]; then
   NATTEN_PYTHONS_INSIDE=1 exec unshare --mount --propagation private "$0" "$@"
 fi
 systems=build/pythons
-checks=${*:-plain newest-jax}
+[ $# -gt 0 ] || set -- plain newest-jax
+checks=("$@")
 
 # Debian from the mirror that this machine uses, or else debootstrap's.
 mirror=$(sed -nE 's/^URIs: *(\S+).*/\1/p; s/^deb +(\[[^]]*\] +)?(\S+) .*/\2/p' \
   /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -m1 -E '/debian/?$' || true)
 
-# system SUITE: makes a folder with this suite
+# system SUITE: a folder with this suite and, in its /natten, the sources
 system() {
   local root=$systems/$1 file
   if [ ! -e "$root/.complete" ]; then
@@ -34,33 +35,32 @@ system() {
   for file in /etc/ssl/certs/ca-certificates.crt /etc/resolv.conf /etc/hosts /etc/pip.conf /etc/xdg/pip; do
     [ ! -e "$file" ] || { mkdir -p "$root/${file%/*}"; cp -rL "$file" "$root/${file%/*}/"; }
   done
-  mkdir -p "$root/natten"
   for file in proc dev sys; do mount --rbind "/$file" "$root/$file"; done
-  mount --bind . "$root/natten"
+  rm -rf "$root/natten"
+  mkdir "$root/natten"
+  tar -c --exclude=./.git --exclude=./.venv --exclude=./build --exclude=./dist . | tar -x -C "$root/natten"
 }
 
-# inside SUITE COMMAND...: runs a command there, in this project's folder
+# inside SUITE COMMAND...: runs a command there, in /natten
 inside() {
   local root=$systems/$1 bundle=/etc/ssl/certs/ca-certificates.crt
   shift
   env -u PIP_FIND_LINKS -u SSL_CERT_DIR -u TMPDIR -u PYTHONPATH HOME=/root \
-    PATH=/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin PYTHONDONTWRITEBYTECODE=1 \
+    PATH=/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin \
+    PYTHONDONTWRITEBYTECODE=1 \
     PIP_CERT=$bundle SSL_CERT_FILE=$bundle REQUESTS_CA_BUNDLE=$bundle \
     chroot "$root" sh -ec 'cd /natten && exec "$@"' sh "$@"
 }
 
 system trixie
-inside trixie python3 -m venv --clear build/pythons/venv
-inside trixie build/pythons/venv/bin/python -m pip install -q -r requirements/wheel.txt
-rm -rf $systems/dist
-inside trixie build/pythons/venv/bin/python -m build --outdir build/pythons/dist
-inside trixie env PATH=/natten/build/pythons/venv/bin:/usr/bin:/bin \
-  auditwheel repair --wheel-dir build/pythons/dist/manylinux build/pythons/dist/*.whl
-wheel=$(echo $systems/dist/manylinux/*.whl)
-inside trixie build/pythons/venv/bin/python tools/check_wheel.py "$wheel"
+system sid
+inside trixie python3 -m venv --clear /venv
+inside trixie /venv/bin/python -m pip install -q -r requirements/wheel.txt
+inside trixie /venv/bin/python -m build
+inside trixie sh -c 'PATH=/venv/bin:$PATH auditwheel repair --wheel-dir dist/manylinux dist/*.whl'
+inside trixie sh -c '/venv/bin/python tools/check_wheel.py dist/manylinux/*.whl'
+cp -r $systems/trixie/natten/dist $systems/sid/natten/
 for suite in trixie sid; do
-  [ "$suite" = trixie ] || system "$suite"
-  echo "--- Debian $suite: $(inside "$suite" python3 --version)"
-  # shellcheck disable=SC2086
-  inside "$suite" tests/wheel/check.sh "$wheel" $checks
+  echo "--- Debian $suite: $(inside $suite python3 --version)"
+  inside $suite sh -c 'tests/wheel/check.sh dist/manylinux/*.whl "$@"' sh "${checks[@]}"
 done
