@@ -3,6 +3,7 @@
 
 #include <sstream>
 
+#include "../libnatten/src/cpu/most_columns.h"
 #include "oracle.h"
 
 namespace natten_tests {
@@ -126,6 +127,55 @@ TEST(Windows, GeneralAttentionSeesAllKeys) {
         expect_inverse(axis);
         if (HasFatalFailure()) return;
       }
+}
+
+/// What `most_columns` means: it visits all runs of rows of all groups.
+std::int64_t most_of_all_columns(const Axis& axis, bool rows_are_keys, std::int64_t run) {
+  const std::int64_t length = rows_are_keys ? axis.key_length : axis.query_length;
+  std::int64_t most = 0;
+  for (std::int64_t group = 0; group < std::min(axis.dilation, length); ++group) {
+    const std::int64_t rows = group_length(axis, length, group);
+    for (std::int64_t first = 0; first < rows; first += run) {
+      std::int64_t begin = 0, end = 0;
+      for (std::int64_t row = first; row < std::min(first + run, rows); ++row) {
+        const Interval seen = rows_are_keys ? natten::inverse_window(axis, group, row)
+                                            : natten::window(axis, group, row);
+        if (row == first) begin = seen.begin;
+        end = seen.end;
+      }
+      most = std::max(most, end - begin);
+    }
+  }
+  return most;
+}
+
+TEST(MostColumns, IsThatOfAllRuns) {
+  const auto expect = [](const Axis& axis) {
+    for (bool rows_are_keys : {false, true})
+      for (std::int64_t run : {1, 2, 3, 7, 16})
+        ASSERT_EQ(natten::detail::cpu::most_columns(axis, rows_are_keys, run),
+                  most_of_all_columns(axis, rows_are_keys, run))
+            << text_of(axis) << (rows_are_keys ? " keys" : " queries") << " in runs of " << run;
+  };
+  for_each_axis(14, expect);
+  Rng rng(7);
+  for (int i = 0; i < 1500; ++i) {  // long enough for tokens to be left out
+    const std::int64_t dilation = uniform(rng, 1, 3), kernel = uniform(rng, 1, 12);
+    const std::int64_t length = dilation * kernel + uniform(rng, 0, 400);
+    expect({length, length, kernel, uniform(rng, 1, kernel), dilation, chance(rng, 0.3)});
+    const std::int64_t queries = uniform(rng, 1, 60), keys = uniform(rng, 1, 60);
+    expect({queries, keys, keys, 1, 1, chance(rng, 0.5)});
+    if (HasFatalFailure()) return;
+  }
+}
+
+TEST(MostColumns, DoesNotVisitLongAxes) {
+  for (std::int64_t run : {1, 3, 256}) {
+    const Axis axis{1 << 20, 1 << 20, 13, 4, 2, false};
+    EXPECT_LE(natten::detail::cpu::shortened(axis, run).key_length,
+              2 * (4 * 17 + 6 * run + 8 * run))
+        << "runs of " << run;
+  }
 }
 
 TEST(Windows, BlockedAndFullAttentionAreSpecialCases) {

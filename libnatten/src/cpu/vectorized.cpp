@@ -7,6 +7,7 @@
 #include "../dispatch.h"
 #include "../operand.h"
 #include "isa.h"
+#include "most_columns.h"
 #include "naive.h"
 #include "parallel.h"
 
@@ -97,21 +98,14 @@ struct Grid {
     return rows_are_keys(pass) ? a.key_length : a.query_length;
   }
   Interval columns(int axis, std::int64_t group, std::int64_t position) const {
-    const Axis& a = p.axes[axis];
-    return rows_are_keys(pass) ? inverse_window(a, group, position) : window(a, group, position);
+    return columns_of(p.axes[axis], rows_are_keys(pass), group, position);
   }
   std::int64_t rows(int axis, std::int64_t group) const {
-    return group_length(p.axes[axis], row_length(axis), group);
+    return rows_of(p.axes[axis], rows_are_keys(pass), group);
   }
   /// Most columns that a run of rows of an axis sees together.
   std::int64_t most_columns(int axis, std::int64_t run) const {
-    std::int64_t most = 0;
-    for (std::int64_t group = 0; group < std::min(p.axes[axis].dilation, row_length(axis)); ++group)
-      for (std::int64_t first = 0; first < rows(axis, group); first += run) {
-        const std::int64_t last = std::min(first + run, rows(axis, group)) - 1;
-        most = std::max(most, columns(axis, group, last).end - columns(axis, group, first).begin);
-      }
-    return most;
+    return cpu::most_columns(p.axes[axis], rows_are_keys(pass), run);
   }
 };
 
