@@ -93,6 +93,53 @@ TEST_P(Fused, LongSumsStayExact) {
   expect_gradients(problem, expected);
 }
 
+/// Scores so large that one weight of most rows is all of it: gradients are what differences of
+/// nearly equal numbers leave. Float32 itself is worth little then, so dense attention in float32
+/// is the measure.
+TEST_P(Fused, GradientsOfSaturatedRowsAreThoseOfDenseAttention) {
+  if (dtype() != natten::DType::float32) GTEST_SKIP() << "the measure is for float32";
+  for (const double size : {1.0, 10.0, 100.0, 1e3, 1e4}) {
+    double worst = 0;
+    for (int variant = 0; variant < 6; ++variant) {
+      Case c;
+      c.seed = base_seed() + 40 + static_cast<std::uint64_t>(variant);
+      const std::int64_t length = rank() == 1 ? 120 : rank() == 2 ? 11 : 5;
+      c.axes.assign(index(rank()), {length, rank() == 1 ? 31 : 4, 1, 1, variant == 1});
+      if (variant == 2) c.axes.back().stride = 2;
+      if (variant == 3 && rank() == 1) c.keys = 150;
+      c.rpb = variant == 4;
+      if (variant == 5) c.additional = 9;
+      c.grad_logsumexp = variant % 2 == 0;
+      c.heads = c.kv_heads = 2;
+      c.dim = c.value_dim = 24;
+      c.scale = size / std::sqrt(static_cast<double>(c.dim));
+      FusedProblem problem(c);
+      if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses";
+      // Some keys nearly equal the one before, so that many rows have more than one weight.
+      Buffer& key = problem.buffers.key;
+      const std::int64_t token = c.heads * c.dim;
+      for (std::int64_t i = token; i < key.view().size(); ++i)
+        if (i / token % 4 == 0) key.set(i, key.get(i - token) + key.get(i) / size);
+      run_forward_with_logsumexp(problem);
+      run(problem.backward());
+      const oracle::FusedInputs inputs = problem.oracle_inputs();
+      const oracle::FusedResults expected = oracle::fused(inputs);
+      std::map<std::string, Dense> dense;
+      for_each_gradient(problem.buffers, oracle::fused<float>(inputs),
+                        [&](const char* name, Buffer&, const Dense& x) { dense[name] = x; });
+      for_each_gradient(
+          problem.buffers, expected, [&](const std::string& name, Buffer& got, const Dense& exact) {
+            if (name != "grad_query" && name != "grad_key") return;
+            const double ratio =
+                relative_error(got.dense(), exact) / relative_error(dense[name], exact);
+            worst = std::max(worst, ratio);
+            EXPECT_LE(ratio, 10) << name << ", scores of " << size << ", " << c;
+          });
+    }
+    std::cout << "  scores of " << size << ": " << worst << " times the error of dense float32\n";
+  }
+}
+
 /// Which elements are finite must agree with the reference: exactly where a backend promises it,
 /// and no less spread anywhere.
 void expect_spread(const std::string& backend, const char* name, const Dense& got,

@@ -118,9 +118,11 @@ inline std::int64_t row_of(std::int64_t b, std::int64_t t, std::int64_t h, std::
   return ((b * tokens + t) * heads + h) * dim;
 }
 
-inline double dot(const Dense& a, std::int64_t i, const Dense& b, std::int64_t j, std::int64_t n) {
-  double sum = 0;
-  for (std::int64_t d = 0; d < n; ++d) sum += a[i + d] * b[j + d];
+template <class Real = double>
+Real dot(const Dense& a, std::int64_t i, const Dense& b, std::int64_t j, std::int64_t n) {
+  Real sum = 0;
+  for (std::int64_t d = 0; d < n; ++d)
+    sum += static_cast<Real>(a[i + d]) * static_cast<Real>(b[j + d]);
   return sum;
 }
 inline void add(Dense& to, std::int64_t i, double factor, const Dense& from, std::int64_t j,
@@ -130,21 +132,25 @@ inline void add(Dense& to, std::int64_t i, double factor, const Dense& from, std
 
 /// Attention weights of one batch entry and head, a column per key and then per additional token.
 /// Masked entries are no numbers to compute with, lest a NaN behind the mask show.
+template <class Real>
 struct Matrix {
   std::int64_t columns;
-  std::vector<double> values;
+  std::vector<Real> values;
   std::vector<std::int64_t> offsets;  // -1: masked; columns of additional tokens have offset 0
   Matrix(std::int64_t rows, std::int64_t cols)
       : columns(cols), values(index(rows * cols)), offsets(index(rows * cols), -1) {}
-  double& at(std::int64_t r, std::int64_t c) { return values[index(r * columns + c)]; }
+  Real& at(std::int64_t r, std::int64_t c) { return values[index(r * columns + c)]; }
   std::int64_t& offset(std::int64_t r, std::int64_t c) { return offsets[index(r * columns + c)]; }
   bool sees(std::int64_t r, std::int64_t c) { return offset(r, c) >= 0; }
 };
 
 }  // namespace internal
 
-/// Forward, and backward where grad_output is given.
-inline FusedResults fused(const FusedInputs& in) {
+/// Forward, and backward where grad_output is given. `Real` is the type of scores, weights and
+/// their gradients, so that float shows what the format costs; their products are summed in
+/// float64.
+template <class Real = double>
+FusedResults fused(const FusedInputs& in) {
   using namespace internal;
   const Sizes& n = in.n;
   const std::int64_t columns = n.keys + n.additional;
@@ -169,7 +175,7 @@ inline FusedResults fused(const FusedInputs& in) {
           use(extra, row_of(b, c - n.keys, kv, n.additional, n.kv_heads, dim));
       };
 
-      Matrix score(n.queries, columns);
+      Matrix<Real> score(n.queries, columns);
       for (std::int64_t q = 0; q < n.queries; ++q) {
         for (const Pair& pair : in.pairs[index(q)]) score.offset(q, pair.key) = pair.offset;
         for (std::int64_t c = n.keys; c < columns; ++c) score.offset(q, c) = 0;
@@ -177,22 +183,22 @@ inline FusedResults fused(const FusedInputs& in) {
         for (std::int64_t c = 0; c < columns; ++c) {
           if (!score.sees(q, c)) continue;
           from(c, in.key, in.additional_keys, n.dim, [&](const Dense& key, std::int64_t at) {
-            score.at(q, c) = in.scale * dot(in.query, row, key, at, n.dim);
+            score.at(q, c) = static_cast<Real>(in.scale) * dot<Real>(in.query, row, key, at, n.dim);
           });
           if (in.rpb.is_given() && c < n.keys)
-            score.at(q, c) += in.rpb[h * n.offsets + score.offset(q, c)];
+            score.at(q, c) += static_cast<Real>(in.rpb[h * n.offsets + score.offset(q, c)]);
         }
       }
 
       for (std::int64_t q = 0; q < n.queries; ++q) {
-        double largest = -std::numeric_limits<double>::infinity(), total = 0;
+        Real largest = -std::numeric_limits<Real>::infinity(), total = 0;
         for (std::int64_t c = 0; c < columns; ++c)
           if (score.sees(q, c)) largest = std::max(largest, score.at(q, c));
         for (std::int64_t c = 0; c < columns; ++c)
           if (score.sees(q, c)) total += std::exp(score.at(q, c) - largest);
         out.logsumexp[(b * n.queries + q) * n.heads + h] = largest + std::log(total);
 
-        Matrix& weight = score;  // softmax in place
+        Matrix<Real>& weight = score;  // softmax in place
         for (std::int64_t c = 0; c < columns; ++c)
           if (score.sees(q, c)) weight.at(q, c) = std::exp(score.at(q, c) - largest) / total;
         const std::int64_t row = row_of(b, q, h, n.queries, n.heads, n.value_dim);
@@ -205,22 +211,22 @@ inline FusedResults fused(const FusedInputs& in) {
         if (!in.grad_output.is_given()) continue;
 
         // The row of dP = grad_output value^T, then dS = P * (dP - sum P * dP + grad_logsumexp).
-        std::vector<double> grad(index(columns));
-        double sum = 0;
+        std::vector<Real> grad(index(columns));
+        Real sum = 0;
         for (std::int64_t c = 0; c < columns; ++c) {
           if (!weight.sees(q, c)) continue;
           from(c, in.value, in.additional_values, n.value_dim,
                [&](const Dense& value, std::int64_t at) {
-                 grad[index(c)] = dot(in.grad_output, row, value, at, n.value_dim);
+                 grad[index(c)] = dot<Real>(in.grad_output, row, value, at, n.value_dim);
                });
           sum += weight.at(q, c) * grad[index(c)];
         }
         if (in.grad_logsumexp.is_given())
-          sum -= in.grad_logsumexp[(b * n.queries + q) * n.heads + h];
+          sum -= static_cast<Real>(in.grad_logsumexp[(b * n.queries + q) * n.heads + h]);
         const std::int64_t query_row = row_of(b, q, h, n.queries, n.heads, n.dim);
         for (std::int64_t c = 0; c < columns; ++c) {
           if (!weight.sees(q, c)) continue;
-          const double grad_score = weight.at(q, c) * (grad[index(c)] - sum);
+          const Real grad_score = weight.at(q, c) * (grad[index(c)] - sum);
           from(c, in.key, in.additional_keys, n.dim, [&](const Dense& key, std::int64_t at) {
             add(out.grad_query, query_row, in.scale * grad_score, key, at, n.dim);
           });

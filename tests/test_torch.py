@@ -7,8 +7,10 @@ import io
 import logging
 import os
 import pickle
+from types import SimpleNamespace
 
 import cases
+import oracle
 import pytest
 from test_package import run_python
 
@@ -238,6 +240,59 @@ def test_nan_reaches_only_those_who_see_it():
     k[0, 6] = torch.nan
     out = F.na1d(q, k, v, 3, backend="naive")
     assert out.isnan().any(-1).flatten().nonzero().flatten().tolist() == [5, 6, 7]
+
+
+LARGE = {
+    "rank 1": dict(shape=(96,), kernel_size=(31,)),
+    "rank 2": dict(shape=(10, 9), kernel_size=(5, 4)),
+    "causal": dict(shape=(10, 9), kernel_size=(5, 4), is_causal=(True, False)),
+    "general": dict(shape=(96,), kernel_size=(96,)),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+@pytest.mark.parametrize("backend", ["vectorized", "naive"])
+def test_gradients_of_large_scores(backend, name, capsys):
+    """Where one key has the whole weight of most queries, differences of nearly equal numbers are
+    all that is left: as well as in dense attention in float32."""
+    case = {"is_causal": (False,) * len(LARGE[name]["shape"]), **LARGE[name]}
+    shape, rank = case.pop("shape"), len(case["kernel_size"])
+    grid = oracle.Grid(
+        SimpleNamespace(shape=shape, **case, stride=(1,) * rank, dilation=(1,) * rank)
+    )
+    seen = torch.from_numpy(grid.seen)
+
+    def dense(q, k, v):
+        q, k, v = (x.flatten(1, rank).transpose(1, 2) for x in (q, k, v))
+        scores = (q @ k.transpose(-1, -2)).masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2).unflatten(1, shape)
+
+    def ours(*tensors):
+        if name == "general":
+            return F.attention(*tensors, scale=1.0, backend=backend)
+        return FUSED[rank](*tensors, **case, scale=1.0, backend=backend)
+
+    def gradients(function, inputs, incoming, dtype):
+        inputs = [x.to(dtype).requires_grad_() for x in inputs]
+        return torch.autograd.grad(function(*inputs), inputs[:2], incoming.to(dtype))
+
+    for size in (1, 10, 100, 1e3, 1e4):
+        q, k, v, g = torch.randn(4, 2, *shape, 2, 16, generator=torch.manual_seed(3))
+        q *= size / 16**0.5  # the standard deviation of scores
+        line = k.flatten(1, rank)
+        line[:, 1::4] = (
+            line[:, ::4][:, : line[:, 1::4].shape[1]] + line[:, 1::4] / size
+        )  # close keys
+        k = line.unflatten(1, shape)
+        exact = gradients(dense, (q, k, v), g, torch.float64)
+        errors = [
+            [((a - b).norm() / b.norm()).item() for a, b in zip(got, exact, strict=True)]
+            for got in (gradients(f, (q, k, v), g, torch.float32) for f in (ours, dense))
+        ]
+        ratios = [a / b for a, b in zip(*errors, strict=True)]
+        with capsys.disabled():
+            print(f"\nscores of {size:g}, {name}, {backend}: {ratios} times the error of dense")
+        assert max(ratios) <= 10, (size, errors)
 
 
 # ---- refusals ----

@@ -228,7 +228,8 @@ std::vector<Phase> attention_forward(const Job& job) {
 }
 
 /// With P = exp(score - logsumexp) and dP = <grad_output, value>, the gradient of a score is
-/// dS = P * (dP - sum of P * dP over the row + grad_logsumexp).
+/// dS = P * (dP - (sum of P * dP) / (sum of P) + grad_logsumexp), with sums over the row. That of P
+/// is 1 only as well as logsumexp is rounded, which is the worse the larger scores are.
 template <class T>
 std::vector<Phase> attention_backward(const Job& job) {
   using Stat = StatisticOf<T>;
@@ -245,46 +246,49 @@ std::vector<Phase> attention_backward(const Job& job) {
   const auto grad_additional_keys = operand<T>(p, t, &Tensors::grad_additional_keys);
   const auto grad_additional_values = operand<T>(p, t, &Tensors::grad_additional_values);
 
-  // Per query and head: sum of P * dP, minus grad_logsumexp. Contiguous [B, H, queries].
+  // Per query and head: the quotient of sums, minus grad_logsumexp. Contiguous [B, H, queries].
   Operand<Stat> row_term;
   row_term.data = static_cast<Stat*>(job.workspace);
   row_term.grid = {p.axes[1].query_length * p.axes[2].query_length, p.axes[2].query_length, 1};
   row_term.head = p.queries();
   row_term.batch = p.heads * p.queries();
 
-  // P and dS of one pair. Needs row_term, so it serves the phases after the first.
+  // P and dP of one pair. The score and dP are rounded as logsumexp and row_term are: where one
+  // weight of a row is all of it, it is 1 and its dP the row's term, and dS is 0.
   struct Pair {
-    double weight, grad_score;
+    double weight, grad_weight;
   };
   const auto pair = [=](const Row& row, double score, const T* v) {
-    const double weight =
-        weight_of(score, static_cast<double>(*logsumexp.at(row.batch, row.head, row.token)));
-    const double grad_weight =
-        dot(grad_output.at(row.batch, row.head, row.token), v, a.p.value_dim);
-    const double term = static_cast<double>(*row_term.at(row.batch, row.head, row.token));
-    return Pair{weight, weight * (grad_weight - term)};
+    const auto rounded = [](double x) { return static_cast<double>(static_cast<Stat>(x)); };
+    return Pair{weight_of(rounded(score),
+                          static_cast<double>(*logsumexp.at(row.batch, row.head, row.token))),
+                rounded(dot(grad_output.at(row.batch, row.head, row.token), v, a.p.value_dim))};
+  };
+  // dS of one pair. Needs row_term, so it serves the phases after the first.
+  const auto grad_score = [=](const Row& row, const Pair& x) {
+    return x.weight *
+           (x.grad_weight - static_cast<double>(*row_term.at(row.batch, row.head, row.token)));
   };
 
   std::vector<Phase> phases;
   phases.push_back(row_phase(p, p.heads, query_lengths(p), [=] {
-    return [=, weights = std::vector<double>(size(a.p.slots())),
-            grad_weights = std::vector<double>(size(a.p.slots())),
+    return [=, pairs = std::vector<Pair>(size(a.p.slots())),
             sum = std::vector<double>(size(a.p.head_dim))](const Row& row) mutable {
-      const double lse = static_cast<double>(*logsumexp.at(row.batch, row.head, row.token));
-      const T* g = grad_output.at(row.batch, row.head, row.token);
-      double term = 0;
+      double term = 0, total = 0;
       a.for_each_score(row, [&](double score, const T*, const T* v, std::int64_t slot) {
-        weights[size(slot)] = weight_of(score, lse);
-        grad_weights[size(slot)] = dot(g, v, a.p.value_dim);
-        term += weights[size(slot)] * grad_weights[size(slot)];
+        const Pair x = pairs[size(slot)] = pair(row, score, v);
+        term += x.weight * x.grad_weight;
+        total += x.weight;
       });
+      if (total == 0) total = 1;  // all scores are -inf
+      term /= total;
       if (grad_logsumexp)
         term -= static_cast<double>(*grad_logsumexp.at(row.batch, row.head, row.token));
       *row_term.at(row.batch, row.head, row.token) = static_cast<Stat>(term);
       if (!grad_query) return;
       std::fill(sum.begin(), sum.end(), 0.0);
       a.for_each_score(row, [&](double, const T* k, const T*, std::int64_t slot) {
-        add_scaled(sum, a.p.scale * weights[size(slot)] * (grad_weights[size(slot)] - term), k);
+        add_scaled(sum, a.p.scale * grad_score(row, pairs[size(slot)]) / total, k);
       });
       store(grad_query.at(row.batch, row.head, row.token), sum);
     };
@@ -302,7 +306,7 @@ std::vector<Phase> attention_backward(const Job& job) {
             const Row row{at.batch, at.head * a.heads_per_kv_head() + i, token};
             const T* q = a.query.at(row.batch, row.head, row.token);
             const Pair x = pair(row, a.score(row, q, n), v);
-            add_scaled(key_sum, a.p.scale * x.grad_score, q);
+            add_scaled(key_sum, a.p.scale * grad_score(row, x), q);
             add_scaled(value_sum, x.weight, grad_output.at(row.batch, row.head, row.token));
           });
         if (grad_key) store(grad_key.at(at.batch, at.head, at.token), key_sum);
@@ -326,7 +330,7 @@ std::vector<Phase> attention_backward(const Job& job) {
                           unravel(token, query_lengths(a.p))};
             const T* q = a.query.at(row.batch, row.head, row.token);
             const Pair x = pair(row, a.score(q, k), v);
-            add_scaled(key_sum, a.p.scale * x.grad_score, q);
+            add_scaled(key_sum, a.p.scale * grad_score(row, x), q);
             add_scaled(value_sum, x.weight, grad_output.at(row.batch, row.head, row.token));
           }
         }
@@ -340,7 +344,7 @@ std::vector<Phase> attention_backward(const Job& job) {
     phases.push_back(rpb_phase(p, grad_rpb, [=](const Row& row, const Neighbor& n) {
       const T* q = a.query.at(row.batch, row.head, row.token);
       const T* v = a.value.at(row.batch, row.head / a.heads_per_kv_head(), n.token);
-      return pair(row, a.score(row, q, n), v).grad_score;
+      return grad_score(row, pair(row, a.score(row, q, n), v));
     }));
   return phases;
 }

@@ -433,9 +433,9 @@ class Engine {
         sum_gradients_ = !two_steps || step == 1;
         visit_windows(plan, line0, line1);
         if (p_.additional > 0 && !rows_are_keys()) visit_additional(plan);
-        if (step == 0 && two_steps && grad_logsumexp_)
+        if (step == 0 && two_steps)
           for (std::int64_t r = 0; r < head_count_ * head_rows_; ++r)
-            row_term_[r] -= row_grad_logsumexp_[r];
+            row_term_[r] = row_term_[r] / total_[r] - row_grad_logsumexp_[r];
       }
     }
     store_rows(plan, first);
@@ -513,6 +513,8 @@ class Engine {
     }
     pack_rows(grad_output_, p_.value_dim, 1.0, row_b_, plain_row_b_, v);
     std::fill(row_term_, row_term_ + rows, T(0));
+    // Lost in a sum of weights, and can be divided by where there are none.
+    std::fill(total_, total_ + rows, std::numeric_limits<T>::min());
     for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
       row_logsumexp_[r] = logsumexp_at(head, at);
       row_grad_logsumexp_[r] = grad_logsumexp_ ? *grad_logsumexp_.at(batch_, head, at) : T(0);
@@ -546,7 +548,8 @@ class Engine {
           *logsumexp_out_.at(batch_, head, at) = largest_[r];
         });
     } else if (pass_ == Pass::backward_query) {
-      unpack_rows(grad_query_, p_.head_dim, sums_a_, d, p_.scale, nullptr);
+      for (std::int64_t r = 0; r < head_count_ * head_rows_; ++r) total_[r] = 1 / total_[r];
+      unpack_rows(grad_query_, p_.head_dim, sums_a_, d, p_.scale, total_);
       for_each_row(first, [&](std::int64_t r, std::int64_t head, const Coordinate& at) {
         *row_term_at(head, at) = row_term_[r];
       });
@@ -761,11 +764,11 @@ class Engine {
         f.grad_value = grad_additional_[head] + p_.additional * d;
       }
       f.logsumexp = row_logsumexp_ + row;
+      f.grad_logsumexp = row_grad_logsumexp_ + row;
       f.row_term = row_term_ + row;
+      f.total = total_ + row;
       f.sum_row_term = sum_row_term_;
       f.sum_gradients = sum_gradients_;
-      // In two steps the gradient of logsumexp is taken off between them.
-      if (sum_row_term_ && sum_gradients_) f.grad_logsumexp = row_grad_logsumexp_ + row;
       f.grad_query = sums_a_ + row * d;
       kernels_.backward_query(f);
     }

@@ -750,9 +750,12 @@ void backward_query(const BackwardQuery<T>& f) {
   int batches = 0;
   for_each_batch(slots, [&](const Batch&) { ++batches; });
   const bool at_once = f.sum_row_term && f.sum_gradients && batches == 1;
-  const auto take_off_grad_logsumexp = [&](int v) {
+  // The weights of a row sum up to 1 only as well as its logsumexp is rounded, which is the worse
+  // the larger scores are. With the quotient the gradients of a row's scores still sum up to 0.
+  const auto finish_row_term = [&](int v) {
     const std::int64_t row = v * block.vector_stride;
-    store(f.row_term + row, load(f.row_term + row) - load(f.grad_logsumexp + row));
+    store(f.row_term + row,
+          load(f.row_term + row) / load(f.total + row) - load(f.grad_logsumexp + row));
   };
   for (int step = 0; step < 2; ++step) {
     const bool sums_row_term = step == 0 && f.sum_row_term;
@@ -768,7 +771,7 @@ void backward_query(const BackwardQuery<T>& f) {
         T* g = grads + v * kScores<T>;
         const std::int64_t first_row = v * block.vector_stride;
         const Vector<T> logsumexp = load(f.logsumexp + first_row);
-        Vector<T> sum{};
+        Vector<T> sum{}, total{};
         with_kind_of_scores(slots, batch, v, [&](auto plain) {
           for_each_slot(
               slots, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t slot) {
@@ -781,10 +784,14 @@ void backward_query(const BackwardQuery<T>& f) {
                   store(g + offset, grad);
                 }
                 sum += weight * grad;
+                total += weight;
               });
         });
-        if (sums_row_term) store(f.row_term + first_row, load(f.row_term + first_row) + sum);
-        if (at_once && f.grad_logsumexp) take_off_grad_logsumexp(v);
+        if (sums_row_term) {
+          store(f.row_term + first_row, load(f.row_term + first_row) + sum);
+          store(f.total + first_row, load(f.total + first_row) + total);
+        }
+        if (at_once) finish_row_term(v);
         if (!sums_gradients) continue;
         const Vector<T> row_term = load(f.row_term + first_row);
         for_each_slot(slots, batch, v, [&](std::int64_t offset, const Line<T>&, std::int64_t) {
@@ -800,8 +807,8 @@ void backward_query(const BackwardQuery<T>& f) {
       if (sums_gradients)
         row_products(slots, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_query);
     });
-    if (step == 0 && !at_once && f.grad_logsumexp)
-      for (int v = 0; v < block.vectors; ++v) take_off_grad_logsumexp(v);
+    if (step == 0 && f.sum_gradients && !at_once)
+      for (int v = 0; v < block.vectors; ++v) finish_row_term(v);
   }
 }
 

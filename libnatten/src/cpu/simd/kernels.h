@@ -74,7 +74,10 @@ struct Forward {
 };
 
 /// Gradients from a block of queries. Two steps over the same columns: the first adds up row_term,
-/// the sum of P * dP; the second uses it.
+/// the sum of P * dP, and total, the sum of P; the second uses their quotient, from which
+/// grad_logsumexp is taken off, as row_term. Start with 0 and with the least normal number, which
+/// counts only where a row has no weights. Where the caller takes the steps one by one, it makes the
+/// quotient between them.
 template <class T>
 struct BackwardQuery {
   const Block<T>& block;
@@ -83,14 +86,14 @@ struct BackwardQuery {
   const T* plain_query = nullptr;        // [rows][padded]; for gradients of columns
   const T* plain_grad_output = nullptr;  // [rows][value_padded]; likewise
   const T* logsumexp = nullptr;          // [rows]
+  const T* grad_logsumexp = nullptr;     // [rows]
   T* row_term = nullptr;                 // [rows]
+  T* total = nullptr;                    // [rows]
   bool sum_row_term = false;             // first step
   bool sum_gradients = false;  // second step; both at once where all columns of the rows are here
-  const T* grad_logsumexp =
-      nullptr;              // [rows], taken off row_term once that is complete; may be null
-  T* grad_query = nullptr;  // [rows][padded], accumulated, lacks the scale
-  T* grad_key = nullptr;    // [columns of the only line][padded], accumulated; may be null
-  T* grad_value = nullptr;  // likewise [value_padded]
+  T* grad_query = nullptr;     // [rows][padded], accumulated, lacks the scale and 1 / total
+  T* grad_key = nullptr;       // [columns of the only line][padded], accumulated; may be null
+  T* grad_value = nullptr;     // likewise [value_padded]
 };
 
 /// Gradients of a block of keys, the rows, from the queries that see them, the columns.
