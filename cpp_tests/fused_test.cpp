@@ -267,6 +267,81 @@ TEST_P(Fused, QueriesThatSeeNothing) {
 
 INSTANTIATE_TEST_SUITE_P(Registry, Fused, every_property(), Property::name);
 
+natten::Context vectorized() {
+  natten::Context context;
+  context.backend = "vectorized";
+  return context;
+}
+
+/// More than are packed at a time, and so many that their gradients are not added up from partial
+/// sums: alone, with few biases, and with dilated queries.
+TEST(ManyAdditionalTokens, AreTheDefinitionForAnyNumberOfThreads) {
+  const int threads = natten::num_threads();
+  ErrorTable errors;
+  for (int variant = 0; variant < 3; ++variant) {
+    Case c;
+    c.seed = base_seed() + 70 + static_cast<std::uint64_t>(variant);
+    c.axes.assign(index(1 + variant), {2, 2, 1, 1, false});
+    c.axes.back() = {4, 2, 1, 1 + variant % 2, false};
+    c.heads = 16;
+    c.kv_heads = variant == 1 ? 8 : 16;
+    c.dim = variant == 2 ? 17 : 32;
+    c.value_dim = variant == 2 ? 48 : 32;
+    c.additional = 4100;
+    c.rpb = variant > 0;
+    c.grad_logsumexp = variant > 1;
+    FusedProblem problem(c);
+    std::vector<std::vector<unsigned char>> first;
+    for (int count : {1, 3}) {
+      natten::set_num_threads(count);
+      std::vector<std::vector<unsigned char>> bytes;
+      problem.provide_logsumexp();
+      natten::run(problem.forward(), vectorized());
+      natten::run(problem.backward(), vectorized());
+      problem.buffers.for_each(
+          [&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*) {
+            bytes.push_back(buffer.bytes());
+          });
+      if (first.empty()) first = bytes;
+      EXPECT_EQ(bytes, first) << c << " with " << count << " threads";
+    }
+    expect_definition(problem, errors, [](const natten::Call&) {});  // has run
+  }
+  natten::set_num_threads(threads);
+}
+
+/// Beyond one number per query and head, memory is bounded: by 16 MiB, or what one set of biases'
+/// gradients per batch entry takes.
+TEST(Workspace, OfPartialSumsIsBounded) {
+  for (std::int64_t tokens : {16, 4096, 1 << 20})
+    for (std::int64_t heads : {1, 8, 64})
+      for (std::int64_t dim : {1, 64, 256})
+        for (std::int64_t additional : {0, 1, 100, 4096, 1 << 20})
+          for (std::int64_t kernel : {0, 3, 1000}) {  // 0: without biases
+            if (kernel > tokens) continue;
+            const auto view = [](std::initializer_list<std::int64_t> shape) {
+              return natten::contiguous_view(nullptr, natten::DType::float32, {}, shape.begin(),
+                                             static_cast<int>(shape.size()));
+            };
+            natten::Call call;
+            call.op = natten::Op::attention_backward;
+            call.neighborhood.kernel_size = {std::max<std::int64_t>(kernel, 3)};
+            natten::Tensors& t = call.tensors;
+            t.query = t.key = t.value = t.grad_output = t.grad_query =
+                view({2, tokens, heads, dim});
+            t.logsumexp = view({2, tokens, heads});
+            if (kernel > 0) t.rpb = t.grad_rpb = view({heads, 2 * kernel - 1});
+            t.additional_keys = t.additional_values = t.grad_additional_keys =
+                t.grad_additional_values = view({2, additional, heads, dim});
+            const std::int64_t rows = 2 * tokens * heads * 4;
+            const std::int64_t biases = kernel > 0 ? 2 * heads * (2 * kernel - 1 + 128) * 4 : 0;
+            EXPECT_LE(static_cast<std::int64_t>(natten::workspace_bytes(call, vectorized())),
+                      rows + std::max<std::int64_t>(16 << 20, biases) + 64)
+                << tokens << " tokens, " << heads << " heads of " << dim << ", " << additional
+                << " additional tokens, kernel size " << kernel;
+          }
+}
+
 /// The reference's gradients are the derivative of the reference's forward pass: the two are
 /// written by hand, so a mistake shared by library and reference would show here.
 TEST(Oracle, GradientsAgreeWithFiniteDifferences) {

@@ -325,6 +325,49 @@ TEST_P(UnfusedChain, IsFusedAttention) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Registry, Unfused, every_property(), Property::name);
+
+/// More additional tokens than are packed at a time.
+TEST(ManyAdditionalTokens, OfTheUnfusedOperations) {
+  natten::Context context;
+  context.backend = "vectorized";
+  ErrorTable errors;
+  for (int rank = 1; rank <= natten::kMaxRank; ++rank) {
+    Case c;
+    c.seed = base_seed() + static_cast<std::uint64_t>(rank);
+    c.axes.assign(index(rank), {3, 2, 1, 1, rank == 2});
+    c.heads = 2;
+    c.dim = 5;
+    c.additional = 8200;
+    UnfusedProblem problem(c);
+    Buffers b;
+    b.query = b.key = b.value = problem.input(problem.tokens);
+    b.additional_keys = b.additional_values = problem.input(problem.extra);
+    b.attn = problem.result(problem.slots);
+    b.output = problem.result(problem.tokens);
+    natten::Call call = problem.call(Op::qk, b);
+    call.options.empty_slots = natten::EmptySlots::zero;
+    natten::run(call, context);
+    const Dense attn = oracle::qk(problem.n, problem.pairs, b.query.dense(), b.key.dense(), Dense(),
+                                  b.additional_keys.dense(), 0.0);
+    errors.expect("qk", c.dtype, rank, relative_error(b.attn.dense(), attn));
+    natten::run(problem.call(Op::av, b), context);
+    errors.expect(
+        "av", c.dtype, rank,
+        relative_error(b.output.dense(), oracle::av(problem.n, problem.pairs, b.attn.dense(),
+                                                    b.value.dense(), b.additional_values.dense())));
+    Buffers sums;
+    sums.attn = b.attn;
+    sums.query = b.query;
+    sums.key = problem.result(problem.tokens);
+    sums.additional_keys = problem.result(problem.extra);
+    natten::run(problem.call(Op::av_transpose, sums), context);
+    const oracle::KeySums expected =
+        oracle::av_transpose(problem.n, problem.pairs, b.attn.dense(), b.query.dense());
+    errors.expect("av_transpose", c.dtype, rank, relative_error(sums.key.dense(), expected.key));
+    errors.expect("av_transpose", c.dtype, rank,
+                  relative_error(sums.additional_keys.dense(), expected.additional_keys));
+  }
+}
 INSTANTIATE_TEST_SUITE_P(Registry, UnfusedChain,
                          testing::Combine(testing::ValuesIn(tested_backends()),
                                           testing::Values(natten::DType::float64),

@@ -35,6 +35,9 @@ constexpr std::int64_t kItemsPerThread = 2;  // at least, to even out threads th
 // Partial sums are cut for so many threads, whatever there are: how they are cut shows in the
 // result.
 constexpr int kThreadsOfPartialSums = 16;
+/// Bytes of partial sums, if there is more than one of each gradient.
+constexpr std::size_t kMostPartialBytes = 16 << 20;
+constexpr std::int64_t kAdditionalPiece = 4096;  // additional tokens that are packed at a time
 // Multiply-adds, below which waking other threads takes longer than they save: some 30 us of work.
 constexpr double kLeastSharedWork = 1 << 19;
 constexpr std::int64_t kMostWeights = 4096;  // per row, of the unfused operations
@@ -103,7 +106,6 @@ struct Grid {
   std::int64_t rows(int axis, std::int64_t group) const {
     return rows_of(p.axes[axis], rows_are_keys(pass), group);
   }
-  /// Most columns that a run of rows of an axis sees together.
   std::int64_t most_columns(int axis, std::int64_t run) const {
     return cpu::most_columns(p.axes[axis], rows_are_keys(pass), run);
   }
@@ -202,24 +204,34 @@ struct Plan {
   }
 };
 
-/// Sums over queries that several items contribute to go through one partial sum per unit: a run of
-/// items of one head. How many units there are does not depend on threads.
-std::int64_t units_of(const Plan& plan, bool has_partial_sums) {
-  if (!has_partial_sums) return plan.items;
-  const std::int64_t others = std::max<std::int64_t>(1, plan.grid.p.batch * plan.head_groups());
-  return std::min(plan.items, std::max<std::int64_t>(1, 32 / others));
-}
+std::int64_t bias_count(const Problem& p) { return volume(relative_positions(p)); }
+/// Of a head's table of biases, with those to spare.
+std::int64_t bias_elements(const Problem& p) { return bias_count(p) + 2 * kSpareBias; }
 
+/// Sums over queries that several items contribute to go through one partial sum per unit: a run of
+/// items of one head. How many units there are does not depend on threads, and is bounded by the
+/// memory that they take. Gradients of so many additional tokens that this would leave few units
+/// have none: those tokens gather from the queries, as keys do.
 struct Partials {
   std::int64_t units = 0;       // per batch entry and head
   std::int64_t bias = 0;        // elements of a table of biases, with its spare ends
   std::int64_t additional = 0;  // elements of the additional tokens' gradients
   std::int64_t stride() const { return bias + additional; }
-};
 
-std::int64_t bias_count(const Problem& p) { return volume(relative_positions(p)); }
-/// Of a head's table of biases, with those to spare.
-std::int64_t bias_elements(const Problem& p) { return bias_count(p) + 2 * kSpareBias; }
+  /// Those of a plan for gradients of queries, with elements of some size.
+  Partials(const Plan& plan, std::size_t element) : units(plan.items) {
+    const Problem& p = plan.grid.p;
+    if (plan.grid.pass != Pass::backward_query) return;
+    const std::int64_t others = std::max<std::int64_t>(1, p.batch * plan.head_groups());
+    const std::int64_t wanted = std::min(plan.items, std::max<std::int64_t>(1, 32 / others));
+    const std::int64_t most_elements = static_cast<std::int64_t>(kMostPartialBytes / element) /
+                                       std::max<std::int64_t>(1, p.batch * p.heads);
+    if (p.wants_grad_rpb) bias = bias_elements(p);
+    if (p.wants_grad_additional) additional = p.additional * (plan.padded + plan.value_padded);
+    if (wanted * additional + bias > most_elements) additional = 0;
+    if (stride() > 0) units = std::max<std::int64_t>(1, std::min(wanted, most_elements / stride()));
+  }
+};
 
 /// One pass over one job. Copies share nothing that is written.
 template <class E>
@@ -263,19 +275,10 @@ class Engine {
     return Plan(p_, pass_, kernels_.width, sizeof(T), sums_up ? kThreadsOfPartialSums : threads);
   }
 
-  static Partials partials_of(const Problem& p, const Plan& plan) {
-    Partials partials;
-    if (p.wants_grad_rpb) partials.bias = bias_elements(p);
-    if (p.wants_grad_additional)
-      partials.additional = p.additional * (plan.padded + plan.value_padded);
-    partials.units = units_of(plan, partials.stride() > 0);
-    return partials;
-  }
-
   /// Runs units first to last of the pass.
   void run(const Plan& plan, const Partials& partials, std::int64_t first, std::int64_t last) {
     const Lent lent(memory_);
-    allocate(plan);
+    allocate(plan, partials.additional > 0);
     for (std::int64_t unit = first; unit < last; ++unit) {
       const std::int64_t of_head = unit % partials.units;
       const std::int64_t row_heads = plan.grid.heads();
@@ -323,7 +326,8 @@ class Engine {
     return plan.column_heads == 1 ? 1 : head_count_;
   }
 
-  void allocate(const Plan& plan) {
+  /// `plain_rows`: the gradients of additional tokens need them.
+  void allocate(const Plan& plan, bool plain_rows) {
     Arena arena(memory_);
     for (int round = 0; round < 2; ++round) {
       const std::int64_t columns = plan.piece_columns;
@@ -362,22 +366,22 @@ class Engine {
         if (head == 0) slot_stride_ = arena.used<T>() - before;
       }
       lines_.resize(lines);
-      additional_keys_plain_ = arena.take<T>(plan.column_heads * p_.additional * d);
-      additional_values_plain_ = arena.take<T>(plan.column_heads * p_.additional * std::max(d, v));
+      const std::int64_t additional = std::min(p_.additional, kAdditionalPiece);
+      additional_keys_plain_ = arena.take<T>(plan.column_heads * additional * d);
+      additional_values_plain_ = arena.take<T>(plan.column_heads * additional * std::max(d, v));
       bias_memory_ = arena.take<T>(rpb_ ? plan.row_heads * bias_elements(p_) : 0);
       line_rows_ = round_up(plan.strip, plan.width);
       head_rows_ = plan.stack * line_rows_;
       const std::int64_t rows = plan.row_heads * head_rows_;
       row_a_ = arena.take<T>(rows * p_.head_dim);
       row_b_ = arena.take<T>(backward ? rows * p_.value_dim : 0);
-      const bool plain_rows = pass_ == Pass::backward_query && p_.wants_grad_additional;
       plain_row_a_ = plain_rows ? arena.take<T>(rows * d) : nullptr;
       plain_row_b_ = plain_rows ? arena.take<T>(rows * v) : nullptr;
       sums_a_ = arena.take<T>(rows * std::max(d, v));
       sums_b_ = arena.take<T>(keyed ? rows * v : 0);
       // With a vector to spare.
       weights_stride_ =
-          round_up(std::max(weights_per_row(plan), p_.additional), plan.width) + plan.width;
+          round_up(std::max(weights_per_row(plan), additional), plan.width) + plan.width;
       weights_ =
           is_fused(pass_) ? nullptr : arena.take<T>(kMostVectors * plan.width * weights_stride_);
       for (T** statistic : {&largest_, &total_, &row_logsumexp_, &row_term_, &row_grad_logsumexp_})
@@ -432,7 +436,9 @@ class Engine {
         sum_row_term_ = step == 0;
         sum_gradients_ = !two_steps || step == 1;
         visit_windows(plan, line0, line1);
-        if (p_.additional > 0 && !rows_are_keys()) visit_additional(plan);
+        if (!rows_are_keys())
+          for (std::int64_t first = 0; first < p_.additional; first += kAdditionalPiece)
+            visit_additional(plan, first);
         if (step == 0 && two_steps)
           for (std::int64_t r = 0; r < head_count_ * head_rows_; ++r)
             row_term_[r] = row_term_[r] / total_[r] - row_grad_logsumexp_[r];
@@ -671,20 +677,22 @@ class Engine {
           }
           columns_of_lines_ = {i0.begin, i1.begin, 0};
           lines_per_plane_ = i1.size();
-          visit_blocks(plan, h, lines_.data(), count, c, stop);
+          visit_blocks(plan, h, lines_.data(), count, c, stop, false);
         }
       }
     }
   }
 
-  void visit_additional(const Plan& plan) {
-    const std::int64_t n = p_.additional, d = plan.padded, v = plan.value_padded;
-    const std::int64_t of = batch_ * p_.kv_heads + column_head_;
+  /// Runs the rows over the additional tokens from `first` on, as many as are packed at a time.
+  void visit_additional(const Plan& plan, std::int64_t first) {
+    const std::int64_t n = std::min(p_.additional - first, kAdditionalPiece);
+    const std::int64_t d = plan.padded, v = plan.value_padded;
+    const std::int64_t of = (batch_ * p_.kv_heads + column_head_) * p_.additional + first;
     if (additional_of_ != of) {
       const auto pack_additional = [&](const In& from, std::int64_t dim, T* to,
                                        std::int64_t padded) {
         pack(isa_, p_.dtype,
-             simd::Packing<T>{from.at(batch_, column_head_, 0), from.token, n, dim,
+             simd::Packing<T>{from.at(batch_, column_head_, first), from.token, n, dim,
                               static_cast<int>(column_heads(plan)), from.head, T(1), nullptr, 0, 0,
                               to, padded, n * padded, nullptr});
       };
@@ -700,18 +708,20 @@ class Engine {
       simd::Line<T> line;
       line.transposed = line.plain_grad = additional_keys_plain_ + column_head * n * d;
       line.transposed_grad = line.plain = additional_values_plain_ + column_head * n * v;
-      visit_blocks(plan, h, &line, 1, 0, -1);
+      visit_blocks(plan, h, &line, 1, first, first + n, true);
     }
   }
 
-  /// Calls the kernel for each block of rows. `stop` < 0: the columns are the additional tokens,
+  /// Calls the kernel for each block of rows. `everywhere`: the columns are additional tokens,
   /// which every row sees.
   void visit_blocks(const Plan& plan, std::int64_t head, const simd::Line<T>* lines,
-                    std::int64_t line_count, std::int64_t start, std::int64_t stop) {
+                    std::int64_t line_count, std::int64_t start, std::int64_t stop,
+                    bool everywhere) {
     pack_all();
     simd::Block<T> block;
     block.adjacent = plan.stack == 1;
-    block.everywhere = stop < 0;
+    block.everywhere = everywhere;
+    first_column_ = start;
     block.vector_stride = block.adjacent ? plan.width : line_rows_;
     block.lines = lines;
     block.line_count = line_count;
@@ -730,9 +740,9 @@ class Engine {
       block.position = first_row_ + r - start;
       bool sees_any = block.everywhere;
       for (int i = 0; i < block.rows; ++i) {
-        const Interval seen = intervals_[r + i];
-        block.begin[i] = block.everywhere ? 0 : std::clamp(seen.begin, start, stop) - start;
-        block.end[i] = block.everywhere ? p_.additional : std::clamp(seen.end, start, stop) - start;
+        const Interval seen = everywhere ? Interval{start, stop} : intervals_[r + i];
+        block.begin[i] = std::clamp(seen.begin, start, stop) - start;
+        block.end[i] = std::clamp(seen.end, start, stop) - start;
         sees_any = sees_any || block.begin[i] < block.end[i];
       }
       if (!sees_any) continue;
@@ -760,8 +770,8 @@ class Engine {
       if (block.everywhere && grad_additional_[head]) {
         f.plain_query = plain_row_a_ + row * d;
         f.plain_grad_output = plain_row_b_ + row * v;
-        f.grad_key = grad_additional_[head];
-        f.grad_value = grad_additional_[head] + p_.additional * d;
+        f.grad_key = grad_additional_[head] + first_column_ * d;
+        f.grad_value = grad_additional_[head] + p_.additional * d + first_column_ * v;
       }
       f.logsumexp = row_logsumexp_ + row;
       f.grad_logsumexp = row_grad_logsumexp_ + row;
@@ -784,7 +794,7 @@ class Engine {
   template <class F>
   void for_each_weights(const Plan& plan, const simd::Block<T>& block, std::int64_t head,
                         std::int64_t row, F&& f) const {
-    const std::int64_t first = block.everywhere ? p_.window_size() : 0;
+    const std::int64_t first = block.everywhere ? p_.window_size() + first_column_ : 0;
     for (std::int64_t v = 0; v < block.vectors; ++v)
       for (std::int64_t r = 0; r < plan.width; ++r) {
         if ((block.adjacent ? v * plan.width : 0) + r >= block.rows) break;
@@ -799,7 +809,7 @@ class Engine {
 
   void run_unfused(const Plan& plan, const simd::Block<T>& block, std::int64_t head,
                    std::int64_t row) {
-    const std::int64_t count = block.everywhere ? p_.additional : p_.window_size();
+    const std::int64_t count = block.everywhere ? block.end[0] : p_.window_size();
     simd::Weights<T> w{block, weights_, weights_stride_, row_a_ + row * p_.head_dim,
                        sums_a_ + row * plan.padded};
     if (pass_ == Pass::qk) {
@@ -912,6 +922,7 @@ class Engine {
   std::int64_t first_row_ = 0, row_count_ = 0;
   Coordinate first_line_{};        // of rows
   Coordinate columns_of_lines_{};  // the first line of columns
+  std::int64_t first_column_ = 0;  // of what is packed of a line, or of the additional tokens
   std::int64_t lines_per_plane_ = 0;
   std::vector<Interval> intervals_;  // columns that each row of the strip sees
   std::vector<std::int64_t> tags_;   // which line a slot of the ring holds
@@ -939,9 +950,7 @@ Phase pass_phase(const Job& job, Pass pass, int threads) {
   const Engine<E> engine(job, pass);
   const Problem& p = job.problem;
   const Plan plan = engine.plan(threads);
-  Partials partials;
-  partials.units = plan.items;
-  if (pass == Pass::backward_query) partials = Engine<E>::partials_of(p, plan);
+  const Partials partials(plan, sizeof(StatisticOf<E>));
   return {p.batch * plan.head_groups() * partials.units,
           [=](std::int64_t first, std::int64_t last) {
             Engine<E> own(engine);
@@ -949,14 +958,49 @@ Phase pass_phase(const Job& job, Pass pass, int threads) {
           }};
 }
 
-/// Adds up the partial sums of the bias and of additional tokens.
+/// The additional tokens of a backward pass as keys of a grid of their own, all of which every
+/// query sees.
+Job as_keys(const Job& job) {
+  Job own{job.problem, {}, job.workspace};
+  Problem& p = own.problem;
+  const std::int64_t count = p.additional;
+  for (Axis& axis : p.axes) axis = {axis.query_length, 1, 1, 1, 1, false};
+  p.axes[kMaxRank - 1].key_length = p.axes[kMaxRank - 1].kernel_size = count;
+  p.additional = 0;
+  p.has_rpb = p.wants_grad_rpb = p.wants_grad_additional = false;
+  const Tensors& t = job.tensors;
+  // [B, N, ..] to [B, 1, 1, N, ..], of the problem's rank.
+  const auto on_grid = [&](TensorView v) {
+    const auto spread = [&](auto& values, std::int64_t trivial) {
+      std::copy_backward(values.begin() + 1, values.begin() + v.ndim,
+                         values.begin() + v.ndim + p.rank - 1);
+      std::fill_n(values.begin() + 1, p.rank - 1, trivial);
+    };
+    if (!v) return v;
+    spread(v.shape, 1);
+    spread(v.strides, 0);
+    v.ndim += p.rank - 1;
+    return v;
+  };
+  own.tensors.query = t.query;
+  own.tensors.logsumexp = t.logsumexp;
+  own.tensors.grad_output = t.grad_output;
+  own.tensors.key = on_grid(t.additional_keys);
+  own.tensors.value = on_grid(t.additional_values);
+  own.tensors.grad_key = on_grid(t.grad_additional_keys);
+  own.tensors.grad_value = on_grid(t.grad_additional_values);
+  return own;
+}
+
+/// Adds up the partial sums of the bias and of additional tokens, or has the latter gather from the
+/// queries.
 template <class E>
 void reduce_partials(const Job& job, int threads, std::vector<Phase>& phases) {
   using T = StatisticOf<E>;
   const Engine<E> engine(job, Pass::backward_query);
   const Problem p = job.problem;
   const Plan plan = engine.plan(threads);
-  const Partials partials = Engine<E>::partials_of(p, plan);
+  const Partials partials(plan, sizeof(T));
   const T* sums = engine.partial_sums();
   // The sum over units first to last of one element.
   const auto sum_of = [=](std::int64_t first, std::int64_t last, std::int64_t element) {
@@ -980,7 +1024,9 @@ void reduce_partials(const Job& job, int threads, std::vector<Phase>& phases) {
                         }
                       }});
   }
-  if (p.wants_grad_additional) {
+  if (p.wants_grad_additional && p.additional > 0 && partials.additional == 0)
+    phases.push_back(pass_phase<E>(as_keys(job), Pass::backward_key, threads));
+  if (partials.additional > 0) {
     const auto grad_keys = operand<E>(p, job.tensors, &Tensors::grad_additional_keys);
     const auto grad_values = operand<E>(p, job.tensors, &Tensors::grad_additional_values);
     const std::int64_t group = p.heads / p.kv_heads;
@@ -1108,8 +1154,6 @@ std::vector<Phase> phases_of(const Job& job, int threads) {
 std::string refuse_reason(const Problem& p) {
   if (p.queries() == 0) return "there are no queries";
   if (p.op == Op::rpb_scatter || p.op == Op::rpb_gather) return {};
-  if (p.additional > 4096)
-    return std::to_string(p.additional) + " additional tokens; it packs at most 4096 at a time";
   const Pass pass = first_pass(p.op);
   if (is_fused(pass)) return {};
   const bool in_pieces = dispatch_dtype(p.dtype, [&](auto type) {
@@ -1127,10 +1171,11 @@ std::size_t workspace_bytes(const Problem& p) {
     using E = typename decltype(type)::type;
     Job job{p, {}, nullptr};
     const Engine<E> engine(job, Pass::backward_query);
-    const Partials partials = Engine<E>::partials_of(p, engine.plan(1));
+    constexpr std::size_t element = sizeof(StatisticOf<E>);
+    const Partials partials(engine.plan(1), element);
     const std::int64_t heads = p.batch * p.heads;
     return static_cast<std::size_t>(heads * (p.queries() + partials.units * partials.stride())) *
-           sizeof(StatisticOf<E>);
+           element;
   });
 }
 
