@@ -308,8 +308,8 @@ def refusal_cases():
 
     yield "rank", ValueError, "query", na(q[0], k[0], v[0])
     yield "rank of query", ValueError, "query", na(q=q[..., 0])
-    for name in ("kernel_size", "dilation", "stride", "is_causal"):
-        for bad in ((1,), (1, 1, 1), ()):
+    for name, one in dict(kernel_size=1, dilation=1, stride=1, is_causal=True).items():
+        for bad in ((one,), (one, one, one), ()):
             yield f"length of {name}", ValueError, name, na(**{name: bad})
     for name in ("q_tile_shape", "kv_tile_shape", "backward_q_tile_shape",
                  "backward_kv_tile_shape", "backward_kv_splits"):  # fmt: skip

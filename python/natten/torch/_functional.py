@@ -45,9 +45,10 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
         return operator.differentiate(*args)
     except Exception:
         # Only now, as good calls need no such checks.
+        nested = any(map(_is_nested, args[:2]))
         for role, x in zip(operator.inputs, args, strict=False):
             if x is not None or role.is_required:
-                _ops.check_tensor(role.name, x, may_be_nested=_is_nested(args[0]))
+                _ops.check_tensor(role.name, x, may_be_nested=nested)
         raise
 
 
