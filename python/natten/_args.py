@@ -192,7 +192,7 @@ def probability(name: str, value: float) -> float:
     return rate
 
 
-def spelled_is_causal(is_causal: Bools, is_casual: Bools | None) -> Bools:
+def spelled_is_causal(is_causal: Bools | None, is_casual: Bools | None) -> Bools | None:
     """Accepts the misspelling `is_casual`, which widely copied examples contain."""
     if is_casual is None:
         return is_causal

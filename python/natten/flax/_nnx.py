@@ -29,7 +29,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         num_heads: int,
         kernel_size: Ints,
         dilation: Ints = 1,
-        is_causal: Bools = False,
+        is_causal: Bools | None = False,
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,

@@ -45,7 +45,7 @@ def explain(
     value: Tensor,
     kernel_size: Ints,
     dilation: Ints = 1,
-    is_causal: Bools = False,
+    is_causal: Bools | None = False,
     rpb: Tensor | None = None,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
