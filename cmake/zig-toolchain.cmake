@@ -29,6 +29,9 @@ endforeach()
 set(CMAKE_INSTALL_NAME_TOOL true)
 set(CMAKE_RC_COMPILER true)
 
+# CMake's tries only compile: zig makes a system's libraries when it first links for it.
+set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+
 # Nothing that is installed here is for that system.
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
 set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)

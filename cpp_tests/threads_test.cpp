@@ -349,13 +349,13 @@ TEST(Interruption, IsNotAskedForInShortCalls) {
   EXPECT_EQ(results(context), results());
 }
 
+#if !defined(_WIN32)
 #if defined(__SANITIZE_THREAD__)
 constexpr bool kThreadSanitizer = true;
 #else
 constexpr bool kThreadSanitizer = false;
 #endif
 
-#if !defined(_WIN32)
 /// A child process has none of its parent's threads, yet must compute.
 TEST(Threading, ForkedChildrenCompute) {
   if (kThreadSanitizer) GTEST_SKIP() << "ThreadSanitizer cannot follow threads of a forked child";
