@@ -409,6 +409,44 @@ void expect_definition(FusedProblem& problem, ErrorTable& errors, Run&& run) {
   b.expect_gaps_intact();
 }
 
+/// Biases give all queries of one head nothing but scores of -inf: its logsumexp is -inf, its
+/// output and gradients are 0. The other head is as ever.
+template <class Run>
+void expect_zeros_where_all_scores_are_infinite(const Precision& precision, Run&& run) {
+  Case c;
+  c.seed = base_seed() + 500;
+  c.dtype = precision.dtype;
+  c.allow_tf32 = precision.allow_tf32;
+  c.axes = {{9, 5, 1, 1, false}, {13, 3, 1, 2, false}};
+  c.heads = c.kv_heads = 2;
+  c.dim = c.value_dim = 8;
+  c.rpb = c.grad_logsumexp = true;
+  FusedProblem problem(c);
+  const oracle::FusedResults expected = problem.expected();
+  Buffers& b = problem.buffers;
+  const std::int64_t biases = b.rpb.dense().size() / c.heads;
+  for (std::int64_t i = 0; i < biases; ++i) b.rpb.set(i, -std::numeric_limits<double>::infinity());
+  run(problem.forward());
+  run(problem.backward());
+  // `inner` elements of one head lie together. Those of the first are as `value`.
+  const auto expect = [&](const char* name, const Buffer& buffer, Dense reference,
+                          std::int64_t inner, double value = 0) {
+    Dense got = buffer.dense();
+    for (std::int64_t i = 0; i < got.size(); ++i) {
+      if (i / inner % c.heads != 0) continue;
+      ASSERT_EQ(got[i], value) << name << ", element " << i;
+      got[i] = reference[i] = 0;
+    }
+    EXPECT_LE(relative_error(got, reference), ErrorTable::bound_of(name, precision)) << name;
+  };
+  expect("output", b.output, expected.output, c.value_dim);
+  expect("logsumexp", b.logsumexp, expected.logsumexp, 1, -std::numeric_limits<double>::infinity());
+  expect("grad_query", b.grad_query, expected.grad_query, c.dim);
+  expect("grad_key", b.grad_key, expected.grad_key, c.dim);
+  expect("grad_value", b.grad_value, expected.grad_value, c.value_dim);
+  expect("grad_rpb", b.grad_rpb, expected.grad_rpb, biases);
+}
+
 /// Whether some backend runs the call, given what NATTEN_BACKEND forces.
 inline bool is_runnable(const natten::Call& call) {
   for (const natten::Verdict& verdict : natten::explain(natten::describe(call)))

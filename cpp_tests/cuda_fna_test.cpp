@@ -273,6 +273,86 @@ TEST_P(CudaFna, Random) {
     }
 }
 
+TEST_P(CudaFna, AllScoresInfinite) {
+  for (const bool deterministic : {true, false})
+    expect_zeros_where_all_scores_are_infinite(GetParam(), [&](natten::Call call) {
+      call.options.deterministic = deterministic;
+      run_emulated(call, 1);
+    });
+}
+
+/// Where scores are large, logsumexp rounds to 1e-5 and more.
+TEST_P(CudaFna, LargeScores) {
+  std::uint64_t seed = base_seed() + 3000;
+  for (const double scores : {1., 30., 300., 3000.}) {
+    Case c;
+    c.seed = ++seed;
+    c.dtype = dtype();
+    c.allow_tf32 = GetParam().allow_tf32;
+    c.axes = {{18, 7, 1, 1, false}, {17, 7, 1, 1, false}};
+    c.heads = c.kv_heads = 2;
+    c.dim = c.value_dim = 32;
+    c.scale = scores / std::sqrt(static_cast<double>(c.dim));
+    FusedProblem problem(c);
+    Buffers& b = problem.buffers;
+    for (Buffer* x : {&b.query, &b.key, &b.value, &b.grad_output})  // for exact products in TF32
+      for (std::int64_t i = 0; i < x->dense().size(); ++i)
+        x->set(i, cuda::round_to_tf32(static_cast<float>(x->get(i))));
+    natten_tests::expect_definition(problem, errors_,
+                                    [](const natten::Call& call) { run_emulated(call, 1); });
+  }
+}
+
+/// Strides of biases that 32 bits do not hold are refused, and another backend runs the problem.
+TEST(CudaFnaChoice, BiasesFarApart) {
+  Case c;
+  c.axes = {{9, 5, 1, 1, false}, {7, 3, 1, 1, false}};
+  c.dtype = natten::DType::bfloat16;
+  c.rpb = true;
+  FusedProblem problem(c);
+  for (natten::Op op : {natten::Op::attention_forward, natten::Op::attention_backward}) {
+    problem.provide_logsumexp();
+    natten::Call call = problem.call(op);
+    const auto refusal = [&](std::int64_t stride) {
+      call.tensors.rpb.strides[1] = stride;
+      return cuda::fna_refuse_reason(natten::describe(call));
+    };
+    EXPECT_EQ(refusal(5), "");
+    EXPECT_EQ(refusal(1 << 27), "");
+    EXPECT_EQ(refusal(-(1 << 27)), "");
+    for (const std::int64_t stride : {std::int64_t{1} << 28, -(std::int64_t{1} << 28)})
+      EXPECT_EQ(refusal(stride),
+                "rpb: its strides span 2147483652 elements within a head; the most is 2^31 - 1");
+    EXPECT_NE(refusal(std::numeric_limits<std::int64_t>::min()), "");
+    EXPECT_EQ(cuda::simt_refuse_reason(natten::describe(call)), "");
+  }
+}
+
+/// A kernel whose lanes copy different numbers of chunks before they load matrices.
+struct PartingLanes {
+  static constexpr int kThreads = 32;
+  const char* from;  // 16 bytes, aligned
+  bool meets;
+  template <class Machine>
+  void operator()(Machine& gpu) const {
+    for (int i = 0; i < gpu.thread() % 2; ++i) gpu.copy_async(16 * gpu.thread(), from);
+    gpu.commit();
+    gpu.template wait<0>();
+    if (meets) gpu.sync_warp();
+    std::uint32_t x[4];
+    gpu.load_matrices(x, 16 * gpu.thread());
+  }
+};
+
+TEST(CudaEmulator, FindsLanesThatHaveParted) {
+  alignas(16) const char from[16] = {};
+  Emulator launch;
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_NO_THROW(launch(PartingLanes{from, true}, 1, 512));
+    EXPECT_THROW(launch(PartingLanes{from, false}, 1, 512), std::logic_error);
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Emulated, CudaFna,
                          testing::Values(Precision(natten::DType::bfloat16),
                                          Precision(natten::DType::float16),

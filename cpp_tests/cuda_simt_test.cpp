@@ -1,6 +1,8 @@
 // The SIMT kernels of the CUDA backend, compiled for the host and run on host memory. The suites of
 // all backends run them too (`provided_backends`).
 
+#include <algorithm>
+#include <limits>
 #include <random>
 
 #include "../libnatten/src/cuda/simt.h"
@@ -250,6 +252,83 @@ TEST_P(CudaSimt, BiasGradientFromGivenRowTerm) {
     EXPECT_GT(launch.launches, before + 4);
     expect_gradient();
   });
+}
+
+TEST_P(CudaSimt, AllScoresInfinite) {
+  expect_zeros_where_all_scores_are_infinite(dtype(), run_emulated);
+}
+
+/// The gradients of query and key by the formulas of attention, in float32: as frameworks compute
+/// them from weights that are kept.
+struct PlainGradients {
+  Dense query, key;
+
+  explicit PlainGradients(const oracle::FusedInputs& in)
+      : query(in.query.shape), key(in.key.shape) {
+    const oracle::Sizes& n = in.n;
+    const auto dot = [](const Dense& a, std::int64_t i, const Dense& b, std::int64_t j,
+                        std::int64_t dims) {
+      float sum = 0;
+      for (std::int64_t d = 0; d < dims; ++d)
+        sum += static_cast<float>(a[i + d]) * static_cast<float>(b[j + d]);
+      return sum;
+    };
+    const auto add = [](Dense& to, std::int64_t i, float factor, const Dense& from, std::int64_t j,
+                        std::int64_t dims) {
+      for (std::int64_t d = 0; d < dims; ++d)
+        to[i + d] = static_cast<float>(to[i + d]) + factor * static_cast<float>(from[j + d]);
+    };
+    const auto scale = static_cast<float>(in.scale);
+    for (std::int64_t row = 0; row < n.batch * n.queries * n.heads; ++row) {
+      const std::int64_t head = row % n.heads, q = row / n.heads % n.queries;
+      const std::int64_t first = row / n.heads / n.queries * n.keys;  // key of the batch entry
+      const auto& pairs = in.pairs[index(q)];
+      std::vector<float> weights, grads;
+      const auto key_of = [&](std::size_t i) { return (first + pairs[i].key) * n.heads + head; };
+      float largest = -std::numeric_limits<float>::infinity(), total = 0, term = 0;
+      for (std::size_t i = 0; i < pairs.size(); ++i) {
+        weights.push_back(scale * dot(in.query, row * n.dim, in.key, key_of(i) * n.dim, n.dim));
+        grads.push_back(
+            dot(in.grad_output, row * n.value_dim, in.value, key_of(i) * n.value_dim, n.value_dim));
+        largest = std::max(largest, weights.back());
+      }
+      for (float& x : weights) total += x = std::exp(x - largest);
+      for (float& x : weights) x /= total;
+      for (std::size_t i = 0; i < pairs.size(); ++i) term += weights[i] * grads[i];
+      for (std::size_t i = 0; i < pairs.size(); ++i) {
+        const float grad_score = weights[i] * (grads[i] - term) * scale;
+        add(query, row * n.dim, grad_score, in.key, key_of(i) * n.dim, n.dim);
+        add(key, key_of(i) * n.dim, grad_score, in.query, row * n.dim, n.dim);
+      }
+    }
+  }
+};
+
+/// Where scores are large, logsumexp rounds to some 1e-5 or more, and weights made with it do not
+/// add up to 1. Gradients must not be worse for it than those by normalised weights.
+TEST(CudaSimtScores, AsGoodAsPlainAttentionAtAnyScale) {
+  std::uint64_t seed = base_seed() + 600;
+  for (const double scores : {1., 10., 30., 100., 300., 1e3, 3e3, 1e4}) {
+    Case c;
+    c.seed = ++seed;
+    c.axes = {{18, 7, 1, 1, false}, {17, 7, 1, 1, false}};
+    c.heads = c.kv_heads = 2;
+    c.dim = c.value_dim = 16;
+    c.scale = scores / std::sqrt(static_cast<double>(c.dim));
+    FusedProblem problem(c);
+    run_emulated(problem.forward());
+    run_emulated(problem.backward());
+    const oracle::FusedResults exact = problem.expected();
+    const PlainGradients plain(problem.oracle_inputs());
+    Buffers& b = problem.buffers;
+    const auto expect = [&](const char* name, const Dense& got, const Dense& by_plain,
+                            const Dense& reference) {
+      EXPECT_LE(relative_error(got, reference), 10 * relative_error(by_plain, reference))
+          << name << ", scores of " << scores;
+    };
+    expect("grad_query", b.grad_query.dense(), plain.query, exact.grad_query);
+    expect("grad_key", b.grad_key.dense(), plain.key, exact.grad_key);
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaSimt, testing::ValuesIn(kDTypes),

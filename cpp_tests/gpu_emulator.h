@@ -2,8 +2,11 @@
 
 // Runs CUDA kernels (libnatten/src/cuda) on the host, block by block. The threads of a block are
 // fibers that run until they meet at a barrier or an operation of their warp, in an order that a
-// seed chooses; so a missing barrier shows as a wrong result under some seed. What matrices of
-// ldmatrix and mma hold where is written from the PTX manual, independently of the kernels.
+// seed chooses; so a missing barrier shows as a wrong result under some seed. Lanes of a warp go
+// their own ways on a GPU once they have taken different paths, and ldmatrix and mma need them
+// together: so these throw where lanes have done different things since they last met at a barrier.
+// What matrices of ldmatrix and mma hold where is written from the PTX manual, independently of the
+// kernels.
 
 #include <natten/half.h>
 #include <ucontext.h>
@@ -19,7 +22,9 @@
 #include <memory>
 #include <random>
 #include <stdexcept>
+#include <string>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "../libnatten/src/cuda/machine.h"
@@ -34,7 +39,8 @@ class EmulatedThread {
   std::int64_t block() const;
   int thread() const { return thread_; }
   template <class E>
-  E* shared(int offset) const {
+  E* shared(int offset) {
+    step(Step::shared);
     return reinterpret_cast<E*>(shared_bytes(offset, sizeof(E)));
   }
   int opaque(int x) const { return x; }
@@ -52,8 +58,12 @@ class EmulatedThread {
   }
   void load_matrices(std::uint32_t (&r)[4], int row) { load(r, row, false); }
   void load_matrices_transposed(std::uint32_t (&r)[4], int row) { load(r, row, true); }
-  void read_chunk(std::uint32_t (&r)[4], int from) { std::memcpy(r, shared_bytes(from, 16), 16); }
+  void read_chunk(std::uint32_t (&r)[4], int from) {
+    step(Step::shared);
+    std::memcpy(r, shared_bytes(from, 16), 16);
+  }
   void write_chunk(int to, const std::uint32_t (&r)[4]) {
+    step(Step::shared);
     std::memcpy(shared_bytes(to, 16), r, 16);
   }
   template <class T>
@@ -65,12 +75,16 @@ class EmulatedThread {
   }
   float exp2(float x) const { return std::exp2(x); }
   float log(float x) const { return std::log(x); }
-  void copy_chunk(void* to, const void* from) const {
+  void copy_chunk(void* to, const void* from) {
+    step(Step::global);
     if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16 != 0)
       throw std::logic_error("copy_chunk: addresses must be multiples of 16 bytes");
     std::memcpy(to, from, 16);
   }
-  void atomic_add(float* to, float x) const { *to += x; }
+  void atomic_add(float* to, float x) {
+    step(Step::global);
+    *to += x;
+  }
 
  private:
   friend class EmulatedBlock;
@@ -80,6 +94,9 @@ class EmulatedThread {
     bool valid;
     std::size_t bytes;
   };
+  /// What lanes may do of their own; `path_` is a digest of what this one has done since a barrier.
+  enum class Step : std::uint64_t { shared = 1, copy, global };
+  void step(Step s) { path_ = (path_ ^ static_cast<std::uint64_t>(s)) * 0x100000001b3; }
   /// Some bytes of shared memory, aligned to as many.
   char* shared_bytes(int offset, std::size_t bytes) const;
   void copy(int to, const void* from, bool valid, std::size_t bytes);
@@ -88,9 +105,13 @@ class EmulatedThread {
   /// Calls `f(args of all 32 lanes)` once, by the last lane to arrive; returns when it is done.
   template <class Args, class F>
   void with_warp(Args& args, F&& f);
+  /// The same for operations that need the lanes of a warp together.
+  template <class Args, class F>
+  void with_aligned_warp(const char* what, Args& args, F&& f);
 
   EmulatedBlock* owner_ = nullptr;
   int thread_ = 0;
+  std::uint64_t path_ = 0;
   std::vector<std::vector<Copy>> groups_{1};  // the last one is open
 };
 
@@ -133,7 +154,10 @@ class EmulatedBlock {
         if (f.state != State::ready) continue;
         progress = true;
         resume(i);
-        if (error_) std::rethrow_exception(error_);
+        if (error_) {
+          for (Fiber& other : threads_) other.started = false;  // the next block starts them anew
+          std::rethrow_exception(std::exchange(error_, nullptr));
+        }
         if (f.state == State::done) ++done;
       }
       if (!progress && done < threads_.size())
@@ -241,15 +265,35 @@ inline char* EmulatedThread::shared_bytes(int offset, std::size_t bytes) const {
     throw std::logic_error("shared memory: an offset beyond its end, or not aligned");
   return owner_->shared() + at;
 }
-inline void EmulatedThread::sync() { owner_->sync(); }
+inline void EmulatedThread::sync() {
+  owner_->sync();
+  path_ = 0;
+}
 
 template <class Args, class F>
 void EmulatedThread::with_warp(Args& args, F&& f) {
   owner_->with_warp(thread_, args, f);
 }
+template <class Args, class F>
+void EmulatedThread::with_aligned_warp(const char* what, Args& args, F&& f) {
+  struct Aligned {
+    Args& args;
+    std::uint64_t path;
+  } aligned{args, path_};
+  with_warp(aligned, [&](Aligned*(&lanes)[32]) {
+    Args* all[32];
+    for (int i = 0; i < 32; ++i) {
+      all[i] = &lanes[i]->args;
+      if (lanes[i]->path != lanes[0]->path)
+        throw std::logic_error(std::string(what) + ": lanes have parted; a sync_warp is missing");
+    }
+    f(all);
+  });
+}
 inline void EmulatedThread::sync_warp() {
   int none = 0;
   with_warp(none, [](int*(&)[32]) {});
+  path_ = 0;
 }
 inline float EmulatedThread::shuffle_xor(float x, int mask) {
   struct Args {
@@ -284,6 +328,7 @@ inline void EmulatedThread::copy(int to, const void* from, bool valid, std::size
   if (static_cast<std::size_t>(to) % bytes != 0 ||
       reinterpret_cast<std::uintptr_t>(from) % bytes != 0)
     throw std::logic_error("asynchronous copy: addresses must be multiples of its bytes");
+  step(Step::copy);
   groups_.back().push_back({shared_bytes(to, bytes), from, valid, bytes});
 }
 inline void EmulatedThread::commit() { groups_.emplace_back(); }
@@ -306,7 +351,7 @@ inline void EmulatedThread::load(std::uint32_t (&r)[4], int row, bool transposed
     bool transposed;
     std::uint32_t r[4];
   } args{shared_bytes(row, 16), transposed, {}};
-  with_warp(args, [](Args*(&lanes)[32]) {
+  with_aligned_warp("load_matrices", args, [](Args*(&lanes)[32]) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       std::uint16_t x[8][8];
       for (int i = 0; i < 8; ++i) {
@@ -332,7 +377,7 @@ void EmulatedThread::multiply_add(float (&c)[4], const std::uint32_t (&a)[4],
     const std::uint32_t (&a)[4];
     const std::uint32_t (&b)[2];
   } args{c, a, b};
-  with_warp(args, [](Args*(&lanes)[32]) {
+  with_aligned_warp("multiply_add", args, [](Args*(&lanes)[32]) {
     constexpr int kPacked = 4 / sizeof(T);  // elements in a register
     constexpr int kDepth = 8 * kPacked;
     const auto element = [](std::uint32_t bits, int which) {

@@ -323,6 +323,17 @@ class Checker {
     return tuple.size ? tuple[i] : missing;
   }
 
+  /// Elements between the first and the last bias of a head, by its strides. In double, for strides
+  /// may be of any size.
+  static std::int64_t span_of_biases(const TensorView& rpb) {
+    double span = 0;
+    for (int i = 1; i < rpb.ndim; ++i)
+      span += std::abs(static_cast<double>(rpb.strides[i])) *
+              static_cast<double>(std::max<std::int64_t>(rpb.shape[i] - 1, 0));
+    constexpr double kMost = 4e18;
+    return static_cast<std::int64_t>(std::min(span, kMost));
+  }
+
   Problem make_problem() {
     const Neighborhood& n = call_.neighborhood;
     const Options& o = call_.options;
@@ -344,6 +355,7 @@ class Checker {
     p.additional = number('N');
     p.scale = is_fused() ? o.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim))) : 1.0;
     p.has_rpb = bool(t.rpb);
+    if (p.has_rpb) p.rpb_span = span_of_biases(t.rpb);
     p.has_logsumexp = bool(t.logsumexp);
     p.has_grad_logsumexp = bool(t.grad_logsumexp);
     p.wants_grad_query = bool(t.grad_query);

@@ -94,6 +94,7 @@ struct Problem {
   std::int64_t additional = 0;  ///< N
   double scale = 1.0;
   bool has_rpb = false;
+  std::int64_t rpb_span = 0;  ///< elements between a head's first and last bias in memory
   bool has_logsumexp = false;
   bool has_grad_logsumexp = false;
   bool wants_grad_query = false;

@@ -1,9 +1,11 @@
+#include <cuda.h>
 #include <natten/error.h>
 
 #include <string>
 #include <vector>
 
 #include "backends.h"
+#include "device.h"
 #include "fna/fna.h"
 #include "launch.h"
 #include "simt.h"
@@ -21,35 +23,108 @@ extern template void run_simt_as<float16>(const Job& job, Launcher& launch);
 
 namespace {
 
+// Contexts, which take hundreds of MB of a device's memory: since CUDA 12, cudaSetDevice makes one;
+// so do calls that need one (memory, streams, launches, cudaFuncSetAttribute), on the current
+// device, which is device 0 for a thread that has chosen none. cudaGetDevice, cudaGetDeviceCount,
+// cudaDeviceGetAttribute and questions for versions make none.
+
+/// A function of the driver, which the library does not link to.
+template <class F>
+F* driver_function(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+  check(cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found), name);
+#else
+  check(cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found), name);
+#endif
+  if (!function) throw Error(ErrorKind::runtime, std::string("CUDA: the driver lacks ") + name);
+  return reinterpret_cast<F*>(function);
+}
+
 /// Makes a device the current one for the life of a scope. Below 0: leaves the one that is.
+///
+/// By the driver's stack of contexts: to go back by cudaSetDevice would make a context on a device
+/// that nobody may have used. This touches the device of the tensors only, which has one.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int index) {
-    check(cudaGetDevice(&before_), "current device");
-    now_ = index < 0 ? before_ : index;
-    if (now_ != before_) check(cudaSetDevice(now_), "choosing the device");
+    int current = 0;
+    check(cudaGetDevice(&current), "current device");
+    if (index < 0 || index == current) return;
+    static const auto get = driver_function<decltype(cuDeviceGet)>("cuDeviceGet");
+    static const auto retain =
+        driver_function<decltype(cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+    static const auto push = driver_function<decltype(cuCtxPushCurrent)>("cuCtxPushCurrent");
+    static const auto pop = driver_function<decltype(cuCtxPopCurrent)>("cuCtxPopCurrent");
+    static const auto release =
+        driver_function<decltype(cuDevicePrimaryCtxRelease)>("cuDevicePrimaryCtxRelease");
+    CUcontext context;
+    check_driver(get(&device_, index));
+    check_driver(retain(&context, device_));
+    release_ = release;
+    const CUresult pushed = push(context);
+    if (pushed == CUDA_SUCCESS)
+      pop_ = pop;
+    else
+      release(device_);
+    check_driver(pushed);
   }
   ~CurrentDevice() {
-    if (now_ != before_) cudaSetDevice(before_);
+    if (!pop_) return;
+    CUcontext context;
+    pop_(&context);
+    release_(device_);
   }
   CurrentDevice(const CurrentDevice&) = delete;
   CurrentDevice& operator=(const CurrentDevice&) = delete;
 
  private:
-  int before_ = 0, now_ = 0;
+  static void check_driver(CUresult status) {
+    if (status != CUDA_SUCCESS)
+      throw Error(ErrorKind::runtime, "CUDA: choosing the device: error " +
+                                          std::to_string(static_cast<int>(status)) +
+                                          " of the driver");
+  }
+
+  CUdevice device_ = 0;
+  decltype(cuCtxPopCurrent)* pop_ = nullptr;
+  decltype(cuDevicePrimaryCtxRelease)* release_ = nullptr;
 };
+
+/// What CUDA says of a device; -1 is the current one. Makes no context, and leaves no error behind
+/// for the next launch to report.
+DeviceAnswer ask(int index) noexcept {
+  using Status = DeviceAnswer::Status;
+  DeviceAnswer answer;
+  cudaDriverGetVersion(&answer.driver);  // 0 where there is none
+  cudaRuntimeGetVersion(&answer.runtime);
+  int major = 0, minor = 0;
+  cudaError_t status = index == -1 ? cudaGetDevice(&index) : cudaSuccess;
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
+  if (status == cudaSuccess)
+    status = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
+  if (status == cudaSuccess) {
+    answer.status = Status::found;
+    answer.capability = 10 * major + minor;
+    return answer;
+  }
+  answer.error = cudaGetErrorString(status);
+  if (status == cudaErrorInsufficientDriver)
+    answer.status = answer.driver == 0 ? Status::no_driver : Status::old_driver;
+  else if (status == cudaErrorNoDevice)
+    answer.status = Status::no_device;
+  else if (status == cudaErrorInvalidDevice && cudaGetDeviceCount(&answer.devices) == cudaSuccess)
+    answer.status = Status::no_such_device;
+  cudaGetLastError();
+  return answer;
+}
 
 /// What is wrong with the problem's device, if anything. Below 0 it is not known yet.
 std::string device_refusal(const Problem& problem) {
-  constexpr int kLeast = 80;
   const int index = problem.device.index;
-  if (index < 0) return {};
-  const int capability = compute_capability(index);
-  if (capability >= kLeast) return {};
-  const std::string name = "cuda:" + std::to_string(index);
-  if (capability == 0) return "there is no device " + name + ", or no driver for it";
-  return name + " has compute capability " + std::to_string(capability / 10) + "." +
-         std::to_string(capability % 10) + "; must be at least 8.0";
+  return index < 0 ? std::string() : device_refusal(index, ask(index));
 }
 
 template <std::string (*kRefuseReason)(const Problem&)>
@@ -74,16 +149,6 @@ const Backend fna_backend = {"fna", DeviceType::cuda, refuse_reason<fna_refuse_r
 const Backend simt_backend = {"simt", DeviceType::cuda, refuse_reason<simt_refuse_reason>,
                               simt_workspace_bytes, run<run_simt<Launcher>>};
 
-int compute_capability(int device_index) noexcept {
-  int major = 0, minor = 0;
-  const bool found = (device_index != -1 || cudaGetDevice(&device_index) == cudaSuccess) &&
-                     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor,
-                                            device_index) == cudaSuccess &&
-                     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor,
-                                            device_index) == cudaSuccess;
-  if (found) return 10 * major + minor;
-  cudaGetLastError();  // or the next launch would report this
-  return 0;
-}
+int compute_capability(int device_index) noexcept { return ask(device_index).capability; }
 
 }  // namespace natten::detail::cuda

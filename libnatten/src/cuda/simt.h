@@ -512,7 +512,7 @@ void run_simt(const Job& job, Launcher& launch) {
 
 /// The gradient of biases alone, for backends that find the rest otherwise, and multiply float in
 /// TF32: dP and the row terms nearly cancel, so both must come from the same numbers. `row_term`
-/// [B, H, queries] holds the sums of P * dP minus grad_logsumexp.
+/// [B, H, queries] holds sum P dP / sum P minus grad_logsumexp.
 template <class T, class Launcher>
 void simt_grad_rpb(const Job& job, const StatisticOf<T>* row_term, void* workspace,
                    Launcher& launch) {

@@ -45,7 +45,7 @@ struct Sums {
   Operand<T> sums;
   Operand<Sum> partial;           // or of additional tokens, one part of the columns...
   std::int64_t partial_split;     // ...after another
-  Operand<Sum> statistic;         // logsumexp of a softmax, else the sum of the weights...
+  Operand<Sum> statistic;         // logsumexp of a softmax, else the row term: sum P dP / sum P...
   Operand<const Sum> subtracted;  // ...minus this, where given
   Operand<T> weights;             // scores by their slots
   bool fills_empty;               // slots without a key...
@@ -53,8 +53,8 @@ struct Sums {
   Sum* tile_weights;              // other weights: [blocks, kRows, window_size]
 };
 
-/// Per row: sums over the columns that it sees of weight * (c of the column), the sum of the
-/// weights alone, or the weights themselves. With the tensors that simt.h chooses for a, b and c
+/// Per row: sums over the columns that it sees of weight * (c of the column), a statistic of the
+/// weights, or the weights themselves. With the tensors that simt.h chooses for a, b and c
 /// this is every operation but the sums of bias gradients.
 ///
 /// Rows are queries, and columns keys and then additional tokens; or, with `kKeyRows`, rows are
@@ -68,6 +68,7 @@ struct RowSums {
   using Sum = StatisticOf<T>;
   using Stored = std::conditional_t<kWeight == Weight::score, T, Sum>;
   static constexpr bool kHasScore = kWeight != Weight::slot;
+  static constexpr bool kFindsRowTerm = kWeight == Weight::grad_score && !kKeyRows && kDims == 0;
   static constexpr int kSumDims = kDims;
   static constexpr int kThreads = kRows;
   static constexpr int kBlocks = kDims * sizeof(Sum) > 256 ? 8 : 12;
@@ -95,10 +96,15 @@ struct RowSums {
         for (int i = 0; i < in.window_size; ++i) slots[i] = static_cast<Stored>(in.empty);
     }
 
-    Sum largest = -std::numeric_limits<Sum>::infinity(), total = 0;
+    constexpr Sum kNone = -std::numeric_limits<Sum>::infinity();
+    // Scores that are all -inf have that maximum or logsumexp; their weights are exp(-inf - 0) = 0.
+    const auto subtrahend = [](Sum x) { return x == kNone ? Sum(0) : x; };
+    Sum largest = kNone, total = 0;
+    Sum probabilities = 0;  // their sum
     Sum own_logsumexp = 0, own_term = 0;
     if constexpr (!kKeyRows) {
-      if (in.logsumexp) own_logsumexp = *in.logsumexp.grid.at(batch, head, widened(row.token));
+      if (in.logsumexp)
+        own_logsumexp = subtrahend(*in.logsumexp.grid.at(batch, head, widened(row.token)));
       if (in.row_term) own_term = *in.row_term.grid.at(batch, head, widened(row.token));
     }
     Sum sum[kDims > 0 ? kDims : 1] = {};
@@ -144,8 +150,7 @@ struct RowSums {
           Sum larger = largest;
           NATTEN_EACH (j, kChunk)
             if ((mask >> j & 1) && weight[j] > larger) larger = weight[j];
-          // Where all scores are -inf so far, their weights are exp(-inf - 0) = 0.
-          const Sum from = larger == -std::numeric_limits<Sum>::infinity() ? Sum(0) : larger;
+          const Sum from = subtrahend(larger);
           correction = std::exp(largest - from);
           largest = larger;
           NATTEN_EACH (j, kChunk) weight[j] = std::exp(weight[j] - from);
@@ -161,8 +166,9 @@ struct RowSums {
               NATTEN_EACH (j, kChunk) use(j, own);
             }
           };
-          of_columns(in.logsumexp, own_logsumexp,
-                     [&](int j, Sum x) { weight[j] = std::exp(weight[j] - x); });
+          of_columns(in.logsumexp, own_logsumexp, [&](int j, Sum x) {
+            weight[j] = std::exp(weight[j] - (kKeyRows ? subtrahend(x) : x));
+          });
           if constexpr (kWeight == Weight::grad_score) {
             Sum grad[kChunk];
             const T* vectors[kChunk];
@@ -170,16 +176,12 @@ struct RowSums {
             dot<kVector, kTf32>(grad, in.row_b.at(batch, head, widened(row.token)), vectors,
                                 in.grad_dims);
             of_columns(in.row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
+            if constexpr (kFindsRowTerm) probabilities += masked_sum(weight, mask);
             NATTEN_EACH (j, kChunk) weight[j] *= grad[j];
           }
         }
 
-        Sum sum_of_weights = 0;
-        NATTEN_EACH (j, kChunk) {
-          if (!(mask >> j & 1)) weight[j] = 0;
-          sum_of_weights += weight[j];
-        }
-        total = total * correction + sum_of_weights;
+        total = total * correction + masked_sum(weight, mask);
 
         if constexpr (kDims > 0) {
           const T* vectors[kChunk];
@@ -207,13 +209,16 @@ struct RowSums {
     if (!row.is_active) return;
     if constexpr (!kKeyRows)
       if (in.statistic && slice == 0) {
-        Sum x = kWeight == Weight::softmax ? largest + std::log(total) : total;
+        // The sum of P is 1 but for logsumexp's rounding, which is large where scores are; where
+        // one key takes nearly all weight, dP and the row term nearly cancel.
+        Sum x = kWeight == Weight::softmax ? largest + std::log(total)
+                                           : total / (probabilities == 0 ? 1 : probabilities);
         if (in.subtracted) x -= *in.subtracted.at(batch, head, widened(row.token));
         *in.statistic.at(batch, head, widened(row.token)) = x;
       }
     if constexpr (kDims > 0) {
       Sum factor = 1;
-      if constexpr (kWeight == Weight::softmax) factor = 1 / total;
+      if constexpr (kWeight == Weight::softmax) factor = 1 / (total == 0 ? 1 : total);
       if constexpr (kWeight == Weight::grad_score) factor = in.scale;
       const auto write = [&](auto* to) {
         NATTEN_EACH (d, kDims)
@@ -228,6 +233,16 @@ struct RowSums {
   }
 
  private:
+  /// Sets the weights of columns that the row does not see to 0; their sum.
+  NATTEN_DEVICE static Sum masked_sum(Sum (&weight)[kChunk], std::uint32_t mask) {
+    Sum sum = 0;
+    NATTEN_EACH (j, kChunk) {
+      if (!(mask >> j & 1)) weight[j] = 0;
+      sum += weight[j];
+    }
+    return sum;
+  }
+
   template <class Machine>
   NATTEN_DEVICE Stored* slots_of(Machine& gpu, std::int64_t batch, std::int64_t head,
                                  const int (&token)[kMaxRank]) const {

@@ -3,8 +3,6 @@
 // The backend "fna": fused neighborhood attention on tensor cores, of half types and, in TF32, of
 // float32.
 
-#include <natten/error.h>
-
 #include <cstddef>
 #include <cstdlib>
 #include <string>
@@ -28,6 +26,9 @@ inline std::string fna_refuse_reason(const Problem& p) {
   for (const Axis& axis : p.axes)
     if (std::max(axis.query_length, axis.key_length) > std::numeric_limits<std::int32_t>::max() / 2)
       return "an axis has more than 2^30 tokens";
+  if (p.rpb_span > std::numeric_limits<std::int32_t>::max())
+    return "rpb: its strides span " + std::to_string(p.rpb_span) +
+           " elements within a head; the most is 2^31 - 1";
   return {};
 }
 
@@ -277,19 +278,8 @@ class TilePasses {
         std::copy(pieces_.parts, pieces_.parts + 2, a.partial);
       }
     }
-    require_near(a.rpb, grid);
     for (int which = 0; which < 2; ++which) a.copies_chunks[which] = copies_chunks(a, which);
     return a;
-  }
-  static void require_near(const Operand<const T>& rpb, const Grid& grid) {
-    std::int64_t furthest = 0;
-    for (int i = 0; i < kMaxRank; ++i)
-      furthest += std::abs(rpb.grid[i]) * 2 * (grid.axes[i].kernel_size - 1);
-    if (furthest > std::numeric_limits<std::int32_t>::max())
-      throw Error(ErrorKind::invalid_value,
-                  "rpb: its strides span " + std::to_string(furthest) +
-                      " elements within a head; fna addresses 2^31: make it contiguous, or use the "
-                      "backend simt");
   }
   static bool copies_chunks(const Arguments<T>& a, int which) {
     std::int64_t furthest = 0;  // of a tile's columns, in elements

@@ -8,14 +8,16 @@
 //
 //   pass            rows       A1  A2  columns  B1  B2  computes
 //   forward         queries    Q       keys     K   V   output = sum P V, logsumexp
-//   row_term        queries    Q   dO  keys     K   V   sum P dP - gradient of logsumexp
+//   row_term        queries    Q   dO  keys     K   V   sum P dP / sum P - gradient of logsumexp
 //   grad_query      queries    Q   dO  keys     K   V   dQ = scale sum dS K
 //   grad_key_value  keys       K   V   queries  Q   dO  dK = scale sum dS Q, dV = sum P dO
 //   grad_key                                            the first of them
 //   grad_value                                          the second
 //   grad_all                                            both, and dQ / scale by atomic additions
 //
-// where P = exp(S - logsumexp) and dS = P (dP - row term). Four warps share the columns in shared
+// where P = exp(S - logsumexp) and dS = P (dP - row term). The sum of P is 1 but for logsumexp's
+// own rounding, which is large where scores are; the row term is divided by it, for dP and the row
+// term nearly cancel where one key takes nearly all weight. Four warps share the columns in shared
 // memory and own 16 or 32 rows each, so a row's sums stay in the registers of four threads. Every
 // row is summed by one warp, in an order that depends on the problem alone; but in grad_all, which
 // saves two of nine products, many blocks add to a query's gradient in any order.
@@ -192,7 +194,8 @@ struct TileKernel {
     NATTEN_DEVICE static Tile first_columns(int stage) {
       return {Layout::kColumns1 + stage * Tile::bytes(kColumns)};
     }
-    /// logsumexp (0) and row term (1) of the columns.
+    /// logsumexp (0), times log2 e once `scale_statistics` has been there, and row term (1) of the
+    /// columns.
     NATTEN_DEVICE static int statistics(int which, int stage) {
       return Layout::kStatistics + (which * kStages + stage) * kColumns * int(sizeof(float));
     }
@@ -331,6 +334,18 @@ struct TileKernel {
           if constexpr (kNeedsGradWeights) copy(a.row_term, 1);
         }
       }
+    }
+
+    /// What is subtracted from scores to base 2. A row whose scores are all -inf has that logsumexp
+    /// too, and its weights are exp2(-inf - 0) = 0.
+    NATTEN_DEVICE static float subtrahend(float logsumexp) {
+      return logsumexp == kNone ? 0.0f : logsumexp * kLog2E;
+    }
+    /// Turns the columns' logsumexp into subtrahends: each thread the one that it has copied.
+    NATTEN_DEVICE void scale_statistics(int stage) const {
+      if (thread() >= kColumns) return;
+      float& x = gpu.template shared<float>(statistics(0, stage))[thread()];
+      x = subtrahend(x);
     }
 
     /// Chunks past `dims`, which whole tiles' copies leave alone, are zero.
@@ -502,6 +517,7 @@ struct TileKernel {
           is_near = is_near && most[m][half] <= reference[m][half] + kSlack;
         }
       if (!gpu.all(is_near)) {
+        gpu.sync_warp();  // four lanes read a row's reference, and each may write it
         NATTEN_EACH (m, kM)
           NATTEN_EACH (half, 2) {
             float& past = reference[m][half];
@@ -529,7 +545,7 @@ struct TileKernel {
 
     /// Statistics of queries: of this thread's rows, or of the columns in shared memory.
     struct QueryStatistics {
-      float logsumexp[kM][2], row_term[kM][2];
+      float subtrahend[kM][2], row_term[kM][2];
     };
     NATTEN_DEVICE QueryStatistics row_statistics() const {
       QueryStatistics s;
@@ -537,8 +553,8 @@ struct TileKernel {
         NATTEN_EACH (half, 2) {
           Coordinate token;
           const bool exists = token_of_row(row_of(m, half), token);
-          s.logsumexp[m][half] =
-              exists ? *a.logsumexp.at(state.batch, state.head, token) * kLog2E : 0.0f;
+          s.subtrahend[m][half] =
+              exists ? subtrahend(*a.logsumexp.at(state.batch, state.head, token)) : 0.0f;
           s.row_term[m][half] =
               exists && kSumsFirst ? *a.row_term.at(state.batch, state.head, token) : 0.0f;
         }
@@ -552,12 +568,12 @@ struct TileKernel {
         NATTEN_EACH (j, 2) {
           float of_column = 0;
           if constexpr (!kRowsAreQueries)
-            of_column = gpu.template shared<float>(statistics(0, stage))[column_of(n) + j] * kLog2E;
+            of_column = gpu.template shared<float>(statistics(0, stage))[column_of(n) + j];
           NATTEN_EACH (m, kM)
             NATTEN_EACH (half, 2) {
               float& x = scores[m][n][2 * half + j];
               x = gpu.exp2(x * a.factor -
-                           (kRowsAreQueries ? of_rows.logsumexp[m][half] : of_column));
+                           (kRowsAreQueries ? of_rows.subtrahend[m][half] : of_column));
             }
         }
     }
@@ -597,9 +613,10 @@ struct TileKernel {
       FragmentC sums1[kSumsFirst ? kM : 1][kDims / 8], sums2[kSumsSecond ? kM : 1][kDims / 8];
       clear(sums1);
       clear(sums2);
-      float totals[kM][2];  // this thread's shares, of weights or of P dP
+      // This thread's shares of the sums of weights, and of P dP.
+      float totals[kM][2], products[kM][2];
       NATTEN_EACH (m, kM)
-        NATTEN_EACH (half, 2) totals[m][half] = 0;
+        NATTEN_EACH (half, 2) totals[m][half] = products[m][half] = 0;
       QueryStatistics of_rows{};
       if constexpr (kRowsAreQueries && kPass != Pass::forward) of_rows = row_statistics();
 
@@ -609,6 +626,7 @@ struct TileKernel {
         const bool has_next = i + 1 < state.count;
         const Stop &stop = stop_of(i), &next = stop_of(i + 1);
         gpu.template wait<0>();
+        if constexpr (!kRowsAreQueries) scale_statistics(stage);
         gpu.sync();  // B1 is there, and all warps are done with B2
         load_columns(1, columns2, stop);
         gpu.commit();
@@ -639,6 +657,7 @@ struct TileKernel {
         if constexpr (kStages == 1 && !kSumsFirst) {
           if (has_next) load_first_columns(0, next);
           gpu.commit();
+          gpu.sync_warp();  // copies may have parted lanes
         }
         if (seen != Overlap::none) {
           if constexpr (kSumsSecond) accumulate_rows<T>(gpu, sums2, weights, columns2);
@@ -647,7 +666,7 @@ struct TileKernel {
             clear(grads);
             multiply_rows<T>(gpu, grads, rows2, 16 * kM * warp(), columns2);
             if constexpr (kPass == Pass::row_term) {
-              add_products(totals, scores, grads);
+              add_products(totals, products, scores, grads);
             } else {
               differentiate(grads, scores, of_rows, stage);
               pack_weights<T>(gpu, weights, grads);
@@ -674,11 +693,15 @@ struct TileKernel {
         NATTEN_EACH (m, kM)
           NATTEN_EACH (half, 2) {
             const int row = row_of(m, half);
-            const float sum = row_sum(totals[m][half]);
-            write_statistic(row, sum);
+            const float total = row_sum(totals[m][half]);
             if constexpr (kPass == Pass::forward) {
+              write_statistic(row, references()[row] * kLn2 + gpu.log(total));
               NATTEN_EACH (n, kDims / 8)
-                NATTEN_EACH (j, 2) sums2[m][n][2 * half + j] /= sum;
+                NATTEN_EACH (j, 2) divide(sums2[m][n][2 * half + j], total);
+            } else {
+              float term = row_sum(products[m][half]);
+              divide(term, total);
+              write_statistic(row, term);
             }
           }
       }
@@ -737,29 +760,37 @@ struct TileKernel {
             const int d = column_of(part + n) + i % 2;
             if (to[i / 2] && d < a.dims[0]) gpu.atomic_add(to[i / 2] + d, sums[0][n][i]);
           }
+        gpu.sync_warp();  // additions have parted lanes
       }
     }
 
-    NATTEN_DEVICE void add_products(float (&sums)[kM][2], const FragmentC (&x)[kM][kN],
-                                    const FragmentC (&y)[kM][kN]) const {
+    /// Adds weights to `totals`, and their products with `grads` to `products`.
+    NATTEN_DEVICE void add_products(float (&totals)[kM][2], float (&products)[kM][2],
+                                    const FragmentC (&weights)[kM][kN],
+                                    const FragmentC (&grads)[kM][kN]) const {
       NATTEN_EACH (m, kM)
         NATTEN_EACH (half, 2) {
-          float sum = 0;
+          float total = 0, product = 0;
           NATTEN_EACH (n, kN)
-            NATTEN_EACH (j, 2) sum += x[m][n][2 * half + j] * y[m][n][2 * half + j];
-          sums[m][half] += sum;
+            NATTEN_EACH (j, 2) {
+              const float weight = weights[m][n][2 * half + j];
+              total += weight;
+              product += weight * grads[m][n][2 * half + j];
+            }
+          totals[m][half] += total;
+          products[m][half] += product;
         }
     }
+    /// Divides by a sum of weights. All are 0 where all scores are -inf, and so is what they weigh.
+    NATTEN_DEVICE static void divide(float& x, float total) { x /= total == 0 ? 1.0f : total; }
 
-    /// Writes a row's logsumexp or row term, given the sum of its weights or of P dP.
-    NATTEN_DEVICE void write_statistic(int row, float sum) const {
+    /// Writes a row's logsumexp or, less the gradient of logsumexp, its row term.
+    NATTEN_DEVICE void write_statistic(int row, float x) const {
       Coordinate token;
       if (!a.statistic || lane() % 4 != 0 || !token_of_row(row, token)) return;
-      if (kPass == Pass::forward)
-        sum = references()[row] * kLn2 + gpu.log(sum);
-      else if (a.grad_logsumexp)
-        sum -= *a.grad_logsumexp.at(state.batch, state.head, token);
-      *a.statistic.at(state.batch, state.head, token) = sum;
+      if (kPass != Pass::forward && a.grad_logsumexp)
+        x -= *a.grad_logsumexp.at(state.batch, state.head, token);
+      *a.statistic.at(state.batch, state.head, token) = x;
     }
 
     /// Writes the sums of this thread's rows over a part of the columns.
