@@ -76,8 +76,8 @@ struct Forward {
 /// Gradients from a block of queries. Two steps over the same columns: the first adds up row_term,
 /// the sum of P * dP, and total, the sum of P; the second uses their quotient, from which
 /// grad_logsumexp is taken off, as row_term. Start with 0 and with the least normal number, which
-/// counts only where a row has no weights. Where the caller takes the steps one by one, it makes the
-/// quotient between them.
+/// counts only where a row has no weights. Where the caller takes the steps one by one, it makes
+/// the quotient between them.
 template <class T>
 struct BackwardQuery {
   const Block<T>& block;
