@@ -194,13 +194,16 @@ FusedResults fused(const FusedInputs& in) {
         Real largest = -std::numeric_limits<Real>::infinity(), total = 0;
         for (std::int64_t c = 0; c < columns; ++c)
           if (score.sees(q, c)) largest = std::max(largest, score.at(q, c));
+        // Where all scores are -inf all weights are 0.
+        const double shift = std::isinf(largest) && largest < 0 ? 0 : largest;
         for (std::int64_t c = 0; c < columns; ++c)
-          if (score.sees(q, c)) total += std::exp(score.at(q, c) - largest);
+          if (score.sees(q, c)) total += std::exp(score.at(q, c) - shift);
         out.logsumexp[(b * n.queries + q) * n.heads + h] = largest + std::log(total);
+        const double divisor = total == 0 ? 1 : total;
 
         Matrix<Real>& weight = score;  // softmax in place
         for (std::int64_t c = 0; c < columns; ++c)
-          if (score.sees(q, c)) weight.at(q, c) = std::exp(score.at(q, c) - largest) / total;
+          if (score.sees(q, c)) weight.at(q, c) = std::exp(score.at(q, c) - shift) / divisor;
         const std::int64_t row = row_of(b, q, h, n.queries, n.heads, n.value_dim);
         for (std::int64_t c = 0; c < columns; ++c)
           if (weight.sees(q, c))
