@@ -27,6 +27,7 @@ NONDETERMINISTIC = 8
 ALLOW_TF32 = 16
 
 _TOO_LARGE = 2**63  # for the integers that C++ takes
+_MOST_ELEMENTS = 2**57  # of a tensor; libnatten refuses larger ones
 _LARGEST_FLOAT32 = float.fromhex("0x1.fffffep127")
 
 
@@ -215,11 +216,16 @@ def check_neighborhood(
 ) -> None:
     """Raises what libnatten says of values that fit no grid at all."""
     rank = len(kernel_size)
-    smallest_grid = (k * d for k, d in zip(kernel_size, dilation, strict=True))
-    attn = (1, 1, *smallest_grid, math.prod(kernel_size))
-    attn = tuple(min(max(n, 1), _TOO_LARGE - 1) for n in attn)
+    smallest_grid = [max(k * d, 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    if math.prod(smallest_grid) > _MOST_ELEMENTS:
+        raise ValueError(
+            f"kernel_size: got {list(kernel_size)} with dilation {list(dilation)}; the product "
+            "must not exceed the axis, and memory holds no grid of such axes"
+        )
+    tensor = ((1, *smallest_grid, 1, 1), "float32")
+    inputs = [tensor, tensor, tensor, None, None, None]
     config = make_config(rank, kernel_size, dilation, stride=stride)
-    _core.plan("rpb_scatter", config, None, "", [(attn, "float32")], [True], device=None)
+    _core.plan("attention_forward", config, None, "", inputs, [True, None], device=None)
 
 
 def check_merge(
