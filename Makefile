@@ -92,9 +92,6 @@ else
 	$(BIN)/python cpp_tests/check_cuda.py build/cuda-check
 endif
 
-# What takes too long for .ci/run, or needs what not every machine has.
-ci-full: test-cross test-wine
-
 # sdist, then the wheel from the sdist, then the wheel that any recent Linux can install.
 wheel: $(VENV)/wheel
 	rm -rf dist
@@ -112,7 +109,7 @@ test-pythons:
 
 # What is slow or depends on a changing distribution, run by hand when something that it covers has
 # changed (CONTRIBUTING.md).
-ci-full: test-pythons
+ci-full: test-pythons test-cross test-wine
 
 clean:
 	rm -rf build dist $(VENV) demo_output
