@@ -84,6 +84,7 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(
     const std::string& op, const Config& config, Scale scale, const std::string& backend,
     const nb::sequence& inputs, const nb::sequence& outputs,
     const std::optional<std::string>& device) {
+  HoldsLock lock;
   Views views(device_named(device.value_or("cpu")));
   Call call = call_of(views, op, config, scale, inputs);
   std::vector<TensorView Tensors::*> wanted;
@@ -179,6 +180,7 @@ void run_calls(const std::string& op, const Config& config, Scale scale, const s
 std::vector<std::tuple<std::string, std::string, bool>> explain_call(
     const std::string& op, const Config& config, Scale scale, const std::string& backend,
     const nb::sequence& inputs, const std::string& device) {
+  HoldsLock lock;
   Views views(device_named(device));
   const Call call = call_of(views, op, config, scale, inputs);
   Context context;

@@ -14,6 +14,7 @@ using Clock = std::chrono::steady_clock;
 std::atomic<bool> exiting{false};
 std::atomic<int> holders{0};  // that have the lock, lost it to another thread or wait for it
 std::atomic<unsigned long> main_thread{0};
+bool python_stops_threads = false;  // that wait for the lock while it finalizes
 
 bool in_main_thread() { return PyThread_get_thread_ident() == main_thread; }
 
@@ -32,6 +33,7 @@ void enter() {
 
 /// In the main thread, before the interpreter finalizes.
 void interpreter_exits() {
+  if (python_stops_threads) return;
   exiting = true;
   // Who is in a function of the module comes out of it, or to where it stops. One that waits for
   // something else does not keep the process from its end.
@@ -87,6 +89,9 @@ std::function<bool()> signal_check() {
 void watch_interpreter() {
   main_thread = nb::cast<unsigned long>(
       nb::module_::import_("threading").attr("main_thread")().attr("ident"));
+  constexpr int kPython314 = 0x030E0000;
+  python_stops_threads =
+      nb::cast<int>(nb::module_::import_("sys").attr("hexversion")) >= kPython314;
   nb::module_::import_("atexit").attr("register")(nb::cpp_function(interpreter_exits));
   const nb::object os = nb::module_::import_("os");
   if (nb::hasattr(os, "register_at_fork"))

@@ -124,10 +124,12 @@ bool overlaps_itself(const TensorView& v) {
   for (int i = 0; i < count; ++i) {
     if (dims[i].step <= reach) {
       if (dims[i].step == 0) return true;
-      Sums sums;  // what elements can differ by, from -reach on
+      // Differences in smaller dimensions, from -reach on, and what 1 to `most` steps of this
+      // one leave of all its steps.
+      Sums sums;
       for (int j = 0; j < i; ++j) sums.add(dims[j].step, 2 * dims[j].most);
       sums.add(dims[i].step, dims[i].most - 1);
-      if (sums.contain(reach + (dims[i].most - 1) * dims[i].step + dims[i].step)) return true;
+      if (sums.contain(reach + dims[i].most * dims[i].step)) return true;
     }
     reach += dims[i].step * dims[i].most;
   }

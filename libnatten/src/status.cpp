@@ -15,7 +15,7 @@ Status status_of(const Function& function) noexcept {
     return {error.kind(), error.what()};
   } catch (const std::bad_alloc&) {
     return {ErrorKind::runtime, "out of memory"};
-  } catch (const std::exception& error) {  // of an executor
+  } catch (const std::exception& error) {  // of an executor or Context::interrupted
     return {ErrorKind::runtime, error.what()};
   } catch (...) {
     return {ErrorKind::runtime, "an exception that is not a std::exception"};

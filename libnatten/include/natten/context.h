@@ -18,7 +18,8 @@ class NATTEN_EXPORT Executor {
   virtual void schedule(std::function<void()> task) = 0;
   /// Runs `task` here and on up to `threads` - 1 other threads; returns once it has returned here.
   /// By default schedules it on the others. Override it for a pool that only forks and joins. What
-  /// it throws, the caller of the kernel gets, after this thread has done what is left of the work.
+  /// an override throws reaches the caller of the kernel, after this thread has done what is left
+  /// of the work. The default goes on where `schedule` throws.
   virtual void run_on(int threads, const std::function<void()>& task);
 };
 

@@ -210,8 +210,8 @@ std::int64_t bias_elements(const Problem& p) { return bias_count(p) + 2 * kSpare
 
 /// Sums over queries that several items contribute to go through one partial sum per unit: a run of
 /// items of one head. How many units there are does not depend on threads, and is bounded by the
-/// memory that they take. Gradients of so many additional tokens that this would leave few units
-/// have none: those tokens gather from the queries, as keys do.
+/// memory that they take. Gradients of so many additional tokens that they would leave few units
+/// have none: those tokens gather from the queries, as keys do. Biases may leave few.
 struct Partials {
   std::int64_t units = 0;       // per batch entry and head
   std::int64_t bias = 0;        // elements of a table of biases, with its spare ends
@@ -574,10 +574,7 @@ class Engine {
   }
 
   T* row_term_at(std::int64_t head, const Coordinate& at) const {
-    const Axis* axes = p_.axes;
-    const std::int64_t index =
-        (at[0] * axes[1].query_length + at[1]) * axes[2].query_length + at[2];
-    return row_terms_ + (batch_ * p_.heads + head) * p_.queries() + index;
+    return row_terms_ + (batch_ * p_.heads + head) * p_.queries() + ravel(at, query_lengths(p_));
   }
 
   // ---- columns ----
