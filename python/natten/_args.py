@@ -106,7 +106,7 @@ def make_config(
 ) -> Config:
     """The flat list of integers that `natten._core` takes (bindings/call.h)."""
     config = [rank, *per_axis("kernel_size", kernel_size, rank)]
-    for name, value in (
+    given: tuple[tuple[str, Any], ...] = (
         ("dilation", dilation),
         ("is_causal", is_causal),
         ("stride", stride),
@@ -115,7 +115,8 @@ def make_config(
         ("backward_q_tile_shape", backward_q_tile_shape),
         ("backward_kv_tile_shape", backward_kv_tile_shape),
         ("backward_kv_splits", backward_kv_splits),
-    ):
+    )
+    for name, value in given:
         if value is None:
             config.append(0)
         elif name == "is_causal":

@@ -53,7 +53,7 @@ _INPUTS = {op: roles_of(op)[0] for op in ("attention_forward", "qk", "av")}
 _DLPACK_DTYPES = np.typecodes["AllInteger"] + "?efdFD"
 
 
-def _as_array(name: str, value: ArrayLike) -> np.ndarray:
+def _as_array(name: str, value: ArrayLike | None) -> np.ndarray:
     """`value` as an array that libnatten can read: copied only where its layout requires that."""
     if value is None:
         raise TypeError(f"{name}: got None; must be an array")
