@@ -309,6 +309,31 @@ def test_a_scale_whose_gradient_would_be_lost():
 
 # Modules
 
+
+@needs["torch"]
+def test_modules_keep_the_errors_of_others():
+    """What goes wrong in the map to query, key and value, and is not the input's fault."""
+    import torch
+    from torch import nn
+
+    class Fails(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("not for you")
+
+    module = natten.NeighborhoodAttention1D(16, 2, 3)
+    x = torch.ones(1, 5, 16, dtype=torch.bfloat16)
+    module.qkv.forward = lambda x: (_ for _ in ()).throw(torch.OutOfMemoryError("full"))
+    with pytest.raises(torch.OutOfMemoryError, match="full"):
+        module(x)
+    module.qkv = Fails(16, 48)
+    with pytest.raises(RuntimeError, match="not for you"):
+        module(x)
+    with pytest.raises(ValueError, match=r"^x: got shape \[\]; must be"):
+        module(torch.tensor(1.0))
+    module.qkv = nn.LazyLinear(48)
+    assert module(x.float()).shape == x.shape
+
+
 INTEGER = "must be an integer"
 CONSTRUCTORS = [
     ({"dim": 0}, ValueError, "dim: got 0; must be at least 1"),
@@ -486,6 +511,12 @@ PLAIN = [
         {"steps_forward": "x"},
         TypeError,
         "steps_forward: got 'x'; must be an",
+    ),
+    (
+        context.use_autotuner,
+        {"steps_forward": True},
+        TypeError,
+        "steps_forward: got True; must be an integer",
     ),
 ]
 

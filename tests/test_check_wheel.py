@@ -17,7 +17,8 @@ from check_wheel import problem
     ("tags", "modules", "python", "want"),
     [
         ("cp312-abi3", ["_core.abi3.so"], (3, 12), None),
-        ("cp312-abi3", ["_core.abi3.so"], (3, 14), None),
+        ("cp312-abi3", ["_core.abi3.so"], (3, 13), None),
+        ("cp312-abi3", ["_core.abi3.so"], (3, 14), "must be by 3.12 or 3.13"),
         ("cp311-cp311", ["_core.cpython-311-x86_64-linux-gnu.so"], (3, 11), None),
         ("cp313-cp313", ["_core.abi3.so"], (3, 13), "tagged cp313-cp313; must be cp312-abi3"),
         ("cp313-abi3", ["_core.abi3.so"], (3, 13), "tagged cp313-abi3; must be cp312-abi3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -123,6 +124,24 @@ def test_export_with_a_dynamic_number_of_keys():
     for length in (7, 30):
         k = torch.randn(2, length, 2, 3)
         torch.testing.assert_close(program.module()(q, k), natten.attention(q, k, k))
+
+
+def test_scales_that_are_computed_while_tracing():
+    number = np.float64(0.25)
+
+    @torch.compile(fullgraph=True, backend="eager")
+    def attend(x, scale, which):
+        if which == 0:
+            scale = 1 / np.sqrt(x.shape[-1])
+        if which == 1:
+            scale = number
+        return F.na1d(x, x, x, 3, scale=scale)
+
+    x = randn(1, 5, 2, 16)
+    for which in range(3):
+        torch.testing.assert_close(
+            attend(x, 2, which), F.na1d(x, x, x, 3, scale=(0.25, 0.25, 2)[which])
+        )
 
 
 def test_errors_are_raised_while_tracing():

@@ -1,6 +1,6 @@
 """Refuses a wheel that does not fit the Pythons it should: `python tools/check_wheel.py WHEEL`.
 
-Built by Python 3.12 or newer, a wheel must serve 3.12 and all later ones: it is tagged cp312-abi3,
+Built by Python 3.12 or 3.13, a wheel must serve 3.12 and all later ones: it is tagged cp312-abi3,
 holds a module for the stable ABI, and abi3audit finds no symbol in it that is not in that ABI.
 """
 
@@ -15,6 +15,10 @@ from pathlib import Path
 
 def problem(wheel: Path, python: tuple[int, int]) -> str | None:
     """What is wrong with the tags or the module of a wheel that this Python has built."""
+    if python >= (3, 14):
+        return "made by {}.{}; must be by 3.12 or 3.13, whose XLA headers all JAX knows".format(
+            *python
+        )
     is_stable = python >= (3, 12)
     version = "cp{}{}".format(*python)
     tags = ["cp312", "abi3"] if is_stable else [version, version]

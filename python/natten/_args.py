@@ -151,12 +151,13 @@ def real_scale(scale: float | None) -> float | None:
     return scale if scale is None or type(scale) is float else _real("scale", scale)
 
 
-def _real(name: str, value: Any) -> float:
+def _real(name: str, value: Any, must: str = "a real number or None") -> float:
     """A number as a float."""
     if getattr(value, "requires_grad", False):
+        advice = " (multiply query by the tensor instead)" if name == "scale" else ""
         raise TypeError(
             f"{name}: got a tensor that requires a gradient, which it would not get; must be a "
-            "real number (multiply query by the tensor instead)"
+            f"real number{advice}"
         )
     try:
         if isinstance(value, (bool, str, bytes)):  # which float takes
@@ -165,7 +166,7 @@ def _real(name: str, value: Any) -> float:
     except OverflowError:
         raise ValueError(f"{name}: got {value!r}; must be finite") from None
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: got {value!r}; must be a real number or None") from None
+        raise TypeError(f"{name}: got {value!r}; must be {must}") from None
 
 
 def module_scale(qk_scale: float | None, head_dim: int) -> float:
@@ -188,7 +189,7 @@ def head_dim_of(dim: int, num_heads: int) -> int:
 
 def probability(name: str, value: float) -> float:
     """A module's rate of dropout."""
-    rate = _real(name, value)
+    rate = _real(name, value, "a real number")
     if not 0 <= rate <= 1:
         raise ValueError(f"{name}: got {value!r}; must lie in [0, 1]")
     return rate

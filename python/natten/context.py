@@ -210,7 +210,9 @@ def use_autotuner(
     if any(settings.values()):
         _say_unused("autotuner")
     for name, value in settings.items():
-        if type(getattr(_autotuner, name)) is int and not isinstance(value, int):
+        if type(getattr(_autotuner, name)) is int and (
+            isinstance(value, bool) or not hasattr(value, "__index__")
+        ):
             raise TypeError(f"{name}: got {value!r}; must be an integer")
     for name, value in settings.items():
         setattr(_autotuner, name, type(getattr(_autotuner, name))(value))

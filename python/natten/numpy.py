@@ -303,5 +303,7 @@ def merge_attentions(
     lses = [_as_array("lse_tensors", x) for x in listed("lse_tensors", lse_tensors)]
     check_merge(*([(x.shape, x.dtype.name) for x in arrays] for arrays in (parts, lses)))
     with np.errstate(all="ignore"):  # infinities and NaN pass through silently, as in the kernels
-        output, lse = merge(np, parts, lses)
+        output, lse = merge(
+            np, parts, lses, lambda mask, x: np.where(mask, 0, x) if mask.any() else x
+        )
     return np.asarray(output, parts[0].dtype), np.asarray(lse)

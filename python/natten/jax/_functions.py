@@ -387,6 +387,7 @@ def merge_attentions(
         jnp,
         [x.astype(statistic) for x in parts],
         [x.astype(statistic) for x in lses],
+        lambda mask, x: jnp.where(mask, 0, x),
         jax.lax.stop_gradient,
     )
     return output.astype(first.dtype), lse

@@ -52,6 +52,12 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
         raise
 
 
+def _scale(scale: float | None) -> float | None:
+    if torch.compiler.is_compiling():  # Dynamo cannot follow questions about types
+        return None if scale is None else float(scale)
+    return real_scale(scale)
+
+
 def _is_nested(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_nested
 
@@ -157,7 +163,7 @@ def _make_fused(rank: int):
         output, logsumexp = _call(
             _ops.attention_forward,
             query, key, value, rpb, additional_keys, additional_values,
-            config, real_scale(scale), chosen_backend(backend),
+            config, _scale(scale), chosen_backend(backend),
         )  # fmt: skip
         return (output, logsumexp) if return_lse else output
 
@@ -292,7 +298,7 @@ def attention(
     config = make_config(1, 1, is_causal=is_causal, flags=flags)
     output, logsumexp = _call(
         _ops.attention_forward, query, key, value, None, None, None,
-        config, real_scale(scale), chosen_backend(backend),
+        config, _scale(scale), chosen_backend(backend),
     )  # fmt: skip
     return (output, logsumexp) if return_lse else output
 
@@ -330,5 +336,11 @@ def merge_attentions(
             f"outputs, lse_tensors: are on {' and '.join(sorted(map(str, devices)))}; must be on "
             "one device"
         )
-    output, lse = merge(torch, outputs, lse_tensors, torch.Tensor.detach)
+    output, lse = merge(
+        torch,
+        outputs,
+        lse_tensors,
+        lambda mask, x: x.masked_fill(mask, 0.0),
+        torch.Tensor.detach,
+    )
     return output.to(outputs[0].dtype), lse

@@ -132,7 +132,7 @@ class _NeighborhoodAttention(nn.Module):
             jagged = torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
             return torch.nested.as_nested_tensor(list(self(jagged).unbind()))
         # Another map may have taken the place of the linear one.
-        dim = getattr(self.qkv, "in_features", x.shape[-1])
+        dim = getattr(self.qkv, "in_features", 0) or (x.shape[-1] if x.dim() else "dim")
         if x.dim() != rank + 2 or x.shape[-1] != dim:
             raise ValueError(
                 f"x: got shape {list(x.shape)}; must be [batch, *spatial, {dim}], channels last, "
@@ -157,18 +157,20 @@ class _NeighborhoodAttention(nn.Module):
         """[..., dim] -> [..., 3, num_heads, head_dim]."""
         try:
             return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        except RuntimeError:
+        except RuntimeError as error:
             _ops.check_tensor("x", x, may_be_nested=True)
-            weight = getattr(self.qkv, "weight", x)
+            if type(self.qkv) is not nn.Linear or isinstance(error, torch.OutOfMemoryError):
+                raise
+            weight = self.qkv.weight
             if x.device != weight.device:
                 raise ValueError(
                     f"x: is on {x.device}; must be on the device of the parameters, {weight.device}"
-                ) from None
-            if x.dtype != weight.dtype:
+                ) from error
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
                 raise TypeError(
                     f"x: got dtype {_ops.dtype_name(x)}; must be {_ops.dtype_name(weight)}, as the "
                     "parameters are"
-                ) from None
+                ) from error
             raise
 
     def extra_repr(self) -> str:
