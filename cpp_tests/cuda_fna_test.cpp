@@ -323,7 +323,6 @@ TEST(CudaFnaChoice, BiasesFarApart) {
     for (const std::int64_t stride : {std::int64_t{1} << 28, -(std::int64_t{1} << 28)})
       EXPECT_EQ(refusal(stride),
                 "rpb: its strides span 2147483652 elements within a head; the most is 2^31 - 1");
-    EXPECT_NE(refusal(std::numeric_limits<std::int64_t>::min()), "");
     EXPECT_EQ(cuda::simt_refuse_reason(natten::describe(call)), "");
   }
 }

@@ -496,7 +496,8 @@ def test_messages_are_the_cores():
     q = jnp.zeros((1, 5, 1, 2))
     message = (
         "kernel_size: got [3] with dilation 2 on axis 0; kernel_size * dilation must not exceed "
-        "the axis, 5 tokens here"
+        "the axis, 5 tokens here (query, [1, 5, 1, 2], is read as [batch, *spatial, heads, "
+        "head_dim])"
     )
     with pytest.raises(ValueError) as caught:
         jax.jit(lambda q: nj.na1d(q, q, q, 3, 2))(q)

@@ -323,15 +323,12 @@ class Checker {
     return tuple.size ? tuple[i] : missing;
   }
 
-  /// Elements between the first and the last bias of a head, by its strides. In double, for strides
-  /// may be of any size.
+  /// Elements between the first and the last bias of a head.
   static std::int64_t span_of_biases(const TensorView& rpb) {
-    double span = 0;
+    std::int64_t span = 0;
     for (int i = 1; i < rpb.ndim; ++i)
-      span += std::abs(static_cast<double>(rpb.strides[i])) *
-              static_cast<double>(std::max<std::int64_t>(rpb.shape[i] - 1, 0));
-    constexpr double kMost = 4e18;
-    return static_cast<std::int64_t>(std::min(span, kMost));
+      if (rpb.shape[i] > 1) span += std::abs(rpb.strides[i]) * (rpb.shape[i] - 1);
+    return span;
   }
 
   Problem make_problem() {

@@ -68,7 +68,7 @@ struct RowSums {
   using Sum = StatisticOf<T>;
   using Stored = std::conditional_t<kWeight == Weight::score, T, Sum>;
   static constexpr bool kHasScore = kWeight != Weight::slot;
-  static constexpr bool kFindsRowTerm = kWeight == Weight::grad_score && !kKeyRows && kDims == 0;
+  static constexpr bool kSumsProbabilities = kWeight == Weight::grad_score && !kKeyRows;
   static constexpr int kSumDims = kDims;
   static constexpr int kThreads = kRows;
   static constexpr int kBlocks = kDims * sizeof(Sum) > 256 ? 8 : 12;
@@ -176,7 +176,7 @@ struct RowSums {
             dot<kVector, kTf32>(grad, in.row_b.at(batch, head, widened(row.token)), vectors,
                                 in.grad_dims);
             of_columns(in.row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
-            if constexpr (kFindsRowTerm) probabilities += masked_sum(weight, mask);
+            if constexpr (kSumsProbabilities) probabilities += masked_sum(weight, mask);
             NATTEN_EACH (j, kChunk) weight[j] *= grad[j];
           }
         }
@@ -207,19 +207,19 @@ struct RowSums {
     }
 
     if (!row.is_active) return;
+    // The sum of P is 1 but for logsumexp's rounding, which is large where scores are; where one
+    // key takes nearly all weight, dP and the row term nearly cancel.
+    if (probabilities == 0) probabilities = 1;
     if constexpr (!kKeyRows)
       if (in.statistic && slice == 0) {
-        // The sum of P is 1 but for logsumexp's rounding, which is large where scores are; where
-        // one key takes nearly all weight, dP and the row term nearly cancel.
-        Sum x = kWeight == Weight::softmax ? largest + std::log(total)
-                                           : total / (probabilities == 0 ? 1 : probabilities);
+        Sum x = kWeight == Weight::softmax ? largest + std::log(total) : total / probabilities;
         if (in.subtracted) x -= *in.subtracted.at(batch, head, widened(row.token));
         *in.statistic.at(batch, head, widened(row.token)) = x;
       }
     if constexpr (kDims > 0) {
       Sum factor = 1;
       if constexpr (kWeight == Weight::softmax) factor = 1 / (total == 0 ? 1 : total);
-      if constexpr (kWeight == Weight::grad_score) factor = in.scale;
+      if constexpr (kWeight == Weight::grad_score) factor = in.scale / probabilities;
       const auto write = [&](auto* to) {
         NATTEN_EACH (d, kDims)
           if (first + d < in.sum_dims)
