@@ -3,6 +3,7 @@
 #include <natten/error.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <numeric>
 #include <string>
 
@@ -77,8 +78,6 @@ class Sums {
   int steps_left_ = 1 << 14;
 };
 
-std::int64_t magnitude(std::int64_t x) { return x < 0 ? -x : x; }
-
 /// The bytes from a tensor's first in memory to past its last.
 struct Span {
   std::uintptr_t begin, end;
@@ -105,7 +104,7 @@ bool share_memory(const Span& a, const Span& b) {
     const TensorView& v = *span->use->view;
     const auto element = static_cast<std::int64_t>(size_of(v.dtype));
     for (int i = 0; i < v.ndim; ++i)
-      if (v.shape[i] > 1) sums.add(magnitude(v.strides[i]) * element, v.shape[i] - 1);
+      if (v.shape[i] > 1) sums.add(std::abs(v.strides[i]) * element, v.shape[i] - 1);
     bytes += element;
   }
   sums.add(1, bytes);
@@ -117,7 +116,7 @@ bool overlaps_itself(const TensorView& v) {
   Term dims[kMaxDims];
   int count = 0;
   for (int i = 0; i < v.ndim; ++i)
-    if (v.shape[i] > 1) insert(dims, count, {magnitude(v.strides[i]), v.shape[i] - 1});
+    if (v.shape[i] > 1) insert(dims, count, {std::abs(v.strides[i]), v.shape[i] - 1});
   // Two such elements differ in dimension i, and else only in dimensions of smaller steps, by
   // which they would have to be brought together again.
   std::int64_t reach = 0;
