@@ -458,8 +458,8 @@ def test_forward_mode_in_jax(name):
 
     arguments = good(Jax, name)
     x = arguments.pop("query")
-    start = 'autodiff: got "reverse", which bars forward mode (jvp, linearize, jacfwd); for that it'
-    start += ' must be autodiff="any"$'
+    start = 'autodiff: got "reverse", which bars forward-mode differentiation (jvp, linearize, '
+    start += 'jacfwd); for that it must be autodiff="any"$'
     refuses(TypeError, start, jax.jvp, lambda x: Jax.function(name)(x, **arguments), (x,), (x,))
 
 

@@ -127,8 +127,8 @@ def _call(functions: Mapping[str, Callable[..., Any]], autodiff: str, *args: Any
         if "custom_vjp function" not in str(error):
             raise
         raise TypeError(
-            f'autodiff: got "{autodiff}", which bars forward mode (jvp, linearize, jacfwd); for '
-            'that it must be autodiff="any"'
+            f'autodiff: got "{autodiff}", which bars forward-mode differentiation (jvp, linearize, '
+            'jacfwd); for that it must be autodiff="any"'
         ) from error
 
 
