@@ -7,24 +7,43 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+# The package, the wheel and the C++ tests hold the same library. Relative paths and one set of flags
+# let ccache, where there is one, compile it once.
+ifneq ($(shell command -v ccache 2>/dev/null),)
+export CMAKE_C_COMPILER_LAUNCHER ?= ccache
+export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
+export CCACHE_BASEDIR ?= /
+export CCACHE_NOHASHDIR ?= 1
+endif
+export SKBUILD_CMAKE_DEFINE := NATTEN_WARNINGS_AS_ERRORS=ON
 # Most of what is installed is never imported, so that compiling all of it to bytecode is wasted.
 INSTALL := $(BIN)/python -m pip install -q --no-compile
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test test-cpp test-sanitize test-clang test-cross test-cross-one test-wine \
-  test-aarch64 test-python lint format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
+.PHONY: demo test test-all test-cpp test-cpp-rest test-sanitize test-clang test-cross test-cross-one \
+  test-wine test-aarch64 test-python test-python-rest lint format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
 	$(BIN)/python examples/demo.py
 
-test: test-cpp test-sanitize test-python
+# What a newcomer runs: each kind of test, on the best instruction set, with a tenth of the random
+# cases. What it leaves out is in the test-…-rest.
+test: test-cpp test-python
+
+test-all: test test-cpp-rest test-python-rest test-sanitize test-clang test-cross-one test-wheel consumer cuda
 
 test-cpp: $(VENV)/build gtest
-	cmake --preset tests
+	cmake --preset tests -DNATTEN_TEST_EMULATED_CUDA=OFF
 	cmake --build --preset tests
-	ctest --preset tests
+	ctest --preset quick
+
+# Each backend and each instruction set, and CUDA kernels on an emulator.
+test-cpp-rest: $(VENV)/build gtest
+	cmake --preset tests -DNATTEN_TEST_EMULATED_CUDA=ON
+	cmake --build --preset tests
+	ctest --preset rest
 
 test-sanitize: $(VENV)/build gtest
 	cmake --preset sanitize
@@ -55,9 +74,11 @@ test-aarch64: $(VENV)/build
 	cpp_tests/aarch64.sh
 
 # In two halves at once: most of the time goes to compilers that use one core.
-test-python: $(VENV)/package $(VENV)/test $(VENV)/models
-	@$(BIN)/python -m pytest tests/test_jax*.py & half=$$!; status=0; \
-	$(BIN)/python -m pytest --ignore-glob='*/test_jax*.py' || status=$$?; \
+test-python: marks := not long
+test-python-rest: marks := long
+test-python test-python-rest: $(VENV)/package $(VENV)/test $(VENV)/models
+	@$(BIN)/python -m pytest -m '$(marks)' --durations=10 tests/test_jax*.py & half=$$!; status=0; \
+	$(BIN)/python -m pytest -m '$(marks)' --durations=10 --ignore-glob='*/test_jax*.py' || status=$$?; \
 	wait $$half || status=$$?; exit $$status
 
 # Without GoogleTest, CMake fetches it; a Debian machine with root rights gets the package instead.

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+import pytest
 
 SEED = int(os.environ.get("NATTEN_TEST_SEED", "20260731"))
 DTYPES = ("float64", "float32", "bfloat16", "float16")
@@ -185,6 +186,18 @@ def random_case(rng: np.random.Generator) -> Case:
 def random_cases(count: int, seed: int = SEED) -> list[Case]:
     rng = np.random.default_rng(seed)
     return [random_case(rng) for _ in range(count)]
+
+
+def long_unless(quick: bool, *values: Any) -> Any:
+    """Values of a parametrised test, which is a long one unless `quick`."""
+    return pytest.param(*values, marks=() if quick else pytest.mark.long)
+
+
+def a_tenth_and_the_rest(count: int, seed: int = SEED) -> pytest.MarkDecorator:
+    """Parametrises a test by `drawn`, a list of random cases; the longer list makes a long test."""
+    drawn = random_cases(count, seed)
+    rest = pytest.param(drawn[count // 10 :], marks=pytest.mark.long)
+    return pytest.mark.parametrize("drawn", [drawn[: count // 10], rest], ids=["tenth", "rest"])
 
 
 def relative_error(got: np.ndarray, want: np.ndarray, scale: float = 0.0) -> float:

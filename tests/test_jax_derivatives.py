@@ -13,6 +13,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
 import oracle  # noqa: E402
+from cases import long_unless  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 from jax_cases import (  # noqa: E402
     AV,
@@ -173,8 +174,11 @@ DERIVATIVES = IN_REVERSE | FORWARD
 CASES = [("reverse", name) for name in IN_REVERSE] + [("any", name) for name in DERIVATIVES]
 # Compilation takes most of the time, so rank 2 has all of them and the other ranks these.
 FEW = ("vjp", "grad of grad", "jvp", "jacfwd", "hessian", "reverse over forward")
+QUICK = [("reverse", "vjp"), ("reverse", "grad of grad"), ("any", "jvp"), ("any", "hessian")]
 FEW_DERIVATIVES = pytest.mark.parametrize(
-    ("autodiff", "name"), [case for case in CASES if case[1] in FEW], ids=str
+    ("autodiff", "name"),
+    [long_unless(case in QUICK, *case) for case in CASES if case[1] in FEW],
+    ids=str,
 )
 
 # Per rank: which arguments examples have of their own.
@@ -213,7 +217,12 @@ def expected(name, rank):
 
 @pytest.mark.parametrize(
     ("rank", "autodiff", "name"),
-    [(rank, *case) for rank in (1, 2, 3) for case in CASES if rank == 2 or case[1] in FEW],
+    [
+        long_unless(rank == 2 and case in QUICK, rank, *case)
+        for rank in (1, 2, 3)
+        for case in CASES
+        if rank == 2 or case[1] in FEW
+    ],
     ids=str,
 )
 @KINDS

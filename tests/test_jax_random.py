@@ -63,10 +63,11 @@ def call_and_differentiate(
     return results, {f"grad_{n}": g for n, g in gradients.items()}
 
 
-def test_fused(capsys):
+@cases.a_tenth_and_the_rest(COUNT)
+def test_fused(drawn, capsys):
     names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
     errors = cases.Errors("jax fused")
-    for case in cases.random_cases(COUNT, cases.SEED):
+    for case in drawn:
         arrays = case.fused_arrays()
         function = (nj.na1d, nj.na2d, nj.na3d)[case.rank - 1]
         (output, lse), gradients = call_and_differentiate(
@@ -88,9 +89,10 @@ def test_fused(capsys):
         print(f"\n{errors.table()}")
 
 
-def test_unfused(capsys):
+@cases.a_tenth_and_the_rest(COUNT, cases.SEED + 1)
+def test_unfused(drawn, capsys):
     errors = cases.Errors("jax unfused")
-    for case in cases.random_cases(COUNT, cases.SEED + 1):
+    for case in drawn:
         arrays = case.unfused_arrays()
         qk_want, av_want = oracle.unfused(case, arrays)
         qk = (nj.na1d_qk, nj.na2d_qk, nj.na3d_qk)[case.rank - 1]

@@ -22,6 +22,7 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402
+from cases import long_unless  # noqa: E402
 from jax import export  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from jax_cases import (  # noqa: E402
@@ -434,8 +435,15 @@ def _(f):
 
 
 @pytest.mark.filterwarnings("ignore:Some donated buffers were not usable")
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    ("transformation", "name"),
+    [
+        # Each transformation of one function is quick enough, each function being one of them.
+        long_unless(i % len(NAMES) == j, transformation, name)
+        for i, transformation in enumerate(TRANSFORMATIONS)
+        for j, name in enumerate(NAMES)
+    ],
+)
 def test_transformation(name, transformation):
     if "sharding" in transformation.lower() or "shard_map" in transformation:
         if len(jax.devices()) < DEVICES:

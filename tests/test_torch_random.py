@@ -80,9 +80,10 @@ def run_unfused(case: cases.Case, arrays: cases.Arrays) -> tuple[cases.Arrays, c
     return to_numpy(of_qk), to_numpy(of_av)
 
 
-def test_fused(capsys):
+@cases.a_tenth_and_the_rest(COUNT)
+def test_fused(drawn, capsys):
     errors = cases.Errors("torch fused")
-    for case in cases.random_cases(COUNT):
+    for case in drawn:
         check_fused(case, errors)
     with capsys.disabled():
         print(f"\n{errors.table()}")
@@ -120,9 +121,10 @@ def check_unfused(case: cases.Case, errors: cases.Errors) -> None:
         errors.check(case, got, want, float(np.linalg.norm(arrays[incoming])))
 
 
-def test_unfused(capsys):
+@cases.a_tenth_and_the_rest(COUNT, cases.SEED + 1)
+def test_unfused(drawn, capsys):
     errors = cases.Errors("torch unfused")
-    for case in cases.random_cases(COUNT, cases.SEED + 1):
+    for case in drawn:
         check_unfused(case, errors)
     with capsys.disabled():
         print(f"\n{errors.table()}")
