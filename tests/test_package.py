@@ -26,6 +26,7 @@ def run_python(code: str, **env: str) -> str:
         capture_output=True,
         text=True,
         check=True,
+        timeout=600,  # rather than hang
     ).stdout
 
 

@@ -18,6 +18,8 @@ needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="needs signal
 INTERRUPT = """
 import os, signal, threading, time
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it in the background
+
 def interrupt(name, call):
     '''Prints the seconds from a signal to its exception. The call takes many seconds by itself.'''
     sent = []
