@@ -52,14 +52,15 @@ class Rule(SingleLevelFunction):
         cls.operator.differentiate = cls.differentiate
 
     @classmethod
-    def differentiate(cls, *args: Any) -> Any:
-        """The operator's kernel at the key Autograd."""
+    def differentiate(cls, *args: Any, kernel: Callable[..., Any] | None = None) -> Any:
+        """The operator's kernel at the key Autograd. `kernel`: what is below, where that is known
+        without the dispatcher."""
         if is_in_forward_mode() and _has_tangent(args):
             _refuse_forward_mode_that_is_nested()
             return cls.in_forward_mode(*args)
         if torch.is_grad_enabled() and any_requires_grad(*args):
             return cls.recorded(*args)
-        return cls.operator.below_autograd(*args)
+        return (kernel or cls.operator.below_autograd)(*args)
 
     @classmethod
     def recorded(cls, *args: Any) -> Any:
@@ -316,8 +317,8 @@ class AttentionBackward(Rule):
     operator = _ops.attention_backward
 
     @classmethod
-    def differentiate(cls, *args: Any) -> list[Tensor]:
-        return list(super().differentiate(*args))
+    def differentiate(cls, *args: Any, kernel: Callable[..., Any] | None = None) -> list[Tensor]:
+        return list(super().differentiate(*args, kernel=kernel))
 
     @classmethod
     def in_forward_mode(cls, *args: Any) -> list[Tensor]:

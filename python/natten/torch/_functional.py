@@ -25,10 +25,7 @@ from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _nested, _ops
 from natten.torch._private import (
-    are_transforms_active,
     is_any_autocast_enabled,
-    is_wrapped_by_transform,
-    tracing_state,
 )
 
 
@@ -39,10 +36,9 @@ def _call(operator: _ops.Operator, *args: Any) -> Any:
             args = _autocast(args)
         if args[0].is_nested or args[1].is_nested:
             return _nested.call(operator, *args)
-        if torch.compiler.is_compiling() or not _is_plain(args):
+        if torch.compiler.is_compiling():  # Dynamo cannot follow questions about dispatch keys
             return operator.overload(*args)
-        # There the dispatcher would only lead to here; this saves microseconds.
-        return operator.differentiate(*args)
+        return operator(*args)
     except Exception:
         # Only now, as good calls need no such checks.
         nested = any(map(_is_nested, args[:2]))
@@ -60,16 +56,6 @@ def _scale(scale: float | None) -> float | None:
 
 def _is_nested(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_nested
-
-
-def _is_plain(args: tuple[Any, ...]) -> bool:
-    """Whether this is eager mode, on tensors that no transform has wrapped."""
-    if are_transforms_active() or tracing_state() is not None:
-        return False
-    for x in args:  # noqa: SIM110 (faster than a generator)
-        if isinstance(x, Tensor) and is_wrapped_by_transform(x):
-            return False
-    return True
 
 
 def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from natten.torch._private import (
     add_batch_dim,
     enter_vmap,
     is_batched_by_vmap,
+    is_plain,
     leave_vmap,
     remove_batch_dim,
 )
@@ -69,10 +70,17 @@ class Operator:
         torch.library.register_vmap(self.overload, self._vmap, lib=library)
         library.impl(name, self._batch_gradients, "Batched")
 
+    # Both skip PyTorch's dispatcher where it would only lead to what they call, as it takes as long
+    # as a small problem does.
+
     def __call__(self, *args: Any) -> Any:
+        if is_plain(args[: len(self.inputs)]):
+            return self.differentiate(*args, kernel=self._run)
         return self.overload(*args)
 
     def below_autograd(self, *args: Any) -> Any:
+        if is_plain(args[: len(self.inputs)]):
+            return self._run(*args)
         with BelowAutograd():
             return self.overload(*args)
 

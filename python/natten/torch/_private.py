@@ -6,23 +6,65 @@ alone. tests/test_private_names.py says which names are gone, and that no other 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
 from torch import _add_batch_dim as add_batch_dim
 from torch import _nested_view_from_buffer as nested_view_from_buffer
 from torch import _remove_batch_dim as remove_batch_dim
+from torch._C import DispatchKey, DispatchKeySet
 from torch._C import _any_requires_grad as any_requires_grad
 from torch._C import _are_functorch_transforms_active as are_transforms_active
 from torch._C import _AutoDispatchBelowAutograd as BelowAutograd
-from torch._C import _get_tracing_state as tracing_state
+from torch._C import _dispatch_keys as dispatch_keys
+from torch._C import _dispatch_tls_local_include_set as dispatch_keys_of_thread
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _vmapmode_decrement_nesting as leave_vmap
 from torch._C import _vmapmode_increment_nesting as enter_vmap
+from torch._C._autograd import _profiler_enabled as is_profiler_enabled
 from torch._C._functorch import TransformType, get_interpreter_stack
-from torch._C._functorch import is_functorch_wrapped_tensor as is_wrapped_by_transform
 from torch._C._functorch import is_legacy_batchedtensor as is_batched_by_vmap
 from torch._functorch.utils import enable_single_level_autograd_function as allow_rules
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+
+
+def _raw_key_sets(*keys: DispatchKey) -> set[int]:
+    """A set of dispatch keys, and what inference mode leaves of it."""
+    tracked = DispatchKeySet(DispatchKey.ADInplaceOrView)
+    for key in keys:
+        tracked = tracked | DispatchKeySet(key)
+    left = [key for key in keys if not key.name.startswith("Autograd")]
+    untracked = DispatchKeySet(left[0])
+    for key in left[1:]:
+        untracked = untracked | DispatchKeySet(key)
+    return {tracked.raw_repr(), untracked.raw_repr()}
+
+
+_PLAIN_TENSORS = {
+    raw
+    for device in ("CPU", "CUDA")
+    for raw in _raw_key_sets(
+        *(getattr(DispatchKey, prefix + device) for prefix in ("", "Autograd", "Autocast"))
+    )
+}
+_PLAIN_THREADS = _raw_key_sets(DispatchKey.BackendSelect)
+
+
+def is_plain(tensors: Iterable[Any]) -> bool:
+    """Whether PyTorch's dispatcher would do nothing with these tensors (or None) but autograd and
+    the call of a kernel: no mode, transform or tracer is active, none is nested, sparse, negated,
+    on another device, or of a class that sees its calls, and no profiler wants to see this one."""
+    if dispatch_keys_of_thread().raw_repr() not in _PLAIN_THREADS or is_profiler_enabled():
+        return False
+    for x in tensors:
+        if x is not None and not (
+            isinstance(x, Tensor) and dispatch_keys(x).raw_repr() in _PLAIN_TENSORS
+        ):
+            return False
+    return True
 
 
 def is_in_forward_mode() -> bool:
@@ -47,10 +89,9 @@ __all__ = [
     "is_any_autocast_enabled",
     "is_batched_by_vmap",
     "is_in_forward_mode",
-    "is_wrapped_by_transform",
+    "is_plain",
     "leave_vmap",
     "nested_view_from_buffer",
     "remove_batch_dim",
     "set_forward_mode",
-    "tracing_state",
 ]
