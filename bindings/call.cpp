@@ -1,6 +1,5 @@
 #include "call.h"
 
-#include <cstring>
 #include <string>
 
 namespace natten::bindings {
@@ -42,16 +41,6 @@ Call decode_call(std::string_view op, const std::int64_t* config, std::size_t co
   o.deterministic = !(flags & nondeterministic);
   o.allow_tf32 = flags & allow_tf32;
   return call;
-}
-
-void set_tensor(Call& call, const Role& role, const TensorView& view) {
-  call.tensors.*role.tensor = view;
-  const char* keys = std::strchr(role.dims, 'K');
-  if (!view || !keys || !call.options.separate_key_grid) return;
-  const auto axis = static_cast<int>(keys - role.dims);  // before it are only single dimensions
-  const int rank = call.neighborhood.kernel_size.size;
-  if (axis + rank <= view.ndim)
-    call.neighborhood.kernel_size = Tuple(view.shape.begin() + axis, rank);
 }
 
 }  // namespace natten::bindings

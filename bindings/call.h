@@ -24,10 +24,6 @@ constexpr std::int64_t kAllFlags = 31;
 /// Throws Error.
 Op op_named(std::string_view name);
 
-/// Sets one tensor of a call. Where keys have a grid of their own (`separate_key_grid`), the window
-/// is that whole grid, whatever the list of integers said.
-void set_tensor(Call& call, const Role& role, const TensorView& view);
-
 /// Decodes everything but the tensors. `config` holds nine tuples, each preceded by its length
 /// (kernel_size, dilation, is_causal, stride, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
 /// backward_kv_tile_shape, backward_kv_splits), then the flags. Throws Error.

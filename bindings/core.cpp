@@ -75,7 +75,7 @@ Call call_of(Views& views, const std::string& op, const Config& config, Scale sc
              const nb::sequence& inputs) {
   Call call = decode_call(op, config.data(), config.size(), scale.value_or(0.0));
   bind_tensors(call, inputs, false, [&](const Role& role, const nb::object& object) {
-    set_tensor(call, role, views.view(object, role.name));
+    call.tensors.*role.tensor = views.view(object, role.name);
   });
   return call;
 }
@@ -92,10 +92,12 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(
     if (object.is(nb::handle(Py_True)))
       wanted.push_back(role.tensor);
     else
-      set_tensor(call, role, views.view(object, role.name));
+      call.tensors.*role.tensor = views.view(object, role.name);
   });
-  const Call given = call;
-  for (TensorView Tensors::*tensor : wanted) call.tensors.*tensor = expected(given, tensor);
+  if (!wanted.empty()) {
+    const Problem problem = describe(call);
+    for (TensorView Tensors::*tensor : wanted) call.tensors.*tensor = expected(problem, tensor);
+  }
 
   std::vector<std::optional<Spec>> specs;
   for (const Role& role : roles_of(call.op)) {
@@ -146,16 +148,17 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
   Views views;
   Call call = call_of(views, op, config, scale, inputs);
   nb::list results;
-  const Call given = call;
+  std::optional<Problem> problem;  // of the inputs, where that is asked for
   bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
     nb::object result = object;
     const bool is_wanted = object.is(nb::handle(Py_True));
     if (allocate && (is_wanted || nb::isinstance<nb::tuple>(object))) {
+      if (is_wanted && !problem) problem = describe(call);
       const TensorView view =
-          is_wanted ? expected(given, role.tensor) : views.view(object, role.name);
+          is_wanted ? expected(*problem, role.tensor) : views.view(object, role.name);
       result = (*allocate)(shape_of(view), name_of(view.dtype));
     }
-    set_tensor(call, role, views.view(result, role.name, true));
+    call.tensors.*role.tensor = views.view(result, role.name, true);
     results.append(result);
   });
   run_unlocked(lock, backend, openmp_threads, stream, allocate, views, call);
@@ -171,7 +174,7 @@ void run_calls(const std::string& op, const Config& config, Scale scale, const s
   for (const auto& [inputs, outputs] : tensors) {
     calls.push_back(call_of(views, op, config, scale, inputs));
     bind_tensors(calls.back(), outputs, true, [&](const Role& role, const nb::object& object) {
-      set_tensor(calls.back(), role, views.view(object, role.name, true));
+      calls.back().tensors.*role.tensor = views.view(object, role.name, true);
     });
   }
   run_unlocked(lock, backend, openmp_threads, stream, allocate, views, calls);

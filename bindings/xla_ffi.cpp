@@ -67,11 +67,11 @@ ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
       if (role.is_output) {
         auto buffer = results.get<ffi::AnyBuffer>(next_result++);
         if (buffer.has_error()) return buffer.error();
-        set_tensor(call, role, view_of(*buffer.value(), device, role.name));
+        call.tensors.*role.tensor = view_of(*buffer.value(), device, role.name);
       } else {
         auto buffer = args.get<ffi::AnyBuffer>(next_arg++);
         if (buffer.has_error()) return buffer.error();
-        set_tensor(call, role, view_of(buffer.value(), device, role.name));
+        call.tensors.*role.tensor = view_of(buffer.value(), device, role.name);
       }
     }
     const std::string backend_name(backend);

@@ -145,7 +145,7 @@ inline natten::Neighborhood neighborhood_of(const Case& c, Rng& rng) {
   n.dilation = tuple(1, [](const oracle::Axis& a) { return a.dilation; });
   n.stride = tuple(1, [](const oracle::Axis& a) { return a.stride; });
   n.is_causal = tuple(0, [](const oracle::Axis& a) { return a.is_causal; });
-  if (c.keys) n.kernel_size = {*c.keys};
+  if (c.keys) n.kernel_size = {1};  // of which only the number of axes counts
   return n;
 }
 

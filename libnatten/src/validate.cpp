@@ -141,25 +141,29 @@ class Checker {
     if (rank_ < 1 || rank_ > kMaxRank)
       bad_value("kernel_size: got ", to_string(n.kernel_size), ", ", rank_,
                 " elements; there must be 1, 2 or 3 spatial axes");
-    // That of keys on a grid of their own is the grid, of which check_extent speaks.
-    const std::int64_t smallest = call_.options.separate_key_grid ? 0 : 1;
-    check_tuple("kernel_size", n.kernel_size, smallest);
+    window_ = n.kernel_size;
+    if (!call_.options.separate_key_grid) check_tuple("kernel_size", window_, 1);
     check_tuple("dilation", n.dilation, 1);
     check_tuple("stride", n.stride, 1);
     check_tuple("is_causal", n.is_causal, 0);
     for (int i = 0; i < n.is_causal.size; ++i)
       if (n.is_causal[i] > 1)
         bad_value("is_causal: got ", to_string(n.is_causal), "; must be 0 or 1 on every axis");
-    for (int i = 0; i < n.stride.size; ++i)
-      if (n.stride[i] > n.kernel_size[i] && n.kernel_size[i] > 0)
-        bad_value("stride: got ", to_string(n.stride), "; must not exceed kernel_size, ",
-                  to_string(n.kernel_size), ", on any axis");
-    Tuple relative = n.kernel_size;
+    if (!call_.options.separate_key_grid) check_stride();
+    Tuple relative = window_;
     // Saturated: a kernel too large for its axis is refused only when the axis is known.
     for (int i = 0; i < rank_; ++i)
       relative.values[i] =
           2 * std::min(relative[i], std::numeric_limits<std::int64_t>::max() / 2) - 1;
     extent('R') = {relative, "kernel_size"};
+  }
+
+  void check_stride() const {
+    const Tuple& stride = call_.neighborhood.stride;
+    for (int i = 0; i < stride.size; ++i)
+      if (stride[i] > window_[i])
+        bad_value("stride: got ", to_string(stride), "; must not exceed kernel_size, ",
+                  to_string(window_), ", on any axis");
   }
 
   void check_options() const {
@@ -280,12 +284,16 @@ class Checker {
     if (!extent('K').source)
       bad_value("key: missing; where keys lie on a grid of their own (separate_key_grid) ",
                 name_of(call_.op), " takes that from it");
-    const Neighborhood& n = call_.neighborhood;
+    if (call_.options.separate_key_grid) {
+      window_ = extent('K').values;
+      check_stride();
+    }
     for (int i = 0; i < rank_; ++i) {
-      const std::int64_t length = extent('K').values[i], dilation = value_or(n.dilation, i, 1);
-      if (n.kernel_size[i] > length / dilation)
-        bad_value("kernel_size: got ", to_string(n.kernel_size), " with dilation ", dilation,
-                  " on axis ", i, "; kernel_size * dilation must not exceed the axis, ", length,
+      const std::int64_t length = extent('K').values[i];
+      const std::int64_t dilation = value_or(call_.neighborhood.dilation, i, 1);
+      if (window_[i] > length / dilation)
+        bad_value("kernel_size: got ", to_string(window_), " with dilation ", dilation, " on axis ",
+                  i, "; kernel_size * dilation must not exceed the axis, ", length,
                   length == 1 ? " token" : " tokens", " here", layout_of_grid());
     }
   }
@@ -301,7 +309,7 @@ class Checker {
 
   void check_slots() {
     std::int64_t window = 1;
-    for (int i = 0; i < rank_; ++i) window *= call_.neighborhood.kernel_size[i];
+    for (int i = 0; i < rank_; ++i) window *= window_[i];
     if (extent('X').source) {
       const std::int64_t slots = number('X');
       if (slots < window)
@@ -341,10 +349,15 @@ class Checker {
     p.dtype = dtype_;
     p.device = device_;
     p.rank = rank_;
-    for (int i = 0; i < rank_; ++i)
-      p.axes[kMaxRank - rank_ + i] = {extent('Q').values[i],      extent('K').values[i],
-                                      n.kernel_size[i],           value_or(n.stride, i, 1),
-                                      value_or(n.dilation, i, 1), value_or(n.is_causal, i, 0) != 0};
+    for (int i = 0; i < rank_; ++i) {
+      Axis& axis = p.axes[kMaxRank - rank_ + i];
+      axis.query_length = extent('Q').values[i];
+      axis.key_length = extent('K').values[i];
+      axis.kernel_size = window_[i];
+      axis.stride = value_or(n.stride, i, 1);
+      axis.dilation = value_or(n.dilation, i, 1);
+      axis.is_causal = value_or(n.is_causal, i, 0) != 0;
+    }
     p.batch = number('B');
     p.heads = number('H');
     p.kv_heads = extent('G').source ? number('G') : p.heads;
@@ -374,6 +387,7 @@ class Checker {
   const Call& call_;
   const bool for_execution_;
   int rank_ = 0;
+  Tuple window_;  // the kernel size, or the whole grid of keys that have one of their own
   const Role* first_ = nullptr;
   DType dtype_ = DType::float32;
   Device device_;

@@ -29,8 +29,11 @@ NATTEN_EXPORT void run(const std::vector<Call>& calls, const Context& context = 
 NATTEN_EXPORT std::size_t workspace_bytes(const std::vector<Call>& calls,
                                           const Context& context = {});
 
-/// What the call's other tensors demand of one of its tensors, as a row-major view without memory:
-/// `expected(call, &Tensors::output)` tells what to allocate. Throws Error.
+/// What a call's other tensors demand of one of its tensors, as a row-major view without memory:
+/// `expected(describe(call), &Tensors::output)` tells what to allocate. Throws Error, of a described
+/// call only where its operation has no such tensor.
+NATTEN_EXPORT TensorView expected(const Problem& problem, TensorView Tensors::*tensor);
+/// Checks the call each time that it is asked.
 NATTEN_EXPORT TensorView expected(const Call& call, TensorView Tensors::*tensor);
 
 /// Softmax attention over all keys: query [B, S, H, D], key [B, Skv, Hkv, D], value

@@ -58,7 +58,8 @@ struct Options {
   std::optional<double> scale;  ///< fused only; default 1 / sqrt(D)
   EmptySlots empty_slots = EmptySlots::negative_infinity;
   /// Keys lie on a grid of their own (general attention); otherwise their shape must be the
-  /// query's. There are no relative positions then, so neither rpb nor its gradient.
+  /// query's. The window is all of that grid: of kernel_size only the number of axes counts. There
+  /// are no relative positions then, so neither rpb nor its gradient.
   bool separate_key_grid = false;
   bool deterministic = true;
   /// Products of float32 may be computed in TF32, with 11 bits of precision in place of 24, where
