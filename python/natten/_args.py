@@ -11,7 +11,7 @@ import operator
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from natten import _core, context
 
@@ -22,7 +22,7 @@ Config: TypeAlias = tuple[int, ...]
 # Bits of the last integer of a config; mirrors natten::bindings::Flag.
 HAS_SCALE = 1
 EMPTY_SLOTS_ZERO = 2
-SEPARATE_KEY_GRID = 4  # the window is all of the keys' grid; kernel_size is a placeholder
+SEPARATE_KEY_GRID = 4  # the window is all of the keys' grid; kernel_size only counts the axes
 NONDETERMINISTIC = 8
 ALLOW_TF32 = 16
 
@@ -68,8 +68,8 @@ def per_axis(name: str, value: Ints, rank: int) -> tuple[int, ...]:
     return values
 
 
-def causal_per_axis(value: Bools | None, rank: int) -> tuple[bool, ...]:
-    """`is_causal` for every axis, or one value per axis, as a tuple of `rank` bools. None is False.
+def causal_per_axis(name: str, value: Bools | None, rank: int) -> tuple[bool, ...]:
+    """A bool for every axis, or one value per axis, as a tuple of `rank` bools. None is False.
 
     Integers are refused: they are how a misplaced stride or dilation slips in.
     """
@@ -80,14 +80,53 @@ def causal_per_axis(value: Bools | None, rank: int) -> tuple[bool, ...]:
     if len(values) != rank or not all(fits):
         must = "must be True or False" + f", or {rank} of them, one per spatial axis" * (rank > 1)
         if not all(fits):
-            raise TypeError(f"is_causal: got {value!r}; {must}")
-        raise ValueError(f"is_causal: got {value!r}, {len(values)} elements; {must}")
+            raise TypeError(f"{name}: got {value!r}; {must}")
+        raise ValueError(f"{name}: got {value!r}, {len(values)} elements; {must}")
     return tuple([bool(v) for v in values])
 
 
 def _is_numpy_bool(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.bool_)
+
+
+class AxisOption(NamedTuple):
+    """An argument that has one value per axis, or one for all of them."""
+
+    name: str
+    default: Any  # what None stands for
+    rule: Callable[[str, Any, int], tuple]  # (name, value, rank) -> a value per axis, checked
+
+    def per_axis(self, value: Any, rank: int) -> tuple:
+        return self.rule(self.name, self.default if value is None else value, rank)
+
+
+# What says a window, in the order of the functions' arguments.
+WINDOW_OPTIONS = (
+    AxisOption("kernel_size", None, per_axis),
+    AxisOption("dilation", 1, per_axis),
+    AxisOption("is_causal", False, causal_per_axis),
+    AxisOption("stride", 1, per_axis),
+)
+TILE_OPTIONS = tuple(
+    AxisOption(name, None, per_axis)
+    for name in (
+        "q_tile_shape",
+        "kv_tile_shape",
+        "backward_q_tile_shape",
+        "backward_kv_tile_shape",
+        "backward_kv_splits",
+    )
+)
+
+
+def window_options(rank: int, **given: Any) -> dict[str, tuple]:
+    """The given options of a window by name, each with one value per axis."""
+    return {
+        option.name: option.per_axis(given[option.name], rank)
+        for option in WINDOW_OPTIONS
+        if option.name in given
+    }
 
 
 def make_config(
@@ -97,33 +136,25 @@ def make_config(
     is_causal: Bools | None = False,
     stride: Ints = 1,
     *,
-    q_tile_shape: Ints | None = None,
-    kv_tile_shape: Ints | None = None,
-    backward_q_tile_shape: Ints | None = None,
-    backward_kv_tile_shape: Ints | None = None,
-    backward_kv_splits: Ints | None = None,
     flags: int = 0,
+    **tiles: Ints | None,
 ) -> Config:
-    """The flat list of integers that `natten._core` takes (bindings/call.h)."""
-    config = [rank, *per_axis("kernel_size", kernel_size, rank)]
-    given: tuple[tuple[str, Any], ...] = (
-        ("dilation", dilation),
-        ("is_causal", is_causal),
-        ("stride", stride),
-        ("q_tile_shape", q_tile_shape),
-        ("kv_tile_shape", kv_tile_shape),
-        ("backward_q_tile_shape", backward_q_tile_shape),
-        ("backward_kv_tile_shape", backward_kv_tile_shape),
-        ("backward_kv_splits", backward_kv_splits),
-    )
-    for name, value in given:
+    """The flat list of integers that `natten._core` takes (bindings/call.h). `tiles`: any of
+    TILE_OPTIONS."""
+    config: list[int] = []
+    window = (kernel_size, dilation, is_causal, stride)
+    for option, value in zip(WINDOW_OPTIONS, window, strict=True):
+        config.append(rank)
+        config += option.per_axis(value, rank)
+    for option in TILE_OPTIONS:
+        value = tiles.get(option.name)
         if value is None:
             config.append(0)
-        elif name == "is_causal":
-            config += (rank, *causal_per_axis(value, rank))
         else:
-            config += (rank, *per_axis(name, value, rank))
-    return (*config, flags)
+            config.append(rank)
+            config += option.per_axis(value, rank)
+    config.append(flags)
+    return tuple(config)
 
 
 def window_size(config: Sequence[int], key_grid: Sequence[int]) -> int:
@@ -213,11 +244,10 @@ def listed(name: str, value: Any) -> list[Any]:
         raise TypeError(f"{name}: got {type(value).__name__}; must be a list or tuple") from None
 
 
-def check_neighborhood(
-    kernel_size: tuple[int, ...], dilation: tuple[int, ...], stride: tuple[int, ...]
-) -> None:
-    """Raises what libnatten says of values that fit no grid at all."""
-    rank = len(kernel_size)
+def checked_window(rank: int, **given: Any) -> dict[str, tuple]:
+    """`window_options`. Raises what libnatten says of values that fit no grid at all."""
+    window = window_options(rank, **given)
+    kernel_size, dilation = window["kernel_size"], window["dilation"]
     smallest_grid = [max(k * d, 1) for k, d in zip(kernel_size, dilation, strict=True)]
     if math.prod(smallest_grid) > _MOST_ELEMENTS:
         raise ValueError(
@@ -226,8 +256,9 @@ def check_neighborhood(
         )
     tensor = ((1, *smallest_grid, 1, 1), "float32")
     inputs = [tensor, tensor, tensor, None, None, None]
-    config = make_config(rank, kernel_size, dilation, stride=stride)
+    config = make_config(rank, **window)
     _core.plan("attention_forward", config, None, "", inputs, [True, None], device=None)
+    return window
 
 
 def check_merge(

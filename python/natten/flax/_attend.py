@@ -12,10 +12,10 @@ from jax.typing import ArrayLike, DTypeLike
 
 import natten.jax as natten_jax
 from natten._args import (
+    WINDOW_OPTIONS,
     Bools,
     Ints,
-    causal_per_axis,
-    check_neighborhood,
+    checked_window,
     head_dim_of,
     module_scale,
     per_axis,
@@ -110,12 +110,12 @@ class SelfAttention:
         head_dim = head_dim_of(self.dim, self.num_heads)
         if self.qk_scale is not None:
             self.qk_scale = module_scale(self.qk_scale, head_dim)
-        kernel_size = per_axis("kernel_size", self.kernel_size, self.rank)
-        dilation = per_axis("dilation", self.dilation, self.rank)
-        stride = per_axis("stride", self.stride, self.rank)
-        check_neighborhood(kernel_size, dilation, stride)
-        self.kernel_size, self.dilation, self.stride = kernel_size, dilation, stride
-        self.is_causal = causal_per_axis(self.is_causal, self.rank)
+        for name, value in checked_window(self.rank, **self._window).items():
+            setattr(self, name, value)
+
+    @property
+    def _window(self) -> dict[str, Any]:
+        return {option.name: getattr(self, option.name) for option in WINDOW_OPTIONS}
 
     @property
     def head_dim(self) -> int:
@@ -153,12 +153,7 @@ class SelfAttention:
             drop: dropout of attention weights, if there is any.
         """
         rank = self.rank
-        window: dict[str, Any] = {
-            "kernel_size": self.kernel_size,
-            "dilation": self.dilation,
-            "is_causal": self.is_causal,
-            "stride": self.stride,
-        }
+        window = self._window
         heads = qkv.reshape(*qkv.shape[:-1], self.num_heads, self.head_dim)
         query, key, value = (heads[..., i, :, :] for i in range(3))
         if rpb is not None:

@@ -7,13 +7,12 @@ from torch import Tensor, nn
 
 from natten import context
 from natten._args import (
+    WINDOW_OPTIONS,
     Bools,
     Ints,
-    causal_per_axis,
-    check_neighborhood,
+    checked_window,
     head_dim_of,
     module_scale,
-    per_axis,
     probability,
 )
 from natten._log import logger
@@ -50,6 +49,10 @@ class _NeighborhoodAttention(nn.Module):
     """
 
     rank: int
+    kernel_size: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    stride: tuple[int, ...]
 
     def __init_subclass__(cls) -> None:
         cls.__module__ = "natten"  # where users import it from, and pickle too
@@ -77,11 +80,15 @@ class _NeighborhoodAttention(nn.Module):
         self.head_dim = head_dim_of(dim, num_heads)
         self.num_heads = num_heads
         self.scale = module_scale(qk_scale, self.head_dim)
-        self.kernel_size = per_axis("kernel_size", kernel_size, self.rank)
-        self.dilation = per_axis("dilation", 1 if dilation is None else dilation, self.rank)
-        self.is_causal = causal_per_axis(is_causal, self.rank)
-        self.stride = per_axis("stride", stride, self.rank)
-        check_neighborhood(self.kernel_size, self.dilation, self.stride)
+        window = checked_window(
+            self.rank,
+            kernel_size=kernel_size,
+            dilation=dilation,
+            is_causal=is_causal,
+            stride=stride,
+        )
+        for name, value in window.items():
+            setattr(self, name, value)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
         self.rpb: nn.Parameter | None
         if rel_pos_bias:
@@ -95,13 +102,8 @@ class _NeighborhoodAttention(nn.Module):
         self.proj_drop = nn.Dropout(probability("proj_drop", proj_drop))
 
     @property
-    def _neighborhood(self) -> dict[str, tuple[int, ...]]:
-        return {
-            "kernel_size": self.kernel_size,
-            "dilation": self.dilation,
-            "is_causal": self.is_causal,
-            "stride": self.stride,
-        }
+    def _window(self) -> dict[str, tuple]:
+        return {option.name: getattr(self, option.name) for option in WINDOW_OPTIONS}
 
     def _drops_attention(self) -> bool:
         return self.training and self.attn_drop.p > 0
@@ -141,16 +143,14 @@ class _NeighborhoodAttention(nn.Module):
         qkv = self._map_to_qkv(x)
         query, key, value = (qkv.select(rank + 1, i) for i in range(3))
         if self._uses_fused():
-            out = _FUSED[rank](
-                query, key, value, rpb=self.rpb, scale=self.scale, **self._neighborhood
-            )
+            out = _FUSED[rank](query, key, value, rpb=self.rpb, scale=self.scale, **self._window)
         else:
             query, key, value = (x.movedim(rank + 1, 1) for x in (query, key, value))
-            attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **self._neighborhood)
+            attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **self._window)
             attn = attn.softmax(dim=-1)
             if self._drops_attention():
                 attn = self.attn_drop(attn)
-            out = _AV[rank](attn, value, **self._neighborhood).movedim(1, rank + 1)
+            out = _AV[rank](attn, value, **self._window).movedim(1, rank + 1)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _map_to_qkv(self, x: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from natten._args import Bools, Ints, causal_per_axis, integer, per_axis
+from natten._args import Bools, Ints, integer, per_axis, window_options
 from natten.context import get_device_cc
 from natten.utils import log
 
@@ -24,11 +24,8 @@ def check_all_args(
     """
     if integer("na_dim", na_dim) not in (1, 2, 3):
         raise ValueError(f"na_dim: got {na_dim!r}; must be 1, 2 or 3")
-    return (
-        per_axis("kernel_size", kernel_size, na_dim),
-        per_axis("dilation", 1 if dilation is None else dilation, na_dim),
-        causal_per_axis(is_causal, na_dim),
-    )
+    window = window_options(na_dim, kernel_size=kernel_size, dilation=dilation, is_causal=is_causal)
+    return window["kernel_size"], window["dilation"], window["is_causal"]
 
 
 def get_num_na_weights(kernel_size: Sequence[int]) -> int:
