@@ -7,29 +7,15 @@
 
 #include "cpu/naive.h"
 #include "cpu/vectorized.h"
-#if NATTEN_WITH_CUDA
 #include "cuda/backends.h"
-#endif
 
 namespace natten {
 namespace detail {
 namespace {
 
-/// Best first for each device; the readable reference comes last.
-const Backend* const kBackends[] = {
-    &cpu::vectorized,
-    &cpu::naive,
-#if NATTEN_WITH_CUDA
-    &cuda::fna_backend,
-    &cuda::simt_backend,
-#endif
-};
-
-std::vector<const Backend*> backends_of(DeviceType device) {
-  std::vector<const Backend*> found;
-  for (const Backend* backend : kBackends)
-    if (backend->device == device) found.push_back(backend);
-  return found;
+const Backends& backends_of(DeviceType device) {
+  static const Backends cpu = {&cpu::vectorized, &cpu::naive};  // the readable reference is last
+  return device == DeviceType::cpu ? cpu : cuda::backends();
 }
 
 /// Stands for every backend but the reference.
@@ -101,12 +87,8 @@ std::vector<Verdict> explain(const Problem& problem, const Context& context) {
 
 bool built_for(DeviceType device) { return !detail::backends_of(device).empty(); }
 
-int compute_capability([[maybe_unused]] int device_index) noexcept {
-#if NATTEN_WITH_CUDA
+int compute_capability(int device_index) noexcept {
   return detail::cuda::compute_capability(device_index);
-#else
-  return 0;
-#endif
 }
 
 }  // namespace natten

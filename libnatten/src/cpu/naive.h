@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../registry.h"
+#include "../backend.h"
 #include "parallel.h"
 
 namespace natten::detail::cpu {

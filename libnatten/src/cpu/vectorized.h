@@ -1,6 +1,6 @@
 #pragma once
 
-#include "../registry.h"
+#include "../backend.h"
 
 namespace natten::detail::cpu {
 

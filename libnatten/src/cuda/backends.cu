@@ -12,14 +12,8 @@
 
 namespace natten::detail::cuda {
 
-// Compiled from instance.cu.in.
-extern template void run_fna_as<bfloat16>(const Job& job, Launcher& launch);
-extern template void run_fna_as<float16>(const Job& job, Launcher& launch);
-extern template void run_fna_as<float>(const Job& job, Launcher& launch);
-extern template void run_simt_as<double>(const Job& job, Launcher& launch);
-extern template void run_simt_as<float>(const Job& job, Launcher& launch);
-extern template void run_simt_as<bfloat16>(const Job& job, Launcher& launch);
-extern template void run_simt_as<float16>(const Job& job, Launcher& launch);
+// What libnatten/CMakeLists.txt has compiled from instance.cu.in.
+#include "cuda/instances.inc"
 
 namespace {
 
@@ -144,10 +138,15 @@ void run(const std::vector<Job>& jobs, const Context& context) {
 
 }  // namespace
 
-const Backend fna_backend = {"fna", DeviceType::cuda, refuse_reason<fna_refuse_reason>,
-                             fna_workspace_bytes, run<run_fna<Launcher>>};
-const Backend simt_backend = {"simt", DeviceType::cuda, refuse_reason<simt_refuse_reason>,
-                              simt_workspace_bytes, run<run_simt<Launcher>>};
+const Backends& backends() {
+  // Tiles on tensor cores; plain arithmetic for everything else.
+  static const Backend fna = {"fna", DeviceType::cuda, refuse_reason<fna_refuse_reason>,
+                              fna_workspace_bytes, run<run_fna<Launcher>>};
+  static const Backend simt = {"simt", DeviceType::cuda, refuse_reason<simt_refuse_reason>,
+                               simt_workspace_bytes, run<run_simt<Launcher>>};
+  static const Backends all = {&fna, &simt};
+  return all;
+}
 
 int compute_capability(int device_index) noexcept { return ask(device_index).capability; }
 

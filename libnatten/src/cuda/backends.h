@@ -1,13 +1,11 @@
 #pragma once
 
-#include "../registry.h"
+#include "../backend.h"
 
 namespace natten::detail::cuda {
 
-/// Tiles on tensor cores.
-extern const Backend fna_backend;
-/// Plain arithmetic, for everything else.
-extern const Backend simt_backend;
+/// None in builds without CUDA (no_cuda.cpp).
+const Backends& backends();
 
 /// As natten::compute_capability.
 int compute_capability(int device_index) noexcept;

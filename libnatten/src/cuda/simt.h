@@ -11,8 +11,8 @@
 #include <limits>
 #include <string>
 
+#include "../backend.h"
 #include "../dispatch.h"
-#include "../registry.h"
 #include "simt_bias.h"
 #include "simt_rows.h"
 #include "simt_sums.h"

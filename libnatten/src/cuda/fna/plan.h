@@ -12,7 +12,7 @@
 
 #include "../../dispatch.h"
 #include "../../operand.h"
-#include "../../registry.h"
+#include "../../backend.h"
 #include "kernel.h"
 
 namespace natten::detail::cuda {
