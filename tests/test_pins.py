@@ -22,6 +22,10 @@ def test_the_version_is_written_once():
     assert natten.__version__ == metadata.version("natten") == found["value"]
 
 
+def test_the_file_for_citations_has_the_version():
+    assert f"\nversion: {natten.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def lines(name: str) -> set[str]:
     text = (ROOT / "requirements" / name).read_text().splitlines()
     return {line for line in text if line and not line.startswith("#")}
