@@ -23,7 +23,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python 
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo test test-all test-cpp test-cpp-rest test-sanitize test-clang test-cross test-cross-one \
-  test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
+  test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz docs format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -115,6 +115,11 @@ format: $(VENV)/lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# The pages of docs/ and the reference of all public names, as a site in build/site. Fails where a
+# link leads nowhere, or a page is not in the navigation (mkdocs.yml).
+docs: $(VENV)/docs $(VENV)/package $(VENV)/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # libnatten without Python, installed and as a part of another project, and programs that use it.
 consumer: $(VENV)/build
 	cpp_tests/consumer/check.sh build/consumer
@@ -157,7 +162,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each list of requirements.
-$(addprefix $(VENV)/,build cross cuda demo test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
+$(addprefix $(VENV)/,build cross cuda demo docs test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
 	$(INSTALL) -r $<
 	@touch $@
 
