@@ -23,7 +23,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python 
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo test test-all test-cpp test-cpp-rest test-sanitize test-clang test-cross test-cross-one \
-  test-wine test-aarch64 test-python test-python-rest lint format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
+  test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz docs format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -86,16 +86,39 @@ gtest:
 	@if [ ! -e /usr/include/gtest/gtest.h ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; \
 	then apt-get update -qq && apt-get install -y -qq libgtest-dev; fi
 
-lint: $(VENV)/lint $(VENV)/package $(VENV)/test
+# .pre-commit-config.yaml has the same commands.
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+types: $(VENV)/lint $(VENV)/package $(VENV)/test
+	$(BIN)/mypy
+
+# Bugs and waste that clang-tidy finds in the library (.clang-tidy). It needs Debian's packages `clang`
+# and `clang-tidy`, 14 or newer.
+TIDY_FILES := $(shell find libnatten/src -name '*.cpp')
+tidy: $(VENV)/build
+	cmake --preset clang -B build/tidy -DNATTEN_BUILD_TESTS=OFF
+	printf '%s\n' $(TIDY_FILES) | xargs -P 2 -n 1 clang-tidy --quiet -p build/tidy
+
+# Calls `natten::run` for a minute with what libFuzzer makes up. What fails stays in build/fuzz.
+fuzz: $(VENV)/build
+	cmake --preset fuzz
+	cmake --build --preset fuzz
+	mkdir -p build/fuzz/corpus
+	build/fuzz/natten_fuzz -max_total_time=60 -timeout=30 -max_len=256 -print_final_stats=1 \
+	  -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
 format: $(VENV)/lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+# The pages of docs/ and the reference of all public names, as a site in build/site. Fails where a
+# link leads nowhere, or a page is not in the navigation (mkdocs.yml).
+docs: $(VENV)/docs $(VENV)/package $(VENV)/test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # libnatten without Python, installed and as a part of another project, and programs that use it.
 consumer: $(VENV)/build
@@ -139,7 +162,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each list of requirements.
-$(addprefix $(VENV)/,build cross cuda demo test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
+$(addprefix $(VENV)/,build cross cuda demo docs test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
 	$(INSTALL) -r $<
 	@touch $@
 

@@ -1,4 +1,5 @@
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -8,6 +9,7 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <map>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -182,10 +184,15 @@ void run_calls(const std::string& op, const Config& config, Scale scale, const s
 
 std::vector<std::tuple<std::string, std::string, bool>> explain_call(
     const std::string& op, const Config& config, Scale scale, const std::string& backend,
-    const nb::sequence& inputs, const std::string& device) {
+    const nb::sequence& inputs, const std::string& device,
+    const std::optional<nb::sequence>& outputs) {
   HoldsLock lock;
   Views views(device_named(device));
-  const Call call = call_of(views, op, config, scale, inputs);
+  Call call = call_of(views, op, config, scale, inputs);
+  if (outputs)
+    bind_tensors(call, *outputs, true, [&](const Role& role, const nb::object& object) {
+      set_tensor(call, role, views.view(object, role.name));
+    });
   Context context;
   context.backend = backend.c_str();
   std::vector<std::tuple<std::string, std::string, bool>> rows;
@@ -222,6 +229,22 @@ std::vector<std::int64_t> tokens_of(bool inverse, std::int64_t token, std::int64
   return tokens;
 }
 
+std::map<std::string, std::string> build_facts() {
+  const BuildInfo info = build_info();
+  return {{"compiler", info.compiler},
+          {"build_type", info.build_type},
+          {"system", info.system},
+          {"cuda_compiler", info.cuda_compiler},
+          {"cuda_architectures", info.cuda_architectures}};
+}
+
+std::vector<std::tuple<std::string, bool, bool>> instruction_sets() {
+  std::vector<std::tuple<std::string, bool, bool>> rows;
+  for (const InstructionSetInfo& isa : build_info().instruction_sets)
+    rows.emplace_back(isa.name, isa.available, isa.chosen);
+  return rows;
+}
+
 PyObject* exception_of(ErrorKind kind) {
   switch (kind) {
     case ErrorKind::invalid_value: return PyExc_ValueError;
@@ -239,7 +262,7 @@ PyObject* exception_of(ErrorKind kind) {
 NB_MODULE(_core, m) {
   using namespace natten::bindings;
   m.doc() = "libnatten over DLPack. The adapters in natten.torch and natten.jax are its callers.";
-  m.attr("__version__") = natten::version();
+  m.attr("version") = natten::version();
 
   nb::register_exception_translator([](const std::exception_ptr& p, void*) {
     try {
@@ -271,8 +294,9 @@ NB_MODULE(_core, m) {
       "Runs one operation on several problems in one parallel region. tensors: (inputs, outputs)\n"
       "of each. All else as in run.");
   m.def("explain", &explain_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
-        "device"_a = "cpu",
-        "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).");
+        "device"_a = "cpu", "outputs"_a = nb::none(),
+        "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).\n"
+        "outputs: arrays, (shape, dtype name) tuples or None (not wanted) each; None: not said.");
   m.def(
       "roles", &roles, "op"_a,
       "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required,\n"
@@ -289,6 +313,11 @@ NB_MODULE(_core, m) {
       "compute_capability", &natten::compute_capability, "device_index"_a = -1,
       "Compute capability of a CUDA device, 80 for 8.0; -1: the current device. 0 without such a\n"
       "device, and in builds without CUDA.");
+  m.def("build_info", &build_facts, "How the library was built, as in natten/build_info.h.");
+  m.def(
+      "instruction_sets", &instruction_sets,
+      "What kernels for the CPU were compiled for, best first, as (name, this processor runs it,\n"
+      "calls use it).");
   m.def("num_threads", &natten::num_threads, "Threads of the library's pool.");
   m.def("set_num_threads", &natten::set_num_threads, "count"_a);
   watch_interpreter();

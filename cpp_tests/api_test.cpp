@@ -640,6 +640,27 @@ TEST(Views, AreRowMajor) {
   EXPECT_EQ(natten::view(data, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1}).ndim, 10);
 }
 
+TEST(BuildInfo, NamesOneInstructionSetThatRuns) {
+  const natten::BuildInfo info = natten::build_info();
+  EXPECT_FALSE(info.compiler.empty());
+  EXPECT_FALSE(info.system.empty());
+  EXPECT_EQ(info.cuda_architectures.empty(), !natten::built_for(natten::DeviceType::cuda));
+  EXPECT_EQ(info.cuda_compiler.empty(), info.cuda_architectures.empty());
+  ASSERT_FALSE(info.instruction_sets.empty());
+  EXPECT_EQ(info.instruction_sets.back().name, "base");
+  int chosen = 0;
+  for (const natten::InstructionSetInfo& isa : info.instruction_sets) {
+    if (!isa.chosen) continue;
+    ++chosen;
+    EXPECT_TRUE(isa.available) << isa.name;
+    const char* forced = std::getenv("NATTEN_CPU_ISA");
+    if (forced && *forced) {
+      EXPECT_EQ(isa.name, forced);
+    }
+  }
+  EXPECT_EQ(chosen, 1);
+}
+
 TEST(Names, OfTypesAndOperations) {
   EXPECT_STREQ(name_of(DType::bfloat16), "bfloat16");
   EXPECT_STREQ(name_of(natten::DeviceType::cpu), "cpu");

@@ -55,8 +55,6 @@ def test_torch_names_load_on_demand():
 
 def test_names():
     assert natten.__version__ == metadata.version("natten")
-    # pyproject.toml and CMakeLists.txt each have it.
-    assert _core.__version__ == natten.__version__
     assert set(natten.__all__) <= set(dir(natten))
     with pytest.raises(AttributeError, match="na4d"):
         _ = natten.na4d

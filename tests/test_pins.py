@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib import metadata
 from pathlib import Path
+
+import natten
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def test_the_version_is_written_once():
+    """In CMakeLists.txt, which pyproject.toml names."""
+    assert "version" not in PROJECT["project"] and PROJECT["project"]["dynamic"] == ["version"]
+    (provider,) = PROJECT["tool"]["dynamic-metadata"]
+    found = re.search(provider["regex"], (ROOT / provider["input"]).read_text(), re.MULTILINE)
+    assert found, "the regular expression in pyproject.toml finds no version in CMakeLists.txt"
+    assert natten.__version__ == metadata.version("natten") == found["value"]
+
+
+def test_the_file_for_citations_has_the_version():
+    assert f"\nversion: {natten.__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def lines(name: str) -> set[str]:

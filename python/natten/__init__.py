@@ -7,10 +7,12 @@
 
 from __future__ import annotations
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from natten import _core
 from natten._kernel import na_kernel
+from natten._show_config import show_config
 from natten.context import (
     are_deterministic_algorithms_enabled,
     disable_autotuner,
@@ -70,7 +72,7 @@ if TYPE_CHECKING:
         na3d,
     )
 
-__version__ = metadata.version("natten")
+__version__: str = _core.version
 
 _TORCH_NAMES = (
     "NeighborhoodAttention1D",
@@ -151,6 +153,7 @@ __all__ = [
     "na3d",
     "na_kernel",
     "set_memory_usage_preference",
+    "show_config",
     "use_autotuner",
     "use_deterministic_algorithms",
     "use_fna",

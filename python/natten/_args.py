@@ -157,6 +157,21 @@ def make_config(
     return tuple(config)
 
 
+def options_of(config: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """By name, the kernel size of a config and what else of it is not the default."""
+    rank = config[0]
+    options = {"kernel_size": tuple(config[1 : 1 + rank])}
+    at = 1 + rank
+    defaults: dict[str, int] = {"dilation": 1, "is_causal": False, "stride": 1}
+    for name, default in defaults.items():
+        count = config[at]
+        values = tuple(type(default)(v) for v in config[at + 1 : at + 1 + count])
+        if any(v != default for v in values):
+            options[name] = values
+        at += 1 + count
+    return options
+
+
 def window_size(config: Sequence[int], key_grid: Sequence[int]) -> int:
     """Slots of a window: the product of its kernel size, or of the keys' grid where they have one
     of their own."""

@@ -26,7 +26,9 @@ from natten._args import (
     real_scale,
     with_flags,
 )
+from natten._choices import tell
 from natten._kernel import chosen_backend
+from natten._log import TELLS_CHOICES
 from natten._merge import merge
 from natten._roles import roles_of
 
@@ -89,7 +91,10 @@ def _run(
         for role, x in zip(_INPUTS[op], arrays, strict=True)
     ]
     backend = chosen_backend(backend)
-    return _core.run(op, config, scale, backend, inputs, wanted, None, np.empty)
+    outputs = _core.run(op, config, scale, backend, inputs, wanted, None, np.empty)
+    if TELLS_CHOICES:
+        tell(op, config, scale, backend, inputs, outputs, "cpu")
+    return outputs
 
 
 def _attention(

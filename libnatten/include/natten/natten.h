@@ -3,6 +3,7 @@
 /// Everything libnatten offers.
 #include <natten/attention.h>
 #include <natten/backends.h>
+#include <natten/build_info.h>
 #include <natten/context.h>
 #include <natten/error.h>
 #include <natten/neighborhood.h>

@@ -65,24 +65,29 @@ struct Processor {
 };
 #endif
 
-const simd::InstructionSet& choose() {
+/// Best first.
+std::vector<Candidate> candidates() {
 #if NATTEN_HAVE_X86_ISAS
   const Processor processor;
-  const Candidate candidates[] = {
+  return {
     {&simd::isa_avx512wide, processor.avx512, processor.wide_units},
-    {&simd::isa_avx512, processor.avx512, true},
-    {&simd::isa_avx2, processor.avx2, true},
+        {&simd::isa_avx512, processor.avx512, true}, {&simd::isa_avx2, processor.avx2, true},
 #if NATTEN_HAVE_AVX2WIDE
-    {&simd::isa_avx2wide, processor.avx2, false},
+        {&simd::isa_avx2wide, processor.avx2, false},
 #endif
-    {&simd::isa_base, true, true}
+    {
+      &simd::isa_base, true, true
+    }
   };
 #else
-  const Candidate candidates[] = {{&simd::isa_base, true, true}};
+  return {{&simd::isa_base, true, true}};
 #endif
+}
+
+const simd::InstructionSet& choose() {
   const char* forced = std::getenv("NATTEN_CPU_ISA");
   std::string names;
-  for (const Candidate& candidate : candidates) {
+  for (const Candidate& candidate : candidates()) {
     if (!candidate.runs) continue;
     if (forced && *forced ? std::string(forced) == candidate.isa->name : candidate.is_chosen)
       return *candidate.isa;
@@ -97,6 +102,19 @@ const simd::InstructionSet& choose() {
 const simd::InstructionSet& instruction_set() {
   static const simd::InstructionSet& chosen = choose();
   return chosen;
+}
+
+std::vector<InstructionSetInfo> instruction_sets() {
+  const simd::InstructionSet* chosen = nullptr;
+  try {
+    chosen = &instruction_set();
+  } catch (const Error&) {
+    // Calls say what is wrong with NATTEN_CPU_ISA.
+  }
+  std::vector<InstructionSetInfo> infos;
+  for (const Candidate& candidate : candidates())
+    infos.push_back({candidate.isa->name, candidate.runs, candidate.isa == chosen});
+  return infos;
 }
 
 }  // namespace natten::detail::cpu

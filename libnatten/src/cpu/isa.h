@@ -1,6 +1,9 @@
 #pragma once
 
+#include <natten/build_info.h>
 #include <natten/types.h>
+
+#include <vector>
 
 #include "simd/kernels.h"
 
@@ -10,6 +13,9 @@ namespace natten::detail::cpu {
 /// variable NATTEN_CPU_ISA names (base, avx2, avx512, avx512wide, and avx2wide, which is for
 /// tests). Throws Error where that cannot run.
 const simd::InstructionSet& instruction_set();
+
+/// All that kernels were compiled for, best first. None is chosen where `instruction_set` throws.
+std::vector<InstructionSetInfo> instruction_sets();
 
 template <class T>
 const simd::Kernels<T>& kernels_for(const simd::InstructionSet& isa);

@@ -495,6 +495,7 @@ std::size_t workspace_bytes(const Problem& p) {
 
 void run(const std::vector<Job>& jobs, const Context& context) {
   std::vector<std::vector<Phase>> phases;
+  phases.reserve(jobs.size());
   for (const Job& job : jobs)
     phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
       return phases_of<typename decltype(type)::type>(job);

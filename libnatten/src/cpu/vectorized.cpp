@@ -1191,6 +1191,7 @@ void run(const std::vector<Job>& jobs, const Context& context) {
                        : context.executor       ? *context.executor
                                                 : default_executor();
   std::vector<std::vector<Phase>> phases;
+  phases.reserve(jobs.size());
   for (const Job& job : jobs)
     phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
       return phases_of<typename decltype(type)::type>(job, executor.concurrency());

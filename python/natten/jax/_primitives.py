@@ -19,6 +19,8 @@ from jax.sharding import NamedSharding
 
 from natten import _core
 from natten._args import Config
+from natten._choices import tell
+from natten._log import TELLS_CHOICES
 from natten._roles import Role, roles_of
 from natten.jax import _ffi
 from natten.jax._folding import Fold
@@ -95,8 +97,8 @@ class Operation:
     ) -> tuple[list[tuple[tuple[int, ...], str]], int]:
         """((shape, dtype name) of each result, bytes of workspace). While a function is traced JAX
         does not know the platform; without one no backend is chosen, and there is no workspace."""
-        specs = iter([(a.shape, a.dtype.name) for a in avals])
-        inputs = [next(specs) if g else None for g in given]
+        shapes = iter([(a.shape, a.dtype.name) for a in avals])
+        inputs = [next(shapes) if g else None for g in given]
         outputs = [
             (w, avals[0].dtype.name) if isinstance(w, tuple) else (True if w else None)
             for w in wanted
@@ -104,7 +106,10 @@ class Operation:
         results, workspace = _core.plan(
             self.name, setup.config, setup.scale, setup.backend, inputs, outputs, platform
         )
-        return [(tuple(r[0]), r[1]) for r in results if r is not None], workspace
+        specs = [None if r is None else (tuple(r[0]), r[1]) for r in results]
+        if TELLS_CHOICES and platform is not None:
+            tell(self.name, setup.config, setup.scale, setup.backend, inputs, specs, platform)
+        return [spec for spec in specs if spec is not None], workspace
 
     def _roles(
         self, given: tuple[bool, ...], wanted: tuple[Wanted, ...]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from natten import _core
+from natten._choices import tell
+from natten._log import TELLS_CHOICES
 from natten._roles import Role
 from natten.torch import _ops
 from natten.torch._private import any_requires_grad, nested_view_from_buffer
@@ -48,16 +50,20 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
     def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=first.device)
 
+    calls = list(zip(examples, outputs, strict=True))
     _core.run_all(
         operator.name,
         config,
         scale,
         backend,
-        list(zip(examples, outputs, strict=True)),
+        calls,
         torch.get_num_threads(),
         allocate,
         _ops.stream_of(first) if first.is_cuda else None,
     )
+    if TELLS_CHOICES:
+        for tensors in calls:
+            tell(operator.name, config, scale, backend, *tensors, str(first.device))
     nested = tuple(whole for whole, _ in results)
     return nested if len(nested) > 1 else nested[0]
 

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from natten import _core
 from natten._args import NONDETERMINISTIC, Config, window_size
+from natten._choices import tell
+from natten._log import TELLS_CHOICES
 from natten._roles import GRIDS, Role, fold_dims, roles_of
 from natten.torch._private import (
     BelowAutograd,
@@ -143,6 +145,8 @@ class Operator:
             allocate,
             stream_of(first) if first.is_cuda else None,
         )
+        if TELLS_CHOICES:
+            tell(self.name, config, scale, backend, inputs, results, str(first.device))
         return self._returned(results)
 
     def _returned(self, results: list[Tensor | None]) -> Any:

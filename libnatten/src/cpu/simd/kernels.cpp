@@ -578,7 +578,7 @@ void row_products(const Slots<T>& slots, const Batch& batch, const T* weights,
     return;
   }
   // The slot of the same column is one less for the next row, or the same.
-  const int step = slots.shift ? 1 : 0;
+  const std::int64_t step = slots.shift ? 1 : 0;
   p.next_entry = 1 - step * kW;
   p.sums_stride = padded;
   for (int v = 0; v < block.vectors; ++v)
