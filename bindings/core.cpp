@@ -191,7 +191,7 @@ std::vector<std::tuple<std::string, std::string, bool>> explain_call(
   Call call = call_of(views, op, config, scale, inputs);
   if (outputs)
     bind_tensors(call, *outputs, true, [&](const Role& role, const nb::object& object) {
-      set_tensor(call, role, views.view(object, role.name));
+      call.tensors.*role.tensor = views.view(object, role.name);
     });
   Context context;
   context.backend = backend.c_str();

@@ -159,16 +159,12 @@ def make_config(
 
 def options_of(config: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """By name, the kernel size of a config and what else of it is not the default."""
-    rank = config[0]
-    options = {"kernel_size": tuple(config[1 : 1 + rank])}
-    at = 1 + rank
-    defaults: dict[str, int] = {"dilation": 1, "is_causal": False, "stride": 1}
-    for name, default in defaults.items():
-        count = config[at]
-        values = tuple(type(default)(v) for v in config[at + 1 : at + 1 + count])
-        if any(v != default for v in values):
-            options[name] = values
-        at += 1 + count
+    options, at = {}, 0
+    for option in WINDOW_OPTIONS:
+        values = tuple(config[at + 1 : at + 1 + config[at]])
+        at += 1 + len(values)
+        if any(v != option.default for v in values):
+            options[option.name] = values
     return options
 
 
