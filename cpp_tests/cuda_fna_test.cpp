@@ -296,7 +296,7 @@ TEST_P(CudaFna, LargeScores) {
     FusedProblem problem(c);
     Buffers& b = problem.buffers;
     for (Buffer* x : {&b.query, &b.key, &b.value, &b.grad_output})  // for exact products in TF32
-      for (std::int64_t i = 0; i < x->dense().size(); ++i)
+      for (std::int64_t i = 0; i < x->view().size(); ++i)
         x->set(i, cuda::round_to_tf32(static_cast<float>(x->get(i))));
     natten_tests::expect_definition(problem, errors_,
                                     [](const natten::Call& call) { run_emulated(call, 1); });

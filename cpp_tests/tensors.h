@@ -137,7 +137,9 @@ class Buffer {
   Buffer(natten::DType dtype, const Dense& values, Layout layout = {})
       : Buffer(dtype, values.shape, layout) {
     if (!values.is_given()) *this = Buffer();
-    for (std::int64_t i = 0; i < values.size(); ++i) set(i, values[i]);
+    std::int64_t i = 0;
+    for_each_offset(
+        [&](std::int64_t at) { store(view_.dtype, bytes_.data() + at * element(), values[i++]); });
   }
 
   const natten::TensorView& view() {
@@ -156,14 +158,16 @@ class Buffer {
   Dense dense() const {
     if (view_.ndim < 0) return {};
     Dense x(Shape(view_.shape.begin(), view_.shape.begin() + view_.ndim));
-    for (std::int64_t i = 0; i < x.size(); ++i) x[i] = get(i);
+    std::int64_t i = 0;
+    for_each_offset(
+        [&](std::int64_t at) { x[i++] = load(view_.dtype, bytes_.data() + at * element()); });
     return x;
   }
 
   bool gaps_are_intact() const {
     std::vector<unsigned char> rest = bytes_;
-    for (std::int64_t i = 0; view_.ndim >= 0 && i < view_.size(); ++i)
-      std::fill_n(rest.begin() + offset(i) * element(), element(), kGap);
+    for_each_offset(
+        [&](std::int64_t at) { std::fill_n(rest.begin() + at * element(), element(), kGap); });
     return std::all_of(rest.begin(), rest.end(), [](unsigned char b) { return b == kGap; });
   }
   /// No byte has been written since construction without values.
@@ -185,6 +189,19 @@ class Buffer {
       i /= view_.shape[index(d)];
     }
     return at;
+  }
+
+  /// Calls `f(offset)` for all elements in row-major order, without the divisions of
+  /// `offset`.
+  template <class F>
+  void for_each_offset(const F& f) const {
+    if (view_.ndim >= 0) for_each_offset_from(0, first_, f);
+  }
+  template <class F>
+  void for_each_offset_from(int d, std::int64_t at, const F& f) const {
+    if (d == view_.ndim) return f(at);
+    for (std::int64_t i = 0; i < view_.shape[index(d)]; ++i)
+      for_each_offset_from(d + 1, at + i * view_.strides[index(d)], f);
   }
 
   void lay_out(Layout layout) {
