@@ -337,7 +337,7 @@ class Engine {
       if (ld_ / per_line % 2 == 0 && ld_ > 2 * per_line) ld_ += per_line;
       // What vectors read past either end of a row is never used, so only the first and the last
       // row need memory there.
-      const std::int64_t spare = round_up(simd::kSpareVectors * plan.width, per_line);
+      const std::int64_t spare = round_up(simd::kPaddingVectors * plan.width, per_line);
       const auto take_transposed = [&](std::int64_t dim) {
         T* taken = arena.take<T>(dim * ld_ + 2 * spare);
         return taken ? taken + spare : nullptr;
