@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-/// What the code that is compiled once per instruction set offers to `vectorized.cpp`: plain
+/// What the code that is compiled once per instruction set offers to the engine: plain
 /// structs and a table of functions. Nothing here is inline, so that no code compiled for one
 /// instruction set can be merged with that of another.
 namespace natten::detail::cpu::simd {
