@@ -18,7 +18,6 @@ struct Job {
 /// One implementation. The registry knows them all, in order.
 struct Backend {
   const char* name;
-  DeviceType device;
   /// Empty if the backend runs the problem, else a sentence that says why not.
   std::string (*refuse_reason)(const Problem&);
   std::size_t (*workspace_bytes)(const Problem&);

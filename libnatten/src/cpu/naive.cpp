@@ -511,6 +511,6 @@ Phase additional_keys_phase(const Job& job) {
   });
 }
 
-const Backend naive = {"naive", DeviceType::cpu, refuse_reason, workspace_bytes, run};
+const Backend naive = {"naive", refuse_reason, workspace_bytes, run};
 
 }  // namespace natten::detail::cpu

@@ -140,10 +140,10 @@ void run(const std::vector<Job>& jobs, const Context& context) {
 
 const Backends& backends() {
   // Tiles on tensor cores; plain arithmetic for everything else.
-  static const Backend fna = {"fna", DeviceType::cuda, refuse_reason<fna_refuse_reason>,
-                              fna_workspace_bytes, run<run_fna<Launcher>>};
-  static const Backend simt = {"simt", DeviceType::cuda, refuse_reason<simt_refuse_reason>,
-                               simt_workspace_bytes, run<run_simt<Launcher>>};
+  static const Backend fna = {"fna", refuse_reason<fna_refuse_reason>, fna_workspace_bytes,
+                              run<run_fna<Launcher>>};
+  static const Backend simt = {"simt", refuse_reason<simt_refuse_reason>, simt_workspace_bytes,
+                               run<run_simt<Launcher>>};
   static const Backends all = {&fna, &simt};
   return all;
 }

@@ -3,7 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 
-/// What the code that is compiled once per instruction set offers to `vectorized.cpp`: plain
+/// What the code that is compiled once per instruction set offers to the engine: plain
 /// structs and a table of functions. Nothing here is inline, so that no code compiled for one
 /// instruction set can be merged with that of another.
 namespace natten::detail::cpu::simd {
@@ -14,9 +14,9 @@ inline constexpr int kMostVectors = 3;
 inline constexpr int kMostWidth = 16;
 /// Most heads whose tokens are packed together.
 inline constexpr int kMostHeads = 8;
-/// Columns that transposed lines have to spare at each end, times the width of a vector: vectors
-/// may read past the first and last column.
-inline constexpr int kSpareVectors = kMostVectors;
+/// Columns of padding at each end of transposed lines, in vectors: vectors may read past the first
+/// and last column.
+inline constexpr int kPaddingVectors = kMostVectors;
 
 /// The packed tokens of one line of the innermost axis, converted to the type that sums are kept
 /// in. Transposed operands are [dim][ld], plain ones [column][padded dim].
@@ -67,17 +67,17 @@ struct Block {
 template <class T>
 struct Forward {
   const Block<T>& block;
-  const T* query;  // transposed, scaled
-  T* sums;         // [rows][value_padded]
-  T* largest;      // [rows]
-  T* total;        // [rows]
+  const T* query = nullptr;  // transposed, scaled
+  T* sums = nullptr;         // [rows][value_padded]
+  T* largest = nullptr;      // [rows]
+  T* total = nullptr;        // [rows]
 };
 
-/// Gradients from a block of queries. Two steps over the same columns: the first adds up row_term,
+/// Gradients from a block of queries. Two rounds over the same columns: the first adds up row_term,
 /// the sum of P * dP, and total, the sum of P; the second uses their quotient, from which
 /// grad_logsumexp is taken off, as row_term. Start with 0 and with the least normal number, which
-/// counts only where a row has no weights. Where the caller takes the steps one by one, it makes
-/// the quotient between them.
+/// counts only where a row has no weights. Where the caller asks for the rounds one by one, it
+/// makes the quotient between them.
 template <class T>
 struct BackwardQuery {
   const Block<T>& block;
@@ -89,8 +89,8 @@ struct BackwardQuery {
   const T* grad_logsumexp = nullptr;     // [rows]
   T* row_term = nullptr;                 // [rows]
   T* total = nullptr;                    // [rows]
-  bool sum_row_term = false;             // first step
-  bool sum_gradients = false;  // second step; both at once where all columns of the rows are here
+  bool sum_row_term = false;             // first round
+  bool sum_gradients = false;  // second round; both at once where all columns of the rows are here
   T* grad_query = nullptr;     // [rows][padded], accumulated, lacks the scale and 1 / total
   T* grad_key = nullptr;       // [columns of the only line][padded], accumulated; may be null
   T* grad_value = nullptr;     // likewise [value_padded]
@@ -100,54 +100,54 @@ struct BackwardQuery {
 template <class T>
 struct BackwardKey {
   const Block<T>& block;
-  const T* key;    // transposed
-  const T* value;  // transposed
-  T* grad_key;     // [rows][padded], accumulated
-  T* grad_value;   // [rows][value_padded], accumulated
+  const T* key = nullptr;    // transposed
+  const T* value = nullptr;  // transposed
+  T* grad_key = nullptr;     // [rows][padded], accumulated
+  T* grad_value = nullptr;   // [rows][value_padded], accumulated
 };
 
 /// The weights, or scores, of a block, by row: weights[vector * width + row][..], a line's from
-/// Line::weights on, for the columns that the row sees. Rows have a vector to spare at their end.
+/// Line::weights on, for the columns that the row sees. Rows end with a vector of padding.
 template <class T>
 struct Weights {
   const Block<T>& block;
-  T* weights;
-  std::int64_t stride;  // from a row to the next
-  const T* rows;        // `score` reads them, transposed
-  T* sums;              // `weigh` adds to them: [rows][padded]
+  T* weights = nullptr;
+  std::int64_t stride = 0;  // from a row to the next
+  const T* rows = nullptr;  // `score` reads them, transposed
+  T* sums = nullptr;        // `weigh` adds to them: [rows][padded]
 };
 
 /// How to pack a line: `count` tokens of `dim` elements, `stride` elements apart, of some heads.
 /// Operands of a head follow those of the head before it.
 template <class T>
 struct Packing {
-  const void* from;
-  std::int64_t stride, count, dim;
-  int heads;
-  std::int64_t head_stride;  // elements from a head to the next
-  T scale;
-  T* transposed;  // [dim][ld], or where ld is 0 [count / width][dim][width]; may be null
-  std::int64_t ld;
-  std::int64_t transposed_stride;  // from a head to the next
-  T* plain;                        // [count][padded], or null; padding is set to 0
-  std::int64_t padded;
-  std::int64_t plain_stride;  // from a head to the next
-  const Packing* next;        // what is packed after this and can be fetched meanwhile; may be null
+  const void* from = nullptr;
+  std::int64_t stride = 0, count = 0, dim = 0;
+  int heads = 1;
+  std::int64_t head_stride = 0;  // elements from a head to the next
+  T scale = 1;
+  T* transposed = nullptr;  // [dim][ld], or where ld is 0 [count / width][dim][width]; may be null
+  std::int64_t ld = 0;
+  std::int64_t transposed_stride = 0;  // from a head to the next
+  T* plain = nullptr;                  // [count][padded], or null; padding is set to 0
+  std::int64_t padded = 0;
+  std::int64_t plain_stride = 0;  // from a head to the next
+  const Packing* next = nullptr;  // is packed after this and can be fetched meanwhile; may be null
 };
 
 /// How to write sums, times a scale, to a line of tokens of some heads.
 template <class T>
 struct Unpacking {
-  const T* from;  // [count][padded]
-  std::int64_t padded;
-  std::int64_t from_stride;  // from a head to the next
-  const T* scales;           // [count], null for 1
-  std::int64_t scales_stride;
-  T scale;  // of all
-  void* to;
-  std::int64_t stride, count, dim;  // of tokens
-  int heads;
-  std::int64_t head_stride;
+  const T* from = nullptr;  // [count][padded]
+  std::int64_t padded = 0;
+  std::int64_t from_stride = 0;  // from a head to the next
+  const T* scales = nullptr;     // [count], null for 1
+  std::int64_t scales_stride = 0;
+  T scale = 1;  // of all
+  void* to = nullptr;
+  std::int64_t stride = 0, count = 0, dim = 0;  // of tokens
+  int heads = 1;
+  std::int64_t head_stride = 0;
 };
 
 template <class T>

@@ -1,0 +1,197 @@
+#include "engine.h"
+
+// Along the innermost axis what a row sees is contiguous (within its dilation group), so the
+// columns of one line serve all rows of a strip, and most of the lines that one line of rows sees
+// serve its neighbors too. Lines are packed once, converted to the type of sums and transposed,
+// into a ring that slides along the middle axis with the rows. The kernels (simd/) work on blocks
+// of a few vectors of rows: at the same place of neighboring lines, or one after the other on a
+// line.
+
+namespace natten::detail::cpu::engine {
+
+using simd::kMostVectors;
+
+template <class E>
+Engine<E>::Engine(Pass<E>& pass, const AdditionalTokens<E>& additional, const BiasTables<E>& biases)
+    : pass_(pass),
+      plan_(pass.plan),
+      p_(plan_.problem()),
+      loader_(pass.isa, p_.dtype),
+      additional_(additional),
+      biases_(biases) {}
+
+template <class E>
+void Engine<E>::take_memory(std::vector<char>& memory) {
+  Arena arena(memory);
+  for (int round = 0; round < 2; ++round) {
+    packed_.take(arena, plan_);
+    additional_.take(arena, plan_);
+    biases_.take(arena, plan_);
+    pass_.take_memory(arena);
+    scratch_ = arena.take<T>(static_cast<std::int64_t>(kernels_for<T>(pass_.isa).scratch_elements));
+    if (round == 0) arena.begin();
+  }
+  lines_.resize(plan_.piece_lines);
+}
+
+template <class E>
+void Engine<E>::run(std::int64_t first, std::int64_t last) {
+  ThreadMemory memory;
+  take_memory(memory.bytes());
+  for (std::int64_t unit = first; unit < last; ++unit) {
+    Work work;
+    work.unit = unit % plan_.units;
+    const std::int64_t head_group = unit / plan_.units % plan_.head_groups();
+    work.batch = unit / plan_.units / plan_.head_groups();
+    work.first_head = head_group * plan_.row_heads;
+    work.head_count = std::min(plan_.row_heads, plan_.grid.heads() - work.first_head);
+    pass_.begin_unit(work);
+    for (std::int64_t item = plan_.items * work.unit / plan_.units;
+         item < plan_.items * (work.unit + 1) / plan_.units; ++item)
+      run_item(work, item);
+  }
+}
+
+template <class E>
+void Engine<E>::run_item(Work work, std::int64_t item) {
+  const RowGrid& grid = plan_.grid;
+  const std::int64_t strip = item % plan_.strips;
+  item /= plan_.strips;
+  const std::int64_t sweep = item % plan_.sweeps;
+  item /= plan_.sweeps;
+  work.first[0] = item % grid.rows(0, 0);
+  item /= grid.rows(0, 0);
+  work.group = unravel(item, {p_.axes[0].dilation, p_.axes[1].dilation, p_.axes[2].dilation});
+  // Items are counted for the longest group.
+  for (int axis = 0; axis < kMaxRank; ++axis)
+    if (work.group[axis] >= grid.row_length(axis)) return;
+  if (work.first[0] >= grid.rows(0, work.group[0])) return;
+  work.first[2] = strip * plan_.strip;
+  work.row_count = std::min(plan_.strip, grid.rows(2, work.group[2]) - work.first[2]);
+  if (work.row_count <= 0) return;
+  packed_.forget();
+  seen_by_row_.resize(work.row_count);
+  for (std::int64_t r = 0; r < work.row_count; ++r)
+    seen_by_row_[r] = grid.columns(2, work.group[2], work.first[2] + r);
+  const std::int64_t last = std::min((sweep + 1) * plan_.sweep, grid.rows(1, work.group[1]));
+  for (std::int64_t line = sweep * plan_.sweep; line < last; line += plan_.stack) {
+    work.first[1] = line;
+    work.line_count = std::min(plan_.stack, last - line);
+    run_rows(work);
+  }
+}
+
+template <class E>
+void Engine<E>::run_rows(Work work) {
+  pass_.load_rows(work, loader_);
+  const std::int64_t group = p_.heads / p_.kv_heads;  // heads that share one of keys
+  const bool keys = rows_are_keys(plan_.kind());
+  work.column_head_count = plan_.column_heads == 1 ? 1 : work.head_count;
+  // Where rows are keys, all heads that share one give it gradients.
+  for (std::int64_t i = 0; i < (keys ? group : 1); ++i) {
+    work.column_head = keys ? work.first_head * group + i : work.first_head / group;
+    work.query_head = keys ? work.column_head : work.first_head;
+    if (keys && group > 1) packed_.forget();  // the ring holds one head's lines
+    for (work.round = 0; work.round < pass_.rounds(); ++work.round) {
+      visit_windows(work);
+      for (std::int64_t first = 0; first < p_.additional && !keys; first += kAdditionalPiece)
+        visit_additional(work, first);
+      pass_.end_round(work);
+    }
+  }
+  pass_.store_rows(work);
+}
+
+template <class E>
+void Engine<E>::visit_windows(Work work) {
+  if (biases_) biases_.load(work);
+  const LinesSeen seen(plan_, work);
+  const std::int64_t end = seen_by_row_.back().end;
+  for (std::int64_t c = seen_by_row_.front().begin; c < end; c += plan_.piece_columns) {
+    const Interval part{c, std::min(end, c + plan_.piece_columns)};
+    for (std::int64_t l = 0; l < seen.count(); l += plan_.piece_lines) {
+      const std::int64_t count = std::min(seen.count() - l, plan_.piece_lines);
+      for (work.head = 0; work.head < work.head_count; ++work.head) {
+        for (std::int64_t i = 0; i < count; ++i) {
+          Coordinate position = seen.line(l + i);
+          position[2] = part.begin;
+          lines_[i] = line_of(work, seen, i, position, part.size());
+        }
+        visit_blocks(work, {lines_.data(), count, part, &seen});
+      }
+    }
+  }
+}
+
+template <class E>
+simd::Line<StatisticOf<E>> Engine<E>::line_of(const Work& work, const LinesSeen& seen,
+                                              std::int64_t number, const Coordinate& position,
+                                              std::int64_t count) {
+  const std::int64_t entry = packed_.entry_of(plan_, number, position);
+  if (work.head == 0 && packed_.admit(plan_, number, position))
+    pass_.pack_line(work, packed_.to_pack(entry, position, count), loader_);
+  simd::Line<T> line = packed_.line(entry, plan_.column_heads == 1 ? 0 : work.head);
+  if (plan_.stack > 1) {
+    while (line.first_vector < work.line_count && seen.axis1[line.first_vector].end <= position[1])
+      ++line.first_vector;
+    line.last_vector = line.first_vector;
+    while (line.last_vector < work.line_count && seen.axis1[line.last_vector].begin <= position[1])
+      ++line.last_vector;
+  }
+  if (biases_) biases_.set(line, plan_, work, position, pass_.grad_bias(work));
+  pass_.locate_weights(line, number, position, seen);
+  return line;
+}
+
+template <class E>
+void Engine<E>::visit_additional(Work work, std::int64_t first) {
+  additional_.load(pass_.isa, plan_, work, first);
+  for (work.head = 0; work.head < work.head_count; ++work.head) {
+    const simd::Line<T> line = additional_.line(plan_, plan_.column_heads == 1 ? 0 : work.head);
+    visit_blocks(work, {&line, 1, {first, first + additional_.count()}, nullptr});
+  }
+}
+
+template <class E>
+void Engine<E>::visit_blocks(Work work, const Columns<T>& columns) {
+  loader_.run();
+  const auto [start, stop] = columns.part;
+  simd::Block<T> block;
+  block.adjacent = plan_.stack == 1;
+  block.everywhere = columns.are_additional();
+  block.vector_stride = block.adjacent ? plan_.width : plan_.line_rows;
+  block.lines = columns.lines;
+  block.line_count = columns.line_count;
+  block.ld = packed_.ld();
+  block.bias_stride = biases_.stride();
+  block.dim = p_.head_dim;
+  block.value_dim = p_.value_dim;
+  block.padded = plan_.padded;
+  block.value_padded = plan_.value_padded;
+  block.scratch = scratch_;
+  const std::int64_t most_rows = (block.adjacent ? kMostVectors : 1) * plan_.width;
+  for (work.row = 0; work.row < work.row_count; work.row += most_rows) {
+    block.rows = static_cast<int>(std::min(most_rows, work.row_count - work.row));
+    block.vectors = static_cast<int>(block.adjacent ? (block.rows + plan_.width - 1) / plan_.width
+                                                    : work.line_count);
+    block.position = work.first[2] + work.row - start;
+    bool sees_any = block.everywhere;
+    for (int i = 0; i < block.rows; ++i) {
+      const Interval seen = block.everywhere ? columns.part : seen_by_row_[work.row + i];
+      block.begin[i] = std::clamp(seen.begin, start, stop) - start;
+      block.end[i] = std::clamp(seen.end, start, stop) - start;
+      sees_any = sees_any || block.begin[i] < block.end[i];
+    }
+    if (!sees_any) continue;
+    checkpoint(block.line_count * (block.end[block.rows - 1] - block.begin[0]) * block.vectors *
+               plan_.width * (p_.head_dim + p_.value_dim));
+    pass_.run_block(work, columns, block);
+  }
+}
+
+template class Engine<double>;
+template class Engine<float>;
+template class Engine<bfloat16>;
+template class Engine<float16>;
+
+}  // namespace natten::detail::cpu::engine

@@ -1,0 +1,132 @@
+#pragma once
+
+#include <vector>
+
+#include "arena.h"
+#include "work.h"
+
+namespace natten::detail::cpu::engine {
+
+/// Packs tokens for the kernels. What is added is put on a list, so that while some tokens are
+/// packed the next ones can be fetched.
+template <class T>
+class Loader {
+ public:
+  Loader(const simd::InstructionSet& isa, DType dtype) : isa_(isa), dtype_(dtype) {}
+
+  void add(const simd::Packing<T>& packing) { list_.push_back(packing); }
+  /// Packs all that has been added.
+  void run() {
+    for (std::size_t i = 0; i + 1 < list_.size(); ++i) list_[i].next = &list_[i + 1];
+    for (const simd::Packing<T>& packing : list_) pack(isa_, dtype_, packing);
+    list_.clear();
+  }
+
+ private:
+  const simd::InstructionSet& isa_;
+  const DType dtype_;
+  std::vector<simd::Packing<T>> list_;
+};
+
+/// What is packed of a tensor.
+template <class E>
+struct Source {
+  const Operand<const E>& tensor;
+  std::int64_t dim;
+  double scale = 1.0;
+};
+
+/// Packs `count` tokens of some heads from a position on, along the innermost axis. To where is
+/// left to be said.
+template <class T, class E>
+simd::Packing<T> packing_of(const Source<E>& source, const Plan& plan, const Work& work,
+                            std::int64_t first_head, std::int64_t heads, const Coordinate& first,
+                            std::int64_t count) {
+  const Problem& p = plan.problem();
+  const Operand<const E>& from = source.tensor;
+  simd::Packing<T> packing;
+  packing.from = from.at(work.batch, first_head, work.token(p, first));
+  packing.stride = from.grid[2] * p.axes[2].dilation;
+  packing.count = count;
+  packing.dim = source.dim;
+  packing.heads = static_cast<int>(heads);
+  packing.head_stride = from.head;
+  packing.scale = static_cast<T>(source.scale);
+  return packing;
+}
+
+/// An operand by row, or numbers by row, of the rows at hand: `dim` elements each.
+template <class T>
+struct RowBuffer {
+  T* data = nullptr;
+  std::int64_t dim = 1;
+
+  explicit operator bool() const { return data != nullptr; }
+  T* at(std::int64_t row) const { return data + row * dim; }
+  T& operator[](std::int64_t row) const { return data[row]; }  // of numbers
+  /// Sets the rows of the heads at hand.
+  void fill(const Plan& plan, const Work& work, T value) const {
+    std::fill_n(data, work.head_count * plan.head_rows * dim, value);
+  }
+};
+template <class T>
+RowBuffer<T> take_rows(Arena& arena, const Plan& plan, std::int64_t dim) {
+  return {arena.take<T>(plan.rows() * dim), dim};
+}
+
+/// Packs the rows at hand: transposed by vector and, where that is wanted, plain.
+template <class T, class E>
+void pack_rows(Loader<T>& loader, const Plan& plan, const Work& work, const Source<E>& source,
+               const RowBuffer<T>& transposed, const RowBuffer<T>& plain = {}) {
+  for (std::int64_t line = 0; line < work.line_count; ++line) {
+    const Coordinate first{work.first[0], work.first[1] + line, work.first[2]};
+    simd::Packing<T> packing =
+        packing_of<T>(source, plan, work, work.first_head, work.head_count, first, work.row_count);
+    packing.transposed = transposed.at(line * plan.line_rows);
+    packing.transposed_stride = plan.head_rows * transposed.dim;
+    if (plain) {
+      packing.plain = plain.at(line * plan.line_rows);
+      packing.padded = plain.dim;
+      packing.plain_stride = plan.head_rows * plain.dim;
+    }
+    loader.add(packing);
+  }
+}
+
+/// Where sums of rows are written, and with what factors: one, and one of each row.
+template <class E, class T>
+struct Target {
+  const Operand<E>& tensor;
+  std::int64_t dim;
+  double scale = 1.0;
+  RowBuffer<T> scales = {};
+};
+
+/// Writes sums of the rows at hand, if there is a tensor for them.
+template <class T, class E>
+void unpack_rows(const simd::InstructionSet& isa, const Plan& plan, const Work& work,
+                 const RowBuffer<T>& sums, const Target<E, T>& target) {
+  const Problem& p = plan.problem();
+  const Operand<E>& to = target.tensor;
+  if (!to) return;
+  for (std::int64_t line = 0; line < work.line_count; ++line) {
+    const std::int64_t row = line * plan.line_rows;
+    const Coordinate first{work.first[0], work.first[1] + line, work.first[2]};
+    simd::Unpacking<T> unpacking;
+    unpacking.from = sums.at(row);
+    unpacking.padded = sums.dim;
+    unpacking.from_stride = plan.head_rows * sums.dim;
+    unpacking.scales = target.scales ? target.scales.at(row) : nullptr;
+    unpacking.scales_stride = plan.head_rows;
+    unpacking.scale = static_cast<T>(target.scale);
+    unpacking.to = to.at(work.batch, work.first_head, work.token(p, first));
+    unpacking.stride = to.grid[2] * p.axes[2].dilation;
+    unpacking.count = work.row_count;
+    unpacking.dim = target.dim;
+    unpacking.heads = static_cast<int>(work.head_count);
+    unpacking.head_stride = to.head;
+    unpack(isa, p.dtype, unpacking);
+  }
+}
+
+}  // namespace natten::detail::cpu::engine

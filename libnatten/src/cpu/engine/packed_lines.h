@@ -1,0 +1,139 @@
+#pragma once
+
+#include "loader.h"
+
+namespace natten::detail::cpu::engine {
+
+/// Where a line of columns is packed to, of the first head; that of the next one is `head_stride`
+/// further. See simd::Line; null what a pass does not need.
+template <class T>
+struct LineMemory {
+  T *transposed = nullptr, *transposed_grad = nullptr;
+  T *plain = nullptr, *plain_grad = nullptr;
+  T *logsumexp = nullptr, *row_term = nullptr;
+};
+
+/// A part of a line of columns that is to be packed.
+template <class T>
+struct LineToPack {
+  const LineMemory<T>& memory;
+  std::int64_t ld;           // of transposed operands
+  std::int64_t head_stride;  // of all
+  Coordinate first;          // position of the first column
+  std::int64_t count;
+};
+
+/// The lines of columns that a thread has packed: a ring that slides along axes 0 and 1 with the
+/// rows, in which all lines that are seen together have different entries. Where columns do not
+/// fit, pieces of some lines.
+template <class T>
+class PackedLines {
+ public:
+  void take(Arena& arena, const Plan& plan) {
+    constexpr std::int64_t per_cache_line = 64 / sizeof(T);
+    ld_ = round_up(plan.piece_columns, per_cache_line);
+    // An odd number of cache lines: rows of a transposed operand then spread over the cache.
+    if (ld_ / per_cache_line % 2 == 0 && ld_ > 2 * per_cache_line) ld_ += per_cache_line;
+    // What vectors read past either end of a row is never used, so only the first and the last
+    // row need memory there.
+    const std::int64_t padding = round_up(simd::kPaddingVectors * plan.width, per_cache_line);
+    const auto take_transposed = [&](std::int64_t dim) -> T* {
+      if (dim == 0) return nullptr;
+      T* taken = arena.take<T>(dim * ld_ + 2 * padding);
+      return taken ? taken + padding : nullptr;
+    };
+    const auto take_plain = [&](std::int64_t padded) {
+      return padded == 0 ? nullptr : arena.take<T>(plan.piece_columns * padded);
+    };
+    entries_.resize(plan.piece_lines);
+    const ColumnShape& column = plan.column;
+    const std::int64_t before = arena.used<T>();
+    for (std::int64_t head = 0; head < plan.column_heads; ++head) {
+      for (Entry& entry : entries_) {
+        LineMemory<T> memory;
+        memory.transposed = take_transposed(column.transposed);
+        memory.plain = take_plain(column.plain);
+        memory.transposed_grad = take_transposed(column.transposed_grad);
+        memory.plain_grad = take_plain(column.plain_grad);
+        memory.logsumexp = take_transposed(column.statistics ? 1 : 0);
+        memory.row_term = take_transposed(column.statistics ? 1 : 0);
+        if (head == 0) entry.memory = memory;
+      }
+      if (head == 0) head_stride_ = arena.used<T>() - before;
+    }
+  }
+
+  std::int64_t ld() const { return ld_; }
+  /// Forgets all lines, before others of the same position are packed.
+  void forget() {
+    for (Entry& entry : entries_) entry.tag = -1;
+  }
+  /// The entry of line `number` of those that are at hand together.
+  std::int64_t entry_of(const Plan& plan, std::int64_t number, const Coordinate& line) const {
+    return plan.in_pieces ? number : line[0] % plan.ring0 * plan.ring1 + line[1] % plan.ring1;
+  }
+  /// Whether a line has to be packed into its entry; if so, takes it to be there from now on.
+  bool admit(const Plan& plan, std::int64_t number, const Coordinate& line) {
+    const Axis& axis1 = plan.problem().axes[1];
+    const std::int64_t tag = line[0] * (axis1.query_length + axis1.key_length) + line[1];
+    Entry& entry = entries_[entry_of(plan, number, line)];
+    if (!plan.in_pieces && entry.tag == tag) return false;
+    entry.tag = tag;
+    return true;
+  }
+  /// Columns first[2] to first[2] + count of a line, for packing.
+  LineToPack<T> to_pack(std::int64_t entry, const Coordinate& first, std::int64_t count) const {
+    return {entries_[entry].memory, ld_, head_stride_, first, count};
+  }
+  /// The line in an entry, of one of the heads.
+  simd::Line<T> line(std::int64_t entry, std::int64_t head) const {
+    const LineMemory<T>& memory = entries_[entry].memory;
+    const auto of_head = [&](const T* first) {
+      return first ? first + head * head_stride_ : nullptr;
+    };
+    simd::Line<T> line;
+    line.transposed = of_head(memory.transposed);
+    line.transposed_grad = of_head(memory.transposed_grad);
+    line.plain = of_head(memory.plain);
+    line.plain_grad = of_head(memory.plain_grad);
+    line.logsumexp = of_head(memory.logsumexp);
+    line.row_term = of_head(memory.row_term);
+    return line;
+  }
+
+ private:
+  struct Entry {
+    LineMemory<T> memory;
+    std::int64_t tag = -1;  // which line it holds
+  };
+  std::vector<Entry> entries_;
+  std::int64_t ld_ = 0;
+  std::int64_t head_stride_ = 0;
+};
+
+/// Packs the columns of a line: transposed, plain [column][padded], or both.
+template <class T, class E>
+void pack_columns(Loader<T>& loader, const Plan& plan, const Work& work, const LineToPack<T>& line,
+                  const Source<E>& source, T* transposed, T* plain, std::int64_t padded) {
+  simd::Packing<T> packing = packing_of<T>(source, plan, work, work.column_head,
+                                           work.column_head_count, line.first, line.count);
+  packing.transposed = transposed;
+  packing.ld = line.ld;
+  packing.transposed_stride = line.head_stride;
+  packing.plain = plain;
+  packing.padded = padded;
+  packing.plain_stride = line.head_stride;
+  loader.add(packing);
+}
+
+/// Packs the columns of a fused pass: those that rows are multiplied with to give scores, and those
+/// that weights multiply. In gradients they change their parts.
+template <class T, class E>
+void pack_columns(Loader<T>& loader, const Plan& plan, const Work& work, const LineToPack<T>& line,
+                  const Source<E>& scored, const Source<E>& weighted) {
+  const LineMemory<T>& to = line.memory;
+  pack_columns(loader, plan, work, line, scored, to.transposed, to.plain_grad, plan.padded);
+  pack_columns(loader, plan, work, line, weighted, to.transposed_grad, to.plain, plan.value_padded);
+}
+
+}  // namespace natten::detail::cpu::engine

@@ -1,0 +1,176 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace natten::detail::cpu::engine {
+namespace {
+
+using simd::kMostVectors;
+
+// Packed columns and rows of a thread: strips are as long as fits. Heads take turns, and what one
+// of them needs at a time fits the L2 cache; packing less often is worth more than packing less.
+constexpr std::size_t kMostBytes = 3 << 20;
+// Of a line that is cut into pieces.
+constexpr std::int64_t kPieceColumns = 256;
+constexpr std::int64_t kLongestStrip = 256, kLongestStripOfPieces = 128, kShortestStrip = 16;
+// At least, to even out threads that start late.
+constexpr std::int64_t kItemsPerThread = 2;
+// Partial sums are cut for so many threads, whatever there are: how they are cut shows in the
+// result.
+constexpr int kThreadsOfPartialSums = 16;
+// Units with partial sums, of all batch entries and heads, that are enough for any machine.
+constexpr std::int64_t kUnitsOfPartialSums = 32;
+// Bytes of partial sums, if there is more than one of each gradient.
+constexpr std::size_t kMostPartialBytes = 16 << 20;
+
+ColumnShape column_shape(const Plan& plan) {
+  const Problem& p = plan.problem();
+  const PassKind kind = plan.kind();
+  ColumnShape column;
+  if (kind == PassKind::av || kind == PassKind::av_transpose) {
+    column.plain = plan.padded;
+    return column;
+  }
+  column.transposed = p.head_dim;
+  if (kind == PassKind::qk) return column;
+  if (kind != PassKind::backward_query) column.plain = plan.value_padded;
+  if (kind == PassKind::forward) return column;
+  column.transposed_grad = p.value_dim;
+  column.plain_grad = plan.padded;
+  column.statistics = kind == PassKind::backward_key;
+  return column;
+}
+
+/// Of a packed column.
+std::int64_t column_elements(const Plan& plan) {
+  const ColumnShape& c = plan.column;
+  return round_up(c.transposed, plan.width) + round_up(c.transposed_grad, plan.width) + c.plain +
+         c.plain_grad;
+}
+
+/// Of the packed columns and rows, with strips of some rows.
+std::size_t packed_bytes(const Plan& plan, std::int64_t rows) {
+  const std::int64_t columns =
+      plan.column_heads * plan.ring0 * plan.ring1 * plan.grid.most_columns(2, rows);
+  return static_cast<std::size_t>(column_elements(plan) *
+                                  (columns + plan.row_heads * plan.stack * rows)) *
+         plan.element_bytes;
+}
+
+/// Has `count` heads handled together, or the most below that fit the groups that share a key head.
+void set_heads(Plan& plan, std::int64_t count) {
+  const Problem& p = plan.problem();
+  plan.row_heads = plan.column_heads = count;
+  if (p.heads == p.kv_heads) return;
+  // Heads of one key head; the gradients of that are added up head by head.
+  if (plan.kind() == PassKind::backward_key) plan.row_heads = 1;
+  while (p.heads / p.kv_heads % plan.row_heads != 0) --plan.row_heads;
+  plan.column_heads = 1;
+}
+void set_fewer_heads(Plan& plan) { set_heads(plan, (plan.row_heads + 1) / 2); }
+
+/// Chooses heads, strips and pieces such that what is packed fits the cache.
+void fit_cache(Plan& plan) {
+  const std::int64_t least_strip =
+      std::max(kShortestStrip, plan.stack > 1 ? plan.width : kMostVectors * plan.width);
+  const std::int64_t longest = plan.grid.rows(2, 0);
+  // Heads of a token are neighbors in memory: it is read in order where they are packed together.
+  // Unfused tensors are heads-first.
+  set_heads(plan, is_fused(plan.kind())
+                      ? std::clamp<std::int64_t>(plan.grid.heads(), 1, simd::kMostHeads)
+                      : 1);
+  while (plan.column_heads > 1 && packed_bytes(plan, least_strip) > kMostBytes)
+    set_fewer_heads(plan);
+  plan.strip = round_up(std::min(longest, kLongestStrip), plan.width);
+  while (plan.strip > least_strip && packed_bytes(plan, plan.strip) > kMostBytes)
+    plan.strip = std::max(least_strip, round_up(plan.strip / 2, plan.width));
+  plan.piece_lines = plan.ring0 * plan.ring1;
+  plan.in_pieces = packed_bytes(plan, plan.strip) > kMostBytes;
+  if (!plan.in_pieces) {
+    plan.piece_columns = plan.grid.most_columns(2, plan.strip);
+    return;
+  }
+  plan.row_heads = plan.column_heads = 1;
+  // Packing is paid by the rows of a strip, so strips are long where columns are cut.
+  plan.strip = round_up(std::min(longest, kLongestStripOfPieces), plan.width);
+  plan.piece_columns = std::min(plan.grid.most_columns(2, plan.strip), kPieceColumns);
+  plan.piece_lines =
+      std::max<std::int64_t>(1, static_cast<std::int64_t>(kMostBytes / 4 / plan.element_bytes) /
+                                    (column_elements(plan) * plan.piece_columns));
+}
+
+/// Makes items for all threads: by shorter sweeps as long as few lines are packed twice, then by
+/// fewer heads, which reads memory in pieces, then by even shorter sweeps.
+void cut_into_items(Plan& plan, int threads) {
+  const std::int64_t longest = plan.grid.rows(2, 0), lines = plan.grid.rows(1, 0);
+  plan.strips = (longest + plan.strip - 1) / plan.strip;
+  const auto set_sweep = [&](std::int64_t length) {
+    plan.sweep = std::min(lines, round_up(length, plan.stack));
+    plan.sweeps = (lines + plan.sweep - 1) / plan.sweep;
+    plan.items = plan.groups() * plan.grid.rows(0, 0) * plan.sweeps * plan.strips;
+  };
+  set_sweep(lines);
+  const auto too_few = [&] {
+    return plan.items * plan.problem().batch * plan.head_groups() < kItemsPerThread * threads;
+  };
+  while (too_few() && plan.sweep > 2 * plan.ring1) set_sweep(plan.sweep / 2);
+  while (too_few() && plan.row_heads > 1) set_fewer_heads(plan);
+  while (too_few() && plan.sweep > plan.stack) set_sweep(plan.sweep / 2);
+}
+
+/// Gathers items into units, where these have partial sums.
+void cut_into_units(Plan& plan) {
+  plan.units = plan.items;
+  const Problem& p = plan.problem();
+  if (plan.kind() != PassKind::backward_query) return;
+  const std::int64_t others = std::max<std::int64_t>(1, p.batch * plan.head_groups());
+  const std::int64_t wanted =
+      std::min(plan.items, std::max<std::int64_t>(1, kUnitsOfPartialSums / others));
+  const std::int64_t most_elements =
+      static_cast<std::int64_t>(kMostPartialBytes / plan.element_bytes) /
+      std::max<std::int64_t>(1, p.batch * p.heads);
+  PartialSums& partial = plan.partial;
+  if (p.wants_grad_rpb) partial.bias = bias_elements(p);
+  if (p.wants_grad_additional)
+    partial.additional = p.additional * (plan.padded + plan.value_padded);
+  if (wanted * partial.additional + partial.bias > most_elements) partial.additional = 0;
+  if (partial.elements() > 0)
+    plan.units = std::max<std::int64_t>(1, std::min(wanted, most_elements / partial.elements()));
+}
+
+}  // namespace
+
+PassKind first_pass(Op op) {
+  return op == Op::qk             ? PassKind::qk
+         : op == Op::av           ? PassKind::av
+         : op == Op::av_transpose ? PassKind::av_transpose
+                                  : PassKind::forward;
+}
+
+Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::size_t element_bytes,
+               int threads) {
+  Plan plan;
+  plan.grid.problem = problem;
+  plan.grid.kind = kind;
+  plan.width = vector_width;
+  plan.element_bytes = element_bytes;
+  plan.padded = round_up(problem.head_dim, plan.width);
+  plan.value_padded = round_up(problem.value_dim, plan.width);
+  plan.column = column_shape(plan);
+  // Where neighboring lines of rows see no lines in common, stacking them gives nothing.
+  const RowGrid& grid = plan.grid;
+  plan.stack = grid.rows(1, 0) > 1 && grid.most_columns(1, 1) > 1 ? kMostVectors : 1;
+  plan.ring0 = std::max<std::int64_t>(1, grid.most_columns(0, 1));
+  plan.ring1 = std::max<std::int64_t>(1, grid.most_columns(1, plan.stack));
+  plan.ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));
+  fit_cache(plan);
+  const bool sums_up =
+      kind == PassKind::backward_query && (problem.wants_grad_rpb || problem.wants_grad_additional);
+  cut_into_items(plan, sums_up ? kThreadsOfPartialSums : threads);
+  cut_into_units(plan);
+  plan.line_rows = round_up(plan.strip, plan.width);
+  plan.head_rows = plan.stack * plan.line_rows;
+  return plan;
+}
+
+}  // namespace natten::detail::cpu::engine

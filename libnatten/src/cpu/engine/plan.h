@@ -1,0 +1,135 @@
+#pragma once
+
+#include <natten/problem.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../../dispatch.h"
+#include "../../operand.h"
+#include "../isa.h"
+#include "../most_columns.h"
+
+/// What is cut into what: a pass into units of items, an item into lines of rows, and the columns
+/// that these see into lines and pieces.
+namespace natten::detail::cpu::engine {
+
+/// The engine's runs over rows and columns, each for one kind of result. In each, rows gather from
+/// the columns that they see. Rows are queries and columns keys, but for the gradients of keys and
+/// values and for av_transpose, where rows are keys and columns the queries that see them.
+enum class PassKind { forward, backward_query, backward_key, qk, av, av_transpose };
+
+inline bool rows_are_keys(PassKind kind) {
+  return kind == PassKind::backward_key || kind == PassKind::av_transpose;
+}
+inline bool is_fused(PassKind kind) { return kind < PassKind::qk; }
+
+/// The pass that an operation begins with.
+PassKind first_pass(Op);
+
+/// Additional tokens that are packed at a time.
+inline constexpr std::int64_t kAdditionalPiece = 4096;
+/// Most weights of a row, of the unfused operations.
+inline constexpr std::int64_t kMostWeights = 4096;
+/// Elements around a table of biases that vectors may touch.
+inline constexpr std::int64_t kBiasPadding = 64;
+
+inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+inline std::int64_t bias_count(const Problem& p) { return volume(relative_positions(p)); }
+/// Of a head's table of biases, with its padding.
+inline std::int64_t bias_elements(const Problem& p) { return bias_count(p) + 2 * kBiasPadding; }
+
+/// The rows of a pass, and what they see along each axis.
+struct RowGrid {
+  Problem problem;
+  PassKind kind;
+
+  std::int64_t heads() const { return rows_are_keys(kind) ? problem.kv_heads : problem.heads; }
+  std::int64_t row_length(int axis) const {
+    const Axis& a = problem.axes[axis];
+    return rows_are_keys(kind) ? a.key_length : a.query_length;
+  }
+  Interval columns(int axis, std::int64_t group, std::int64_t position) const {
+    return columns_of(problem.axes[axis], rows_are_keys(kind), group, position);
+  }
+  std::int64_t rows(int axis, std::int64_t group) const {
+    return rows_of(problem.axes[axis], rows_are_keys(kind), group);
+  }
+  std::int64_t most_columns(int axis, std::int64_t run) const {
+    return cpu::most_columns(problem.axes[axis], rows_are_keys(kind), run);
+  }
+};
+
+/// What is packed of a column, in elements; 0 where a pass has no such operand. See simd::Line.
+struct ColumnShape {
+  std::int64_t transposed = 0;       // not padded
+  std::int64_t transposed_grad = 0;  // likewise
+  std::int64_t plain = 0;            // padded
+  std::int64_t plain_grad = 0;       // likewise
+  bool statistics = false;           // logsumexp and row term
+};
+
+/// Sums over queries that several items contribute to, those of biases and additional tokens, go
+/// through one partial sum per unit. How many units there are does not depend on threads, and is
+/// bounded by the memory that they take. Gradients of so many additional tokens that they would
+/// leave few units have none: those tokens gather from the queries, as keys do. Biases may leave
+/// few.
+struct PartialSums {
+  std::int64_t bias = 0;        // elements of a table of biases, with its padding
+  std::int64_t additional = 0;  // elements of the additional tokens' gradients
+  std::int64_t elements() const { return bias + additional; }
+};
+
+/// How a pass is cut into work. Strips, whose rows share vectors, are decided from the problem
+/// alone, and so are units where there are partial sums; the rest changes no sum and may depend on
+/// threads.
+struct Plan {
+  RowGrid grid;
+  std::int64_t width = 0;                     // of vectors
+  std::size_t element_bytes = 0;              // of sums
+  std::int64_t padded = 0, value_padded = 0;  // head dims as multiples of the vector width
+  ColumnShape column;                         // what is packed of each
+  std::int64_t row_heads = 0;                 // heads of rows that are handled together
+  std::int64_t column_heads = 0;              // and the heads of columns that these see
+  std::int64_t stack = 0;                     // lines of rows that are handled together
+  std::int64_t ring0 = 0, ring1 = 0;          // lines of axes 0 and 1 that these see at most
+  std::int64_t ring2 = 0;                     // columns of a line that a row sees at most
+  std::int64_t strip = 0;                     // rows of a line that share packed columns
+  std::int64_t sweep = 0;                     // lines of axis 1 that one item handles in turn
+  bool in_pieces = false;                     // columns do not fit a ring
+  std::int64_t piece_lines = 0;               // lines that are packed at a time
+  std::int64_t piece_columns = 0;             // and columns of each
+  std::int64_t strips = 0, sweeps = 0;        // along axes 2 and 1
+  std::int64_t items = 0;                     // per batch entry and group of heads
+  std::int64_t units = 0;                     // likewise; each is a run of items
+  PartialSums partial;                        // of each unit and head
+  std::int64_t line_rows = 0;  // rows from a line of rows to the next in operands by row
+  std::int64_t head_rows = 0;  // and from a head to the next
+
+  const Problem& problem() const { return grid.problem; }
+  PassKind kind() const { return grid.kind; }
+  std::int64_t head_groups() const { return (grid.heads() + row_heads - 1) / row_heads; }
+  std::int64_t groups() const {
+    const Axis* axes = grid.problem.axes;
+    return axes[0].dilation * axes[1].dilation * axes[2].dilation;
+  }
+  /// Rows that a thread has at hand.
+  std::int64_t rows() const { return row_heads * head_rows; }
+  std::int64_t total_units() const { return grid.problem.batch * head_groups() * units; }
+};
+
+/// `element_bytes`: of sums. `threads`: that take part.
+Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::size_t element_bytes,
+               int threads);
+
+/// For tensors of element type E.
+template <class E>
+Plan plan_for(const Problem& problem, PassKind kind, int threads) {
+  using T = StatisticOf<E>;
+  return make_plan(problem, kind, kernels_for<T>(instruction_set()).width, sizeof(T), threads);
+}
+
+}  // namespace natten::detail::cpu::engine

@@ -1,0 +1,289 @@
+#include <limits>
+
+#include "engine.h"
+
+namespace natten::detail::cpu::engine {
+namespace {
+
+/// What qk, av and av_transpose have in common: they write or read weights by themselves. A buffer
+/// between the kernels and attn has those of a block's rows.
+template <class E>
+class Unfused : public Pass<E> {
+ public:
+  using T = StatisticOf<E>;
+  using Pass<E>::isa;
+  using Pass<E>::plan;
+
+  void pack_line(const Work& work, const LineToPack<T>& line, Loader<T>& loader) override {
+    pack_columns(loader, plan, work, line, Source<E>{columns_, plan.problem().head_dim},
+                 line.memory.transposed, line.memory.plain, plan.padded);
+  }
+
+  /// Where rows are queries, as in attn.
+  void locate_weights(simd::Line<T>& line, std::int64_t, const Coordinate& position,
+                      const LinesSeen& seen) const override {
+    const Axis* axes = plan.problem().axes;
+    for (int n = 0; n < simd::kMostVectors; ++n)
+      line.weights[n] = ((position[0] - seen.axis0.begin) * axes[1].kernel_size + position[1] -
+                         seen.axis1[n].begin) *
+                        axes[2].kernel_size;
+  }
+
+ protected:
+  /// `columns`: the tensor that has them.
+  Unfused(const Job& job, PassKind kind, int threads, TensorView Tensors::*columns)
+      : Pass<E>(job, kind, threads),
+        columns_(operand<const E>(job.problem, job.tensors, columns)),
+        attn_(operand<E>(job.problem, job.tensors, &Tensors::attn)) {}
+  Unfused(const Unfused&) = default;
+  ~Unfused() = default;
+
+  /// For `per_row` weights, or a piece of the additional tokens, and a vector of padding.
+  void take_weights(Arena& arena, std::int64_t per_row) {
+    const std::int64_t additional = std::min(plan.problem().additional, kAdditionalPiece);
+    stride_ = round_up(std::max(per_row, additional), plan.width) + plan.width;
+    weights_ = arena.take<T>(weights_count());
+  }
+  std::int64_t weights_count() const { return simd::kMostVectors * plan.width * stride_; }
+  /// The weights of a row of one of a block's vectors.
+  T* weights_of(std::int64_t vector, std::int64_t row) const {
+    return weights_ + (vector * plan.width + row) * stride_;
+  }
+  simd::Weights<T> kernel_arguments(const simd::Block<T>& block) const {
+    simd::Weights<T> w{block};
+    w.weights = weights_;
+    w.stride = stride_;
+    return w;
+  }
+
+  /// Visits the rows of a block, which are queries: `f(their weights, their place in attn)`.
+  template <class F>
+  void for_each_weights(const Work& work, const Columns<T>& columns, const simd::Block<T>& block,
+                        F&& f) const {
+    const Problem& p = plan.problem();
+    const std::int64_t slot = columns.are_additional() ? p.window_size() + columns.part.begin : 0;
+    for (std::int64_t v = 0; v < block.vectors; ++v) {
+      const std::int64_t line = block.adjacent ? 0 : v, first = block.adjacent ? v * plan.width : 0;
+      for (std::int64_t r = 0; r < std::min(plan.width, block.rows - first); ++r) {
+        const Coordinate token = work.token(
+            p, {work.first[0], work.first[1] + line, work.first[2] + work.row + first + r});
+        f(weights_of(v, r), attn_.at(work.batch, work.first_head + work.head, token) + slot);
+      }
+    }
+  }
+  /// Slots of a row that belong to the columns.
+  std::int64_t slots_of(const Columns<T>& columns) const {
+    return columns.are_additional() ? columns.part.size() : plan.problem().window_size();
+  }
+
+  Operand<const E> columns_;
+  Operand<E> attn_;
+
+ private:
+  T* weights_ = nullptr;
+  std::int64_t stride_ = 0;  // from a row to the next
+};
+
+/// Scores, which are written by slot.
+template <class E>
+class Qk final : public Unfused<E> {
+ public:
+  using T = StatisticOf<E>;
+  using Pass<E>::isa;
+  using Pass<E>::plan;
+
+  Qk(const Job& job, int threads)
+      : Unfused<E>(job, PassKind::qk, threads, &Tensors::key),
+        query_(operand<const E>(job.problem, job.tensors, &Tensors::query)) {}
+
+  void take_memory(Arena& arena) override {
+    query_rows_ = take_rows<T>(arena, plan, plan.problem().head_dim);
+    this->take_weights(arena, plan.problem().window_size());
+  }
+
+  void load_rows(const Work& work, Loader<T>& loader) override {
+    pack_rows(loader, plan, work, Source<E>{query_, plan.problem().head_dim}, query_rows_);
+  }
+
+  void run_block(const Work& work, const Columns<T>& columns,
+                 const simd::Block<T>& block) override {
+    const Problem& p = plan.problem();
+    const bool is_causal = p.axes[0].is_causal || p.axes[1].is_causal || p.axes[2].is_causal;
+    if (is_causal && !columns.are_additional())
+      std::fill_n(this->weights_of(0, 0), this->weights_count(),
+                  p.empty_slots == EmptySlots::zero ? T(0) : -std::numeric_limits<T>::infinity());
+    simd::Weights<T> w = this->kernel_arguments(block);
+    w.rows = query_rows_.at(work.row_index(plan));
+    this->kernels().score(w);
+    this->for_each_weights(work, columns, block, [&](const T* weights, E* attn) {
+      simd::Unpacking<T> unpacking;
+      unpacking.from = weights;
+      unpacking.to = attn;
+      unpacking.count = 1;
+      unpacking.dim = this->slots_of(columns);
+      unpack(isa, p.dtype, unpacking);
+    });
+  }
+
+  void store_rows(const Work&) override {}  // run_block has
+
+ private:
+  Operand<const E> query_;
+  RowBuffer<T> query_rows_;
+};
+
+/// Columns summed up with given weights.
+template <class E>
+class WeightedSums : public Unfused<E> {
+ public:
+  using T = StatisticOf<E>;
+  using Pass<E>::isa;
+  using Pass<E>::plan;
+
+  void load_rows(const Work& work, Loader<T>&) override { sums_.fill(plan, work, T(0)); }
+
+  void run_block(const Work& work, const Columns<T>& columns,
+                 const simd::Block<T>& block) override {
+    load_weights(work, columns, block);
+    simd::Weights<T> w = this->kernel_arguments(block);
+    w.sums = sums_.at(work.row_index(plan));
+    this->kernels().weigh(w);
+  }
+
+  void store_rows(const Work& work) override {
+    unpack_rows(isa, plan, work, sums_, Target<E, T>{output_, plan.problem().head_dim});
+  }
+
+ protected:
+  WeightedSums(const Job& job, PassKind kind, int threads, TensorView Tensors::*columns,
+               TensorView Tensors::*output)
+      : Unfused<E>(job, kind, threads, columns),
+        output_(operand<E>(job.problem, job.tensors, output)) {}
+  WeightedSums(const WeightedSums&) = default;
+  ~WeightedSums() = default;
+
+  void take_rows_and_weights(Arena& arena, std::int64_t weights_per_row) {
+    sums_ = take_rows<T>(arena, plan, plan.padded);
+    this->take_weights(arena, weights_per_row);
+  }
+
+ private:
+  /// Fills the buffer from attn.
+  virtual void load_weights(const Work&, const Columns<T>&, const simd::Block<T>&) = 0;
+
+  Operand<E> output_;
+  RowBuffer<T> sums_;
+};
+
+/// Values with the weights of queries, the rows.
+template <class E>
+class Av final : public WeightedSums<E> {
+ public:
+  using T = StatisticOf<E>;
+  using Pass<E>::isa;
+  using Pass<E>::plan;
+
+  Av(const Job& job, int threads)
+      : WeightedSums<E>(job, PassKind::av, threads, &Tensors::value, &Tensors::output) {}
+
+  void take_memory(Arena& arena) override {
+    this->take_rows_and_weights(arena, plan.problem().window_size());
+  }
+
+ private:
+  void load_weights(const Work& work, const Columns<T>& columns,
+                    const simd::Block<T>& block) override {
+    this->for_each_weights(work, columns, block, [&](T* weights, const E* attn) {
+      simd::Packing<T> packing;
+      packing.from = attn;
+      packing.count = 1;
+      packing.dim = this->slots_of(columns);
+      packing.plain = weights;
+      pack(isa, plan.problem().dtype, packing);
+    });
+  }
+};
+
+/// Queries, the columns, with the weights that they give to keys, the rows.
+template <class E>
+class AvTranspose final : public WeightedSums<E> {
+ public:
+  using T = StatisticOf<E>;
+  using Pass<E>::plan;
+
+  AvTranspose(const Job& job, int threads)
+      : WeightedSums<E>(job, PassKind::av_transpose, threads, &Tensors::query, &Tensors::key) {}
+
+  void take_memory(Arena& arena) override {
+    this->take_rows_and_weights(arena, plan.ring0 * plan.ring1 * plan.ring2);
+  }
+
+  void locate_weights(simd::Line<T>& line, std::int64_t number, const Coordinate&,
+                      const LinesSeen&) const override {
+    std::fill_n(line.weights, simd::kMostVectors, number * plan.ring2);
+  }
+
+ private:
+  /// Collects weights from the windows of the queries.
+  void load_weights(const Work& work, const Columns<T>& columns,
+                    const simd::Block<T>& block) override {
+    const Problem& p = plan.problem();
+    const Axis* axes = p.axes;
+    const std::int64_t low = block.begin[0], high = block.end[block.rows - 1];
+    const std::int64_t first_row = work.first[2] + work.row;  // of the block
+    for (std::int64_t l = 0; l < block.line_count; ++l) {
+      const simd::Line<T>& line = block.lines[l];
+      Coordinate query = columns.seen->line(l);  // its position
+      const Interval seen0 = window(axes[0], work.group[0], query[0]);
+      const Interval seen1 = window(axes[1], work.group[1], query[1]);
+      for (std::int64_t c = low; c < high; ++c) {
+        query[2] = columns.part.begin + c;
+        const Interval seen2 = window(axes[2], work.group[2], query[2]);
+        const E* attn = this->attn_.at(work.batch, work.first_head, work.token(p, query));
+        for (int v = line.first_vector; v < std::min(line.last_vector, block.vectors); ++v) {
+          const std::int64_t key1 = work.first[1] + (block.adjacent ? 0 : v);
+          const E* slots =
+              attn + ((work.first[0] - seen0.begin) * axes[1].kernel_size + key1 - seen1.begin) *
+                         axes[2].kernel_size;
+          const std::int64_t first = block.adjacent ? v * plan.width : 0;
+          const std::int64_t last = std::min<std::int64_t>(first + plan.width, block.rows);
+          for (std::int64_t r = std::max(first, seen2.begin - first_row);
+               r < std::min(last, seen2.end - first_row); ++r)
+            this->weights_of(v, r - first)[line.weights[v] + c - block.begin[r]] =
+                static_cast<T>(slots[first_row + r - seen2.begin]);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace
+
+template <class E>
+Phase qk(const Job& job, int threads) {
+  return phase_of<E>(job, Qk<E>(job, threads));
+}
+template Phase qk<double>(const Job&, int);
+template Phase qk<float>(const Job&, int);
+template Phase qk<bfloat16>(const Job&, int);
+template Phase qk<float16>(const Job&, int);
+
+template <class E>
+Phase av(const Job& job, int threads) {
+  return phase_of<E>(job, Av<E>(job, threads));
+}
+template Phase av<double>(const Job&, int);
+template Phase av<float>(const Job&, int);
+template Phase av<bfloat16>(const Job&, int);
+template Phase av<float16>(const Job&, int);
+
+template <class E>
+Phase av_transpose(const Job& job, int threads) {
+  return phase_of<E>(job, AvTranspose<E>(job, threads));
+}
+template Phase av_transpose<double>(const Job&, int);
+template Phase av_transpose<float>(const Job&, int);
+template Phase av_transpose<bfloat16>(const Job&, int);
+template Phase av_transpose<float16>(const Job&, int);
+
+}  // namespace natten::detail::cpu::engine

@@ -1,0 +1,83 @@
+#pragma once
+
+#include "plan.h"
+
+namespace natten::detail::cpu::engine {
+
+/// Where a thread is in a pass. A value: each level of the engine fills in its part and hands a
+/// copy down.
+struct Work {
+  // The unit. Heads are those of rows.
+  std::int64_t batch = 0, first_head = 0, head_count = 0;
+  std::int64_t unit = 0;  // of these heads
+  // The item, and the lines of rows in it that are at hand: a strip of each.
+  Coordinate group{};           // dilation group
+  Coordinate first{};           // position in the group of the first row
+  std::int64_t line_count = 0;  // along axis 1
+  std::int64_t row_count = 0;   // of each line
+  // The run of these rows over their columns.
+  std::int64_t column_head = 0;  // first of the columns
+  std::int64_t column_head_count = 0;
+  std::int64_t query_head = 0;  // first of the queries, which are rows or columns
+  int round = 0;
+  // The block of rows.
+  std::int64_t head = 0;  // whose turn it is, of head_count
+  std::int64_t row = 0;   // of row_count, the first of the block
+
+  /// The block's first row, in operands by row.
+  std::int64_t row_index(const Plan& plan) const { return head * plan.head_rows + row; }
+
+  /// The token at a position in the dilation group.
+  Coordinate token(const Problem& p, const Coordinate& position) const {
+    Coordinate c;
+    for (int i = 0; i < kMaxRank; ++i) c[i] = token_at(p.axes[i], group[i], position[i]);
+    return c;
+  }
+};
+
+/// The lines of columns that the lines of rows at hand see.
+struct LinesSeen {
+  Interval axis0;                      // by all
+  Interval axis1[simd::kMostVectors];  // by each line of rows; the rest repeats the last
+  Interval any1;                       // by any
+
+  LinesSeen(const Plan& plan, const Work& work)
+      : axis0(plan.grid.columns(0, work.group[0], work.first[0])) {
+    for (std::int64_t n = 0; n < simd::kMostVectors; ++n)
+      axis1[n] = n < work.line_count ? plan.grid.columns(1, work.group[1], work.first[1] + n)
+                                     : axis1[n - 1];
+    // Of neighboring lines each begins and ends no earlier than the one before.
+    any1 = {axis1[0].begin, axis1[work.line_count - 1].end};
+  }
+
+  std::int64_t count() const { return axis0.size() * any1.size(); }
+  /// The position of a line, the innermost one being 0.
+  Coordinate line(std::int64_t number) const {
+    return {axis0.begin + number / any1.size(), any1.begin + number % any1.size(), 0};
+  }
+};
+
+/// Columns that rows are run over: a part of some lines, or some additional tokens.
+template <class T>
+struct Columns {
+  const simd::Line<T>* lines;
+  std::int64_t line_count;
+  Interval part;          // positions on the innermost axis, or numbers of additional tokens
+  const LinesSeen* seen;  // null for additional tokens, which every row sees
+
+  bool are_additional() const { return !seen; }
+};
+
+/// Visits the rows at hand in all of their lines and heads: `f(row, its head, its token)`.
+template <class F>
+void for_each_row(const Plan& plan, const Work& work, F&& f) {
+  for (std::int64_t line = 0; line < work.line_count; ++line)
+    for (std::int64_t r = 0; r < work.row_count; ++r) {
+      const Coordinate at =
+          work.token(plan.problem(), {work.first[0], work.first[1] + line, work.first[2] + r});
+      for (std::int64_t h = 0; h < work.head_count; ++h)
+        f(h * plan.head_rows + line * plan.line_rows + r, work.first_head + h, at);
+    }
+}
+
+}  // namespace natten::detail::cpu::engine

@@ -1,0 +1,49 @@
+#pragma once
+
+// Gradients of a block of keys and of their values.
+
+#include "exp-inl.h"
+#include "scores-inl.h"
+
+namespace natten::detail::cpu::simd {
+namespace {
+
+template <class T>
+void backward_key(const BackwardKey<T>& f) {
+  const Block<T>& block = f.block;
+  const Walk<T> walk(block);
+  T* weights = block.scratch;
+  T* grads = weights + kMostVectors * kScores<T>;
+  for_each_batch(walk, [&](const Batch& batch) {
+    column_products(walk, batch, f.key, &Line<T>::transposed, block.dim, block.padded, weights);
+    column_products(walk, batch, f.value, &Line<T>::transposed_grad, block.value_dim,
+                    block.value_padded, grads);
+    for (int v = 0; v < block.vectors; ++v) {
+      T* w = weights + v * kScores<T>;
+      T* g = grads + v * kScores<T>;
+      with_kind_of_scores(walk, batch, v, [&](auto plain) {
+        for_each_step(
+            walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
+              const Vector<T> score =
+                  finish_score<plain.value>(walk, line, v, step, load(w + offset));
+              Vector<T> weight = exp<T>(score - walk.read(line.logsumexp, v, step));
+              Vector<T> grad = weight * (load(g + offset) - walk.read(line.row_term, v, step));
+              if (!plain.value && !walk.sees_all(v, step)) {
+                const Ints<T> mask = walk.mask(v, step);
+                weight = mask ? weight : Vector<T>{};
+                grad = mask ? grad : Vector<T>{};
+              }
+              store(w + offset, weight);
+              store(g + offset, grad);
+            });
+      });
+      clear_padding(batch, w);
+      clear_padding(batch, g);
+    }
+    row_products(walk, batch, weights, &Line<T>::plain, block.value_padded, f.grad_value);
+    row_products(walk, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_key);
+  });
+}
+
+}  // namespace
+}  // namespace natten::detail::cpu::simd

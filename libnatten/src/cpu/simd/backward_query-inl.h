@@ -1,0 +1,122 @@
+#pragma once
+
+// Gradients from a block of queries: theirs, those of biases and of additional tokens.
+
+#include "exp-inl.h"
+#include "scores-inl.h"
+
+namespace natten::detail::cpu::simd {
+namespace {
+
+/// Adds the gradients that rows give to columns, which all rows see.
+template <class T>
+NATTEN_INLINE void add_to_columns(const Walk<T>& walk, const Batch& batch, int v, const T* weights,
+                                  const T* plain, std::int64_t padded, T* sums) {
+  // Columns are the entries here, and what their weights multiply is a run of rows.
+  Run<T> run = {plain + v * walk.block.vector_stride * padded, 0, 0, 0};
+  RowProducts<T> p;
+  p.runs = &run;
+  p.run_count = 1;
+  p.column = 0;
+  p.count = walk.rows_of(v);
+  p.next_entry = kWidth<T>;
+  p.next_column = 1;
+  p.padded = padded;
+  p.sums_stride = padded;
+  for (std::int64_t step = batch.step0; step < batch.step1; step += kRowGroup) {
+    run.last = static_cast<int>(min(kRowGroup, batch.step1 - step));
+    p.weights = weights + v * kScores<T> + (batch.at(0) + step) * kWidth<T>;
+    p.sums = sums + step * padded;
+    row_tiles<T>(run.last, p);
+  }
+}
+
+/// Adds gradients of scores to those of the biases.
+template <class T>
+NATTEN_INLINE void add_to_bias(const Walk<T>& walk, const Batch& batch, int v, const T* grads) {
+  for_each_step(walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
+    T* to = line.grad_bias + walk.bias_at(v, step);
+    const T* from = grads + offset;
+    const int rows = walk.rows_of(v);
+    if (walk.access == Access::permuted)
+      for (int row = 0; row < rows; ++row) to[walk.bias_index[row]] += from[row];
+    else if (rows == kWidth<T>)
+      *to += sum_of<T>(load(from));
+    else
+      for (int row = 0; row < rows; ++row) *to += from[row];
+  });
+}
+
+template <class T>
+void backward_query(const BackwardQuery<T>& f) {
+  const Block<T>& block = f.block;
+  const Walk<T> walk(block);
+  T* weights = block.scratch;
+  T* grads = weights + kMostVectors * kScores<T>;
+  // Both rounds at once need all steps in one batch.
+  int batches = 0;
+  for_each_batch(walk, [&](const Batch&) { ++batches; });
+  const bool at_once = f.sum_row_term && f.sum_gradients && batches == 1;
+  // The weights of a row sum up to 1 only as well as its logsumexp is rounded, which is the worse
+  // the larger scores are. With the quotient the gradients of a row's scores still sum up to 0.
+  const auto finish_row_term = [&](int v) {
+    const std::int64_t row = v * block.vector_stride;
+    store(f.row_term + row,
+          load(f.row_term + row) / load(f.total + row) - load(f.grad_logsumexp + row));
+  };
+  for (int round = 0; round < 2; ++round) {
+    const bool sums_row_term = round == 0 && f.sum_row_term;
+    const bool sums_gradients = round == 0 ? at_once : f.sum_gradients && !at_once;
+    if (!sums_row_term && !sums_gradients) continue;
+    for_each_batch(walk, [&](const Batch& batch) {
+      column_products(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded, weights);
+      column_products(walk, batch, f.grad_output, &Line<T>::transposed_grad, block.value_dim,
+                      block.value_padded, grads);
+      for (int v = 0; v < block.vectors; ++v) {
+        T* w = weights + v * kScores<T>;
+        T* g = grads + v * kScores<T>;
+        const std::int64_t first_row = v * block.vector_stride;
+        const Vector<T> logsumexp = load(f.logsumexp + first_row);
+        Vector<T> sum{}, total{};
+        with_kind_of_scores(walk, batch, v, [&](auto plain) {
+          for_each_step(
+              walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
+                const Vector<T> weight = exp<T>(
+                    finish_score<plain.value>(walk, line, v, step, load(w + offset)) - logsumexp);
+                store(w + offset, weight);
+                Vector<T> grad = load(g + offset);
+                if (!plain.value && !walk.sees_all(v, step)) {
+                  grad = walk.mask(v, step) ? grad : Vector<T>{};
+                  store(g + offset, grad);
+                }
+                sum += weight * grad;
+                total += weight;
+              });
+        });
+        if (sums_row_term) {
+          store(f.row_term + first_row, load(f.row_term + first_row) + sum);
+          store(f.total + first_row, load(f.total + first_row) + total);
+        }
+        if (at_once) finish_row_term(v);
+        if (!sums_gradients) continue;
+        const Vector<T> row_term = load(f.row_term + first_row);
+        for_each_step(walk, batch, v, [&](std::int64_t offset, const Line<T>&, std::int64_t) {
+          store(g + offset, load(w + offset) * (load(g + offset) - row_term));
+        });
+        clear_padding(batch, g);
+        if (block.lines->grad_bias) add_to_bias(walk, batch, v, g);
+        if (!f.grad_key) continue;
+        add_to_columns(walk, batch, v, grads, f.plain_query, block.padded, f.grad_key);
+        add_to_columns(walk, batch, v, weights, f.plain_grad_output, block.value_padded,
+                       f.grad_value);
+      }
+      if (sums_gradients)
+        row_products(walk, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_query);
+    });
+    if (round == 0 && f.sum_gradients && !at_once)
+      for (int v = 0; v < block.vectors; ++v) finish_row_term(v);
+  }
+}
+
+}  // namespace
+}  // namespace natten::detail::cpu::simd

@@ -1,0 +1,123 @@
+#pragma once
+
+// Packs tokens for the kernels, and writes sums to tokens.
+
+#include "conversions-inl.h"
+
+namespace natten::detail::cpu::simd {
+namespace {
+
+/// Elements of a token that are converted at a time.
+template <class T>
+constexpr int kPiece = 256 / static_cast<int>(sizeof(T));
+
+/// Converts `length` elements, and sets the rest of the last vector to 0. Inlined twice: for whole
+/// pieces the length is a constant.
+template <class Type, class T>
+NATTEN_INLINE void convert(const typename Type::Element* from, std::int64_t length, T scale,
+                           T* piece) {
+  std::int64_t i = 0;
+  for (; i + kWidth<T> <= length; i += kWidth<T>) store(piece + i, Type::read(from + i) * scale);
+  if (i == length) return;
+  typename Type::Element rest[kWidth<T>] = {};
+  for (std::int64_t k = 0; k < length - i; ++k) rest[k] = from[i + k];
+  store(piece + i, Type::read(rest) * scale);
+}
+
+/// Transposes elements d to d + length of some tokens from `first` on.
+template <class T>
+NATTEN_INLINE void spread(const Packing<T>& p, int head, std::int64_t first, std::int64_t d,
+                          std::int64_t length, const T* const (&tokens)[kWidth<T>]) {
+  constexpr int kW = kWidth<T>;
+  for (std::int64_t e = 0; e < length; e += kW) {
+    Vector<T> square[kW];
+    for (int i = 0; i < kW; ++i) square[i] = load(tokens[i] + e);
+    transpose<T>(square);
+    const std::int64_t ld = p.ld ? p.ld : kW;
+    T* to =
+        p.transposed + head * p.transposed_stride + (p.ld ? first : first * p.dim) + (d + e) * ld;
+    if (length - e >= kW) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kW; ++i) store(to + i * ld, square[i]);
+    } else {
+      for (std::int64_t i = 0; i < length - e; ++i) store(to + i * ld, square[i]);
+    }
+  }
+}
+
+/// Bytes of a cache line.
+constexpr std::int64_t kLine = 64;
+/// How many tokens before it is packed a token is fetched, to the L2 cache: in the L1 cache those
+/// of one head displace each other.
+constexpr std::int64_t kAhead = 16;
+
+/// Fetches a token of those that follow.
+template <class Element, class T>
+NATTEN_INLINE void fetch(const Packing<T>& first, std::int64_t index) {
+  const Packing<T>* p = &first;
+  while (index >= p->count) {
+    index -= p->count;
+    p = p->next;
+    if (!p) return;
+  }
+  const auto* token = static_cast<const Element*>(p->from) + index * p->stride;
+  for (int head = 0; head < p->heads; ++head, token += p->head_stride)
+    for (std::int64_t d = 0; d < p->dim; d += kLine / static_cast<std::int64_t>(sizeof(Element)))
+      __builtin_prefetch(token + d, 0, 1);
+}
+
+template <class Type>
+void pack(const Packing<typename Type::Sum>& p) {
+  using T = typename Type::Sum;
+  constexpr int kW = kWidth<T>;
+  const auto* from = static_cast<const typename Type::Element*>(p.from);
+  for (std::int64_t first = 0; first < p.count; first += kW) {
+    const int count = static_cast<int>(min(kW, p.count - first));
+    for (std::int64_t d = 0; d < p.dim; d += kPiece<T>) {
+      const std::int64_t length = min(kPiece<T>, p.dim - d);
+      T pieces[kMostHeads][kW][kPiece<T>];
+      const T* converted[kMostHeads][kW];
+      // In the order of memory, where heads of a token follow each other. The padding of a square
+      // is the first token.
+      for (int i = 0; i < (p.transposed ? kW : count); ++i) {
+        const auto* token = from + (first + (i < count ? i : 0)) * p.stride + d;
+        if (d == 0) fetch<typename Type::Element>(p, first + i + kAhead);
+        for (int head = 0; head < p.heads; ++head, token += p.head_stride) {
+          T* to = p.plain && i < count
+                      ? p.plain + head * p.plain_stride + (first + i) * p.padded + d
+                      : pieces[head][i];
+          converted[head][i] = to;
+          if (length == kPiece<T>)
+            convert<Type, T>(token, kPiece<T>, p.scale, to);
+          else
+            convert<Type, T>(token, length, p.scale, to);
+        }
+      }
+      for (int head = 0; head < p.heads && p.transposed; ++head)
+        spread(p, head, first, d, length, converted[head]);
+    }
+  }
+}
+
+template <class Type>
+void unpack(const Unpacking<typename Type::Sum>& u) {
+  using T = typename Type::Sum;
+  constexpr int kW = kWidth<T>;
+  auto* token = static_cast<typename Type::Element*>(u.to);
+  for (std::int64_t r = 0; r < u.count; ++r, token += u.stride) {
+    auto* to = token;
+    for (int head = 0; head < u.heads; ++head, to += u.head_stride) {
+      const T* from = u.from + head * u.from_stride + r * u.padded;
+      const T scale = u.scales ? u.scale * u.scales[head * u.scales_stride + r] : u.scale;
+      std::int64_t i = 0;
+      for (; i + kW <= u.dim; i += kW) Type::write(to + i, load(from + i) * scale);
+      if (i == u.dim) continue;
+      typename Type::Element rest[kW];
+      Type::write(rest, load(from + i) * scale);
+      for (std::int64_t k = 0; k < u.dim - i; ++k) to[i + k] = rest[k];
+    }
+  }
+}
+
+}  // namespace
+}  // namespace natten::detail::cpu::simd

@@ -1,0 +1,164 @@
+#pragma once
+
+// Products in tiles that fit the registers: of rows with columns, which gives scores, and of
+// weights with columns, which gives sums.
+
+#include "vectors-inl.h"
+
+namespace natten::detail::cpu::simd {
+namespace {
+
+/// How a vector of rows reads columns.
+enum class Access {
+  following,  // each row one column after the row before it
+  permuted,   // rows from the same few columns
+  same,       // all rows the same column, which is not transposed
+};
+
+/// Most columns of a tile with N vectors of rows, such that it and its operands fit registers.
+template <int N>
+constexpr int kTileColumns = static_cast<int>(min(8, (kRegisters - 1 - N) / N));
+
+template <class T>
+struct ColumnProducts {
+  const T* rows;            // transposed
+  std::int64_t row_stride;  // from a vector of rows to the next
+  std::int64_t next_column, next_dim;
+  Ints<T> index;  // of columns that are permuted
+  std::int64_t dim;
+  std::int64_t out_stride;  // from the products of one vector of rows to those of the next
+};
+
+/// out[n][m][row] = <rows of vector n, their columns m>, for vectors from `first` on.
+template <class T, Access kAccess, int N, int M>
+void column_tile(const ColumnProducts<T>& p, int first, const T* columns, T* out) {
+  const T* rows = p.rows + first * p.row_stride;
+  Vector<T> c[N][M] = {};
+  for (std::int64_t i = 0; i < p.dim; ++i, rows += kWidth<T>, columns += p.next_dim) {
+    Vector<T> row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) row[n] = load(rows + n * p.row_stride);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      Vector<T> column;
+      if constexpr (kAccess == Access::following) column = load(columns + m);
+      if constexpr (kAccess == Access::permuted) column = permute<T>(load(columns + m), p.index);
+      if constexpr (kAccess == Access::same) column = broadcast<T>(columns[m * p.next_column]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) c[n][m] += row[n] * column;
+    }
+  }
+  for (int n = 0; n < N; ++n)
+    for (int m = 0; m < M; ++m) store(out + n * p.out_stride + m * kWidth<T>, c[n][m]);
+}
+
+/// Calls column_tile with the sizes as template arguments.
+template <class T, Access kAccess, int N, int M = kTileColumns<N>>
+NATTEN_INLINE void column_tile_of(int m, const ColumnProducts<T>& p, int first, const T* columns,
+                                  T* out) {
+  if constexpr (M > 1)
+    if (m < M) return column_tile_of<T, kAccess, N, M - 1>(m, p, first, columns, out);
+  column_tile<T, kAccess, N, M>(p, first, columns, out);
+}
+
+/// The products of vectors first to first + N with `count` columns, in tiles.
+template <class T, Access kAccess, int N = kMostVectors>
+void column_tiles(int n, const ColumnProducts<T>& p, int first, const T* columns,
+                  std::int64_t count, T* out) {
+  if constexpr (N > 1)
+    if (n < N) return column_tiles<T, kAccess, N - 1>(n, p, first, columns, count, out);
+  while (count > 0) {
+    // As even a split as possible: a tile of one column would wait for its own sums.
+    const auto m = static_cast<int>(ceil_div(count, ceil_div(count, kTileColumns<N>)));
+    column_tile_of<T, kAccess, N>(m, p, first, columns, out);
+    columns += m * p.next_column;
+    out += m * kWidth<T>;
+    count -= m;
+  }
+}
+
+/// Rows of one vector whose products with weights share columns, where vectors are adjacent.
+constexpr int kRowGroup = 4;
+
+/// The weights of some entries (sums) for adjacent columns of a line.
+template <class T>
+struct Run {
+  const T* plain;        // of the line
+  std::int64_t weights;  // offset of the line's weights
+  int first, last;       // the entries that see the line
+};
+
+/// sums[entry][d] += sum over columns of all runs of weight(entry, column) * plain[column][d].
+template <class T>
+struct RowProducts {
+  const Run<T>* runs;
+  int run_count;
+  std::int64_t column, count;            // the columns of each run
+  const T* weights;                      // Run::weights counts from here
+  std::int64_t next_entry, next_column;  // in weights
+  std::int64_t padded;
+  T* sums;
+  std::int64_t sums_stride;
+};
+
+/// Most vectors of sums per tile of G entries, such that it and its operands fit registers.
+template <int G>
+constexpr int kTileVectors = static_cast<int>(min(8, (kRegisters - 1 - G) / G));
+
+/// Adds a run's products to the sums of entries kFirst to kLast, or tries other entries.
+template <class T, int G, int N, int kFirst = 0, int kLast = G>
+NATTEN_INLINE void add_run(const RowProducts<T>& p, const Run<T>& run, const T* weights,
+                           const T* plain, Vector<T> (&c)[G][N]) {
+  if (run.first == kFirst && run.last == kLast) {
+    for (std::int64_t i = 0; i < p.count; ++i, weights += p.next_column, plain += p.padded) {
+      Vector<T> weight[G];
+#pragma GCC unroll 8
+      for (int g = kFirst; g < kLast; ++g) weight[g] = broadcast<T>(weights[g * p.next_entry]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) {
+        const Vector<T> column = load(plain + n * kWidth<T>);
+#pragma GCC unroll 8
+        for (int g = kFirst; g < kLast; ++g) c[g][n] += weight[g] * column;
+      }
+    }
+  } else if constexpr (kLast - kFirst > 1) {
+    add_run<T, G, N, kFirst, kLast - 1>(p, run, weights, plain, c);
+  } else if constexpr (kFirst + 1 < G) {
+    add_run<T, G, N, kFirst + 1, G>(p, run, weights, plain, c);
+  }
+}
+
+/// The products for N vectors of sums from element `first` on.
+template <class T, int G, int N>
+void row_tile(const RowProducts<T>& p, std::int64_t first) {
+  Vector<T> c[G][N] = {};
+  for (int r = 0; r < p.run_count; ++r)
+    add_run<T, G, N>(p, p.runs[r], p.weights + p.runs[r].weights,
+                     p.runs[r].plain + p.column * p.padded + first, c);
+  for (int g = 0; g < G; ++g)
+    for (int n = 0; n < N; ++n) {
+      T* to = p.sums + g * p.sums_stride + first + n * kWidth<T>;
+      store(to, load(to) + c[g][n]);
+    }
+}
+template <class T, int G, int N = kTileVectors<G>>
+NATTEN_INLINE void row_tile_of(int n, const RowProducts<T>& p, std::int64_t first) {
+  if constexpr (N > 1)
+    if (n < N) return row_tile_of<T, G, N - 1>(n, p, first);
+  row_tile<T, G, N>(p, first);
+}
+/// The products for all of the sums' vectors, in tiles.
+template <class T, int G = kRowGroup>
+void row_tiles(int entries, const RowProducts<T>& p) {
+  if constexpr (G > 1)
+    if (entries < G) return row_tiles<T, G - 1>(entries, p);
+  const std::int64_t vectors = p.padded / kWidth<T>;
+  for (std::int64_t d = 0; d < vectors;) {
+    const auto n = static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kTileVectors<G>)));
+    row_tile_of<T, G>(n, p, d * kWidth<T>);
+    d += n;
+  }
+}
+
+}  // namespace
+}  // namespace natten::detail::cpu::simd

@@ -1,0 +1,264 @@
+#pragma once
+
+// How the rows of a block walk over the columns that they see, and the products along the way.
+
+#include "products-inl.h"
+
+namespace natten::detail::cpu::simd {
+namespace {
+
+/// Most steps of a row that are handled at once. It bounds the scratch, and the number of terms
+/// that are summed in one go.
+constexpr int kBatch = 512;
+/// Steps of weight 0 before and after those of a line.
+constexpr int kPaddingSteps = kRowGroup - 1;
+/// Elements of one vector's scores: [step][row].
+template <class T>
+constexpr std::int64_t kScores = std::int64_t{kBatch} * kWidth<T>;
+
+/// How a block's rows walk over columns, all at the same pace: at step j row r of vector v is at
+/// column base(v, r) + j of each line that the vector sees.
+template <class T>
+struct Walk {
+  using Int = typename VectorOf<T>::Int;
+  const Block<T>& block;
+  Access access = Access::following;
+  std::int64_t first;       // column of step 0 of row 0
+  std::int64_t count;       // of steps
+  std::int64_t shift = 0;   // columns from one vector to the next
+  Ints<T> index{};          // base(v, r) = first + index[r] + v * shift
+  std::int64_t bias_first;  // base - position of the row, less bias_index
+  Ints<T> bias_index{};
+  // Each row sees the columns of steps low to high, all rows of a vector those of all_low to
+  // all_high.
+  Int low[kMostVectors][kWidth<T>], high[kMostVectors][kWidth<T>];
+  std::int64_t all_low[kMostVectors], all_high[kMostVectors];
+
+  explicit Walk(const Block<T>& b) : block(b) {
+    constexpr int kW = kWidth<T>;
+    std::int64_t begin_low = 0, begin_high = 0, longest = 0, offset_low = 0, offset_high = 0;
+    bool any = false;
+    for (int r = 0; r < b.rows; ++r) {
+      if (b.begin[r] >= b.end[r]) continue;
+      begin_low = any ? min(begin_low, b.begin[r]) : b.begin[r];
+      begin_high = any ? max(begin_high, b.begin[r]) : b.begin[r];
+      offset_low = any ? min(offset_low, b.begin[r] - r) : b.begin[r] - r;
+      offset_high = any ? max(offset_high, b.end[r] - r) : b.end[r] - r;
+      any = true;
+    }
+    for (int r = 0; r < b.rows; ++r)
+      if (b.begin[r] < b.end[r]) longest = max(longest, b.end[r] - b.begin[r]);
+    first = offset_low;
+    count = offset_high - offset_low;
+    for (int l = 0; l < kW; ++l) index[l] = static_cast<Int>(l);
+    if (b.everywhere || (begin_high - begin_low < (b.adjacent ? 1 : kW) && longest < count)) {
+      access = b.everywhere ? Access::same : Access::permuted;
+      first = begin_low;
+      count = longest;
+      for (int l = 0; l < kW; ++l)
+        index[l] = static_cast<Int>(l < b.rows ? begin_of(l, begin_low) - begin_low : 0);
+    } else if (b.adjacent) {
+      shift = kW;
+    }
+    Int least = 0;
+    for (int l = 0; l < kW && l < b.rows; ++l) {
+      bias_index[l] = static_cast<Int>(index[l] - l);
+      least = bias_index[l] < least ? bias_index[l] : least;
+    }
+    bias_first = first - b.position + least;
+    for (int l = 0; l < kW; ++l) bias_index[l] = l < b.rows ? bias_index[l] - least : 0;
+    for (int v = 0; v < (b.adjacent ? b.vectors : 1); ++v) {
+      all_low[v] = 0;
+      all_high[v] = count;
+      for (int l = 0; l < kW; ++l) {
+        const int r = v * kW + l;
+        low[v][l] = 0;  // rows of padding see everything, so that they need no mask
+        high[v][l] = static_cast<Int>(count);
+        if (r >= b.rows) continue;
+        low[v][l] = static_cast<Int>(min(max(b.begin[r] - base(v, l), 0), count));
+        high[v][l] = static_cast<Int>(min(max(b.end[r] - base(v, l), low[v][l]), count));
+        all_low[v] = max(all_low[v], low[v][l]);
+        all_high[v] = min(all_high[v], high[v][l]);
+      }
+    }
+  }
+  /// Where a row's columns begin, if it sees any.
+  NATTEN_INLINE std::int64_t begin_of(int r, std::int64_t otherwise) const {
+    return block.begin[r] < block.end[r] ? block.begin[r] : otherwise;
+  }
+  NATTEN_INLINE std::int64_t base(int v, int row) const { return first + index[row] + v * shift; }
+  /// Stacked vectors walk alike.
+  NATTEN_INLINE int of(int v) const { return block.adjacent ? v : 0; }
+  NATTEN_INLINE bool sees_all(int v, std::int64_t step) const {
+    return step >= all_low[of(v)] && step < all_high[of(v)];
+  }
+  NATTEN_INLINE Ints<T> mask(int v, std::int64_t step) const {
+    Ints<T> lower, upper;
+    __builtin_memcpy(&lower, low[of(v)], sizeof lower);
+    __builtin_memcpy(&upper, high[of(v)], sizeof upper);
+    const auto at = static_cast<Int>(step);
+    return (lower <= at) & (upper > at);
+  }
+  /// One number per column, read as the rows of a vector read columns.
+  NATTEN_INLINE Vector<T> read(const T* from, int v, std::int64_t step) const {
+    const Vector<T> x = load(from + first + v * shift + step);
+    return access == Access::permuted ? permute<T>(x, index) : x;
+  }
+  NATTEN_INLINE std::int64_t bias_at(int v, std::int64_t step) const {
+    return bias_first + step + v * (block.adjacent ? shift - kWidth<T> : block.bias_stride);
+  }
+  /// Rows of a vector that are not padding.
+  NATTEN_INLINE int rows_of(int v) const {
+    return static_cast<int>(
+        min(block.adjacent ? block.rows - v * kWidth<T> : block.rows, kWidth<T>));
+  }
+};
+
+/// Steps step0 to step1 over some lines, stored [line][step] with steps of padding around those of
+/// a line where vectors are adjacent.
+struct Batch {
+  std::int64_t line0, line1, step0, step1, padding;
+  NATTEN_INLINE std::int64_t per_line() const { return step1 - step0 + 2 * padding; }
+  /// Where the products with step 0 of a line would be.
+  NATTEN_INLINE std::int64_t at(std::int64_t line) const {
+    return (line - line0) * per_line() + padding - step0;
+  }
+};
+
+/// Visits all steps of a block in batches that fit the scratch.
+template <class T, class F>
+NATTEN_INLINE void for_each_batch(const Walk<T>& walk, F&& f) {
+  const std::int64_t padding = walk.block.adjacent ? kPaddingSteps : 0;
+  const std::int64_t steps = min(walk.count, kBatch - 2 * padding);
+  const std::int64_t lines = kBatch / (steps + 2 * padding);
+  for (std::int64_t line = 0; line < walk.block.line_count; line += lines)
+    for (std::int64_t step = 0; step < walk.count; step += steps)
+      f(Batch{line, min(line + lines, walk.block.line_count), step, min(step + steps, walk.count),
+              padding});
+}
+
+/// out[v][step][r] = <row r of vector v, its column of the step>.
+template <class T, Access kAccess>
+void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
+                     const T* Line<T>::*operand, std::int64_t dim, std::int64_t padded, T* out) {
+  const Block<T>& block = walk.block;
+  constexpr bool kTransposed = kAccess != Access::same;
+  ColumnProducts<T> p;
+  p.rows = rows;
+  p.row_stride = block.vector_stride * dim;
+  p.next_column = kTransposed ? 1 : padded;
+  p.next_dim = kTransposed ? block.ld : 1;
+  p.index = walk.index;
+  p.dim = dim;
+  p.out_stride = kScores<T> - walk.shift * kWidth<T>;
+  const std::int64_t count = batch.step1 - batch.step0, shift = walk.shift;
+  const std::int64_t span = count + (block.vectors - 1) * shift;
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+    const Line<T>& line = block.lines[l];
+    for (std::int64_t at = 0; at < span;) {
+      // Adjacent vectors have columns at to end in common.
+      int v0 = line.first_vector, v1 = static_cast<int>(min(line.last_vector, block.vectors));
+      std::int64_t end = span;
+      if (shift) {
+        v0 = at < count ? 0 : static_cast<int>((at - count) / shift + 1);
+        v1 = static_cast<int>(min(block.vectors, at / shift + 1));
+        end = min(v1 < block.vectors ? v1 * shift : span, v0 * shift + count);
+      }
+      const std::int64_t step = batch.step0 + at;
+      column_tiles<T, kAccess>(v1 - v0, p, v0, line.*operand + (walk.first + step) * p.next_column,
+                               end - at,
+                               out + v0 * p.out_stride + (batch.at(l) + step) * kWidth<T>);
+      at = end;
+    }
+  }
+}
+template <class T>
+NATTEN_INLINE void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
+                                   const T* Line<T>::*operand, std::int64_t dim,
+                                   std::int64_t padded, T* out) {
+  const auto products = walk.access == Access::following  ? column_products<T, Access::following>
+                        : walk.access == Access::permuted ? column_products<T, Access::permuted>
+                                                          : column_products<T, Access::same>;
+  products(walk, batch, rows, operand, dim, padded, out);
+}
+
+/// sums[row] += sum over the batch's columns of weights * operand[column].
+template <class T>
+void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
+                  const T* Line<T>::*operand, std::int64_t padded, T* sums) {
+  constexpr int kW = kWidth<T>;
+  const Block<T>& block = walk.block;
+  Run<T> runs[kBatch];
+  int run_count = 0;
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l)
+    runs[run_count++] = {block.lines[l].*operand, batch.at(l) * kW, block.lines[l].first_vector,
+                         static_cast<int>(min(block.lines[l].last_vector, block.vectors))};
+  RowProducts<T> p;
+  p.runs = runs;
+  p.run_count = run_count;
+  p.next_column = kW;
+  p.padded = padded;
+  const auto add = [&](int entries, int v, int row, std::int64_t low, std::int64_t high) {
+    // Steps low to high of the row.
+    if (low >= high) return;
+    p.column = walk.base(v, row) + low;
+    p.count = high - low;
+    p.weights = weights + v * kScores<T> + low * kW + row;
+    p.sums = sums + (v * block.vector_stride + row) * padded;
+    row_tiles<T>(entries, p);
+  };
+  if (!block.adjacent) {
+    p.next_entry = kScores<T>;
+    p.sums_stride = block.vector_stride * padded;
+    for (int row = 0; row < block.rows; ++row)
+      add(block.vectors, 0, row, max(walk.low[0][row], batch.step0),
+          min(walk.high[0][row], batch.step1));
+    return;
+  }
+  // The next row comes to the same column one step earlier, or at the same step.
+  const std::int64_t earlier = walk.shift ? 1 : 0;
+  p.next_entry = 1 - earlier * kW;
+  p.sums_stride = padded;
+  for (int v = 0; v < block.vectors; ++v)
+    for (int row = 0; row < walk.rows_of(v); row += kRowGroup) {
+      const auto entries = static_cast<int>(min(kRowGroup, walk.rows_of(v) - row));
+      std::int64_t low = batch.step1, high = batch.step0;
+      for (int g = 0; g < entries; ++g) {
+        const std::int64_t from = max(walk.low[v][row + g], batch.step0);
+        const std::int64_t to = min(walk.high[v][row + g], batch.step1);
+        if (from >= to) continue;  // its columns may not even be packed
+        low = min(low, from + g * earlier);
+        high = max(high, to + g * earlier);
+      }
+      for (int r = 0; r < run_count; ++r) {
+        runs[r].first = 0;
+        runs[r].last = entries;
+      }
+      add(entries, v, row, low, high);
+    }
+}
+
+/// Visits a batch's steps of one vector: `f(offset, line, step)`.
+template <class T, class F>
+NATTEN_INLINE void for_each_step(const Walk<T>& walk, const Batch& batch, int v, F&& f) {
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+    const Line<T>& line = walk.block.lines[l];
+    if (v < line.first_vector || v >= line.last_vector) continue;
+    std::int64_t offset = (batch.at(l) + batch.step0) * kWidth<T>;
+    for (std::int64_t step = batch.step0; step < batch.step1; ++step, offset += kWidth<T>)
+      f(offset, line, step);
+  }
+}
+
+/// Sets the weights of steps of padding to 0.
+template <class T>
+NATTEN_INLINE void clear_padding(const Batch& batch, T* weights) {
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l)
+    for (std::int64_t i = 1; i <= batch.padding; ++i) {
+      store(weights + (batch.at(l) + batch.step0 - i) * kWidth<T>, Vector<T>{});
+      store(weights + (batch.at(l) + batch.step1 - 1 + i) * kWidth<T>, Vector<T>{});
+    }
+}
+
+}  // namespace
+}  // namespace natten::detail::cpu::simd
