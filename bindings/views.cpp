@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 
 namespace nb = nanobind;
@@ -26,7 +27,7 @@ struct DLTensor {
   std::int64_t* strides;
   std::uint64_t byte_offset;
 };
-struct ExchangeApi {
+struct ExchangeApi {  // as far as it is used
   struct {
     std::uint32_t major, minor;
   } version;
@@ -35,8 +36,17 @@ struct ExchangeApi {
   void* managed_from_object;
   void* managed_to_object;
   int (*borrow)(void* object, DLTensor* out);
-  int (*current_stream)(std::int32_t device_type, std::int32_t device_id, void** out);
 };
+
+/// Its numbers for types of elements (kDLFloat, ...) and of devices (kDLCPU, ...).
+enum Code : int { floating = 2, bfloat = 4 };
+enum DlpackDevice : int { cpu = 1, cuda = 2, cuda_host = 3 };
+/// All its types by number: first those that come in several sizes.
+constexpr const char* kSizedTypes[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
+constexpr const char* kOtherTypes[] = {
+    "bool",           "float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz",
+    "float8_e4m3fn",  "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",
+    "float8_e8m0fnu", "float6_e2m3fn",   "float6_e3m2fn", "float4_e2m1fn"};
 
 /// The exchange API of a type, or null. Remembers the last type; the GIL guards it.
 const ExchangeApi* exchange_api(PyTypeObject* type) {
@@ -72,20 +82,15 @@ constexpr double kMostElements = 0x1p57;
 }
 
 DType dtype_of(int code, int bits, int lanes, const char* name) {
-  constexpr const char* kCodes[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
-  // The rest of DLPack's codes, of which each is one type.
-  constexpr const char* kTypes[] = {
-      "bool",           "float8_e3m4",     "float8_e4m3",   "float8_e4m3b11fnuz",
-      "float8_e4m3fn",  "float8_e4m3fnuz", "float8_e5m2",   "float8_e5m2fnuz",
-      "float8_e8m0fnu", "float6_e2m3fn",   "float6_e3m2fn", "float4_e2m1fn"};
-  if (lanes == 1 && code == 2) {
+  if (lanes == 1 && code == Code::floating) {
     if (bits == 64) return DType::float64;
     if (bits == 32) return DType::float32;
     if (bits == 16) return DType::float16;
   }
-  if (lanes == 1 && code == 4 && bits == 16) return DType::bfloat16;
-  if (code < 6) bad_dtype(name, kCodes[code] + std::to_string(bits));
-  if (code < 18) bad_dtype(name, kTypes[code - 6]);
+  if (lanes == 1 && code == Code::bfloat && bits == 16) return DType::bfloat16;
+  constexpr int sized = std::size(kSizedTypes), other = std::size(kOtherTypes);
+  if (code < sized) bad_dtype(name, kSizedTypes[code] + std::to_string(bits));
+  if (code < sized + other) bad_dtype(name, kOtherTypes[code - sized]);
   bad_dtype(name, "number " + std::to_string(code) + " of DLPack, which is unknown");
 }
 
@@ -96,8 +101,8 @@ DType dtype_of(const std::string& dtype, const char* name) {
 }
 
 Device device_of(int type, int id, const char* name) {
-  if (type == 1 || type == 3) return {DeviceType::cpu, 0};  // 3: pinned for copies to a device
-  if (type == 2) return {DeviceType::cuda, id};
+  if (type == DlpackDevice::cpu || type == DlpackDevice::cuda_host) return {DeviceType::cpu, 0};
+  if (type == DlpackDevice::cuda) return {DeviceType::cuda, id};
   fail(ErrorKind::invalid_value, name,
        "is on a device of DLPack type " + std::to_string(type) + "; must be on CPU or CUDA");
 }

@@ -518,6 +518,14 @@ def test_layout_of_incoming_gradients(name, layout):
     assert_same(got, torch.autograd.grad(outputs, case.inputs, dense))
 
 
+def test_negated_views():
+    """Their memory holds the values with the other sign, which a kernel would not know."""
+    x = torch.randn(1, 9, 2, 4, dtype=torch.complex64).conj().imag
+    assert x.is_neg()
+    y = x.resolve_neg()
+    assert torch.equal(F.na1d(x, y, x, 3), F.na1d(y, y, y, 3))
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_query_key_and_value_of_one_tensor(rank):
     """As models split the result of their linear map."""
