@@ -312,8 +312,7 @@ class Memory {
       buffer.end = std::max(buffer.end, tensor.shift + range->end);
     }
     for (Buffer& buffer : memory.buffers_) {
-      buffer.begin = buffer.begin / 8 * 8;  // elements are aligned
-      if (buffer.begin < 0) buffer.begin -= 8;
+      buffer.begin = -((7 - buffer.begin) / 8 * 8);  // elements are aligned
       if (buffer.end - buffer.begin > kMost) return {};
       buffer.bytes = std::make_unique<unsigned char[]>(buffer.size());
       buffer.is_output.resize(buffer.size());

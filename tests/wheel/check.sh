@@ -31,7 +31,7 @@ pins = re.findall(r'jaxlib==(\S+); python_version (<|>=) .3\.(\d+).', open('../r
 print(*(v for v, sign, minor in pins if (sys.version_info < (3, int(minor))) == (sign == '<')))")
 
 check plain "torch jax" \
-  "test_package.py test_bad_arguments.py test_binding.py test_context.py test_processes.py test_utils.py test_numpy.py" "$wheel"
+  "test_package.py test_bad_arguments.py test_binding.py test_config.py test_context.py test_processes.py test_utils.py test_numpy.py" "$wheel"
 check torch "jax" "test_package.py test_private_names.py test_torch.py test_torch_nested.py" "torch==2.13.0" "$wheel[torch]"
 # Here with all of XLA's optimisations, which the tests leave out elsewhere.
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 check jax "torch flax" "test_package.py test_private_names.py test_jax.py" flatbuffers "$wheel[jax]"

@@ -171,7 +171,7 @@ class TilePasses {
       if constexpr (kPass == Pass::forward && kDims <= most_wide_dims(sizeof(T)))
         if (uses_wide_rows(grid)) return enqueue<TileKernel<T, kDims, 2, kPass>>(grid);
       using Kernel = TileKernel<T, kDims, 1, kPass>;
-      set_tiles(grid, Kernel::kRows, Kernel::kColumns);
+      set_tiles(grid, Kernel::Traits::kRows, Kernel::Traits::kColumns);
       enqueue<Kernel>(grid);
     }
   }
@@ -209,7 +209,7 @@ class TilePasses {
 
   template <class Kernel>
   void enqueue(const Grid& grid) {
-    const Kernel kernel{arguments(grid, Kernel::kRowsAreQueries)};
+    const Kernel kernel{arguments(grid, Kernel::Traits::kRowsAreQueries)};
     const std::int64_t blocks =
         p_.batch * kernel.a.heads * kernel.a.splits * kernel.a.blocks_per_head;
     launch_(kernel, blocks, Kernel::kSharedBytes);

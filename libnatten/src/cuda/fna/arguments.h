@@ -1,0 +1,74 @@
+#pragma once
+
+// What the kernel of a pass is given, by the host.
+
+#include <natten/types.h>
+
+#include <cstdint>
+
+#include "../../operand.h"
+#include "tiles.h"
+
+namespace natten::detail::cuda {
+
+enum class Pass : std::uint8_t {
+  forward,
+  row_term,
+  grad_query,
+  grad_key_value,
+  grad_key,
+  grad_value,
+  grad_all,
+};
+
+constexpr bool rows_are_queries(Pass pass) {
+  return pass == Pass::forward || pass == Pass::row_term || pass == Pass::grad_query;
+}
+
+inline constexpr float kNone = -__builtin_huge_valf();  ///< the score of what is not seen
+inline constexpr float kLog2E = 1.44269504088896340736f;
+inline constexpr float kLn2 = 0.69314718055994530942f;
+
+/// A tensor on the rows or columns of a pass. One of additional tokens counts them along the last
+/// axis.
+template <class T>
+struct Tokens {
+  Operand<T> tensor;
+  bool is_aligned = false;  ///< tokens lie at multiples of 16 bytes
+};
+
+/// Sums over parts of the columns, contiguous: [splits, B, heads, rows, dims].
+struct Partial {
+  float* data = nullptr;
+  std::int64_t part = 0;  ///< elements of one
+};
+
+/// What all passes take.
+template <class T>
+struct Arguments {
+  Grid grid;
+  MaskWords mask;
+  std::int64_t blocks_per_head;
+  int heads;               ///< of the rows
+  int queries_per_kv;      ///< heads of queries that share one of keys
+  int dims[2];             ///< of A1, B1 and of A2, B2
+  int additional_columns;  ///< tokens
+  Tokens<const T> rows[2], columns[2], additional[2];
+  /// Whether whole tiles of columns can be copied by chunks, with offsets that fit into 32 bits.
+  bool copies_chunks[2];
+  Operand<const T> rpb;  ///< offsets within a head fit into 32 bits
+  Operand<const float> logsumexp, row_term, grad_logsumexp;
+  Operand<float> statistic;  ///< written: logsumexp or row term
+  Tokens<T> sums[2];         ///< written: of weights times B1 and B2
+  int splits = 1;            ///< blocks for a tile of rows, each for a part of the columns
+  Partial partial[2];        ///< written in place of `sums` where there are several
+  float* query_sums;         ///< added to by grad_all: contiguous [B, H, queries, D]
+  float scale;
+  /// Scores are scaled, and biased, before all else; otherwise `factor` scales them.
+  bool scales_first;
+  float factor;  ///< scores times it are logarithms to base 2
+
+  explicit Arguments(const Grid& g) : grid(g), mask(g.column_tile) {}
+};
+
+}  // namespace natten::detail::cuda

@@ -1,0 +1,99 @@
+#pragma once
+
+// What a block writes once it has seen all of its columns.
+
+#include "softmax.h"
+#include "worker.h"
+
+namespace natten::detail::cuda {
+
+/// Divides by a sum of weights. All are 0 where all scores are -inf, and so is what they weigh.
+NATTEN_DEVICE void divide(float& x, float total) { x /= total == 0 ? 1.0f : total; }
+
+/// Writes a row's logsumexp or, less the gradient of logsumexp, its row term.
+template <class K, class Machine>
+NATTEN_DEVICE void write_statistic(const Worker<K, Machine>& w, int row, float x) {
+  Coordinate token;
+  if (!w.a.statistic || w.lane() % 4 != 0 || !w.token_of_row(row, token)) return;
+  if (K::kPass != Pass::forward && w.a.grad_logsumexp)
+    x -= *w.a.grad_logsumexp.at(w.state.batch, w.state.head, token);
+  *w.a.statistic.at(w.state.batch, w.state.head, token) = x;
+}
+
+/// Writes the sums of this thread's rows over a part of the columns.
+template <class K, class Machine>
+NATTEN_DEVICE void write_partial(const Worker<K, Machine>& w, int which,
+                                 const typename K::RowSums& sums, float factor) {
+  using T = typename K::Element;
+  const int dims = w.a.dims[which];
+  const int* lengths = w.a.grid.row_lengths;
+  const std::int64_t rows = std::int64_t{lengths[0]} * lengths[1] * lengths[2];
+  const std::int64_t before = (w.state.batch * w.a.heads + w.state.head) * rows;
+  NATTEN_EACH (m, K::kM)
+    NATTEN_EACH (half, 2) {
+      Coordinate token;
+      if (!w.token_of_row(w.row_of(m, half), token)) continue;
+      float* to = w.a.partial[which].data + w.state.split * w.a.partial[which].part +
+                  (before + ravel(token, lengths)) * dims;
+      NATTEN_EACH (n, K::kDims / 8)
+        NATTEN_EACH (j, 2) {
+          const int d = dim_of<T>(w.lane(), n, j);
+          if (d < dims) to[d] = sums[m][n][2 * half + j] * factor;
+        }
+    }
+}
+
+/// Writes the sums of the warp's rows, in whole rows by way of the memory that A1 had.
+template <class K, class Machine>
+NATTEN_DEVICE void write(const Worker<K, Machine>& w, int which, const typename K::RowSums& sums,
+                         float factor) {
+  using T = typename K::Element;
+  using Tile = typename K::Tile;
+  const Tokens<T>& to = w.a.sums[which];
+  if (!to.tensor) return;
+  if (!K::kRowsAreQueries && w.a.splits > 1) return write_partial(w, which, sums, factor);
+  const int dims = w.a.dims[which];
+  constexpr Tile staging{K::Layout::kRows1};
+  w.gpu.sync_warp();
+  NATTEN_EACH (m, K::kM)
+    NATTEN_EACH (half, 2) store_sums(w.gpu, sums[m], half, factor, staging, w.row_of(m, half));
+  w.gpu.sync_warp();
+  NATTEN_DO_NOT_UNROLL
+  for (int item = w.lane(); item < 16 * K::kM * Tile::kChunks; item += kLanes) {
+    const int row = 16 * K::kM * w.warp() + item / Tile::kChunks, chunk = item % Tile::kChunks;
+    Coordinate token;
+    if (chunk * kChunk<T> >= dims || !w.token_of_row(row, token)) continue;
+    T* slot = to.tensor.at(w.state.batch, w.state.head, token) + chunk * kChunk<T>;
+    const T* from = w.gpu.template shared<T>(staging.at(row, chunk));
+    if (to.is_aligned && (chunk + 1) * kChunk<T> <= dims) {
+      w.gpu.copy_chunk(slot, from);
+      continue;
+    }
+    for (int j = 0; j < kChunk<T> && chunk * kChunk<T> + j < dims; ++j) slot[j] = from[j];
+  }
+}
+
+/// Writes what the pass computes.
+template <class K, class Machine>
+NATTEN_DEVICE void write_results(const Worker<K, Machine>& w, Accumulators<K>& sums) {
+  if constexpr (K::kPass == Pass::forward || K::kPass == Pass::row_term) {
+    NATTEN_EACH (m, K::kM)
+      NATTEN_EACH (half, 2) {
+        const int row = w.row_of(m, half);
+        const float total = row_sum(w, sums.totals[m][half]);
+        if constexpr (K::kPass == Pass::forward) {
+          write_statistic(w, row, w.references()[row] * kLn2 + w.gpu.log(total));
+          NATTEN_EACH (n, K::kDims / 8)
+            NATTEN_EACH (j, 2) divide(sums.second[m][n][2 * half + j], total);
+        } else {
+          float term = row_sum(w, sums.products[m][half]);
+          divide(term, total);
+          write_statistic(w, row, term);
+        }
+      }
+  }
+  if constexpr (K::kSumsFirst) write(w, 0, sums.first, w.a.scale);
+  if constexpr (K::kSumsSecond) write(w, 1, sums.second, 1.0f);
+}
+
+}  // namespace natten::detail::cuda

@@ -1,0 +1,112 @@
+#pragma once
+
+// Copies from global to shared memory.
+
+#include "worker.h"
+
+namespace natten::detail::cuda {
+
+/// Copies one chunk of a token of which `dims` elements exist; zeros where `from` is null.
+template <class K, class Machine>
+NATTEN_DEVICE void load_chunk(const Worker<K, Machine>& w, int to, const typename K::Element* from,
+                              int chunk, int dims, bool is_aligned) {
+  using T = typename K::Element;
+  if (from && is_aligned && (chunk + 1) * kChunk<T> <= dims)
+    return w.gpu.copy_async(to, from + chunk * kChunk<T>);
+  // Not unrolled: it is slow anyway, and registers are scarce where it is called.
+  NATTEN_DO_NOT_UNROLL
+  for (int j = 0; j < kChunk<T>; ++j) {
+    const int d = chunk * kChunk<T> + j;
+    w.gpu.template shared<T>(to)[j] = from && d < dims ? from[d] : T();
+  }
+}
+
+template <class K, class Machine>
+NATTEN_DEVICE void load_rows(const Worker<K, Machine>& w, int which, const typename K::Tile& to) {
+  using T = typename K::Element;
+  using Tile = typename K::Tile;
+  const Tokens<const T>& x = w.a.rows[which];
+  NATTEN_DO_NOT_UNROLL
+  for (int item = w.thread(); item < K::kRows * Tile::kChunks; item += K::kThreads) {
+    const int row = item / Tile::kChunks, chunk = item % Tile::kChunks;
+    Coordinate token;
+    const bool exists = w.token_of_row(row, token);
+    load_chunk(w, to.at(row, chunk),
+               exists ? x.tensor.at(w.state.batch, w.state.head, token) : nullptr, chunk,
+               w.a.dims[which], x.is_aligned);
+  }
+}
+
+template <class K, class Machine>
+NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const typename K::Tile& to,
+                                const typename K::Stop& stop) {
+  using T = typename K::Element;
+  using Tile = typename K::Tile;
+  const int dims = w.a.dims[which];
+  if (const T* first = stop.first[which]) {
+    // Eight threads copy 128 bytes, or four 64: then what a loop adds to an offset is constant.
+    constexpr int kUnit = Tile::kChunks % 8 == 0 ? 8 : 4;
+    const int thread = w.thread();
+    const int chunk = thread % kUnit, column = thread / kUnit;
+    const int slot = to.at(column, chunk), element = chunk * kChunk<T>;
+    const int* offset = w.relative(which) + column;
+    NATTEN_UNROLL
+    for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
+      const T* from = first + std::int64_t{offset[i]} * kChunk<T> + element;
+      NATTEN_UNROLL
+      for (int j = 0; j < Tile::kChunks; j += kUnit)
+        if (element + j * kChunk<T> < dims)
+          w.gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + j * kChunk<T>);
+    }
+    return;
+  }
+  const ColumnTile& at = stop.tile;
+  const Tokens<const T>& x = at.is_additional ? w.a.additional[which] : w.a.columns[which];
+  NATTEN_DO_NOT_UNROLL
+  for (int item = w.thread(); item < K::kColumns * Tile::kChunks; item += K::kThreads) {
+    const int column = item / Tile::kChunks, chunk = item % Tile::kChunks;
+    const T* from = nullptr;
+    Coordinate token;
+    if (at.is_additional) {
+      const int n = at.origin[2] + column;
+      if (n < w.a.additional_columns)
+        from = x.tensor.at(w.state.batch, w.column_head(at), {0, 0, n});
+    } else if (w.token_of_column(at, column, token)) {
+      from = x.tensor.at(w.state.batch, w.column_head(at), token);
+    }
+    load_chunk(w, to.at(column, chunk), from, chunk, dims, x.is_aligned);
+  }
+}
+/// B1 and what else is known about its columns.
+template <class K, class Machine>
+NATTEN_DEVICE void load_first_columns(const Worker<K, Machine>& w, int stage,
+                                      const typename K::Stop& stop) {
+  load_columns(w, 0, w.first_columns(stage), stop);
+  if constexpr (!K::kRowsAreQueries) {
+    if (w.thread() < K::kColumns) {
+      const ColumnTile& at = stop.tile;
+      Coordinate token;
+      const bool exists = w.token_of_column(at, w.thread(), token);
+      const auto copy = [&](const Operand<const float>& x, int which) {
+        w.gpu.copy_word_async(w.statistics(which, stage) + w.thread() * int(sizeof(float)),
+                              exists ? x.at(w.state.batch, w.query_head(at), token) : x.data,
+                              exists);
+      };
+      copy(w.a.logsumexp, 0);
+      if constexpr (K::kNeedsGradWeights) copy(w.a.row_term, 1);
+    }
+  }
+}
+
+/// Chunks past `dims`, which whole tiles' copies leave alone, are zero.
+template <class K, class Machine>
+NATTEN_DEVICE void clear_padding(const Worker<K, Machine>& w, const typename K::Tile& tile,
+                                 int count, int dims) {
+  using T = typename K::Element;
+  using Tile = typename K::Tile;
+  if (dims > K::kDims - kChunk<T>) return;
+  for (int item = w.thread(); item < count * Tile::kChunks; item += K::kThreads)
+    load_chunk(w, tile.at(item / Tile::kChunks, item % Tile::kChunks), nullptr, 0, 0, false);
+}
+
+}  // namespace natten::detail::cuda

@@ -1,0 +1,92 @@
+#pragma once
+
+// Over the tiles of columns that a block visits: products, weights and sums, while the next tiles
+// are copied.
+
+#include "grad_all.h"
+#include "loads.h"
+#include "masks.h"
+#include "prepare.h"
+#include "softmax.h"
+
+namespace natten::detail::cuda {
+
+template <class K, class Machine>
+NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums) {
+  using T = typename K::Element;
+  constexpr typename K::Tile rows1{K::Layout::kRows1}, rows2{K::Layout::kRows2},
+      columns2{K::Layout::kColumns2};
+  QueryStatistics<K> of_rows{};
+  if constexpr (K::kRowsAreQueries && K::kPass != Pass::forward) of_rows = row_statistics(w);
+
+  NATTEN_DO_NOT_UNROLL
+  for (int i = 0; i < w.state.count; ++i) {
+    const int stage = K::kStages == 2 ? i & 1 : 0;
+    const bool has_next = i + 1 < w.state.count;
+    const typename K::Stop &stop = w.stop_of(i), &next = w.stop_of(i + 1);
+    w.gpu.template wait<0>();
+    if constexpr (!K::kRowsAreQueries) scale_statistics(w, stage);
+    w.gpu.sync();  // B1 is there, and all warps are done with B2
+    load_columns(w, 1, columns2, stop);
+    w.gpu.commit();
+    if constexpr (K::kStages == 2) {
+      if (has_next) load_first_columns(w, 1 - stage, next);
+      w.gpu.commit();
+    }
+    if (i % K::State::kBatch == 0 && w.warp() == i / K::State::kBatch % K::kWarps)
+      locate(w, i + K::State::kBatch);
+    w.gpu.sync_warp();  // products need whole warps
+
+    const Overlap seen = stop.seen[w.warp()];
+    typename K::Scores scores;
+    typename K::Weights weights;
+    if (seen != Overlap::none) {
+      clear(scores);
+      multiply_rows<T>(w.gpu, scores, rows1, 16 * K::kM * w.warp(), w.first_columns(stage));
+      finish_scores(w, scores, stop.tile, seen);
+      if constexpr (K::kPass == Pass::forward)
+        softmax(w, scores, sums.second, sums.totals);
+      else
+        weigh(w, scores, of_rows, stage);
+      if constexpr (K::kSumsSecond) pack_weights<T>(w.gpu, weights, scores);
+    }
+
+    w.gpu.template wait<K::kStages - 1>();
+    w.gpu.sync();  // B2 is there, and all warps are done with the scores
+    if constexpr (K::kStages == 1 && !K::kSumsFirst) {
+      if (has_next) load_first_columns(w, 0, next);
+      w.gpu.commit();
+      w.gpu.sync_warp();  // copies may have parted lanes
+    }
+    if (seen != Overlap::none) {
+      if constexpr (K::kSumsSecond) accumulate_rows<T>(w.gpu, sums.second, weights, columns2);
+      if constexpr (K::kNeedsGradWeights) {
+        typename K::Scores grads;
+        clear(grads);
+        multiply_rows<T>(w.gpu, grads, rows2, 16 * K::kM * w.warp(), columns2);
+        if constexpr (K::kPass == Pass::row_term) {
+          add_products<K>(sums.totals, sums.products, scores, grads);
+        } else {
+          differentiate(w, grads, scores, of_rows, stage);
+          pack_weights<T>(w.gpu, weights, grads);
+          accumulate_rows<T>(w.gpu, sums.first, weights, w.first_columns(stage));
+        }
+      }
+    }
+    if constexpr (K::kAddsQueries) {
+      if (seen == Overlap::none) clear(weights);
+      store_grad_scores(w, weights);
+      w.gpu.sync();
+      add_to_queries(w, stop.tile);
+    }
+    if constexpr (K::kStages == 1 && K::kSumsFirst) {
+      w.gpu.sync();  // all warps are done with B1
+      if (has_next) load_first_columns(w, 0, next);
+      w.gpu.commit();
+    }
+  }
+  w.gpu.template wait<0>();
+  w.gpu.sync();  // rows are there even where there was no column; their memory is free
+}
+
+}  // namespace natten::detail::cuda

@@ -1,0 +1,85 @@
+#pragma once
+
+// What rows see of a tile of columns. The rest gets the score -inf.
+
+#include "worker.h"
+
+namespace natten::detail::cuda {
+
+template <class K, class Machine>
+NATTEN_DEVICE Overlap overlap(const Worker<K, Machine>& w, const ColumnTile& at, int of_warp) {
+  if (at.is_additional)
+    return at.origin[2] + K::kColumns <= w.a.additional_columns ? Overlap::all : Overlap::some;
+  return overlap_of(w.state.bounds[of_warp], w.a.grid.column_tile, at.origin);
+}
+
+/// The columns that a row sees, a bit for each.
+template <class K, class Machine>
+NATTEN_DEVICE std::uint64_t seen_by(const Worker<K, Machine>& w, int row, const ColumnTile& at) {
+  if (at.is_additional) return low_bits(w.a.additional_columns - at.origin[2]);
+  const TileShape& shape = w.a.grid.row_tile;
+  const Span seen[kMaxRank] = {w.spans().at(0, shape.offset(row, 0)),
+                               w.spans().at(1, shape.offset(row, 1)),
+                               w.spans().at(2, shape.offset(row, 2))};
+  return w.a.mask.word(w.a.grid.column_tile, seen, at.origin);
+}
+/// The same for this thread's columns: bit 8 n + j is element j of block n.
+template <class K>
+using Mask = std::uint32_t[K::kN / 4];
+template <int kWords>
+NATTEN_DEVICE bool bit(const std::uint32_t (&mask)[kWords], int n, int j) {
+  return mask[n / 4] >> (8 * (n % 4) + j) & 1;
+}
+
+/// Scales a row and adds its biases.
+template <class K, class Machine>
+NATTEN_DEVICE void scale_row(const Worker<K, Machine>& w, FragmentC (&scores)[K::kN], int half,
+                             int row, const ColumnTile& at, const Mask<K>& mask) {
+  using T = typename K::Element;
+  const bool is_biased = w.a.rpb && !at.is_additional && w.a.grid.rows != Rows::additional &&
+                         w.state.rows.holds(w.a.grid.row_tile, row);
+  constexpr int kSign = K::kRowsAreQueries ? 1 : -1;  // offsets are key - query
+  int offset = 0;
+  NATTEN_EACH (i, kMaxRank) {
+    const int position = w.state.rows.origin[i] + w.a.grid.row_tile.offset(row, i);
+    offset +=
+        (kSign * (at.origin[i] - position) + static_cast<int>(w.a.grid.axes[i].kernel_size) - 1) *
+        static_cast<int>(w.a.rpb.grid[i]);
+  }
+  const T* bias = w.a.rpb.data + w.query_head(at) * w.a.rpb.head;
+  NATTEN_EACH (n, K::kN)
+    NATTEN_EACH (j, 2) {
+      float& score = scores[n][2 * half + j];
+      score *= w.a.scale * kLog2E;
+      if (is_biased && bit(mask, n, j))
+        score += static_cast<float>(bias[offset + w.relative_bias()[w.column_of(n) + j]]) * kLog2E;
+    }
+}
+
+/// Scales where that comes first, adds biases, and gives unseen columns the score -inf.
+template <class K, class Machine>
+NATTEN_DEVICE void finish_scores(const Worker<K, Machine>& w, typename K::Scores& scores,
+                                 const ColumnTile& at, Overlap overlap) {
+  const bool scales_first = K::kScalesFirst && w.a.scales_first;
+  if (overlap == Overlap::all && !scales_first) return;
+  // Four threads share their rows, and what rows see: each finds it out for one of them.
+  const int first_row = w.row_of(0, 0), own = w.lane() % (2 * K::kM);
+  std::uint64_t word = ~std::uint64_t{0};
+  if (overlap == Overlap::some) word = seen_by(w, first_row + 8 * own, at);
+  NATTEN_EACH (m, K::kM)
+    NATTEN_EACH (half, 2) {
+      Mask<K> mask;
+      NATTEN_EACH (i, K::kN / 4)
+        mask[i] = w.gpu.shuffle(static_cast<std::uint32_t>(word >> (32 * i)),
+                                (w.lane() & ~3) + 2 * m + half) >>
+                  (2 * (w.lane() % 4));
+      if (scales_first) scale_row(w, scores[m], half, first_row + 16 * m + 8 * half, at, mask);
+      NATTEN_EACH (n, K::kN)
+        NATTEN_EACH (j, 2) {
+          float& score = scores[m][n][2 * half + j];
+          score = bit(mask, n, j) ? score : kNone;
+        }
+    }
+}
+
+}  // namespace natten::detail::cuda

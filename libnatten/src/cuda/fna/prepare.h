@@ -1,0 +1,98 @@
+#pragma once
+
+// What a block finds out before it computes: its rows, the tiles of columns that these see, and
+// where they are.
+
+#include "loads.h"
+#include "masks.h"
+
+namespace natten::detail::cuda {
+
+/// Finds out where the tokens of a batch of tiles are. One warp does it for the block.
+template <class K, class Machine>
+NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
+  using Stop = typename K::Stop;
+  const int i = first_tile + w.lane() % K::State::kBatch, of_warp = w.lane() / K::State::kBatch;
+  if (i >= w.state.count) return;
+  Stop& stop = w.stop_of(i);
+  const ColumnTile tile = w.state.tiles.at(w.state.first + i, w.a.grid.column_tile);
+  stop.seen[of_warp] = overlap(w, tile, of_warp);
+  if (of_warp != 0) return;
+  stop.tile = tile;
+  Coordinate token;
+  const bool is_whole = w.token_of_column(tile, K::kColumns - 1, token);
+  w.token_of_column(tile, 0, token);
+  NATTEN_EACH (which, 2)
+    stop.first[which] =
+        w.a.copies_chunks[which] && is_whole && !tile.is_additional
+            ? w.a.columns[which].tensor.at(w.state.batch, w.column_head(tile), token)
+            : nullptr;
+}
+
+/// Fills `state` and the tables. Returns false where the block has no rows.
+template <class K, class Machine>
+NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
+  using T = typename K::Element;
+  if (w.thread() == 0) {
+    std::int64_t index = w.gpu.block() / w.a.blocks_per_head;
+    w.state.rows = row_tile(w.a.grid, w.gpu.block() % w.a.blocks_per_head);
+    w.state.split = static_cast<int>(index % w.a.splits);
+    index /= w.a.splits;
+    w.state.batch = index / w.a.heads;
+    w.state.head = static_cast<int>(index % w.a.heads);
+    w.state.first_column_head =
+        K::kRowsAreQueries ? w.state.head / w.a.queries_per_kv : w.state.head * w.a.queries_per_kv;
+    w.state.tiles.additional = (w.a.additional_columns + K::kColumns - 1) / K::kColumns;
+    w.state.tiles.heads = K::kRowsAreQueries ? 1 : w.a.queries_per_kv;
+  }
+  w.gpu.sync();
+  const RowTile& rows = w.state.rows;
+  if (rows.valid[0] == 0 || rows.valid[1] == 0 || rows.valid[2] == 0) return false;
+  w.spans().compute(w.a.grid, rows, w.thread(), K::kThreads);
+  if (w.thread() < K::kColumns) {
+    std::int64_t offsets[2] = {0, 0};
+    int bias = 0;
+    NATTEN_EACH (i, kMaxRank) {
+      const int offset = w.a.grid.column_tile.offset(w.thread(), i);
+      NATTEN_EACH (which, 2)
+        offsets[which] += w.a.columns[which].tensor.grid[i] * w.a.grid.axes[i].dilation * offset;
+      bias += (K::kRowsAreQueries ? 1 : -1) * offset * static_cast<int>(w.a.rpb.grid[i]);
+    }
+    NATTEN_EACH (which, 2)
+      w.relative(which)[w.thread()] = static_cast<int>(offsets[which] / kChunk<T>);
+    w.relative_bias()[w.thread()] = bias;
+  }
+  if constexpr (K::kPass == Pass::forward) {
+    for (int row = w.thread(); row < K::kRows; row += K::kThreads) {
+      w.references()[row] = kNone;
+    }
+  }
+  clear_padding(w, {K::Layout::kColumns1}, K::kStages * K::kColumns, w.a.dims[0]);
+  clear_padding(w, {K::Layout::kColumns2}, K::kColumns, w.a.dims[1]);
+  w.gpu.sync();
+  if (w.warp() == 0) {
+    NATTEN_EACH (i, kMaxRank) {
+      if (w.lane() % 4 != i) continue;
+      const TileShape& shape = w.a.grid.row_tile;
+      const int of_warp = w.lane() / 4, first = 16 * K::kM * of_warp;
+      if (of_warp < K::kWarps)
+        w.state.bounds[of_warp][i] =
+            bounds_of(w.spans(), shape, rows, i, first, first + 16 * K::kM - 1);
+      if (of_warp == K::kWarps)
+        w.state.tiles.set_axis(i, bounds_of(w.spans(), shape, rows, i, 0, K::kRows - 1),
+                               w.a.grid.column_tile);
+    }
+    w.gpu.sync_warp();
+    if (w.lane() == 0) {
+      const std::int64_t count = w.state.tiles.count();
+      w.state.first = static_cast<int>(count * w.state.split / w.a.splits);
+      w.state.count = static_cast<int>(count * (w.state.split + 1) / w.a.splits) - w.state.first;
+    }
+    w.gpu.sync_warp();
+    locate(w, 0);
+  }
+  w.gpu.sync();
+  return true;
+}
+
+}  // namespace natten::detail::cuda

@@ -1,0 +1,188 @@
+#pragma once
+
+// A thread that computes a pass: the sizes of its tile, its part of it, and the memory that its
+// block shares.
+
+#include "arguments.h"
+#include "matrices.h"
+
+namespace natten::detail::cuda {
+
+/// A tile of columns and where its tokens are.
+template <class T, int kWarps>
+struct ColumnStop {
+  ColumnTile tile;
+  Overlap seen[kWarps];  ///< by the rows of each warp
+  /// The first token of B1 and B2 where all of the tile can be copied by chunks, else null.
+  const T* first[2];
+};
+
+/// Where a block is at work, in shared memory: it is read now and then, by all threads.
+template <class T, int kWarps>
+struct BlockState {
+  /// Tiles of columns are located `kBatch` at a time, each lane of a warp one for one of the warps,
+  /// while the block is at the batch before.
+  static constexpr int kBatch = kLanes / kWarps;
+  ColumnStop<T, kWarps> stops[2 * kBatch];  ///< of tile i at i modulo their number
+  RowTile rows;
+  ColumnTiles tiles;
+  int first, count;  ///< of tiles of columns: those of this block
+  int split, head, first_column_head;
+  std::int64_t batch;
+  Bounds bounds[kWarps][kMaxRank];
+};
+
+/// The constants of the kernel of a pass: of elements of type `T`, up to `kDims` of them per token,
+/// with 16 `kM` rows per warp.
+template <class T, int kPaddedDims, int kRowBlocks, Pass kThePass>
+struct TileTraits {
+  using Element = T;
+  static constexpr int kDims = kPaddedDims;
+  static constexpr int kM = kRowBlocks;
+  static constexpr Pass kPass = kThePass;
+  static constexpr int kWarps = 4;
+  static constexpr int kThreads = kWarps * kLanes;
+  static constexpr bool kRowsAreQueries = rows_are_queries(kPass);
+  static constexpr bool kAddsQueries = kPass == Pass::grad_all;
+  static constexpr bool kSumsFirst = kPass == Pass::grad_query || kPass == Pass::grad_key_value ||
+                                     kPass == Pass::grad_key || kAddsQueries;
+  static constexpr bool kSumsSecond = kPass == Pass::forward || kPass == Pass::grad_key_value ||
+                                      kPass == Pass::grad_value || kAddsQueries;
+  static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == Pass::row_term;
+  /// Whether scores can be scaled, and biased, before all else. Kernels with 32 rows per warp leave
+  /// that to those with 16: they have no registers to spare.
+  static constexpr bool kScalesFirst = kM == 1;
+  static constexpr int kRows = 16 * kM * kWarps;
+  using Tile = SharedTile<T, kDims>;
+  /// As many as shared memory has room for beside the rows.
+  static constexpr bool kIsCrowded = Tile::kPitch > 256 && (kPass != Pass::forward || kM > 1);
+  static constexpr int kColumns = kIsCrowded ? 32 : 64;
+  static constexpr int kN = kColumns / 8;
+  static_assert(kN % 4 == 0, "a word of a thread's mask is of four blocks of columns");
+  /// Tiles of B1 in shared memory. Where it serves twice per tile, the next one is loaded beside
+  /// it.
+  static constexpr int kStages = kSumsFirst && Tile::kPitch <= 384 ? 2 : 1;
+  using State = BlockState<T, kWarps>;
+  using Stop = ColumnStop<T, kWarps>;
+
+  /// What a thread holds: scores of its rows, weights packed for products, sums over the columns,
+  /// and one number per row.
+  using Scores = FragmentC[kM][kN];
+  using Weights = cuda::Weights<T, kM, kN>;
+  using RowSums = FragmentC[kM][kDims / 8];
+  using PerRow = float[kM][2];
+
+  /// Shared memory, in order: offsets in bytes.
+  struct Layout {
+    static constexpr int kRows1 = 0;
+    static constexpr int kRows2 = kRows1 + Tile::bytes(kRows);
+    static constexpr int kColumns1 = kRows2 + (kNeedsGradWeights ? Tile::bytes(kRows) : 0);
+    static constexpr int kColumns2 = kColumns1 + kStages * Tile::bytes(kColumns);
+    static constexpr int kGradScores = kColumns2 + Tile::bytes(kColumns);
+    static constexpr int kStatistics =
+        kGradScores + (kAddsQueries ? SharedTile<T, kColumns>::bytes(kRows) : 0);
+    static constexpr int kState =
+        kStatistics + (kRowsAreQueries ? 0 : 2 * kStages * kColumns * int(sizeof(float)));
+    static constexpr int kRelativeBias = kState + int(sizeof(State));
+    static constexpr int kRelative = kRelativeBias + kColumns * int(sizeof(int));
+    static constexpr int kReferences = kRelative + 2 * kColumns * int(sizeof(int));
+    static constexpr int kSpans =
+        kReferences + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
+    static constexpr int kBytes = kSpans + (kRows + 2) * int(sizeof(Span));
+  };
+};
+
+template <class E, int kRowBlocks, int kColumnBlocks>
+NATTEN_DEVICE void clear(E (&x)[kRowBlocks][kColumnBlocks][4]) {
+  NATTEN_EACH (m, kRowBlocks)
+    NATTEN_EACH (n, kColumnBlocks)
+      NATTEN_EACH (i, 4) x[m][n][i] = 0;
+}
+
+/// What a thread sums up over the columns.
+template <class K>
+struct Accumulators {
+  FragmentC first[K::kSumsFirst ? K::kM : 1][K::kDims / 8];    ///< weights times B1
+  FragmentC second[K::kSumsSecond ? K::kM : 1][K::kDims / 8];  ///< weights times B2
+  typename K::PerRow totals, products;  ///< this thread's shares of weights, and of P dP
+
+  NATTEN_DEVICE void clear() {
+    cuda::clear(first);
+    cuda::clear(second);
+    NATTEN_EACH (m, K::kM)
+      NATTEN_EACH (half, 2) totals[m][half] = products[m][half] = 0;
+  }
+};
+
+/// One thread at work on one tile of rows: what it is given, which rows and columns of matrices it
+/// holds, and where tokens and tables are. `K` is the TileTraits of the kernel, here and in all
+/// functions that take a worker.
+template <class K, class Machine>
+struct Worker {
+  using Tile = typename K::Tile;
+  Machine& gpu;
+  const Arguments<typename K::Element>& a;
+  typename K::State& state;
+
+  /// Opaque, for what follows from it is cheaper to compute again than to keep in a register.
+  NATTEN_DEVICE int thread() const { return gpu.opaque(gpu.thread()) & (K::kThreads - 1); }
+  NATTEN_DEVICE int lane() const { return thread() % kLanes; }
+  NATTEN_DEVICE int warp() const { return thread() / kLanes; }
+  /// The row of a C fragment's elements 2 half and 2 half + 1.
+  NATTEN_DEVICE int row_of(int m, int half) const {
+    return 16 * K::kM * warp() + 16 * m + 8 * half + lane() / 4;
+  }
+  /// The first column of a C fragment's two.
+  NATTEN_DEVICE int column_of(int n) const { return 8 * n + 2 * (lane() % 4); }
+  NATTEN_DEVICE static Tile first_columns(int stage) {
+    return {K::Layout::kColumns1 + stage * Tile::bytes(K::kColumns)};
+  }
+  /// logsumexp (0), times log2 e once `scale_statistics` has been there, and row term (1) of the
+  /// columns.
+  NATTEN_DEVICE static int statistics(int which, int stage) {
+    return K::Layout::kStatistics + (which * K::kStages + stage) * K::kColumns * int(sizeof(float));
+  }
+  /// Where the columns of a tile lie, from its first, in chunks of `a.columns[which]`.
+  NATTEN_DEVICE int* relative(int which) const {
+    return gpu.template shared<int>(K::Layout::kRelative) + which * K::kColumns;
+  }
+  /// And in elements of the bias.
+  NATTEN_DEVICE int* relative_bias() const {
+    return gpu.template shared<int>(K::Layout::kRelativeBias);
+  }
+  /// Of the softmax, by row. Not in registers, of which sums leave too few.
+  NATTEN_DEVICE float* references() const {
+    return gpu.template shared<float>(K::Layout::kReferences);
+  }
+  NATTEN_DEVICE Spans spans() const {
+    return {gpu.template shared<Span>(K::Layout::kSpans), a.grid.row_tile};
+  }
+
+  /// Whether there is such a row, and where.
+  NATTEN_DEVICE bool token_of_row(int row, Coordinate& token) const {
+    NATTEN_EACH (i, kMaxRank)
+      token[i] = token_at(a.grid.axes[i], state.rows.group[i],
+                          state.rows.origin[i] + a.grid.row_tile.offset(row, i));
+    return state.rows.holds(a.grid.row_tile, row);
+  }
+  NATTEN_DEVICE bool token_of_column(const ColumnTile& at, int column, Coordinate& token) const {
+    bool exists = true;
+    NATTEN_EACH (i, kMaxRank) {
+      const int position = at.origin[i] + a.grid.column_tile.offset(column, i);
+      token[i] = token_at(a.grid.axes[i], state.rows.group[i], position);
+      exists = exists && token[i] < a.grid.column_lengths[i];
+    }
+    return exists;
+  }
+  NATTEN_DEVICE int column_head(const ColumnTile& at) const {
+    return state.first_column_head + at.head;
+  }
+  NATTEN_DEVICE int query_head(const ColumnTile& at) const {
+    return K::kRowsAreQueries ? state.head : column_head(at);
+  }
+  NATTEN_DEVICE typename K::Stop& stop_of(int i) const {
+    return state.stops[i % (2 * K::State::kBatch)];
+  }
+};
+
+}  // namespace natten::detail::cuda
