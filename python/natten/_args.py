@@ -120,7 +120,7 @@ TILE_OPTIONS = tuple(
 )
 
 
-def window_options(rank: int, **given: Any) -> dict[str, tuple]:
+def window_options(rank: int, **given: Any) -> dict[str, Any]:
     """The given options of a window by name, each with one value per axis."""
     return {
         option.name: option.per_axis(given[option.name], rank)
@@ -255,7 +255,7 @@ def listed(name: str, value: Any) -> list[Any]:
         raise TypeError(f"{name}: got {type(value).__name__}; must be a list or tuple") from None
 
 
-def checked_window(rank: int, **given: Any) -> dict[str, tuple]:
+def checked_window(rank: int, **given: Any) -> dict[str, Any]:
     """`window_options`. Raises what libnatten says of values that fit no grid at all."""
     window = window_options(rank, **given)
     kernel_size, dilation = window["kernel_size"], window["dilation"]

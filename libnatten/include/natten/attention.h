@@ -30,8 +30,8 @@ NATTEN_EXPORT std::size_t workspace_bytes(const std::vector<Call>& calls,
                                           const Context& context = {});
 
 /// What a call's other tensors demand of one of its tensors, as a row-major view without memory:
-/// `expected(describe(call), &Tensors::output)` tells what to allocate. Throws Error, of a described
-/// call only where its operation has no such tensor.
+/// `expected(describe(call), &Tensors::output)` tells what to allocate. Throws Error, of a
+/// described call only where its operation has no such tensor.
 NATTEN_EXPORT TensorView expected(const Problem& problem, TensorView Tensors::*tensor);
 /// Checks the call each time that it is asked.
 NATTEN_EXPORT TensorView expected(const Call& call, TensorView Tensors::*tensor);

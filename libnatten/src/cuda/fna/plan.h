@@ -10,9 +10,9 @@
 #include <limits>
 #include <string>
 
+#include "../../backend.h"
 #include "../../dispatch.h"
 #include "../../operand.h"
-#include "../../backend.h"
 #include "kernel.h"
 
 namespace natten::detail::cuda {
