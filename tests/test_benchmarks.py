@@ -14,6 +14,7 @@ pytest.importorskip("torch")
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
+@pytest.mark.long
 def test_gpu_benchmark_on_tiny_problems(tmp_path):
     figures = tmp_path / "gpu.json"
     options = ["--device", "cpu", "--tiny", "--rounds", "1", "--ways", "sdpa_cudnn", "sdpa_flash"]

@@ -26,6 +26,7 @@ print(json.dumps({{"losses": losses, "torch": "torch" in sys.modules}}))
 """
 
 
+@pytest.mark.long
 def test_flax_digits():
     for name in ("jax", "flax", "optax", "sklearn"):
         if importlib.util.find_spec(name) is None:

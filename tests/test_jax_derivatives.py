@@ -231,6 +231,7 @@ def test_vmap_and_jit_of_every_derivative(rank, kind, autodiff, name):
     assert_close(got, expected(name, rank))
 
 
+@pytest.mark.long
 @KINDS
 @FEW_DERIVATIVES
 def test_derivatives_without_jit(kind, autodiff, name):
@@ -256,6 +257,7 @@ def test_attention_to_all_keys(queries, keys, is_causal, autodiff, name):
 # The unfused functions one by one, against finite differences.
 
 
+@pytest.mark.long
 @MODES
 @pytest.mark.parametrize("function", ["qk", "av"])
 def test_check_grads_unfused(function, autodiff):
@@ -365,6 +367,7 @@ def test_scan():
         assert_close(derivative(scanned, (q,)), derivative(unrolled, (q,)))
 
 
+@pytest.mark.long
 @KINDS
 @pytest.mark.parametrize("i", range(6), ids=FUSED_NAMES)
 def test_all_other_arguments_are_constant(kind, i):
@@ -402,6 +405,7 @@ def test_low_precision(dtype):
         np.testing.assert_allclose(got.astype("float64"), want, rtol=2 * eps, atol=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["jvp", "grad of grad", "reverse over forward"])
 def test_no_examples_and_an_empty_batch(name):
     f, derivative = fused(2, "any"), DERIVATIVES[name]

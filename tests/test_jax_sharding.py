@@ -187,6 +187,7 @@ def test_heads_that_all_share_one_key_value_head(is_explicit):
         assert_close(run(*sharded), function(*x), 1e-10)
 
 
+@pytest.mark.long
 @IS_EXPLICIT
 def test_derivatives_of_higher_order(is_explicit):
     x = arrays(batch=2, heads=2, kv_heads=1)
@@ -349,6 +350,7 @@ def test_export_refuses_symbolic_shapes():
         export.export(jax.jit(attend))(x, x, x)
 
 
+@pytest.mark.long
 def test_the_example():
     script = Path(__file__).parent.parent / "examples" / "sharding.py"
     run = subprocess.run([sys.executable, script], capture_output=True, text=True)

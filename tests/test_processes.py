@@ -178,7 +178,7 @@ def call(): F.na1d(x, x, x, {kernel_size})
     [
         (NUMPY_CALL, 50, 5),
         (NUMPY_CALL, 2000, 5),
-        pytest.param(TORCH_CALL, 2000, 2, marks=needs_torch),
+        pytest.param(TORCH_CALL, 2000, 2, marks=[needs_torch, pytest.mark.long]),
     ],
 )
 def test_exit_while_daemon_threads_compute(call, tokens, repeats):

@@ -147,6 +147,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / str(rank)) for rank in range(PROCESSES)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fused", [False, True], ids=["unfused", "fused"])
 @pytest.mark.parametrize("way", WAYS)
 def test_two_processes_train_like_one(way, fused, results):
