@@ -74,11 +74,12 @@ test-aarch64: $(VENV)/build
 	cpp_tests/aarch64.sh
 
 # In two halves at once: most of the time goes to compilers that use one core.
+JAX_TESTS := tests/test_jax*.py tests/test_flax*.py
 test-python: marks := not long
 test-python-rest: marks := long
 test-python test-python-rest: $(VENV)/package $(VENV)/test $(VENV)/models
-	@$(BIN)/python -m pytest -m '$(marks)' --durations=10 tests/test_jax*.py & half=$$!; status=0; \
-	$(BIN)/python -m pytest -m '$(marks)' --durations=10 --ignore-glob='*/test_jax*.py' || status=$$?; \
+	@$(BIN)/python -m pytest -m '$(marks)' --durations=10 $(wildcard $(JAX_TESTS)) & half=$$!; status=0; \
+	$(BIN)/python -m pytest -m '$(marks)' --durations=10 $(JAX_TESTS:%=--ignore-glob='*/%') || status=$$?; \
 	wait $$half || status=$$?; exit $$status
 
 # Without GoogleTest, CMake fetches it; a Debian machine with root rights gets the package instead.
