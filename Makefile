@@ -32,7 +32,8 @@ demo: $(VENV)/package $(VENV)/demo
 # cases. What it leaves out is in the test-…-rest.
 test: test-cpp test-python
 
-test-all: test test-cpp-rest test-python-rest test-sanitize test-clang test-cross-one test-wheel consumer cuda
+test-all: test test-cpp-rest test-python-rest test-sanitize test-clang test-cross-one test-wheel consumer \
+  cuda tidy fuzz docs
 
 test-cpp: $(VENV)/build gtest
 	cmake --preset tests -DNATTEN_TEST_EMULATED_CUDA=OFF
