@@ -72,6 +72,19 @@ TEST_P(General, SelfAttentionIsANeighborhoodOfEverything) {
             2 * bounds_of(dtype()).forward);
 }
 
+/// More terms than sequential float32 sums add up well enough: these would err by 1.5e-6.
+TEST_P(General, LongSumsStayExact) {
+  Case c;
+  c.seed = base_seed() + 5;
+  c.dtype = dtype();
+  c.axes = {{8, 1, 1, 1, false}};
+  c.keys = 7000;
+  c.dim = c.value_dim = 8;
+  FusedProblem problem(c);
+  if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses it";
+  expect_definition(problem, errors_, [&](const natten::Call& call) { run(call); });
+}
+
 /// Queries whose scores all are -inf, here those of batch entry 0.
 TEST_P(General, QueriesThatSeeNothing) {
   Case c;

@@ -70,12 +70,13 @@ TEST_P(Fused, EveryGradientCanBeLeftOut) {
   });
 }
 
-/// More terms than sequential float32 sums add up well enough.
-TEST_P(Fused, LongSumsStayExact) {
+/// More columns than backends handle at a time. Sums of many more are tested where there are few
+/// queries (General).
+TEST_P(Fused, LongWindows) {
   Case c;
   c.seed = base_seed();
   c.dtype = dtype();
-  const std::int64_t length = rank() == 1 ? 2500 : rank() == 2 ? 46 : 13;
+  const std::int64_t length = rank() == 1 ? 600 : rank() == 2 ? 24 : 9;
   c.axes.assign(index(rank()), {length, length, 1, 1, false});
   c.axes.back().kernel_size = length - 1;  // two windows, so that bounds matter
   c.dim = 3;
@@ -281,10 +282,11 @@ TEST(ManyAdditionalTokens, AreTheDefinitionForAnyNumberOfThreads) {
   for (int variant = 0; variant < 3; ++variant) {
     Case c;
     c.seed = base_seed() + 70 + static_cast<std::uint64_t>(variant);
-    c.axes.assign(index(1 + variant), {2, 2, 1, 1, false});
+    c.axes.assign(index(1 + variant), {1, 1, 1, 1, false});
+    if (variant > 0) c.axes[index(variant - 1)] = {2, 2, 1, 1, false};
     c.axes.back() = {4, 2, 1, 1 + variant % 2, false};
-    c.heads = 16;
-    c.kv_heads = variant == 1 ? 8 : 16;
+    c.heads = 18;  // with 16, a head's tokens would lie in the same few lines of each cache
+    c.kv_heads = variant == 1 ? 9 : 18;
     c.dim = variant == 2 ? 17 : 32;
     c.value_dim = variant == 2 ? 48 : 32;
     c.additional = 4100;

@@ -142,25 +142,22 @@ class EmulatedBlock {
       f.state = State::ready;
     }
     for (Warp& w : warps_) w = Warp();
-    std::vector<std::size_t> order(threads_.size());
-    for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
-    for (std::size_t done = 0; done < threads_.size();) {
+    for (done_ = 0; done_ < threads_.size();) {
       // Whole warps change places: lanes of a warp meet all the time anyway.
       const std::size_t first = seed_ == 0 ? 0 : rng() % warps_.size() * kLanes;
       bool progress = false;
-      for (std::size_t n = 0; n < order.size(); ++n) {
-        const std::size_t i = (first + n) % order.size();
-        Fiber& f = threads_[i];
-        if (f.state != State::ready) continue;
+      for (std::size_t n = 0; n < threads_.size(); ++n) {
+        const std::size_t i = (first + n) % threads_.size();
+        if (threads_[i].state != State::ready) continue;
         progress = true;
         resume(i);
+        n += current_ - i;  // lanes after it have run too
         if (error_) {
           for (Fiber& other : threads_) other.started = false;  // the next block starts them anew
           std::rethrow_exception(std::exchange(error_, nullptr));
         }
-        if (f.state == State::done) ++done;
       }
-      if (!progress && done < threads_.size())
+      if (!progress && done_ < threads_.size())
         throw std::logic_error("emulated threads wait for each other: a barrier not all reach");
     }
   }
@@ -222,7 +219,8 @@ class EmulatedBlock {
       self->wait(State::done);
     }
   }
-  /// Runs a thread until it waits or is done.
+  /// Runs a thread until it waits or is done, and then lanes of its warp after it, up to one that
+  /// cannot go on. The last of them is `current_`.
   void resume(std::size_t i) {
     Fiber& f = threads_[i];
     current_ = i;
@@ -242,7 +240,16 @@ class EmulatedBlock {
   void wait(State state) {
     Fiber& f = threads_[current_];
     f.state = state;
-    if (_setjmp(f.at) == 0) std::longjmp(scheduler_, 1);
+    if (state == State::done) ++done_;
+    if (_setjmp(f.at) != 0) return;
+    if (!error_ && (current_ + 1) % kLanes != 0) {  // not by way of the scheduler: that is slow
+      Fiber& next = threads_[current_ + 1];
+      if (next.started && next.state == State::ready) {
+        ++current_;
+        std::longjmp(next.at, 1);
+      }
+    }
+    std::longjmp(scheduler_, 1);
   }
 
   const std::uint64_t seed_;
@@ -252,7 +259,7 @@ class EmulatedBlock {
   std::int64_t block_ = 0;
   const std::function<void(EmulatedThread&)>* body_ = nullptr;
   int arrived_ = 0;
-  std::size_t current_ = 0;
+  std::size_t current_ = 0, done_ = 0;
   std::jmp_buf scheduler_;
   std::exception_ptr error_;
 };
@@ -402,13 +409,17 @@ void EmulatedThread::multiply_add(float (&c)[4], const std::uint32_t (&a)[4],
           if (r < 2) b[at + r * kDepth / 2][group] = element(lanes[lane]->b[r], i);
         }
     }
-    for (int lane = 0; lane < 32; ++lane)
-      for (int i = 0; i < 4; ++i) {
-        const int row = lane / 4 + (i >= 2 ? 8 : 0), column = lane % 4 * 2 + (i & 1);
-        float sum = lanes[lane]->c[i];
-        for (int k = 0; k < kDepth; ++k) sum += a[row][k] * b[k][column];
-        lanes[lane]->c[i] = sum;
-      }
+    float c[16][8];
+    const auto for_each_sum = [&](auto&& f) {
+      for (int lane = 0; lane < 32; ++lane)
+        for (int i = 0; i < 4; ++i)
+          f(lanes[lane]->c[i], c[lane / 4 + (i >= 2 ? 8 : 0)][lane % 4 * 2 + (i & 1)]);
+    };
+    for_each_sum([](float& of_lane, float& sum) { sum = of_lane; });
+    for (int row = 0; row < 16; ++row)
+      for (int k = 0; k < kDepth; ++k)
+        for (int column = 0; column < 8; ++column) c[row][column] += a[row][k] * b[k][column];
+    for_each_sum([](float& of_lane, float& sum) { of_lane = sum; });
   });
 }
 
