@@ -82,4 +82,15 @@ Operand<T> operand(const Problem& p, const Tensors& tensors, TensorView Tensors:
   return o;
 }
 
+/// Row terms of a backward pass, in the workspace: contiguous [B, H, queries].
+template <class T>
+Operand<T> row_term_operand(const Problem& p, T* data) {
+  Operand<T> o;
+  o.data = data;
+  o.grid = {p.axes[1].query_length * p.axes[2].query_length, p.axes[2].query_length, 1};
+  o.head = p.queries();
+  o.batch = p.heads * p.queries();
+  return o;
+}
+
 }  // namespace natten::detail

@@ -261,7 +261,7 @@ class Checker {
   /// Tensors that come together, and heads that share keys.
   void check_pairs() {
     const Tensors& t = call_.tensors;
-    if (!is_fused()) return;
+    if (!is_fused(call_.op)) return;
     if (bool(t.additional_keys) != bool(t.additional_values))
       bad_value(t.additional_keys ? "additional_values" : "additional_keys",
                 ": missing; additional_keys and additional_values must be given together");
@@ -324,10 +324,6 @@ class Checker {
     }
   }
 
-  bool is_fused() const {
-    return call_.op == Op::attention_forward || call_.op == Op::attention_backward;
-  }
-
   static std::int64_t value_or(const Tuple& tuple, int i, std::int64_t missing) {
     return tuple.size ? tuple[i] : missing;
   }
@@ -364,7 +360,9 @@ class Checker {
     p.head_dim = number('D');
     p.value_dim = extent('V').source ? number('V') : p.head_dim;
     p.additional = number('N');
-    p.scale = is_fused() ? o.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim))) : 1.0;
+    p.scale = is_fused(call_.op)
+                  ? o.scale.value_or(1.0 / std::sqrt(static_cast<double>(p.head_dim)))
+                  : 1.0;
     p.has_rpb = bool(t.rpb);
     if (p.has_rpb) p.rpb_span = span_of_biases(t.rpb);
     p.has_logsumexp = bool(t.logsumexp);

@@ -211,10 +211,15 @@ def _real(name: str, value: Any, must: str = "a real number or None") -> float:
         raise TypeError(f"{name}: got {value!r}; must be {must}") from None
 
 
+def scale_or_default(scale: float | None, head_dim: int) -> float:
+    """The factor on scores where libnatten is not there to choose it."""
+    return head_dim**-0.5 if scale is None else scale
+
+
 def module_scale(qk_scale: float | None, head_dim: int) -> float:
     """A module's factor on scores. It has to fit float32, as modules may compute in that."""
     if qk_scale is None:
-        return head_dim**-0.5
+        return scale_or_default(None, head_dim)
     scale = _real("qk_scale", qk_scale)
     if not abs(scale) <= _LARGEST_FLOAT32:
         raise ValueError(f"qk_scale: got {scale}; must be finite in float32")

@@ -19,6 +19,10 @@ enum class Op : std::uint8_t {
   rpb_scatter,   ///< grad_rpb[offset] = sum of attn over batch, queries and slots at offset
 };
 NATTEN_EXPORT const char* name_of(Op);
+/// Whether weights stay inside the operation.
+constexpr bool is_fused(Op op) {
+  return op == Op::attention_forward || op == Op::attention_backward;
+}
 
 /// What `qk` and `rpb_gather` write to slots that a causal window leaves empty.
 enum class EmptySlots : std::uint8_t {

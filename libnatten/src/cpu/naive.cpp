@@ -247,11 +247,7 @@ std::vector<Phase> attention_backward(const Job& job) {
   const auto grad_additional_values = operand<T>(p, t, &Tensors::grad_additional_values);
 
   // Per query and head: the quotient of sums, minus grad_logsumexp. Contiguous [B, H, queries].
-  Operand<Stat> row_term;
-  row_term.data = static_cast<Stat*>(job.workspace);
-  row_term.grid = {p.axes[1].query_length * p.axes[2].query_length, p.axes[2].query_length, 1};
-  row_term.head = p.queries();
-  row_term.batch = p.heads * p.queries();
+  const Operand<Stat> row_term = row_term_operand(p, static_cast<Stat*>(job.workspace));
 
   // P and dP of one pair. The score and dP are rounded as logsumexp and row_term are: where one
   // weight of a row is all of it, it is 1 and its dP the row's term, and dS is 0.

@@ -285,18 +285,8 @@ class Run {
     s.row_b = rows;
     s.column_b = {columns, extra};
     s.grad_dims = static_cast<int>(p_.value_dim);
-    s.row_term = row_term_as<const Sum>(row_term);
+    s.row_term = row_term_operand(p_, row_term);
     s.logsumexp = statistic<const Sum>(&Tensors::logsumexp);
-  }
-  /// [B, H, queries]
-  template <class S>
-  Operand<S> row_term_as(S* data) const {
-    Operand<S> o;
-    o.data = data;
-    o.grid = {p_.axes[1].query_length * p_.axes[2].query_length, p_.axes[2].query_length, 1};
-    o.head = p_.queries();
-    o.batch = p_.heads * p_.queries();
-    return o;
   }
   Sums<T> grad_query_sums(const FillWindows& windows, const Sum* row_term) const {
     Sums<T> s = query_rows(windows);
@@ -310,7 +300,7 @@ class Run {
     const BackwardParts<Sum> parts(p_, pieces);
     fill(parts.fill);
     Sums<T> s = grad_query_sums(parts.fill, nullptr);
-    s.statistic = row_term_as<Sum>(parts.row_term);
+    s.statistic = row_term_operand(p_, parts.row_term);
     s.subtracted = statistic<const Sum>(&Tensors::grad_logsumexp);
     run<Weight::grad_score, false, false>(s);
 

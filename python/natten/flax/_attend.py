@@ -20,6 +20,7 @@ from natten._args import (
     module_scale,
     per_axis,
     probability,
+    scale_or_default,
 )
 from natten.jax._functions import as_array
 
@@ -123,7 +124,7 @@ class SelfAttention:
 
     @property
     def scale(self) -> float:
-        return self.head_dim**-0.5 if self.qk_scale is None else self.qk_scale
+        return scale_or_default(self.qk_scale, self.head_dim)
 
     @property
     def _rpb_shape(self) -> tuple[int, ...]:

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natten._args import EMPTY_SLOTS_ZERO, with_flags
+from natten._args import EMPTY_SLOTS_ZERO, scale_or_default, with_flags
 from natten._roles import roles_of
 from natten.jax._primitives import (
     Operation,
@@ -231,7 +231,7 @@ def _composed(setup: Setup, wanted: Sequence[Wanted], *tensors: Any) -> list[Arr
     query, key, value, rpb, additional_keys, additional_values = tensors
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     group = query.shape[-2] // key.shape[-2]
-    scale = query.shape[-1] ** -0.5 if setup.scale is None else setup.scale
+    scale = scale_or_default(setup.scale, query.shape[-1])
 
     def heads_first(x: Array) -> Array:
         return jnp.moveaxis(x.astype(dtype), -2, 1)

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from natten._args import EMPTY_SLOTS_ZERO, Config, window_size, with_flags
+from natten._args import EMPTY_SLOTS_ZERO, Config, scale_or_default, window_size, with_flags
 from natten.torch import _ops
 from natten.torch._private import (
     SingleLevelFunction,
@@ -354,7 +354,7 @@ class _Composed:
         query, key, value, rpb, additional_keys, additional_values = inputs
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.group = query.shape[-2] // key.shape[-2]
-        self.scale = query.shape[-1] ** -0.5 if scale is None else scale
+        self.scale = scale_or_default(scale, query.shape[-1])
         self.options = config, backend
         self.query = self.heads_first(query)
         self.keys = self.expanded(key), self.expanded(additional_keys)

@@ -24,10 +24,8 @@ class Workspace {
   /// `plan` has the partial sums: that of the gradients of queries, or one that uses row terms
   /// alone.
   Workspace(const Job& job, const Plan& plan)
-      : row_terms_(static_cast<T*>(job.workspace)),
-        partial_sums_(row_terms_ +
-                      plan.problem().batch * plan.problem().heads * plan.problem().queries()),
-        query_lengths_(query_lengths(plan.problem())),
+      : row_terms_(row_term_operand(plan.problem(), static_cast<T*>(job.workspace))),
+        partial_sums_(row_terms_.data + plan.problem().batch * row_terms_.batch),
         heads_(plan.problem().heads),
         units_(plan.units),
         partial_(plan.partial),
@@ -40,8 +38,7 @@ class Workspace {
   }
 
   T* row_term(std::int64_t batch, std::int64_t head, const Coordinate& token) const {
-    return row_terms_ + (batch * heads_ + head) * volume(query_lengths_) +
-           ravel(token, query_lengths_);
+    return row_terms_.at(batch, head, token);
   }
   T* partial_sums(std::int64_t batch, std::int64_t head, std::int64_t unit) const {
     return partial_sums_ + ((batch * heads_ + head) * units_ + unit) * partial_.elements();
@@ -76,9 +73,8 @@ class Workspace {
     return partial_sums(work.batch, work.first_head + work.head, work.unit);
   }
 
-  T* row_terms_;
+  Operand<T> row_terms_;
   T* partial_sums_;
-  Coordinate query_lengths_;
   std::int64_t heads_;
   std::int64_t units_;
   PartialSums partial_;

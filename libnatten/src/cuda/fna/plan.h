@@ -108,16 +108,6 @@ inline double choose_tiles(Grid& grid, int rank, int row_bits, int column_bits) 
   return best;
 }
 
-/// Row terms of the backward pass: contiguous [B, H, queries].
-inline Operand<float> row_term_operand(const Problem& p, float* data) {
-  Operand<float> x;
-  x.data = data;
-  x.grid = {p.axes[1].query_length * p.axes[2].query_length, p.axes[2].query_length, 1};
-  x.head = p.queries();
-  x.batch = p.heads * p.queries();
-  return x;
-}
-
 inline int bits_of(std::int64_t size) {
   int bits = 0;
   while ((std::int64_t{1} << bits) < size) ++bits;
