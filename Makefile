@@ -7,12 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-# The package, the wheel and the C++ tests hold the same library. Relative paths and one set of flags
-# let ccache, where there is one, compile it once.
+# The package, the wheel and the C++ tests hold the same library. One name of the compiler, one set of
+# flags and equal paths from build folder to sources let ccache, where there is one, compile it once.
+export CC CXX
 ifneq ($(shell command -v ccache 2>/dev/null),)
 export CMAKE_C_COMPILER_LAUNCHER ?= ccache
 export CMAKE_CXX_COMPILER_LAUNCHER ?= ccache
-export CCACHE_BASEDIR ?= /
+export CCACHE_BASEDIR ?= $(CURDIR)
 export CCACHE_NOHASHDIR ?= 1
 endif
 export SKBUILD_CMAKE_DEFINE := NATTEN_WARNINGS_AS_ERRORS=ON
@@ -140,8 +141,8 @@ endif
 
 # sdist, then the wheel from the sdist, then the wheel that any recent Linux can install.
 wheel: $(VENV)/wheel
-	rm -rf dist
-	$(BIN)/python -m build --outdir dist
+	rm -rf dist && mkdir -p build/tmp
+	TMPDIR=$(CURDIR)/build/tmp $(BIN)/python -m build --outdir dist
 	$(BIN)/auditwheel repair --wheel-dir dist/manylinux dist/*.whl
 	$(BIN)/python tools/check_wheel.py dist/manylinux/*.whl
 

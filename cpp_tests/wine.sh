@@ -15,6 +15,7 @@ fi
 python=$1
 shift
 cd "$(dirname "$0")/.."
+unset CMAKE_C_COMPILER_LAUNCHER CMAKE_CXX_COMPILER_LAUNCHER # zig has a cache of its own
 
 build_dir=build/wine
 googletest=/usr/src/googletest
