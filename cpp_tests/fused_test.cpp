@@ -285,7 +285,7 @@ TEST(ManyAdditionalTokens, AreTheDefinitionForAnyNumberOfThreads) {
     c.axes.assign(index(1 + variant), {1, 1, 1, 1, false});
     if (variant > 0) c.axes[index(variant - 1)] = {2, 2, 1, 1, false};
     c.axes.back() = {4, 2, 1, 1 + variant % 2, false};
-    c.heads = 18;  // with 16, a head's tokens would lie in the same few lines of each cache
+    c.heads = 18;
     c.kv_heads = variant == 1 ? 9 : 18;
     c.dim = variant == 2 ? 17 : 32;
     c.value_dim = variant == 2 ? 48 : 32;
