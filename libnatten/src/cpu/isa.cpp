@@ -15,6 +15,8 @@ namespace simd {
 extern const InstructionSet isa_base;
 #if NATTEN_HAVE_X86_ISAS
 extern const InstructionSet isa_avx2;
+#endif
+#if NATTEN_HAVE_AVX512
 extern const InstructionSet isa_avx512;
 extern const InstructionSet isa_avx512wide;
 #endif
@@ -67,21 +69,20 @@ struct Processor {
 
 /// Best first.
 std::vector<Candidate> candidates() {
+  std::vector<Candidate> found;
 #if NATTEN_HAVE_X86_ISAS
   const Processor processor;
-  return {
-    {&simd::isa_avx512wide, processor.avx512, processor.wide_units},
-        {&simd::isa_avx512, processor.avx512, true}, {&simd::isa_avx2, processor.avx2, true},
+#if NATTEN_HAVE_AVX512
+  found.push_back({&simd::isa_avx512wide, processor.avx512, processor.wide_units});
+  found.push_back({&simd::isa_avx512, processor.avx512, true});
+#endif
+  found.push_back({&simd::isa_avx2, processor.avx2, true});
 #if NATTEN_HAVE_AVX2WIDE
-        {&simd::isa_avx2wide, processor.avx2, false},
+  found.push_back({&simd::isa_avx2wide, processor.avx2, false});
 #endif
-    {
-      &simd::isa_base, true, true
-    }
-  };
-#else
-  return {{&simd::isa_base, true, true}};
 #endif
+  found.push_back({&simd::isa_base, true, true});
+  return found;
 }
 
 const simd::InstructionSet& choose() {
