@@ -110,7 +110,7 @@ fuzz: $(VENV)/build
 	cmake --preset fuzz
 	cmake --build --preset fuzz
 	mkdir -p build/fuzz/corpus
-	build/fuzz/natten_fuzz -max_total_time=60 -timeout=30 -max_len=256 -print_final_stats=1 \
+	build/fuzz/natten_fuzz -max_total_time=60 -timeout=30 -max_len=256 -print_funcs=0 -print_final_stats=1 \
 	  -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
 format: $(VENV)/lint
