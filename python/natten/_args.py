@@ -129,6 +129,11 @@ def window_options(rank: int, **given: Any) -> dict[str, Any]:
     }
 
 
+def window_of(module: Any) -> dict[str, Any]:
+    """The options of a module's window by name."""
+    return {option.name: getattr(module, option.name) for option in WINDOW_OPTIONS}
+
+
 def make_config(
     rank: int,
     kernel_size: Ints,

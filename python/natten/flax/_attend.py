@@ -12,7 +12,6 @@ from jax.typing import ArrayLike, DTypeLike
 
 import natten.jax as natten_jax
 from natten._args import (
-    WINDOW_OPTIONS,
     Bools,
     Ints,
     checked_window,
@@ -21,6 +20,7 @@ from natten._args import (
     per_axis,
     probability,
     scale_or_default,
+    window_of,
 )
 from natten.jax._functions import as_array
 
@@ -111,12 +111,8 @@ class SelfAttention:
         head_dim = head_dim_of(self.dim, self.num_heads)
         if self.qk_scale is not None:
             self.qk_scale = module_scale(self.qk_scale, head_dim)
-        for name, value in checked_window(self.rank, **self._window).items():
+        for name, value in checked_window(self.rank, **window_of(self)).items():
             setattr(self, name, value)
-
-    @property
-    def _window(self) -> dict[str, Any]:
-        return {option.name: getattr(self, option.name) for option in WINDOW_OPTIONS}
 
     @property
     def head_dim(self) -> int:
@@ -154,7 +150,7 @@ class SelfAttention:
             drop: dropout of attention weights, if there is any.
         """
         rank = self.rank
-        window = self._window
+        window = window_of(self)
         heads = qkv.reshape(*qkv.shape[:-1], self.num_heads, self.head_dim)
         query, key, value = (heads[..., i, :, :] for i in range(3))
         if rpb is not None:

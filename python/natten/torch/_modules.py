@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from natten import context
 from natten._args import (
-    WINDOW_OPTIONS,
     Bools,
     Ints,
     checked_window,
     head_dim_of,
     module_scale,
     probability,
+    window_of,
 )
 from natten._log import logger
 from natten.torch import _functional, _ops
@@ -101,10 +101,6 @@ class _NeighborhoodAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(probability("proj_drop", proj_drop))
 
-    @property
-    def _window(self) -> dict[str, tuple]:
-        return {option.name: getattr(self, option.name) for option in WINDOW_OPTIONS}
-
     def _drops_attention(self) -> bool:
         return self.training and self.attn_drop.p > 0
 
@@ -143,14 +139,14 @@ class _NeighborhoodAttention(nn.Module):
         qkv = self._map_to_qkv(x)
         query, key, value = (qkv.select(rank + 1, i) for i in range(3))
         if self._uses_fused():
-            out = _FUSED[rank](query, key, value, rpb=self.rpb, scale=self.scale, **self._window)
+            out = _FUSED[rank](query, key, value, rpb=self.rpb, scale=self.scale, **window_of(self))
         else:
             query, key, value = (x.movedim(rank + 1, 1) for x in (query, key, value))
-            attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **self._window)
+            attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **window_of(self))
             attn = attn.softmax(dim=-1)
             if self._drops_attention():
                 attn = self.attn_drop(attn)
-            out = _AV[rank](attn, value, **self._window).movedim(1, rank + 1)
+            out = _AV[rank](attn, value, **window_of(self)).movedim(1, rank + 1)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _map_to_qkv(self, x: Tensor) -> Tensor:

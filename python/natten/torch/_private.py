@@ -6,6 +6,8 @@ alone. tests/test_private_names.py says which names are gone, and that no other 
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -33,14 +35,11 @@ from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 
 def _raw_key_sets(*keys: DispatchKey) -> set[int]:
     """A set of dispatch keys, and what inference mode leaves of it."""
-    tracked = DispatchKeySet(DispatchKey.ADInplaceOrView)
-    for key in keys:
-        tracked = tracked | DispatchKeySet(key)
     left = [key for key in keys if not key.name.startswith("Autograd")]
-    untracked = DispatchKeySet(left[0])
-    for key in left[1:]:
-        untracked = untracked | DispatchKeySet(key)
-    return {tracked.raw_repr(), untracked.raw_repr()}
+    return {
+        functools.reduce(operator.or_, map(DispatchKeySet, members)).raw_repr()
+        for members in ([*keys, DispatchKey.ADInplaceOrView], left)
+    }
 
 
 _PLAIN_TENSORS = {
