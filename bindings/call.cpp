@@ -29,8 +29,9 @@ Call decode_call(std::string_view op, const std::int64_t* config, std::size_t co
   };
   Neighborhood& n = call.neighborhood;
   Options& o = call.options;
-  for (Tuple* tuple : {&n.kernel_size, &n.dilation, &n.is_causal, &n.stride, &o.query_tile,
-                       &o.key_tile, &o.backward_query_tile, &o.backward_key_tile, &o.key_splits})
+  for (Tuple* tuple : {&n.kernel_size, &n.dilation, &n.is_causal, &n.stride, &n.boundary,
+                       &n.query_offset, &n.key_offset, &n.grid_size, &o.query_tile, &o.key_tile,
+                       &o.backward_query_tile, &o.backward_key_tile, &o.key_splits})
     *tuple = next_tuple();
   if (end - at != 1) throw malformed();
   const std::int64_t flags = *at;

@@ -24,9 +24,10 @@ constexpr std::int64_t kAllFlags = 31;
 /// Throws Error.
 Op op_named(std::string_view name);
 
-/// Decodes everything but the tensors. `config` holds nine tuples, each preceded by its length
-/// (kernel_size, dilation, is_causal, stride, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
-/// backward_kv_tile_shape, backward_kv_splits), then the flags. Throws Error.
+/// Decodes everything but the tensors. `config` holds 13 tuples, each preceded by its length
+/// (kernel_size, dilation, is_causal, stride, boundary, query_offset, key_offset, grid_size,
+/// q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape, backward_kv_splits),
+/// then the flags. Throws Error.
 Call decode_call(std::string_view op, const std::int64_t* config, std::size_t count, double scale);
 
 }  // namespace natten::bindings

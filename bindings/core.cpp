@@ -201,20 +201,22 @@ std::vector<std::tuple<std::string, std::string, bool>> explain_call(
   return rows;
 }
 
-std::vector<std::tuple<std::string, std::string, bool, bool, bool>> roles(const std::string& op) {
-  std::vector<std::tuple<std::string, std::string, bool, bool, bool>> rows;
+std::vector<std::tuple<std::string, std::string, bool, bool, bool, bool>> roles(
+    const std::string& op) {
+  std::vector<std::tuple<std::string, std::string, bool, bool, bool, bool>> rows;
   for (const Role& role : roles_of(op_named(op)))
-    rows.emplace_back(role.name, role.dims, role.is_output, role.is_required, role.is_statistic);
+    rows.emplace_back(role.name, role.dims, role.is_output, role.is_required, role.is_statistic,
+                      role.is_mask);
   return rows;
 }
 
 /// Tokens of one axis that a query attends to, or that attend to a key.
 std::vector<std::int64_t> tokens_of(bool inverse, std::int64_t token, std::int64_t length,
                                     std::int64_t kernel_size, std::int64_t stride,
-                                    std::int64_t dilation, bool is_causal) {
+                                    std::int64_t dilation, bool is_causal, std::int64_t boundary) {
   Call call;  // borrows the core's checks
   call.op = Op::rpb_scatter;
-  call.neighborhood = {{kernel_size}, {dilation}, {is_causal}, {stride}};
+  call.neighborhood = {{kernel_size}, {dilation}, {is_causal}, {stride}, {boundary}, {}, {}, {}};
   const std::int64_t shape[] = {1, 1, length, kernel_size};
   call.tensors.attn = contiguous_view(nullptr, DType::float32, {}, shape, 4);
   const Axis axis = describe(call).axes[kMaxRank - 1];
@@ -225,8 +227,20 @@ std::vector<std::int64_t> tokens_of(bool inverse, std::int64_t token, std::int64
   const Interval seen =
       inverse ? inverse_window(axis, group, position) : window(axis, group, position);
   std::vector<std::int64_t> tokens;
-  for (std::int64_t i = seen.begin; i < seen.end; ++i) tokens.push_back(token_at(axis, group, i));
+  for (std::int64_t i = seen.begin; i < seen.end; ++i)
+    tokens.push_back(key_index(axis, token_at(axis, group, i)));
   return tokens;
+}
+
+std::vector<std::pair<std::int64_t, std::int64_t>> key_range_of(const Config& config,
+                                                                const Config& query_length) {
+  const Neighborhood n =
+      decode_call(name_of(Op::rpb_gather), config.data(), config.size(), 0.0).neighborhood;
+  const Tuple length(query_length.begin(), static_cast<int>(query_length.size()));
+  std::vector<std::pair<std::int64_t, std::int64_t>> ranges;
+  for (const Interval& range : key_range(n.query_offset, length, n.grid_size, n))
+    ranges.emplace_back(range.begin, range.end);
+  return ranges;
 }
 
 std::map<std::string, std::string> build_facts() {
@@ -300,11 +314,15 @@ NB_MODULE(_core, m) {
   m.def(
       "roles", &roles, "op"_a,
       "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required,\n"
-      "is statistic); dims as in natten/roles.h.");
+      "is statistic, is mask); dims as in natten/roles.h.");
   m.def("window", &tokens_of, "inverse"_a, "token"_a, "length"_a, "kernel_size"_a, "stride"_a = 1,
-        "dilation"_a = 1, "is_causal"_a = false,
+        "dilation"_a = 1, "is_causal"_a = false, "boundary"_a = 0,
         "The tokens of one axis that a query token attends to, in slot order; with inverse=True\n"
         "the query tokens that attend to a key token.");
+  m.def(
+      "key_range", &key_range_of, "config"_a, "query_length"_a,
+      "The tokens that a part of the queries sees, as (begin, end) of each axis. The config says\n"
+      "the window, where the part begins and how large the grid is.");
   m.def(
       "backends",
       [](const std::string& device) { return natten::backends(device_named(device).type); },

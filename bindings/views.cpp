@@ -39,7 +39,7 @@ struct ExchangeApi {  // as far as it is used
 };
 
 /// Its numbers for types of elements (kDLFloat, ...) and of devices (kDLCPU, ...).
-enum Code : int { floating = 2, bfloat = 4 };
+enum Code : int { floating = 2, bfloat = 4, boolean = 6 };
 enum DlpackDevice : int { cpu = 1, cuda = 2, cuda_host = 3 };
 /// All its types by number: first those that come in several sizes.
 constexpr const char* kSizedTypes[] = {"int", "uint", "float", "opaque", "bfloat", "complex"};
@@ -88,6 +88,7 @@ DType dtype_of(int code, int bits, int lanes, const char* name) {
     if (bits == 16) return DType::float16;
   }
   if (lanes == 1 && code == Code::bfloat && bits == 16) return DType::bfloat16;
+  if (lanes == 1 && code == Code::boolean && bits == 8) return DType::boolean;
   constexpr int sized = std::size(kSizedTypes), other = std::size(kOtherTypes);
   if (code < sized) bad_dtype(name, kSizedTypes[code] + std::to_string(bits));
   if (code < sized + other) bad_dtype(name, kOtherTypes[code - sized]);
@@ -95,7 +96,7 @@ DType dtype_of(int code, int bits, int lanes, const char* name) {
 }
 
 DType dtype_of(const std::string& dtype, const char* name) {
-  for (DType d : {DType::float64, DType::float32, DType::bfloat16, DType::float16})
+  for (DType d : {DType::float64, DType::float32, DType::bfloat16, DType::float16, DType::boolean})
     if (dtype == name_of(d)) return d;
   bad_dtype(name, dtype);
 }

@@ -36,9 +36,11 @@ TensorView view_of(const ffi::AnyBuffer& buffer, Device device, const char* name
       case ffi::F32: return DType::float32;
       case ffi::BF16: return DType::bfloat16;
       case ffi::F16: return DType::float16;
+      case ffi::PRED: return DType::boolean;
       default:
-        throw Error(ErrorKind::invalid_type,
-                    std::string(name) + ": dtype must be float64, float32, bfloat16 or float16");
+        throw Error(
+            ErrorKind::invalid_type,
+            std::string(name) + ": dtype must be float64, float32, bfloat16, float16 or bool");
     }
   }();
   const auto shape = buffer.dimensions();

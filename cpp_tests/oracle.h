@@ -14,6 +14,7 @@ namespace natten_tests::oracle {
 struct Axis {
   std::int64_t length = 1, kernel_size = 1, stride = 1, dilation = 1;
   bool is_causal = false;
+  natten::Boundary boundary = natten::Boundary::shift;
 };
 
 /// A key that a query sees: its token, its slot among the query's attention weights, and the index
@@ -25,7 +26,8 @@ struct Pair {
 using Pairs = std::vector<std::vector<Pair>>;
 
 /// Constructs the windows of one axis: splits it into dilation groups, those into blocks of
-/// `stride` queries, picks each block's leader and moves a window into the group token by token.
+/// `stride` queries, picks each block's leader and moves a window into the group token by token,
+/// leaves out what lies outside, or takes it from the other end.
 inline Pairs pairs_of(const Axis& axis) {
   Pairs pairs(index(axis.length));
   for (std::int64_t group = 0; group < axis.dilation; ++group) {
@@ -46,14 +48,21 @@ inline Pairs pairs_of(const Axis& axis) {
             if (p > leader - axis.kernel_size) window.push_back(p);
         } else {
           std::int64_t begin = leader - axis.kernel_size / 2;
-          while (begin < 0) ++begin;
-          while (begin + axis.kernel_size > n) --begin;
+          while (begin < 0 && axis.boundary == natten::Boundary::shift) ++begin;
+          while (begin + axis.kernel_size > n && axis.boundary == natten::Boundary::shift) --begin;
           for (std::int64_t p = begin; p < begin + axis.kernel_size; ++p) window.push_back(p);
         }
-        for (std::size_t slot = 0; slot < window.size(); ++slot)
+        for (std::size_t slot = 0; slot < window.size(); ++slot) {
+          std::int64_t key = window[slot];
+          const std::int64_t offset = key - query + axis.kernel_size - 1;
+          if (axis.boundary == natten::Boundary::circular) {
+            while (key < 0) key += n;
+            while (key >= n) key -= n;
+          }
+          if (key < 0 || key >= n) continue;
           pairs[index(tokens[index(query)])].push_back(
-              {tokens[index(window[slot])], static_cast<std::int64_t>(slot),
-               window[slot] - query + axis.kernel_size - 1});
+              {tokens[index(key)], static_cast<std::int64_t>(slot), offset});
+        }
       }
     }
   }

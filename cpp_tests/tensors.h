@@ -93,6 +93,7 @@ inline double load(natten::DType dtype, const void* from) {
     case natten::DType::float64: return as(double{});
     case natten::DType::float32: return as(float{});
     case natten::DType::bfloat16: return as(natten::bfloat16{});
+    case natten::DType::boolean: return as(bool{});
     case natten::DType::float16: break;
   }
   return as(natten::float16{});
@@ -104,6 +105,7 @@ inline void store(natten::DType dtype, void* to, double value) {
     case natten::DType::float64: return as(value);
     case natten::DType::float32: return as(static_cast<float>(value));
     case natten::DType::bfloat16: return as(natten::bfloat16(value));
+    case natten::DType::boolean: return as(value != 0);
     case natten::DType::float16: break;
   }
   as(natten::float16(value));

@@ -126,6 +126,14 @@ TensorView expected(const Call& call, TensorView Tensors::*tensor) {
   return expected(describe(call), tensor);
 }
 
+std::vector<Interval> key_range(const Tuple& query_offset, const Tuple& query_length,
+                                const Tuple& grid_size, const Neighborhood& neighborhood) {
+  std::vector<Interval> ranges;
+  for (const Axis& axis : detail::axes_of(query_offset, query_length, grid_size, neighborhood))
+    ranges.push_back(natten::key_range(axis));
+  return ranges;
+}
+
 Call attention_call(const Tensors& tensors, bool is_causal, std::optional<double> scale) {
   Call call;
   call.op = Op::attention_forward;

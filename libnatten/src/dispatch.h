@@ -22,7 +22,8 @@ decltype(auto) dispatch_dtype(DType dtype, F&& f) {
     case DType::float64: return f(Type<double>{});
     case DType::float32: return f(Type<float>{});
     case DType::bfloat16: return f(Type<bfloat16>{});
-    case DType::float16: break;
+    case DType::float16:
+    case DType::boolean: break;  // of masks alone
   }
   return f(Type<float16>{});
 }

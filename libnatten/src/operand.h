@@ -76,10 +76,34 @@ Operand<T> operand(const Problem& p, const Tensors& tensors, TensorView Tensors:
     }
     const std::int64_t stride = view.strides[at++];
     if (*d == 'B') o.batch = stride;
+    if (*d == 'M') o.batch = view.shape[at - 1] == 1 ? 0 : stride;
     if (*d == 'H' || *d == 'G') o.head = stride;
     if (*d == 'N') o.token = stride;
   }
   return o;
+}
+
+/// Whether nothing but the windows of a whole grid with the border `shift` is asked for.
+inline bool is_plain(const Problem& p) {
+  for (const Axis& axis : p.axes)
+    if (axis.boundary != Boundary::shift || axis.query_offset != 0 || axis.key_offset != 0 ||
+        axis.key_length != axis.grid_length)
+      return false;
+  return !p.has_key_mask;
+}
+
+/// Which keys are hidden. Without a mask none is.
+struct KeyMask {
+  Operand<const std::uint8_t> seen;
+
+  NATTEN_HOST_DEVICE explicit operator bool() const { return bool(seen); }
+  /// `key`: numbers among the given keys.
+  NATTEN_HOST_DEVICE bool hides(std::int64_t batch, const Coordinate& key) const {
+    return seen && *seen.at(batch, 0, key) == 0;
+  }
+};
+inline KeyMask key_mask(const Problem& p, const Tensors& tensors) {
+  return {operand<const std::uint8_t>(p, tensors, &Tensors::key_mask)};
 }
 
 /// Row terms of a backward pass, in the workspace: contiguous [B, H, queries].

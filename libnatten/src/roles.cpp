@@ -4,10 +4,10 @@ namespace natten {
 namespace {
 
 constexpr Role input(const char* name, TensorView Tensors::*t, const char* dims) {
-  return {name, t, dims, false, true, false};
+  return {name, t, dims, false, true, false, false};
 }
 constexpr Role output(const char* name, TensorView Tensors::*t, const char* dims) {
-  return {name, t, dims, true, true, false};
+  return {name, t, dims, true, true, false, false};
 }
 constexpr Role optional(Role role) {
   role.is_required = false;
@@ -20,6 +20,13 @@ constexpr Role statistic(Role role) {
 
 using T = Tensors;
 
+/// What every operation can have.
+constexpr Role key_mask() {
+  Role role = optional(input("key_mask", &T::key_mask, "MK"));
+  role.is_mask = true;
+  return role;
+}
+
 constexpr Role kAttentionForward[] = {
     input("query", &T::query, "BQHD"),
     input("key", &T::key, "BKGD"),
@@ -27,6 +34,7 @@ constexpr Role kAttentionForward[] = {
     optional(input("rpb", &T::rpb, "HR")),
     optional(input("additional_keys", &T::additional_keys, "BNGD")),
     optional(input("additional_values", &T::additional_values, "BNGV")),
+    key_mask(),
     output("output", &T::output, "BQHV"),
     optional(statistic(output("logsumexp", &T::logsumexp, "BQH"))),
 };
@@ -38,6 +46,7 @@ constexpr Role kAttentionBackward[] = {
     optional(input("rpb", &T::rpb, "HR")),
     optional(input("additional_keys", &T::additional_keys, "BNGD")),
     optional(input("additional_values", &T::additional_values, "BNGV")),
+    key_mask(),
     statistic(input("logsumexp", &T::logsumexp, "BQH")),
     input("grad_output", &T::grad_output, "BQHV"),
     optional(statistic(input("grad_logsumexp", &T::grad_logsumexp, "BQH"))),
@@ -54,6 +63,7 @@ constexpr Role kQk[] = {
     input("key", &T::key, "BHKD"),
     optional(input("rpb", &T::rpb, "HR")),
     optional(input("additional_keys", &T::additional_keys, "BHND")),
+    key_mask(),
     output("attn", &T::attn, "BHQW"),
 };
 
@@ -61,23 +71,27 @@ constexpr Role kAv[] = {
     input("attn", &T::attn, "BHQW"),
     input("value", &T::value, "BHKD"),
     optional(input("additional_values", &T::additional_values, "BHND")),
+    key_mask(),
     output("output", &T::output, "BHQD"),
 };
 
 constexpr Role kAvTranspose[] = {
     input("attn", &T::attn, "BHQW"),
     input("query", &T::query, "BHQD"),
+    key_mask(),
     output("key", &T::key, "BHKD"),
     optional(output("additional_keys", &T::additional_keys, "BHND")),
 };
 
 constexpr Role kRpbGather[] = {
     input("rpb", &T::rpb, "HR"),
+    key_mask(),
     output("attn", &T::attn, "BHQX"),
 };
 
 constexpr Role kRpbScatter[] = {
     input("attn", &T::attn, "BHQX"),
+    key_mask(),
     output("grad_rpb", &T::grad_rpb, "HR"),
 };
 

@@ -14,6 +14,7 @@ const char* name_of(DType dtype) {
     case DType::float32: return "float32";
     case DType::bfloat16: return "bfloat16";
     case DType::float16: return "float16";
+    case DType::boolean: return "bool";
   }
   return "unknown";
 }
@@ -22,6 +23,7 @@ std::size_t size_of(DType dtype) {
   switch (dtype) {
     case DType::float64: return 8;
     case DType::float32: return 4;
+    case DType::boolean: return 1;
     default: return 2;
   }
 }
@@ -30,6 +32,15 @@ const char* name_of(DeviceType type) {
   switch (type) {
     case DeviceType::cpu: return "cpu";
     case DeviceType::cuda: return "cuda";
+  }
+  return "unknown";
+}
+
+const char* name_of(Boundary boundary) {
+  switch (boundary) {
+    case Boundary::shift: return "shift";
+    case Boundary::cut: return "cut";
+    case Boundary::circular: return "circular";
   }
   return "unknown";
 }

@@ -24,7 +24,8 @@ std::vector<std::int64_t> shape_of(const Problem& p, const char* dims) {
   std::vector<std::int64_t> shape;
   for (const char* d = dims; *d; ++d) {
     switch (*d) {
-      case 'B': shape.push_back(p.batch); break;
+      case 'B':
+      case 'M': shape.push_back(p.batch); break;
       case 'H': shape.push_back(p.heads); break;
       case 'G': shape.push_back(p.kv_heads); break;
       case 'D': shape.push_back(p.head_dim); break;
@@ -64,6 +65,8 @@ std::string shape_text(const TensorView& view) {
 
 /// What a tensor may take. Sums of several such, in any unit, still are 64-bit integers.
 constexpr double kMostBytes = 0x1p60;
+/// Tokens of an axis, of which sums of several are 64-bit integers.
+constexpr std::int64_t kLongestAxis = std::int64_t{1} << 60;
 
 struct DimNames {
   const char* meaning;
@@ -72,13 +75,14 @@ struct DimNames {
 DimNames names_of(char dim) {
   switch (dim) {
     case 'B': return {"batch", "batch"};
+    case 'M': return {"batch", "batch or 1"};
     case 'H': return {"the number of heads", "heads"};
     case 'G': return {"the number of key-value heads", "kv_heads"};
     case 'D': return {"the head dim", "head_dim"};
     case 'V': return {"the head dim", "value_head_dim"};
     case 'N': return {"the number of additional tokens", "additional"};
     case 'Q': return {"the spatial shape", "*spatial"};
-    case 'K': return {"the number of keys", "*spatial"};
+    case 'K': return {"the number of keys", "*key_spatial"};
     case 'R':
       return {"the relative positions, 2 * kernel_size - 1 per axis,", "*(2 * kernel_size - 1)"};
     default: return {"the number of slots", "slots"};
@@ -105,6 +109,22 @@ struct Extent {
 class Checker {
  public:
   Checker(const Call& call, bool for_execution) : call_(call), for_execution_(for_execution) {}
+
+  /// Without tensors.
+  std::vector<Axis> check_queries(const Tuple& length) {
+    check_neighborhood();
+    if (length.size == 0) bad_value("query_length: got []; must have one per spatial axis");
+    check_tuple("query_length", length, 1);
+    for (int i = 0; i < rank_; ++i)
+      if (length[i] > kLongestAxis)
+        bad_value("query_length: got ", to_string(length),
+                  "; must not be larger than memory can be");
+    if (!call_.neighborhood.grid_size.size)
+      bad_value("grid_size: got []; must have one per spatial axis");
+    extent('Q') = {length, "query_length"};
+    check_grids();
+    return {axes_, axes_ + rank_};
+  }
 
   Problem check() {
     const Roles roles = roles_of(call_.op);
@@ -146,9 +166,18 @@ class Checker {
     check_tuple("dilation", n.dilation, 1);
     check_tuple("stride", n.stride, 1);
     check_tuple("is_causal", n.is_causal, 0);
-    for (int i = 0; i < n.is_causal.size; ++i)
-      if (n.is_causal[i] > 1)
+    check_tuple("boundary", n.boundary, 0);
+    for (int i = 0; i < rank_; ++i) {
+      if (value_or(n.is_causal, i, 0) > 1)
         bad_value("is_causal: got ", to_string(n.is_causal), "; must be 0 or 1 on every axis");
+      if (boundary(i) > Boundary::circular)
+        bad_value("boundary: got ", to_string(n.boundary),
+                  "; must be 0 (shift), 1 (cut) or 2 (circular) on every axis");
+      if (boundary(i) == Boundary::circular && value_or(n.is_causal, i, 0))
+        bad_value("is_causal: got true on axis ", i, ", whose boundary is circular; a causal axis ",
+                  "must have an end (boundary shift or cut)");
+    }
+    check_parts();
     if (!call_.options.separate_key_grid) check_stride();
     Tuple relative = window_;
     // Saturated: a kernel too large for its axis is refused only when the axis is known.
@@ -156,6 +185,32 @@ class Checker {
       relative.values[i] =
           2 * std::min(relative[i], std::numeric_limits<std::int64_t>::max() / 2) - 1;
     extent('R') = {relative, "kernel_size"};
+  }
+
+  Boundary boundary(int axis) const {
+    return static_cast<Boundary>(
+        std::min<std::int64_t>(value_or(call_.neighborhood.boundary, axis, 0), 3));
+  }
+
+  void check_parts() const {
+    const Neighborhood& n = call_.neighborhood;
+    check_tuple("query_offset", n.query_offset, 0);
+    check_tuple("key_offset", n.key_offset, -kLongestAxis);
+    check_tuple("grid_size", n.grid_size, 1);
+    for (const auto& [name, tuple] :
+         {std::pair("query_offset", &n.query_offset), std::pair("key_offset", &n.key_offset),
+          std::pair("grid_size", &n.grid_size)})
+      for (int i = 0; i < tuple->size; ++i)
+        if ((*tuple)[i] > kLongestAxis)
+          bad_value(name, ": got ", to_string(*tuple), "; must not be larger than memory can be");
+    if (call_.options.separate_key_grid && (n.has_parts() || n.boundary.size))
+      bad_value(n.has_parts() ? "grid_size" : "boundary",
+                ": got keys on a grid of their own (separate_key_grid); it must be whole, and has ",
+                "no border");
+    for (int i = 0; i < n.key_offset.size && !n.grid_size.size; ++i)
+      if (n.key_offset[i] != 0)
+        bad_value("key_offset: got ", to_string(n.key_offset), " without grid_size; must be 0 ",
+                  "where it is not said how large the whole grid is");
   }
 
   void check_stride() const {
@@ -219,12 +274,22 @@ class Checker {
   }
 
   void check_type(const Role& role, const TensorView& v) {
-    if (!first_) {
+    if (!first_ && !role.is_mask) {
       first_ = &role;
       dtype_ = v.dtype;
       device_ = v.device;
     }
-    const DType expected = role.is_statistic ? statistic_dtype(dtype_) : dtype_;
+    if (role.is_mask) {
+      if (v.dtype != DType::boolean)
+        fail(ErrorKind::invalid_type, role.name, ": got dtype ", name_of(v.dtype),
+             "; must be bool, true where a key may be seen");
+    } else if (v.dtype == DType::boolean) {
+      fail(ErrorKind::invalid_type, role.name,
+           ": got dtype bool; must be float64, float32, bfloat16 or float16");
+    }
+    const DType expected = role.is_mask        ? DType::boolean
+                           : role.is_statistic ? statistic_dtype(dtype_)
+                                               : dtype_;
     if (v.dtype != expected)
       fail(ErrorKind::invalid_type, role.name, ": got dtype ", name_of(v.dtype), "; must be ",
            name_of(expected), ", as ", first_->name, " is ", name_of(dtype_));
@@ -235,7 +300,11 @@ class Checker {
   }
 
   void check_extent(const Role& role, const TensorView& v, char dim, const Tuple& values) {
-    if (dim == 'K' && !call_.options.separate_key_grid) dim = 'Q';
+    if (dim == 'K' && has_one_grid()) dim = 'Q';
+    if (dim == 'M') {
+      if (values[0] == 1) return;
+      dim = 'B';
+    }
     // The slots depend on tensors that may come later in the table.
     if (dim == 'W' || dim == 'X') {
       extent(dim) = {values, role.name};
@@ -277,25 +346,82 @@ class Checker {
     check_gradient("grad_additional_values", t.grad_additional_values, t.additional_values);
   }
 
+  /// Whether queries and keys lie on the same tokens, so that their shapes are one.
+  bool has_one_grid() const {
+    return !call_.options.separate_key_grid && !call_.neighborhood.has_parts();
+  }
+
   void check_grids() {
+    const Neighborhood& n = call_.neighborhood;
     if (!extent('Q').source)
       bad_value("attn: missing; ", name_of(call_.op), " takes batch and spatial shape from it");
-    if (!call_.options.separate_key_grid) extent('K') = extent('Q');
-    if (!extent('K').source)
+    if (has_one_grid()) extent('K') = extent('Q');
+    if (!extent('K').source && call_.options.separate_key_grid)
       bad_value("key: missing; where keys lie on a grid of their own (separate_key_grid) ",
                 name_of(call_.op), " takes that from it");
+    // Biases alone need no keys: they may as well be whole.
+    keys_are_whole_ = !extent('K').source;
+    if (keys_are_whole_ && (call_.op == Op::av_transpose || !n.grid_size.size))
+      bad_value(call_.op == Op::av_transpose ? "key" : "grid_size", ": missing; ",
+                name_of(call_.op), " of a part of a grid takes the number of ",
+                call_.op == Op::av_transpose ? "keys" : "tokens on each axis", " from it");
+    if (keys_are_whole_) extent('K') = {n.grid_size, "grid_size"};
     if (call_.options.separate_key_grid) {
       window_ = extent('K').values;
       check_stride();
     }
     for (int i = 0; i < rank_; ++i) {
-      const std::int64_t length = extent('K').values[i];
-      const std::int64_t dilation = value_or(call_.neighborhood.dilation, i, 1);
-      if (window_[i] > length / dilation)
-        bad_value("kernel_size: got ", to_string(window_), " with dilation ", dilation, " on axis ",
-                  i, "; kernel_size * dilation must not exceed the axis, ", length,
-                  length == 1 ? " token" : " tokens", " here", layout_of_grid());
+      axes_[i].query_length = extent('Q').values[i];
+      axes_[i].key_length = extent('K').values[i];
+      axes_[i].kernel_size = window_[i];
+      axes_[i].stride = value_or(n.stride, i, 1);
+      axes_[i].dilation = value_or(n.dilation, i, 1);
+      axes_[i].is_causal = value_or(n.is_causal, i, 0) != 0;
+      axes_[i].boundary = boundary(i);
+      axes_[i].grid_length = value_or(n.grid_size, i, axes_[i].key_length);
+      axes_[i].query_offset = value_or(n.query_offset, i, 0);
+      axes_[i].key_offset = keys_are_whole_ ? 0 : value_or(n.key_offset, i, 0);
+      check_axis(i, axes_[i]);
     }
+  }
+
+  void check_axis(int i, const Axis& axis) {
+    const std::int64_t length = axis.grid_length;
+    const auto tokens = [](std::int64_t count) { return count == 1 ? " token" : " tokens"; };
+    if (axis.boundary != Boundary::cut && window_[i] > length / axis.dilation)
+      bad_value("kernel_size: got ", to_string(window_), " with dilation ", axis.dilation,
+                " on axis ", i, "; kernel_size * dilation must not exceed the axis, ", length,
+                tokens(length), " here", layout_of_grid(),
+                call_.options.separate_key_grid || axis.boundary == Boundary::circular
+                    ? ""
+                    : ", unless its border cuts windows (boundary \"cut\")");
+    if (axis.boundary == Boundary::circular) {
+      if (length % axis.dilation != 0)
+        bad_value("dilation: got ", axis.dilation, " on axis ", i, ", which is circular; must ",
+                  "divide the axis, ", length, tokens(length), " here");
+      const std::int64_t group = length / axis.dilation;
+      if (group % axis.stride != 0)
+        bad_value("stride: got ", axis.stride, " on axis ", i, ", which is circular; must divide ",
+                  "the axis in steps of its dilation, ", group, tokens(group), " here");
+    }
+    if (has_one_grid()) return;
+    if (call_.options.separate_key_grid) return;
+    if (axis.query_offset + axis.query_length > length)
+      bad_value("query_offset: got ", axis.query_offset, " with ", axis.query_length,
+                axis.query_length == 1 ? " query" : " queries", " on axis ", i,
+                "; they must lie on the grid, ", length, tokens(length), " here (",
+                call_.neighborhood.grid_size.size ? "grid_size" : extent('K').source, ")");
+    if (keys_are_whole_) return;
+    if (axis.boundary == Boundary::circular && axis.key_length > length)
+      bad_value(extent('K').source, ": got ", axis.key_length, " keys on axis ", i,
+                ", which is circular; must be at most the ", length, tokens(length),
+                " of the whole axis, so that each is there once");
+    if (has_all_keys(axis)) return;
+    const Interval needed = key_range(axis);
+    bad_value(extent('K').source, ": got tokens ", axis.key_offset, " to ",
+              axis.key_offset + axis.key_length - 1, " on axis ", i, "; the windows of queries ",
+              axis.query_offset, " to ", axis.query_offset + axis.query_length - 1, " need tokens ",
+              needed.begin, " to ", needed.end - 1, " (see natten.key_range)");
   }
 
   /// How the tensor that says the grid is read: in another layout, heads are taken for an axis.
@@ -309,7 +435,14 @@ class Checker {
 
   void check_slots() {
     std::int64_t window = 1;
-    for (int i = 0; i < rank_; ++i) window *= window_[i];
+    double slots = 1;  // in float64, as cut windows may be larger than any grid
+    for (int i = 0; i < rank_; ++i) {
+      window = static_cast<std::int64_t>(static_cast<std::uint64_t>(window) *
+                                         static_cast<std::uint64_t>(window_[i]));
+      slots *= static_cast<double>(window_[i]);
+    }
+    if (slots > kMostBytes / 16)
+      bad_value("kernel_size: got ", to_string(window_), "; must not be larger than memory can be");
     if (extent('X').source) {
       const std::int64_t slots = number('X');
       if (slots < window)
@@ -337,7 +470,6 @@ class Checker {
   }
 
   Problem make_problem() {
-    const Neighborhood& n = call_.neighborhood;
     const Options& o = call_.options;
     const Tensors& t = call_.tensors;
     Problem p;
@@ -345,15 +477,7 @@ class Checker {
     p.dtype = dtype_;
     p.device = device_;
     p.rank = rank_;
-    for (int i = 0; i < rank_; ++i) {
-      Axis& axis = p.axes[kMaxRank - rank_ + i];
-      axis.query_length = extent('Q').values[i];
-      axis.key_length = extent('K').values[i];
-      axis.kernel_size = window_[i];
-      axis.stride = value_or(n.stride, i, 1);
-      axis.dilation = value_or(n.dilation, i, 1);
-      axis.is_causal = value_or(n.is_causal, i, 0) != 0;
-    }
+    for (int i = 0; i < rank_; ++i) p.axes[kMaxRank - rank_ + i] = axes_[i];
     p.batch = number('B');
     p.heads = number('H');
     p.kv_heads = extent('G').source ? number('G') : p.heads;
@@ -365,6 +489,7 @@ class Checker {
                   : 1.0;
     p.has_rpb = bool(t.rpb);
     if (p.has_rpb) p.rpb_span = span_of_biases(t.rpb);
+    p.has_key_mask = bool(t.key_mask);
     p.has_logsumexp = bool(t.logsumexp);
     p.has_grad_logsumexp = bool(t.grad_logsumexp);
     p.wants_grad_query = bool(t.grad_query);
@@ -386,6 +511,8 @@ class Checker {
   const bool for_execution_;
   int rank_ = 0;
   Tuple window_;  // the kernel size, or the whole grid of keys that have one of their own
+  Axis axes_[kMaxRank];
+  bool keys_are_whole_ = false;  // no tensor says which there are
   const Role* first_ = nullptr;
   DType dtype_ = DType::float32;
   Device device_;
@@ -398,7 +525,7 @@ void check_view(const char* name, const TensorView& v) {
   if (v.ndim > kMaxDims)
     bad_value(name, ": got ", v.ndim, " dimensions; must have at most ", kMaxDims);
   const auto dtype = static_cast<int>(v.dtype), device = static_cast<int>(v.device.type);
-  if (dtype > static_cast<int>(DType::float16))
+  if (dtype > static_cast<int>(DType::boolean))
     fail(ErrorKind::invalid_type, name, ": got dtype number ", dtype,
          "; must be float64, float32, bfloat16 or float16");
   if (device > static_cast<int>(DeviceType::cuda))
@@ -417,6 +544,17 @@ void check_view(const char* name, const TensorView& v) {
   if (reach > kMostBytes)
     bad_value(name, ": got strides ", detail::to_string(v.strides.data(), v.ndim), " for shape ",
               shape_text(v), "; must not reach further than memory does");
+}
+
+std::vector<Axis> axes_of(const Tuple& query_offset, const Tuple& query_length,
+                          const Tuple& grid_size, const Neighborhood& neighborhood) {
+  Call call;
+  call.op = Op::rpb_gather;
+  call.neighborhood = neighborhood;
+  call.neighborhood.query_offset = query_offset;
+  call.neighborhood.grid_size = grid_size;
+  call.neighborhood.key_offset = {};
+  return Checker(call, false).check_queries(query_length);
 }
 
 Problem check(const Call& call, bool for_execution) { return Checker(call, for_execution).check(); }

@@ -11,6 +11,10 @@ namespace natten::detail {
 /// Error. `for_execution` also demands the required outputs, and memory behind the tensors.
 Problem check(const Call& call, bool for_execution);
 
+/// Checks queries of a part of a grid, and returns its axes. Throws Error.
+std::vector<Axis> axes_of(const Tuple& query_offset, const Tuple& query_length,
+                          const Tuple& grid_size, const Neighborhood& neighborhood);
+
 /// What must hold of any view that is given, whatever its part: dimensions, type and device that
 /// exist, a size and strides that memory can have. Throws Error. Nothing else may be asked of a
 /// view before.

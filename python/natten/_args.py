@@ -17,6 +17,7 @@ from natten import _core, context
 
 Ints: TypeAlias = int | Sequence[int]
 Bools: TypeAlias = bool | Sequence[bool]
+Boundaries: TypeAlias = str | Sequence[str]
 Config: TypeAlias = tuple[int, ...]
 
 # Bits of the last integer of a config; mirrors natten::bindings::Flag.
@@ -85,6 +86,30 @@ def causal_per_axis(name: str, value: Bools | None, rank: int) -> tuple[bool, ..
     return tuple([bool(v) for v in values])
 
 
+BOUNDARIES = ("shift", "cut", "circular")  # in the order of natten::Boundary
+
+
+def boundary_per_axis(name: str, value: Boundaries, rank: int) -> tuple[str, ...]:
+    """The name of a boundary for every axis, from one, or from one per axis."""
+    if type(value) is str and value in BOUNDARIES:
+        return (value,) * rank
+    values = (value,) * rank if isinstance(value, str) else value
+    many = f", or {rank} of them, one per spatial axis" if rank > 1 else ""
+    must = f"must be one of {', '.join(BOUNDARIES)}{many}"
+    if not isinstance(values, Sequence) or not all(isinstance(v, str) for v in values):
+        raise TypeError(f"{name}: got {value!r}; {must}")
+    if len(values) != rank:
+        raise ValueError(f"{name}: got {value!r}, {len(values)} elements; {must}")
+    if not all(v in BOUNDARIES for v in values):
+        raise ValueError(f"{name}: got {value!r}; {must}")
+    return tuple(values)
+
+
+def offset_per_axis(name: str, value: Ints, rank: int) -> tuple[int, ...]:
+    """As `per_axis`. There 0 is what libnatten speaks of; here it is frequent."""
+    return (0,) * rank if type(value) is int and value == 0 else per_axis(name, value, rank)
+
+
 def _is_numpy_bool(value: Any) -> bool:
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.bool_)
@@ -96,9 +121,15 @@ class AxisOption(NamedTuple):
     name: str
     default: Any  # what None stands for
     rule: Callable[[str, Any, int], tuple]  # (name, value, rank) -> a value per axis, checked
+    names: tuple[str, ...] = ()  # of values that are numbers in a config
 
     def per_axis(self, value: Any, rank: int) -> tuple:
         return self.rule(self.name, self.default if value is None else value, rank)
+
+    def encoded(self, value: Any, rank: int) -> tuple[int, ...]:
+        """`per_axis`, as integers."""
+        values = self.per_axis(value, rank)
+        return tuple([self.names.index(v) for v in values]) if self.names else values
 
 
 # What says a window, in the order of the functions' arguments.
@@ -107,6 +138,14 @@ WINDOW_OPTIONS = (
     AxisOption("dilation", 1, per_axis),
     AxisOption("is_causal", False, causal_per_axis),
     AxisOption("stride", 1, per_axis),
+    AxisOption("boundary", "shift", boundary_per_axis, BOUNDARIES),
+)
+# What says which part of a grid queries and keys are. None is not the same as 0: it says that they
+# are one part.
+PART_OPTIONS = (
+    AxisOption("query_offset", None, offset_per_axis),
+    AxisOption("key_offset", None, offset_per_axis),
+    AxisOption("grid_size", None, per_axis),
 )
 TILE_OPTIONS = tuple(
     AxisOption(name, None, per_axis)
@@ -140,35 +179,38 @@ def make_config(
     dilation: Ints = 1,
     is_causal: Bools | None = False,
     stride: Ints = 1,
+    boundary: Boundaries = "shift",
     *,
     flags: int = 0,
-    **tiles: Ints | None,
+    **optional: Ints | None,
 ) -> Config:
-    """The flat list of integers that `natten._core` takes (bindings/call.h). `tiles`: any of
-    TILE_OPTIONS."""
+    """The flat list of integers that `natten._core` takes (bindings/call.h). `optional`: any of
+    PART_OPTIONS and TILE_OPTIONS."""
     config: list[int] = []
-    window = (kernel_size, dilation, is_causal, stride)
+    window = (kernel_size, dilation, is_causal, stride, boundary)
     for option, value in zip(WINDOW_OPTIONS, window, strict=True):
         config.append(rank)
-        config += option.per_axis(value, rank)
-    for option in TILE_OPTIONS:
-        value = tiles.get(option.name)
+        config += option.encoded(value, rank)
+    for option in (*PART_OPTIONS, *TILE_OPTIONS):
+        value = optional.get(option.name)
         if value is None:
             config.append(0)
         else:
             config.append(rank)
-            config += option.per_axis(value, rank)
+            config += option.encoded(value, rank)
     config.append(flags)
     return tuple(config)
 
 
-def options_of(config: Sequence[int]) -> dict[str, tuple[int, ...]]:
+def options_of(config: Sequence[int]) -> dict[str, tuple]:
     """By name, the kernel size of a config and what else of it is not the default."""
     options, at = {}, 0
-    for option in WINDOW_OPTIONS:
+    for option in (*WINDOW_OPTIONS, *PART_OPTIONS):
         values = tuple(config[at + 1 : at + 1 + config[at]])
         at += 1 + len(values)
-        if any(v != option.default for v in values):
+        if option.names:
+            values = tuple([option.names[v] for v in values])
+        if values and (option.default is None or any(v != option.default for v in values)):
             options[option.name] = values
     return options
 

@@ -19,6 +19,7 @@ class Role:
     is_output: bool
     is_required: bool
     is_statistic: bool
+    is_mask: bool
 
     def axis_of(self, dims: str, rank: int) -> int | None:
         """The axis of the first of `dims` that the tensor has, or None."""

@@ -36,6 +36,15 @@ NATTEN_EXPORT TensorView expected(const Problem& problem, TensorView Tensors::*t
 /// Checks the call each time that it is asked.
 NATTEN_EXPORT TensorView expected(const Call& call, TensorView Tensors::*tensor);
 
+/// The tokens along each axis that `query_length` queries from `query_offset` on see, in a grid of
+/// `grid_size` tokens; one value per axis, of the neighborhood likewise (the parts that it names do
+/// not count). Within [0, grid_size), but on circular axes: there they count on from the queries,
+/// so that `begin` may be negative or `end` beyond the grid, and are 0 to grid_size where the
+/// windows reach all around. Throws Error.
+NATTEN_EXPORT std::vector<Interval> key_range(const Tuple& query_offset, const Tuple& query_length,
+                                              const Tuple& grid_size,
+                                              const Neighborhood& neighborhood);
+
 /// Softmax attention over all keys: query [B, S, H, D], key [B, Skv, Hkv, D], value
 /// [B, Skv, Hkv, Dv] -> output [B, S, H, Dv] and, where given, logsumexp [B, S, H]. `is_causal`
 /// lets query i see keys 0..i, as PyTorch's scaled_dot_product_attention aligns it.

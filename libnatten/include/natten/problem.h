@@ -24,18 +24,33 @@ constexpr bool is_fused(Op op) {
   return op == Op::attention_forward || op == Op::attention_backward;
 }
 
-/// What `qk` and `rpb_gather` write to slots that a causal window leaves empty.
+/// What `qk` and `rpb_gather` write to slots that causality, a cut border or a mask leave empty.
 enum class EmptySlots : std::uint8_t {
   negative_infinity,  ///< softmax gives them weight 0
   zero,               ///< makes the operation linear, as derivatives need it
 };
 
-/// The sliding window, one value per axis. Empty stride, dilation or is_causal mean 1, 1, false.
+NATTEN_EXPORT const char* name_of(Boundary);
+
+/// The sliding window, one value per axis. Empty stride, dilation, is_causal or boundary mean 1, 1,
+/// false and `Boundary::shift`.
+///
+/// Queries and keys may each be a part of a larger grid. The parts may differ in shape where one of
+/// query_offset, key_offset and grid_size is given; windows, strides, dilation groups and biases
+/// are those of the whole grid.
 struct Neighborhood {
   Tuple kernel_size;
   Tuple dilation;
   Tuple is_causal;
   Tuple stride;
+  Tuple boundary;      ///< values of `Boundary`
+  Tuple query_offset;  ///< token of the first query; default 0
+  /// Token of the first key; default 0. Keys may overhang the grid: on a circular axis those are
+  /// tokens of its other end, else padding that no query sees.
+  Tuple key_offset;
+  Tuple grid_size;  ///< of the whole grid; default: the keys are all of it
+
+  bool has_parts() const { return query_offset.size || key_offset.size || grid_size.size; }
 };
 
 /// Every tensor of every operation; an operation uses those that `Op` names.
@@ -45,13 +60,14 @@ struct Neighborhood {
 /// [B, *spatial, H] (float32, float64 for float64); additional_keys, additional_values and their
 /// gradients [B, N, Hkv, D or Dv]. Unfused operations are heads-first: [B, H, *spatial, D],
 /// attn [B, H, *spatial, K + N], additional [B, H, N, D]. rpb, grad_rpb [H, 2 k0 - 1, ...].
-/// The innermost stride is 1, the others are free.
+/// key_mask [B or 1, *spatial] has a byte per key, 0 where the key is hidden: it then has no weight
+/// and no gradients, whatever it holds. The innermost stride is 1, the others are free.
 ///
 /// Inputs may share memory with each other, and their outer strides may be 0. An output may share
 /// no element with an input, with another output, or with itself; calls that run at once count as
 /// one. Slices of one buffer that interleave, as of a packed [..., 3, heads, dim], are separate.
 struct Tensors {
-  TensorView query, key, value, rpb, additional_keys, additional_values, attn;
+  TensorView query, key, value, rpb, additional_keys, additional_values, key_mask, attn;
   TensorView output, logsumexp;
   TensorView grad_output, grad_logsumexp;
   TensorView grad_query, grad_key, grad_value, grad_rpb;
@@ -99,6 +115,7 @@ struct Problem {
   std::int64_t additional = 0;  ///< N
   double scale = 1.0;
   bool has_rpb = false;
+  bool has_key_mask = false;
   std::int64_t rpb_span = 0;  ///< elements between a head's first and last bias in memory
   bool has_logsumexp = false;
   bool has_grad_logsumexp = false;

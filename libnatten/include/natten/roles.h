@@ -10,7 +10,8 @@ namespace natten {
 /// `dims` spells the tensor's dimensions:
 ///   B batch, H heads, G key-value heads, D head dim, V value dim, N additional tokens,
 ///   Q query grid (one dimension per axis), K key grid (likewise), R relative positions
-///   (2 * kernel_size - 1 per axis), W slots (window + N), X slots of the window and any more.
+///   (2 * kernel_size - 1 per axis), W slots (window + N), X slots of the window and any more,
+///   M batch or 1.
 struct Role {
   const char* name;
   TensorView Tensors::*tensor;
@@ -18,6 +19,7 @@ struct Role {
   bool is_output;
   bool is_required;
   bool is_statistic;  ///< float32, or float64 for float64: logsumexp and its gradient
+  bool is_mask;       ///< boolean
 };
 
 struct Roles {

@@ -14,7 +14,8 @@ namespace natten {
 inline constexpr int kMaxRank = 3;  ///< spatial axes
 inline constexpr int kMaxDims = 8;  ///< dimensions of a tensor view
 
-enum class DType : std::uint8_t { float64, float32, bfloat16, float16 };
+/// `boolean` is that of masks alone: one byte, 0 or 1.
+enum class DType : std::uint8_t { float64, float32, bfloat16, float16, boolean };
 enum class DeviceType : std::uint8_t { cpu, cuda };
 
 struct Device {
@@ -49,6 +50,10 @@ struct DTypeOf<bfloat16> {
 template <>
 struct DTypeOf<float16> {
   static constexpr DType value = DType::float16;
+};
+template <>
+struct DTypeOf<bool> {
+  static constexpr DType value = DType::boolean;
 };
 
 /// A strided view of memory that somebody else owns. Strides count elements, not bytes. A default

@@ -40,6 +40,9 @@ Rows check(const Views& like_output, const Views& like_logsumexp) {
   for (const TensorView& v : like_logsumexp) detail::check_view("lse_tensors", v);
   const TensorView& first = like_output.at(0);
   if (first.ndim < 1) fail("outputs: got a tensor without dimensions; must be [..., heads, dim]");
+  if (first.dtype == DType::boolean)
+    fail("outputs: got dtype bool; must be float64, float32, bfloat16 or float16",
+         ErrorKind::invalid_type);
   const DType statistic = statistic_dtype(first.dtype);
   const auto check_one = [&](const TensorView& v, bool is_output) {
     const std::string name = is_output ? "outputs: " : "lse_tensors: ";

@@ -49,23 +49,35 @@ double weight_of(double score, double logsumexp) {
   return std::exp(score - (logsumexp == kEmpty ? -kEmpty : logsumexp));
 }
 
-/// One key of a query's window: its slot, its token and its offset in relative positions.
+// Queries and keys go by their numbers among those that are given, positions by their place in the
+// dilation group.
+
+/// One key of a query's window: its slot, its number and its offset in relative positions.
 struct Neighbor {
   std::int64_t slot;
-  Coordinate token;
+  Coordinate key;
   Coordinate offset;
 };
 
-/// The pair (query, key) seen from either side; positions count inside the dilation group.
+/// Where a query is along an axis.
+struct Place {
+  std::int64_t group, position;
+};
+Place place_of_query(const Axis& axis, std::int64_t query) {
+  const std::int64_t token = query + axis.query_offset;
+  return {group_of(axis, token), position_of(axis, token)};
+}
+
+/// The pair (query, key) seen from either side.
 Neighbor neighbor(const Problem& p, const Coordinate& query, const Coordinate& key_position) {
   Neighbor n{0, {}, {}};
   for (int i = 0; i < kMaxRank; ++i) {
     const Axis& axis = p.axes[i];
-    const std::int64_t group = group_of(axis, query[i]), position = position_of(axis, query[i]);
-    const std::int64_t begin = window(axis, group, position).begin;
-    n.slot = n.slot * axis.kernel_size + key_position[i] - begin;
-    n.token[i] = token_at(axis, group, key_position[i]);
-    n.offset[i] = key_position[i] - position + axis.kernel_size - 1;
+    const Place at = place_of_query(axis, query[i]);
+    const std::int64_t slot = key_position[i] - first_slot(axis, at.group, at.position);
+    n.slot = n.slot * axis.kernel_size + slot;
+    n.key[i] = key_index(axis, token_at(axis, at.group, key_position[i]));
+    n.offset[i] = key_position[i] - at.position + axis.kernel_size - 1;
   }
   return n;
 }
@@ -79,37 +91,50 @@ void for_each_position(const Interval (&box)[kMaxRank], F&& f) {
       for (at[2] = box[2].begin; at[2] < box[2].end; ++at[2]) f(at);
 }
 
-/// Visits the keys that a query sees: `f(Neighbor)`.
-template <class F>
-void for_each_key(const Problem& p, const Coordinate& query, F&& f) {
-  Interval box[kMaxRank];
-  for (int i = 0; i < kMaxRank; ++i)
-    box[i] = window(p.axes[i], group_of(p.axes[i], query[i]), position_of(p.axes[i], query[i]));
-  for_each_position(box, [&](const Coordinate& key) { f(neighbor(p, query, key)); });
-}
-
-/// Visits the queries that see a key: `f(query token, Neighbor)`.
-template <class F>
-void for_each_query(const Problem& p, const Coordinate& key, F&& f) {
-  Interval box[kMaxRank];
-  Coordinate key_position;
-  for (int i = 0; i < kMaxRank; ++i) {
-    key_position[i] = position_of(p.axes[i], key[i]);
-    box[i] = inverse_window(p.axes[i], group_of(p.axes[i], key[i]), key_position[i]);
-  }
-  for_each_position(box, [&](const Coordinate& position) {
-    Coordinate query;
-    for (int i = 0; i < kMaxRank; ++i)
-      query[i] = token_at(p.axes[i], group_of(p.axes[i], key[i]), position[i]);
-    f(query, neighbor(p, query, key_position));
-  });
-}
-
-/// One row of a phase: batch entry, head and token of a grid.
+/// One row of a phase: batch entry, head and number of a query or key.
 struct Row {
   std::int64_t batch, head;
   Coordinate token;
 };
+
+/// Visits the keys that a query sees: `f(Neighbor)`.
+template <class F>
+void for_each_key(const Problem& p, const KeyMask& mask, const Row& query, F&& f) {
+  Interval box[kMaxRank];
+  for (int i = 0; i < kMaxRank; ++i) {
+    const Place at = place_of_query(p.axes[i], query.token[i]);
+    box[i] = window(p.axes[i], at.group, at.position);
+  }
+  for_each_position(box, [&](const Coordinate& key) {
+    const Neighbor n = neighbor(p, query.token, key);
+    if (!mask.hides(query.batch, n.key)) f(n);
+  });
+}
+
+/// Visits the queries that see a key: `f(number of the query, Neighbor)`.
+template <class F>
+void for_each_query(const Problem& p, const KeyMask& mask, const Row& key, F&& f) {
+  if (mask.hides(key.batch, key.token)) return;
+  Interval box[kMaxRank];
+  Coordinate group, key_position;
+  for (int i = 0; i < kMaxRank; ++i) {
+    const std::int64_t token = key.token[i] + p.axes[i].key_offset;
+    group[i] = group_of(p.axes[i], token);
+    key_position[i] = position_of(p.axes[i], token);
+    box[i] = inverse_window(p.axes[i], group[i], key_position[i]);
+  }
+  for_each_position(box, [&](const Coordinate& position) {
+    Coordinate query, shifted;
+    for (int i = 0; i < kMaxRank; ++i) {
+      const std::int64_t token = token_at(p.axes[i], group[i], position[i]);
+      query[i] = query_index(p.axes[i], token);
+      if (query[i] < 0) return;  // not given
+      // Of a query beyond the seam, the key is seen from the other end.
+      shifted[i] = key_position[i] + place_of_query(p.axes[i], query[i]).position - position[i];
+    }
+    f(query, neighbor(p, query, shifted));
+  });
+}
 
 /// A phase with one item per batch entry, head and token. `make_body()` is called once per chunk
 /// of work and returns what handles a row, so that its buffers are reused.
@@ -128,7 +153,7 @@ Phase row_phase(const Problem& p, std::int64_t heads, const Coordinate& lengths,
 
 /// Sums `value(row, neighbor)` over batch and all (query, key) pairs, per head and offset.
 template <class T, class Value>
-Phase rpb_phase(const Problem& p, const Operand<T>& grad_rpb, Value value) {
+Phase rpb_phase(const Problem& p, const KeyMask& mask, const Operand<T>& grad_rpb, Value value) {
   const Coordinate offsets = relative_positions(p);
   const std::int64_t count = volume(offsets);
   return {p.heads * count, [=](std::int64_t begin, std::int64_t end) {
@@ -144,11 +169,13 @@ Phase rpb_phase(const Problem& p, const Operand<T>& grad_rpb, Value value) {
                   bool sees = true;
                   for (int d = 0; d < kMaxRank && sees; ++d) {
                     const Axis& axis = p.axes[d];
-                    const std::int64_t position = position_of(axis, row.token[d]);
-                    key[d] = position + offset[d] - (axis.kernel_size - 1);
-                    sees = window(axis, group_of(axis, row.token[d]), position).contains(key[d]);
+                    const Place at = place_of_query(axis, row.token[d]);
+                    key[d] = at.position + offset[d] - (axis.kernel_size - 1);
+                    sees = window(axis, at.group, at.position).contains(key[d]);
                   }
-                  if (sees) sum += value(row, neighbor(p, row.token, key));
+                  if (!sees) continue;
+                  const Neighbor n = neighbor(p, row.token, key);
+                  if (!mask.hides(batch, n.key)) sum += value(row, n);
                 }
               }
               *grad_rpb.at(0, head, offset) = static_cast<T>(sum);
@@ -164,6 +191,7 @@ struct Attention {
   using In = Operand<const T>;
   Problem p;
   In query, key, value, rpb, additional_keys, additional_values;
+  KeyMask mask;
 
   Attention(const Job& job)
       : p(job.problem),
@@ -172,14 +200,15 @@ struct Attention {
         value(operand<const T>(p, job.tensors, &Tensors::value)),
         rpb(operand<const T>(p, job.tensors, &Tensors::rpb)),
         additional_keys(operand<const T>(p, job.tensors, &Tensors::additional_keys)),
-        additional_values(operand<const T>(p, job.tensors, &Tensors::additional_values)) {}
+        additional_values(operand<const T>(p, job.tensors, &Tensors::additional_values)),
+        mask(key_mask(p, job.tensors)) {}
 
   std::int64_t heads_per_kv_head() const { return p.heads / p.kv_heads; }
 
   double score(const T* q, const T* k) const { return p.scale * dot(q, k, p.head_dim); }
   double score(const Row& row, const T* q, const Neighbor& n) const {
     const double bias = rpb ? static_cast<double>(*rpb.at(0, row.head, n.offset)) : 0.0;
-    return score(q, key.at(row.batch, row.head / heads_per_kv_head(), n.token)) + bias;
+    return score(q, key.at(row.batch, row.head / heads_per_kv_head(), n.key)) + bias;
   }
 
   /// Visits all a query attends to, `f(score, key, value, slot)`: window, then additional tokens.
@@ -187,9 +216,9 @@ struct Attention {
   void for_each_score(const Row& row, F&& f) const {
     const T* q = query.at(row.batch, row.head, row.token);
     const std::int64_t kv_head = row.head / heads_per_kv_head();
-    for_each_key(p, row.token, [&](const Neighbor& n) {
-      f(score(row, q, n), key.at(row.batch, kv_head, n.token),
-        value.at(row.batch, kv_head, n.token), n.slot);
+    for_each_key(p, mask, row, [&](const Neighbor& n) {
+      f(score(row, q, n), key.at(row.batch, kv_head, n.key), value.at(row.batch, kv_head, n.key),
+        n.slot);
     });
     for (std::int64_t i = 0; i < p.additional; ++i) {
       const T* k = additional_keys.at(row.batch, kv_head, i);
@@ -298,7 +327,7 @@ std::vector<Phase> attention_backward(const Job& job) {
         std::fill(value_sum.begin(), value_sum.end(), 0.0);
         const T* v = a.value.at(at.batch, at.head, at.token);
         for (std::int64_t i = 0; i < a.heads_per_kv_head(); ++i)
-          for_each_query(a.p, at.token, [&](const Coordinate& token, const Neighbor& n) {
+          for_each_query(a.p, a.mask, at, [&](const Coordinate& token, const Neighbor& n) {
             const Row row{at.batch, at.head * a.heads_per_kv_head() + i, token};
             const T* q = a.query.at(row.batch, row.head, row.token);
             const Pair x = pair(row, a.score(row, q, n), v);
@@ -337,9 +366,9 @@ std::vector<Phase> attention_backward(const Job& job) {
     }));
 
   if (grad_rpb)
-    phases.push_back(rpb_phase(p, grad_rpb, [=](const Row& row, const Neighbor& n) {
+    phases.push_back(rpb_phase(p, a.mask, grad_rpb, [=](const Row& row, const Neighbor& n) {
       const T* q = a.query.at(row.batch, row.head, row.token);
-      const T* v = a.value.at(row.batch, row.head / a.heads_per_kv_head(), n.token);
+      const T* v = a.value.at(row.batch, row.head / a.heads_per_kv_head(), n.key);
       return grad_score(row, pair(row, a.score(row, q, n), v));
     }));
   return phases;
@@ -360,15 +389,16 @@ std::vector<Phase> qk(const Job& job) {
   const auto rpb = operand<const T>(p, job.tensors, &Tensors::rpb);
   const auto additional_keys = operand<const T>(p, job.tensors, &Tensors::additional_keys);
   const auto attn = operand<T>(p, job.tensors, &Tensors::attn);
+  const KeyMask mask = key_mask(p, job.tensors);
   return {row_phase(p, p.heads, query_lengths(p), [=] {
     return [=](const Row& row) {
       const T* q = query.at(row.batch, row.head, row.token);
       T* slots = attn.at(row.batch, row.head, row.token);
       clear_slots(p, slots, p.window_size());
-      for_each_key(p, row.token, [&](const Neighbor& n) {
+      for_each_key(p, mask, row, [&](const Neighbor& n) {
         const double bias = rpb ? static_cast<double>(*rpb.at(0, row.head, n.offset)) : 0.0;
         slots[n.slot] =
-            static_cast<T>(dot(q, key.at(row.batch, row.head, n.token), p.head_dim) + bias);
+            static_cast<T>(dot(q, key.at(row.batch, row.head, n.key), p.head_dim) + bias);
       });
       for (std::int64_t i = 0; i < p.additional; ++i)
         slots[p.window_size() + i] =
@@ -384,12 +414,13 @@ std::vector<Phase> av(const Job& job) {
   const auto value = operand<const T>(p, job.tensors, &Tensors::value);
   const auto additional_values = operand<const T>(p, job.tensors, &Tensors::additional_values);
   const auto output = operand<T>(p, job.tensors, &Tensors::output);
+  const KeyMask mask = key_mask(p, job.tensors);
   return {row_phase(p, p.heads, query_lengths(p), [=] {
     return [=, sum = std::vector<double>(size(p.head_dim))](const Row& row) mutable {
       const T* slots = attn.at(row.batch, row.head, row.token);
       std::fill(sum.begin(), sum.end(), 0.0);
-      for_each_key(p, row.token, [&](const Neighbor& n) {
-        add_scaled(sum, static_cast<double>(slots[n.slot]), value.at(row.batch, row.head, n.token));
+      for_each_key(p, mask, row, [&](const Neighbor& n) {
+        add_scaled(sum, static_cast<double>(slots[n.slot]), value.at(row.batch, row.head, n.key));
       });
       for (std::int64_t i = 0; i < p.additional; ++i)
         add_scaled(sum, static_cast<double>(slots[p.window_size() + i]),
@@ -426,11 +457,12 @@ std::vector<Phase> av_transpose(const Job& job) {
   const auto attn = operand<const T>(p, job.tensors, &Tensors::attn);
   const auto query = operand<const T>(p, job.tensors, &Tensors::query);
   const auto key = operand<T>(p, job.tensors, &Tensors::key);
+  const KeyMask mask = key_mask(p, job.tensors);
   std::vector<Phase> phases;
   phases.push_back(row_phase(p, p.heads, key_lengths(p), [=] {
     return [=, sum = std::vector<double>(size(p.head_dim))](const Row& at) mutable {
       std::fill(sum.begin(), sum.end(), 0.0);
-      for_each_query(p, at.token, [&](const Coordinate& token, const Neighbor& n) {
+      for_each_query(p, mask, at, [&](const Coordinate& token, const Neighbor& n) {
         add_scaled(sum, static_cast<double>(attn.at(at.batch, at.head, token)[n.slot]),
                    query.at(at.batch, at.head, token));
       });
@@ -446,12 +478,13 @@ std::vector<Phase> rpb_gather(const Job& job) {
   const Problem p = job.problem;
   const auto rpb = operand<const T>(p, job.tensors, &Tensors::rpb);
   const auto attn = operand<T>(p, job.tensors, &Tensors::attn);
+  const KeyMask mask = key_mask(p, job.tensors);
   return {row_phase(p, p.heads, query_lengths(p), [=] {
     return [=](const Row& row) {
       T* slots = attn.at(row.batch, row.head, row.token);
       clear_slots(p, slots, p.window_size());
       std::fill(slots + p.window_size(), slots + p.slots(), T(0.0));
-      for_each_key(p, row.token,
+      for_each_key(p, mask, row,
                    [&](const Neighbor& n) { slots[n.slot] = *rpb.at(0, row.head, n.offset); });
     };
   })};
@@ -462,7 +495,7 @@ std::vector<Phase> rpb_scatter(const Job& job) {
   const Problem p = job.problem;
   const auto attn = operand<const T>(p, job.tensors, &Tensors::attn);
   const auto grad_rpb = operand<T>(p, job.tensors, &Tensors::grad_rpb);
-  return {rpb_phase(p, grad_rpb, [=](const Row& row, const Neighbor& n) {
+  return {rpb_phase(p, key_mask(p, job.tensors), grad_rpb, [=](const Row& row, const Neighbor& n) {
     return static_cast<double>(attn.at(row.batch, row.head, row.token)[n.slot]);
   })};
 }

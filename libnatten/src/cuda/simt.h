@@ -461,6 +461,7 @@ inline std::int64_t most_blocks(const Problem& p) {
 
 /// Empty if the kernels run the problem, else why they do not.
 inline std::string simt_refuse_reason(const Problem& p) {
+  if (!is_plain(p)) return "borders other than shift, parts of a grid and masks are not built yet";
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
   if (p.queries() > kMost || p.keys() > kMost) return "a grid has more than 2^31 - 1 tokens";
   if (p.slots() > kMost) return "a query sees more than 2^31 - 1 tokens";

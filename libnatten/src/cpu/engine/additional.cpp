@@ -12,9 +12,10 @@ Job additional_tokens_as_keys(const Job& job) {
     axis = Axis{};
     axis.query_length = queries;
   }
-  p.axes[kMaxRank - 1].key_length = p.axes[kMaxRank - 1].kernel_size = p.additional;
+  Axis& axis = p.axes[kMaxRank - 1];
+  axis.key_length = axis.grid_length = axis.kernel_size = p.additional;
   p.additional = 0;
-  p.has_rpb = p.wants_grad_rpb = p.wants_grad_additional = false;
+  p.has_key_mask = p.has_rpb = p.wants_grad_rpb = p.wants_grad_additional = false;
   const Tensors& t = job.tensors;
   // [B, N, ..] to [B, 1, 1, N, ..], of the problem's rank.
   const auto on_grid = [&](TensorView v) {

@@ -56,7 +56,7 @@ struct RowGrid {
     return columns_of(problem.axes[axis], rows_are_keys(kind), group, position);
   }
   std::int64_t rows(int axis, std::int64_t group) const {
-    return rows_of(problem.axes[axis], rows_are_keys(kind), group);
+    return rows_of(problem.axes[axis], rows_are_keys(kind), group).size();
   }
   std::int64_t most_columns(int axis, std::int64_t run) const {
     return cpu::most_columns(problem.axes[axis], rows_are_keys(kind), run);

@@ -14,6 +14,7 @@
 namespace natten::detail::cuda {
 
 inline std::string fna_refuse_reason(const Problem& p) {
+  if (!is_plain(p)) return "borders other than shift, parts of a grid and masks are not built yet";
   if (p.op != Op::attention_forward && p.op != Op::attention_backward)
     return "computes fused attention only";
   if (p.dtype == DType::float64) return "does not compute float64";

@@ -51,7 +51,7 @@ struct Grid {
   }
   /// Tokens of a dilation group among `length`.
   NATTEN_HOST_DEVICE int positions(int axis, int length, int group) const {
-    return static_cast<int>(group_length(axes[axis], length, group));
+    return static_cast<int>((length - group + axes[axis].dilation - 1) / axes[axis].dilation);
   }
   /// What the row at a position of a group sees along an axis.
   NATTEN_HOST_DEVICE Span seen(int axis, int group, int position) const {
