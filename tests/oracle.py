@@ -7,13 +7,19 @@ by listing the tokens of its dilation group; gradients are those of masked softm
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cases import Arrays, Case
+
+if TYPE_CHECKING:
+    from cases import Arrays, Case
 
 
-def axis_windows(length: int, k: int, s: int, d: int, causal: bool) -> list[list[int]]:
-    """For each token of an axis, the tokens it attends to, in slot order."""
+def axis_slots(
+    length: int, k: int, s: int, d: int, causal: bool, boundary: str = "shift"
+) -> list[list[tuple[int, int, int]]]:
+    """For each token of an axis, (slot, token, distance) of each that it attends to, in slot order;
+    the distance counts positions, beyond the seam too. Slots that hold nothing are left out."""
     windows = []
     for i in range(length):
         group = [t for t in range(length) if t % d == i % d]
@@ -21,32 +27,97 @@ def axis_windows(length: int, k: int, s: int, d: int, causal: bool) -> list[list
         if causal:
             leader = min((p // s) * s + s - 1, n - 1)
             positions = range(max(leader - k + 1, 0), p + 1)
+        elif boundary == "circular":
+            leader = (p // s) * s + s // 2
+            positions = range(leader - k // 2, leader - k // 2 + k)
         else:
             leader = min((p // s) * s + s // 2, n - 1)
             first = leader - k // 2
-            while first < 0:
-                first += 1
-            while first + k > n:
-                first -= 1
+            if boundary == "shift":
+                while first < 0:
+                    first += 1
+                while first + k > n:
+                    first -= 1
             positions = range(first, first + k)
-        windows.append([group[position] for position in positions])
+        windows.append(
+            [
+                (j, group[position % n], position - p)
+                for j, position in enumerate(positions)
+                if boundary == "circular" or 0 <= position < n
+            ]
+        )
     return windows
 
 
-class Grid:
-    """Which query token sees which key token, in which slot and at which relative position: dense
-    matrices over all pairs of tokens, row-major. -1 where the key is not seen."""
+def axis_windows(
+    length: int, k: int, s: int, d: int, causal: bool, boundary: str = "shift"
+) -> list[list[int]]:
+    """For each token of an axis, the tokens it attends to, in slot order."""
+    slots = axis_slots(length, k, s, d, causal, boundary)
+    return [[token for _, token, _ in window] for window in slots]
 
-    def __init__(self, case: Case) -> None:
+
+def axis_key_range(
+    offset: int,
+    count: int,
+    length: int,
+    k: int,
+    s: int,
+    d: int,
+    causal: bool,
+    boundary: str = "shift",
+) -> tuple[int, int]:
+    """The first of the tokens that queries `offset` to `offset + count - 1` of an axis attend to,
+    and the one past the last. On a circular axis tokens count on from the queries."""
+    slots = axis_slots(length, k, s, d, causal, boundary)
+    queries = range(offset, offset + count)
+    tokens = [query + distance * d for query in queries for _, _, distance in slots[query]]
+    begin, end = min(tokens), max(tokens) + 1
+    return (begin, end) if end - begin <= length else (0, length)
+
+
+def key_indices(offset: int, count: int, length: int, boundary: str = "shift") -> dict[int, int]:
+    """Of each token of an axis that is among `count` keys from `offset` on, its number there."""
+    indices = {}
+    for i in range(count):
+        token = (offset + i) % length if boundary == "circular" else offset + i
+        if 0 <= token < length:
+            indices[token] = i
+    return indices
+
+
+class Grid:
+    """Which query sees which key, in which slot and at which relative position: dense matrices over
+    all pairs of what is given of either, row-major. -1 where the key is not seen. Of a problem it
+    reads what `Case` says of the neighborhood; what is not there is the default."""
+
+    def __init__(self, case: Any) -> None:
+        def of_axes(name: str, default: Any) -> Any:
+            value = getattr(case, name, None)
+            return (default,) * len(case.shape) if value is None else value
+
+        key_shape = getattr(case, "key_shape", None) or case.shape
         self.slot = self.relative = np.zeros((1, 1), int)
-        for length, k, s, d, causal in zip(
-            case.shape, case.kernel_size, case.stride, case.dilation, case.is_causal, strict=True
+        for queries, keys, length, first_query, first_key, k, s, d, causal, boundary in zip(
+            case.shape,
+            key_shape,
+            getattr(case, "grid_size", None) or key_shape,
+            of_axes("query_offset", 0),
+            of_axes("key_offset", 0),
+            case.kernel_size,
+            case.stride,
+            case.dilation,
+            case.is_causal,
+            of_axes("boundary", "shift"),
+            strict=True,
         ):
-            slot, relative = np.full((2, length, length), -1)
-            for query, keys in enumerate(axis_windows(length, k, s, d, causal)):
-                for j, key in enumerate(keys):
-                    slot[query, key] = j
-                    relative[query, key] = key // d - query // d + k - 1
+            slot, relative = np.full((2, queries, keys), -1)
+            slots = axis_slots(length, k, s, d, causal, boundary)
+            indices = key_indices(first_key, keys, length, boundary)
+            for query in range(queries):
+                for j, token, distance in slots[first_query + query]:
+                    slot[query, indices[token]] = j
+                    relative[query, indices[token]] = distance + k - 1
             self.slot = _product(self.slot, slot, k)
             self.relative = _product(self.relative, relative, 2 * k - 1)
         self.seen = self.slot >= 0
@@ -55,8 +126,20 @@ class Grid:
 def _product(outer: np.ndarray, inner: np.ndarray, base: int) -> np.ndarray:
     """Index matrices of two axes as one, in row-major order."""
     a, b = outer[:, None, :, None], inner[None, :, None, :]
-    tokens = len(outer) * len(inner)
-    return np.where((a < 0) | (b < 0), -1, a * base + b).reshape(tokens, tokens)
+    pairs = np.where((a < 0) | (b < 0), -1, a * base + b)
+    return pairs.reshape(len(outer) * len(inner), -1)
+
+
+def _seen(grid: Grid, arrays: Arrays) -> np.ndarray:
+    """[batch or 1, 1, queries, keys]: the grid's, less what the mask hides."""
+    seen = grid.seen[None, None]
+    mask = arrays.get("key_mask")
+    return seen if mask is None else seen & mask.reshape(len(mask), 1, 1, seen.shape[-1])
+
+
+def _clear_hidden(x: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Keys or values [B, H, keys, dim] with 0 for those that no query sees, which may be NaN."""
+    return np.where(seen.any(-2)[..., None], x, 0.0)
 
 
 def _flat_grid(x: np.ndarray, rank: int, first: int) -> np.ndarray:
@@ -74,24 +157,28 @@ def fused(case: Case, arrays: Arrays) -> Arrays:
         flat = _flat_grid(arrays[name], 1 if "additional" in name else rank, 1)
         return np.moveaxis(flat, 2, 1)
 
+    seen = _seen(grid, arrays)
+    tokens = seen.shape[-1]
+
     def with_additional(name: str, additional: str) -> np.ndarray:
-        parts = [name, additional] if case.additional else [name]
-        return np.concatenate([heads_first(n) for n in parts], axis=2).repeat(group, axis=1)
+        parts = [_clear_hidden(heads_first(name), seen)]
+        parts += [heads_first(additional)] if case.additional else []
+        return np.concatenate(parts, axis=2).repeat(group, axis=1)
 
     q, g, g_lse = (heads_first(n) for n in ("query", "grad_output", "grad_logsumexp"))
     k = with_additional("key", "additional_keys")
     v = with_additional("value", "additional_values")
-    tokens = len(grid.seen)
-    seen = np.concatenate([grid.seen, np.ones((tokens, case.additional), bool)], axis=1)
     scores = scale * q @ k.swapaxes(-1, -2)
     if case.rpb:
         bias = arrays["rpb"].reshape(case.heads, -1)[:, grid.relative]
         scores[..., :tokens] += np.where(grid.seen, bias, 0)
-    scores = np.where(seen, scores, -np.inf)
+    scores[..., :tokens] = np.where(seen, scores[..., :tokens], -np.inf)
     largest = scores.max(-1, keepdims=True)
-    weights = np.exp(scores - largest)
+    is_empty = np.isneginf(largest)
+    weights = np.exp(scores - np.where(is_empty, 0, largest))
     total = weights.sum(-1, keepdims=True)
-    weights /= total
+    weights /= np.where(is_empty, 1, total)
+    logsumexp = np.where(is_empty, -np.inf, largest + np.log(np.where(is_empty, 1, total)))
     grad_weights = g @ v.swapaxes(-1, -2)
     row = (weights * grad_weights).sum(-1, keepdims=True) - g_lse[..., None]
     grad_scores = weights * (grad_weights - row)
@@ -103,16 +190,16 @@ def fused(case: Case, arrays: Arrays) -> Arrays:
     grad_k = ungroup(scale * grad_scores.swapaxes(-1, -2) @ q)
     grad_v = ungroup(weights.swapaxes(-1, -2) @ g)
 
-    def heads_last(x: np.ndarray) -> np.ndarray:
+    def heads_last(x: np.ndarray, shape: tuple[int, ...] = case.shape) -> np.ndarray:
         x = np.moveaxis(x, 1, 2)
-        return x.reshape(x.shape[0], *case.shape, *x.shape[2:])
+        return x.reshape(x.shape[0], *shape, *x.shape[2:])
 
     results = {
         "output": heads_last(weights @ v),
-        "logsumexp": heads_last(largest + np.log(total))[..., 0],
+        "logsumexp": heads_last(logsumexp)[..., 0],
         "grad_query": heads_last(scale * grad_scores @ k),
-        "grad_key": heads_last(grad_k[:, :, :tokens]),
-        "grad_value": heads_last(grad_v[:, :, :tokens]),
+        "grad_key": heads_last(grad_k[:, :, :tokens], case.keys_shape),
+        "grad_value": heads_last(grad_v[:, :, :tokens], case.keys_shape),
     }
     if case.additional:
         results["grad_additional_keys"] = np.moveaxis(grad_k[:, :, tokens:], 1, 2)
@@ -123,7 +210,8 @@ def fused(case: Case, arrays: Arrays) -> Arrays:
 
 
 def _scatter_rpb(case: Case, grid: Grid, pairs: np.ndarray) -> np.ndarray:
-    """Sums a [B, H, queries, keys] matrix over batch and pairs at the same relative position."""
+    """Sums a [B, H, queries, keys] matrix over batch and pairs at the same relative position. It
+    holds 0 where a mask hides the key."""
     shape = tuple(2 * k - 1 for k in case.kernel_size)
     result = np.zeros((case.heads, math.prod(shape)))
     for head in range(case.heads):
@@ -135,8 +223,9 @@ def _scatter_rpb(case: Case, grid: Grid, pairs: np.ndarray) -> np.ndarray:
 def unfused(case: Case, arrays: Arrays) -> tuple[Arrays, Arrays]:
     """(results and gradients of qk, of av), float64, in the layouts of their arguments."""
     grid = Grid(case)
-    tokens, window = len(grid.seen), case.slots - case.additional
-    x = {n: _flat_grid(a, case.rank, 2) if "add" not in n and n != "rpb" else a
+    seen = _seen(grid, arrays)
+    tokens, window = seen.shape[-1], case.slots - case.additional
+    x = {n: a if "add" in n or n in ("rpb", "key_mask") else _flat_grid(a, case.rank, 2)
          for n, a in arrays.items()}  # fmt: skip
     rows, columns = np.nonzero(grid.seen)
     slots = grid.slot[rows, columns]
@@ -144,20 +233,23 @@ def unfused(case: Case, arrays: Arrays) -> tuple[Arrays, Arrays]:
     def dense(weights: np.ndarray) -> np.ndarray:  # [..., slots] -> [..., keys + additional]
         out = np.zeros((*weights.shape[:-1], tokens + case.additional))
         out[..., rows, columns] = weights[..., rows, slots]
+        out[..., :tokens] = np.where(seen, out[..., :tokens], 0.0)
         out[..., tokens:] = weights[..., window:]
         return out
 
     def compact(pairs: np.ndarray, empty: float) -> np.ndarray:
         out = np.full((*pairs.shape[:-1], case.slots), empty)
+        pairs[..., :tokens] = np.where(seen, pairs[..., :tokens], empty)
         out[..., rows, slots] = pairs[..., rows, columns]
         out[..., window:] = pairs[..., tokens:]
         return out
 
-    def unflat(a: np.ndarray) -> np.ndarray:
-        return a.reshape(*a.shape[:2], *case.shape, a.shape[-1])
+    def unflat(a: np.ndarray, shape: tuple[int, ...] = case.shape) -> np.ndarray:
+        return a.reshape(*a.shape[:2], *shape, a.shape[-1])
 
     def with_additional(name: str, additional: str) -> np.ndarray:
-        return np.concatenate([x[name], x[additional]], 2) if case.additional else x[name]
+        given = _clear_hidden(x[name], seen)
+        return np.concatenate([given, x[additional]], 2) if case.additional else given
 
     keys = with_additional("key", "additional_keys")
     values = with_additional("value", "additional_values")
@@ -170,14 +262,14 @@ def unfused(case: Case, arrays: Arrays) -> tuple[Arrays, Arrays]:
     qk = {
         "attn": unflat(compact(scores, -np.inf)),
         "grad_query": unflat(g @ keys),
-        "grad_key": unflat(grad_keys[:, :, :tokens]),
+        "grad_key": unflat(grad_keys[:, :, :tokens], case.keys_shape),
     }
     attn = dense(x["attn"])
     grad_values = attn.swapaxes(-1, -2) @ x["grad_output"]
     av = {
         "output": unflat(attn @ values),
         "grad_attn": unflat(compact(x["grad_output"] @ values.swapaxes(-1, -2), 0.0)),
-        "grad_value": unflat(grad_values[:, :, :tokens]),
+        "grad_value": unflat(grad_values[:, :, :tokens], case.keys_shape),
     }
     if case.additional:
         qk["grad_additional_keys"] = grad_keys[:, :, tokens:]

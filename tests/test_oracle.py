@@ -14,7 +14,7 @@ import oracle  # noqa: E402
 def dense_attention(case, grid, t):
     """Masked softmax attention in PyTorch operators, from the oracle's pair matrices alone."""
     b, group = case.batch, case.heads // case.kv_heads
-    tokens = len(grid.seen)
+    queries, tokens = grid.seen.shape
 
     def heads_first(name, count):
         return t[name].reshape(b, count, *t[name].shape[-2:]).transpose(1, 2)
@@ -26,17 +26,21 @@ def dense_attention(case, grid, t):
         return x.repeat_interleave(group, 1)
 
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
-    scores = scale * heads_first("query", tokens) @ keys("key", "additional_keys").mT
-    seen = torch.ones(tokens, tokens + case.additional, dtype=torch.bool)
-    seen[:, :tokens] = torch.from_numpy(grid.seen)
+    scores = scale * heads_first("query", queries) @ keys("key", "additional_keys").mT
+    seen = torch.ones(b, 1, queries, tokens + case.additional, dtype=torch.bool)
+    seen[..., :tokens] = torch.from_numpy(grid.seen)
+    if case.mask_batch is not None:
+        seen[..., :tokens] &= t["key_mask"].flatten(1)[:, None, None]
     if case.rpb:
         bias = t["rpb"].flatten(1)[:, torch.from_numpy(grid.relative)]
         scores = scores + torch.nn.functional.pad(bias, (0, case.additional))
-    scores = scores.masked_fill(~seen, -torch.inf)
-    output = scores.softmax(-1) @ keys("value", "additional_values")
+    is_empty = ~seen.any(-1, keepdim=True)  # where softmax has nothing to divide
+    scores = scores.masked_fill(~seen, -torch.inf).masked_fill(is_empty, 0)
+    output = scores.softmax(-1).masked_fill(is_empty, 0) @ keys("value", "additional_values")
+    lse = scores.logsumexp(-1).masked_fill(is_empty[..., 0], -torch.inf)
     return (
         output.transpose(1, 2).reshape(t["grad_output"].shape),
-        scores.logsumexp(-1).transpose(1, 2).reshape(t["grad_logsumexp"].shape),
+        lse.transpose(1, 2).reshape(t["grad_logsumexp"].shape),
     )
 
 
@@ -44,13 +48,16 @@ def dense_attention(case, grid, t):
 def test_fused_gradients(case):
     arrays = case.fused_arrays()
     tensors = {n: torch.from_numpy(np.array(x)) for n, x in arrays.items()}
-    inputs = {n: x.requires_grad_() for n, x in tensors.items() if not n.startswith("grad_")}
+    inputs = {n: x.requires_grad_() for n, x in tensors.items()
+              if not n.startswith("grad_") and n != "key_mask"}  # fmt: skip
     results = dense_attention(case, oracle.Grid(case), tensors)
     incoming = [tensors["grad_output"], tensors["grad_logsumexp"]]
     grads = torch.autograd.grad(results, list(inputs.values()), incoming)
     want = {f"grad_{n}": g for n, g in zip(inputs, grads, strict=True)}
     want |= dict(zip(("output", "logsumexp"), results, strict=True))
-    for name, x in oracle.fused(case, arrays).items():
+    got = oracle.fused(case, arrays)
+    assert got.keys() == want.keys()
+    for name, x in got.items():
         np.testing.assert_allclose(x, want[name].detach().numpy(), rtol=1e-10, atol=1e-10)
 
 
@@ -73,3 +80,22 @@ def test_unfused_is_linear(case):
         by_value += (av["grad_additional_values"] * arrays["additional_values"]).sum()
     for inner in ((av["grad_attn"] * arrays["attn"]).sum(), by_value):
         np.testing.assert_allclose(inner, value, rtol=1e-9, atol=1e-9)
+
+
+def test_what_a_mask_hides_may_hold_anything():
+    """So that tests may put NaN there."""
+    masked = [c for c in cases.random_cases(60, seed=9) if c.mask_batch is not None]
+    assert masked
+    for case in masked:
+        arrays = case.fused_arrays()
+        hidden = cases.hide(cases.hide(arrays, "key", 1), "value", 1)
+        assert case.batch == 0 or arrays["key_mask"].all() or np.isnan(hidden["key"]).any()
+        for name, x in oracle.fused(case, hidden).items():
+            np.testing.assert_array_equal(x, oracle.fused(case, arrays)[name])
+        arrays = case.unfused_arrays()
+        hidden = cases.hide(cases.hide(arrays, "key", 2), "value", 2)
+        for got, want in zip(
+            oracle.unfused(case, hidden), oracle.unfused(case, arrays), strict=True
+        ):
+            for name, x in got.items():
+                np.testing.assert_array_equal(x, want[name])
