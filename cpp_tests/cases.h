@@ -49,7 +49,8 @@ inline Bounds bounds_of(const Precision& p) {
     case natten::DType::float64: return {1e-13, 1e-12};
     case natten::DType::float32: return {1e-6, 1e-5};
     case natten::DType::bfloat16: return {1e-2, 2e-2};
-    case natten::DType::float16: break;
+    case natten::DType::float16:
+    case natten::DType::boolean: break;
   }
   return {2e-3, 4e-3};
 }
@@ -65,6 +66,9 @@ struct Case {
   std::optional<std::int64_t> additional;  ///< tensors with 0 tokens differ from none
   std::optional<double> scale;
   bool rpb = false, logsumexp = true, grad_logsumexp = false, is_contiguous = true;
+  /// A mask of the keys, its number of batch entries: all or 1.
+  std::optional<std::int64_t> mask_batch;
+  bool gives_grid = false;  ///< says the grid's size although queries and keys are all of it
   bool allow_tf32 = false;
 
   Precision precision() const { return {dtype, allow_tf32}; }
@@ -74,21 +78,34 @@ struct Case {
       if (axis.is_causal) return true;
     return false;
   }
+  bool is_part() const {
+    for (const oracle::Axis& axis : axes)
+      if (axis.is_part()) return true;
+    return false;
+  }
 };
 
 inline std::ostream& operator<<(std::ostream& s, const Case& c) {
   s << "seed " << c.seed << ": " << c.precision().name();
-  for (const oracle::Axis& a : c.axes)
+  for (const oracle::Axis& a : c.axes) {
     s << " (length " << a.length << " kernel " << a.kernel_size << " stride " << a.stride
-      << " dilation " << a.dilation << (a.is_causal ? " causal)" : ")");
+      << " dilation " << a.dilation << (a.is_causal ? " causal" : "");
+    if (a.boundary != natten::Boundary::shift) s << " " << name_of(a.boundary);
+    if (a.is_part())
+      s << " queries " << a.queries() << " from " << a.query_offset << " keys " << a.keys()
+        << " from " << a.key_offset;
+    s << ")";
+  }
   if (c.keys) s << " over " << *c.keys << " keys";
   s << " batch " << c.batch << " heads " << c.heads << "/" << c.kv_heads << " dims " << c.dim << "/"
     << c.value_dim;
   if (c.additional) s << " additional " << *c.additional;
+  if (c.mask_batch) s << " mask of " << *c.mask_batch;
   if (c.scale) s << " scale " << *c.scale;
   for (const auto& [flag, name] :
-       {std::pair(c.rpb, " rpb"), std::pair(c.logsumexp, " logsumexp"),
-        std::pair(c.grad_logsumexp, " grad_logsumexp"), std::pair(!c.is_contiguous, " strided")})
+       {std::pair(c.gives_grid, " grid given"), std::pair(c.rpb, " rpb"),
+        std::pair(c.logsumexp, " logsumexp"), std::pair(c.grad_logsumexp, " grad_logsumexp"),
+        std::pair(!c.is_contiguous, " strided")})
     if (flag) s << name;
   return s;
 }
@@ -96,6 +113,47 @@ inline std::ostream& operator<<(std::ostream& s, const Case& c) {
 template <class T>
 T pick(Rng& rng, std::initializer_list<T> choices) {
   return choices.begin()[uniform(rng, 0, static_cast<std::int64_t>(choices.size()) - 1)];
+}
+
+/// Borders that cut or wrap: changes an axis such that it is not refused.
+inline void draw_border(Rng& rng, oracle::Axis& a) {
+  if (chance(rng, 0.5)) {
+    a.boundary = natten::Boundary::cut;
+    if (chance(rng, 0.3)) a.kernel_size += uniform(rng, 0, a.length + 3);
+    if (chance(rng, 0.1)) a.dilation = a.length + uniform(rng, 0, 1);
+    return;
+  }
+  a.boundary = natten::Boundary::circular;
+  a.is_causal = false;
+  const std::int64_t most = std::max<std::int64_t>(a.length / a.dilation, a.stride);
+  a.length = a.dilation * (most - most % a.stride);
+  a.kernel_size = std::min(a.kernel_size, a.length / a.dilation);
+}
+
+/// Gives a part of the queries and the keys that they need, or some more.
+inline void draw_part(Rng& rng, oracle::Axis& a) {
+  a.query_offset = uniform(rng, 0, a.length - 1);
+  a.given_queries = uniform(rng, 1, a.length - a.query_offset);
+  natten::Axis axis;
+  axis.query_length = a.given_queries;
+  axis.kernel_size = a.kernel_size;
+  axis.stride = a.stride;
+  axis.dilation = a.dilation;
+  axis.is_causal = a.is_causal;
+  axis.boundary = a.boundary;
+  axis.grid_length = a.length;
+  axis.query_offset = a.query_offset;
+  const natten::Interval needed = natten::key_range(axis);
+  const bool is_circular = a.boundary == natten::Boundary::circular;
+  a.key_offset = needed.begin - (chance(rng, 0.5) ? uniform(rng, 0, 3) : 0);
+  const std::int64_t end = needed.end + (chance(rng, 0.5) ? uniform(rng, 0, 3) : 0);
+  a.given_keys = end - a.key_offset;
+  if (is_circular && (a.given_keys > a.length || chance(rng, 0.2))) {
+    a.key_offset = uniform(rng, -a.length, a.length);
+    a.given_keys = a.length;
+  } else if (is_circular && chance(rng, 0.3)) {
+    a.key_offset += a.length * uniform(rng, -1, 1);  // the same tokens
+  }
 }
 
 inline Case random_case(std::uint64_t seed, natten::DType dtype, int rank) {
@@ -115,7 +173,16 @@ inline Case random_case(std::uint64_t seed, natten::DType dtype, int rank) {
     a.is_causal = chance(rng, 0.35);
     c.axes.push_back(a);
   }
+  // A kind of case of its own, so that plain ones stay frequent.
+  if (chance(rng, 0.4))
+    for (oracle::Axis& a : c.axes)
+      if (chance(rng, 0.7)) draw_border(rng, a);
+  if (chance(rng, 0.3))
+    for (oracle::Axis& a : c.axes)
+      if (chance(rng, 0.7)) draw_part(rng, a);
+  c.gives_grid = chance(rng, 0.1);
   c.batch = chance(rng, 0.04) ? 0 : uniform(rng, 1, 2);
+  if (chance(rng, 0.3)) c.mask_batch = chance(rng, 0.3) ? 1 : c.batch;
   c.kv_heads = uniform(rng, 1, 3);
   c.heads = c.kv_heads * pick<std::int64_t>(rng, {1, 1, 2, 3});
   c.dim = pick<std::int64_t>(rng, {1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 32, 40});
@@ -145,14 +212,39 @@ inline natten::Neighborhood neighborhood_of(const Case& c, Rng& rng) {
   n.dilation = tuple(1, [](const oracle::Axis& a) { return a.dilation; });
   n.stride = tuple(1, [](const oracle::Axis& a) { return a.stride; });
   n.is_causal = tuple(0, [](const oracle::Axis& a) { return a.is_causal; });
+  n.boundary =
+      tuple(0, [](const oracle::Axis& a) { return static_cast<std::int64_t>(a.boundary); });
+  if (c.is_part() || c.gives_grid) {
+    n.query_offset = tuple(0, [](const oracle::Axis& a) { return a.query_offset; });
+    n.key_offset = tuple(0, [](const oracle::Axis& a) { return a.key_offset; });
+    n.grid_size = tuple(-1, [](const oracle::Axis& a) { return a.length; });
+  }
   if (c.keys) n.kernel_size = {1};  // of which only the number of axes counts
   return n;
 }
 
+/// Of the given queries, and of the given keys.
 inline Shape lengths_of(const Case& c) {
   Shape lengths;
-  for (const oracle::Axis& a : c.axes) lengths.push_back(a.length);
+  for (const oracle::Axis& a : c.axes) lengths.push_back(a.queries());
   return lengths;
+}
+inline Shape key_lengths_of(const Case& c) {
+  if (c.keys) return {*c.keys};
+  Shape lengths;
+  for (const oracle::Axis& a : c.axes) lengths.push_back(a.keys());
+  return lengths;
+}
+/// Empty where the case has none. Some examples may see nothing at all.
+inline Dense mask_of(const Case& c) {
+  if (!c.mask_batch) return {};
+  Shape shape = key_lengths_of(c);
+  shape.insert(shape.begin(), *c.mask_batch);
+  Dense mask(shape);
+  Rng rng(c.seed + 2);
+  const double share = pick<double>(rng, {0.5, 0.9, 0.0, 1.0});
+  for (std::int64_t i = 0; i < mask.size(); ++i) mask[i] = chance(rng, share) ? 1 : 0;
+  return mask;
 }
 inline Shape offsets_of(const Case& c) {
   Shape offsets;
@@ -173,13 +265,16 @@ inline oracle::Sizes sizes_of(const Case& c) {
           c.value_dim,
           c.additional.value_or(0),
           tokens,
-          c.keys.value_or(tokens),
+          volume(key_lengths_of(c)),
           c.keys.value_or(window_of(c)),
           c.keys ? 2 * *c.keys - 1 : volume(offsets_of(c))};
 }
 inline oracle::Pairs pairs_of(const Case& c) {
-  return c.keys ? oracle::all_pairs(c.axes[0].length, *c.keys, c.axes[0].is_causal)
-                : oracle::pairs_of(c.axes);
+  const oracle::Pairs pairs =
+      c.keys ? oracle::all_pairs(c.axes[0].length, *c.keys, c.axes[0].is_causal)
+             : oracle::pairs_of(c.axes);
+  return c.mask_batch ? oracle::masked(pairs, mask_of(c), c.batch, volume(key_lengths_of(c)))
+                      : pairs;
 }
 
 inline Shape join(std::initializer_list<Shape> parts) {
@@ -190,7 +285,7 @@ inline Shape join(std::initializer_list<Shape> parts) {
 
 /// Buffers for every tensor of the operations, by the same names.
 struct Buffers {
-  Buffer query, key, value, rpb, additional_keys, additional_values, attn;
+  Buffer query, key, value, rpb, additional_keys, additional_values, key_mask, attn;
   Buffer output, logsumexp;
   Buffer grad_output, grad_logsumexp;
   Buffer grad_query, grad_key, grad_value, grad_rpb, grad_additional_keys, grad_additional_values;
@@ -204,6 +299,7 @@ struct Buffers {
     f("rpb", rpb, &T::rpb);
     f("additional_keys", additional_keys, &T::additional_keys);
     f("additional_values", additional_values, &T::additional_values);
+    f("key_mask", key_mask, &T::key_mask);
     f("attn", attn, &T::attn);
     f("output", output, &T::output);
     f("logsumexp", logsumexp, &T::logsumexp);
@@ -239,7 +335,7 @@ class FusedProblem {
 
   explicit FusedProblem(const Case& a_case) : c(a_case), rng_(a_case.seed + 1) {
     neighborhood = neighborhood_of(c, rng_);
-    const Shape lengths = lengths_of(c), key_lengths = c.keys ? Shape{*c.keys} : lengths;
+    const Shape lengths = lengths_of(c), key_lengths = key_lengths_of(c);
     const Shape q = join({{c.batch}, lengths, {c.heads, c.dim}});
     const Shape k = join({{c.batch}, key_lengths, {c.kv_heads, c.dim}});
     const Shape v = join({{c.batch}, key_lengths, {c.kv_heads, c.value_dim}});
@@ -247,6 +343,9 @@ class FusedProblem {
     const Shape stat = join({{c.batch}, lengths, {c.heads}});
     const Shape bias = join({{c.heads}, c.keys ? Shape{2 * *c.keys - 1} : offsets_of(c)});
     Buffers& b = buffers;
+    if (c.mask_batch)  // without elements that share memory, as the reference knows the values
+      b.key_mask =
+          Buffer(natten::DType::boolean, mask_of(c), {c.is_contiguous ? nullptr : &rng_, false});
     b.query = input(q);
     b.key = input(k);
     b.value = input(v);

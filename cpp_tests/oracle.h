@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <stdexcept>
 #include <vector>
 
 #include "tensors.h"
@@ -15,6 +16,12 @@ struct Axis {
   std::int64_t length = 1, kernel_size = 1, stride = 1, dilation = 1;
   bool is_causal = false;
   natten::Boundary boundary = natten::Boundary::shift;
+  /// The parts that are given: their first tokens and how many; -1 for all.
+  std::int64_t query_offset = 0, key_offset = 0, given_queries = -1, given_keys = -1;
+
+  std::int64_t queries() const { return given_queries < 0 ? length : given_queries; }
+  std::int64_t keys() const { return given_keys < 0 ? length : given_keys; }
+  bool is_part() const { return given_queries >= 0 || given_keys >= 0; }
 };
 
 /// A key that a query sees: its token, its slot among the query's attention weights, and the index
@@ -69,18 +76,38 @@ inline Pairs pairs_of(const Axis& axis) {
   return pairs;
 }
 
+/// The pairs of the parts that are given, everything numbered in these.
+inline Pairs given_pairs_of(const Axis& axis) {
+  const Pairs whole = pairs_of(axis);
+  Pairs given;
+  for (std::int64_t q = 0; q < axis.queries(); ++q) {
+    given.push_back(whole[index(axis.query_offset + q)]);
+    for (Pair& pair : given.back()) {
+      std::int64_t number = 0;  // of the given key that is this token
+      const auto is_it = [&](std::int64_t token) {
+        return axis.boundary == natten::Boundary::circular ? (token - pair.key) % axis.length == 0
+                                                           : token == pair.key;
+      };
+      while (number < axis.keys() && !is_it(axis.key_offset + number)) ++number;
+      if (number == axis.keys()) throw std::logic_error("a key that is needed is not given");
+      pair.key = number;
+    }
+  }
+  return given;
+}
+
 /// The product over axes, everything numbered row-major.
 inline Pairs pairs_of(const std::vector<Axis>& axes) {
   Pairs pairs{{{0, 0, 0}}};
   for (const Axis& axis : axes) {
-    const Pairs along = pairs_of(axis);
+    const Pairs along = given_pairs_of(axis);
     Pairs product;
     for (const auto& outer : pairs)
       for (const auto& inner : along) {
         std::vector<Pair> row;
         for (const Pair& a : outer)
           for (const Pair& b : inner)
-            row.push_back({a.key * axis.length + b.key, a.slot * axis.kernel_size + b.slot,
+            row.push_back({a.key * axis.keys() + b.key, a.slot * axis.kernel_size + b.slot,
                            a.offset * (2 * axis.kernel_size - 1) + b.offset});
         product.push_back(row);
       }
@@ -96,6 +123,26 @@ inline Pairs all_pairs(std::int64_t queries, std::int64_t keys, bool is_causal) 
     for (std::int64_t k = 0; k < keys; ++k)
       if (!is_causal || k <= q) pairs[index(q)].push_back({k, k, 0});
   return pairs;
+}
+
+/// The pairs of each batch entry in turn, without the keys that a mask [batch or 1, keys] hides.
+inline Pairs masked(const Pairs& pairs, const Dense& mask, std::int64_t batch, std::int64_t keys) {
+  Pairs all;
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (std::vector<Pair> row : pairs) {
+      const std::int64_t first = mask.shape[0] == 1 ? 0 : b * keys;
+      row.erase(std::remove_if(row.begin(), row.end(),
+                               [&](const Pair& pair) { return mask[first + pair.key] == 0; }),
+                row.end());
+      all.push_back(row);
+    }
+  return all;
+}
+/// Those of a query of a batch entry, of pairs that are all batch entries' or of each.
+inline const std::vector<Pair>& row_of(const Pairs& pairs, std::int64_t queries, std::int64_t batch,
+                                       std::int64_t query) {
+  return pairs[index(static_cast<std::int64_t>(pairs.size()) == queries ? query
+                                                                        : batch * queries + query)];
 }
 
 /// Sizes shared by all tensors of a call. `window` is the product of kernel sizes.
@@ -186,7 +233,8 @@ FusedResults fused(const FusedInputs& in) {
 
       Matrix<Real> score(n.queries, columns);
       for (std::int64_t q = 0; q < n.queries; ++q) {
-        for (const Pair& pair : in.pairs[index(q)]) score.offset(q, pair.key) = pair.offset;
+        for (const Pair& pair : oracle::row_of(in.pairs, n.queries, b, q))
+          score.offset(q, pair.key) = pair.offset;
         for (std::int64_t c = n.keys; c < columns; ++c) score.offset(q, c) = 0;
         const std::int64_t row = row_of(b, q, h, n.queries, n.heads, n.dim);
         for (std::int64_t c = 0; c < columns; ++c) {
@@ -263,7 +311,7 @@ void for_each_slot(const Sizes& n, const Pairs& pairs, F&& f) {
   for (std::int64_t bh = 0; bh < n.batch * n.heads; ++bh)
     for (std::int64_t q = 0; q < n.queries; ++q) {
       const std::int64_t row = bh * n.queries + q;
-      for (const Pair& pair : pairs[index(q)])
+      for (const Pair& pair : row_of(pairs, n.queries, bh / n.heads, q))
         f(row, pair.slot, bh * n.keys + pair.key, false, bh % n.heads * n.offsets + pair.offset);
       for (std::int64_t i = 0; i < n.additional; ++i)
         f(row, n.window + i, bh * n.additional + i, true, std::int64_t{0});

@@ -56,7 +56,6 @@ std::vector<Phase> phases_of(const Job& job, int threads) {
 
 std::string refuse_reason(const Problem& p) {
   if (p.queries() == 0) return "there are no queries";
-  if (!is_plain(p)) return "borders other than shift, parts of a grid and masks are not built yet";
   if (p.op != Op::qk && p.op != Op::av && p.op != Op::av_transpose) return {};
   const bool in_pieces = dispatch_dtype(p.dtype, [&](auto type) {
     using E = typename decltype(type)::type;

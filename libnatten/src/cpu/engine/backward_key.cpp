@@ -1,3 +1,5 @@
+#include <limits>
+
 #include "engine.h"
 #include "workspace.h"
 
@@ -10,6 +12,7 @@ class BackwardKey final : public Pass<E> {
  public:
   using T = StatisticOf<E>;
   using Pass<E>::isa;
+  using Pass<E>::mask;
   using Pass<E>::plan;
 
   BackwardKey(const Job& job, int threads)
@@ -33,8 +36,8 @@ class BackwardKey final : public Pass<E> {
 
   void load_rows(const Work& work, Loader<T>& loader) override {
     const Problem& p = plan.problem();
-    pack_rows(loader, plan, work, Source<E>{key_, p.head_dim}, key_rows_);
-    pack_rows(loader, plan, work, Source<E>{value_, p.value_dim}, value_rows_);
+    pack_rows(loader, plan, work, Source<E>{key_, p.head_dim, 1.0, mask}, key_rows_);
+    pack_rows(loader, plan, work, Source<E>{value_, p.value_dim, 1.0, mask}, value_rows_);
     key_sums_.fill(plan, work, T(0));
     value_sums_.fill(plan, work, T(0));
   }
@@ -44,14 +47,22 @@ class BackwardKey final : public Pass<E> {
     const LineMemory<T>& to = line.memory;
     pack_columns(loader, plan, work, line, Source<E>{query_, p.head_dim, p.scale},
                  Source<E>{grad_output_, p.value_dim});
-    for (std::int64_t c = 0; c < line.count; ++c) {
-      const Coordinate token = work.token(p, {line.first[0], line.first[1], line.first[2] + c});
-      for (std::int64_t h = 0; h < work.column_head_count; ++h) {
-        const std::int64_t head = work.column_head + h, at = h * line.head_stride + c;
-        to.logsumexp[at] = weights_reference(*logsumexp_.at(work.batch, head, token));
-        to.row_term[at] = *workspace_.row_term(work.batch, head, token);
-      }
-    }
+    for_each_run(
+        plan, work, line.first, line.count,
+        [&](const Coordinate* first, std::int64_t start, std::int64_t count) {
+          Coordinate query = first ? *first : Coordinate{};
+          for (std::int64_t c = start; c < start + count; ++c) {
+            for (std::int64_t h = 0; h < work.column_head_count; ++h) {
+              const std::int64_t head = work.column_head + h;
+              const std::int64_t at = h * line.head_stride + c;
+              // A query that is not given has no weights.
+              to.logsumexp[at] = first ? weights_reference(*logsumexp_.at(work.batch, head, query))
+                                       : std::numeric_limits<T>::infinity();
+              to.row_term[at] = first ? *workspace_.row_term(work.batch, head, query) : T(0);
+            }
+            query[2] += p.axes[2].dilation;
+          }
+        });
   }
 
   void run_block(const Work& work, const Columns<T>&, const simd::Block<T>& block) override {
@@ -66,6 +77,8 @@ class BackwardKey final : public Pass<E> {
 
   void store_rows(const Work& work) override {
     const Problem& p = plan.problem();
+    clear_hidden(plan, work, mask, key_sums_);
+    clear_hidden(plan, work, mask, value_sums_);
     unpack_rows(isa, plan, work, key_sums_, Target<E, T>{grad_key_, p.head_dim});
     unpack_rows(isa, plan, work, value_sums_, Target<E, T>{grad_value_, p.value_dim});
   }

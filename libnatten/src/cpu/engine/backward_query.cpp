@@ -13,6 +13,7 @@ class BackwardQuery final : public Pass<E> {
  public:
   using T = StatisticOf<E>;
   using Pass<E>::isa;
+  using Pass<E>::mask;
   using Pass<E>::plan;
 
   BackwardQuery(const Job& job, int threads)
@@ -64,8 +65,9 @@ class BackwardQuery final : public Pass<E> {
 
   void pack_line(const Work& work, const LineToPack<T>& line, Loader<T>& loader) override {
     const Problem& p = plan.problem();
-    pack_columns(loader, plan, work, line, Source<E>{key_, p.head_dim},
-                 Source<E>{value_, p.value_dim});
+    pack_columns(loader, plan, work, line, Source<E>{key_, p.head_dim, 1.0, mask},
+                 Source<E>{value_, p.value_dim, 1.0, mask});
+    if (mask) pack_mask(plan, work, line, mask);
   }
 
   T* grad_bias(const Work& work) const override { return workspace_.grad_bias(work); }

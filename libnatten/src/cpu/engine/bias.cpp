@@ -8,15 +8,31 @@ namespace natten::detail::cpu::engine {
 namespace {
 
 /// What a query sees of an axis.
-Interval seen_by(const Axis& axis, std::int64_t token) {
-  return window(axis, group_of(axis, token), position_of(axis, token));
-}
+struct Seen {
+  std::int64_t group, position;
+  Interval keys;
+  std::int64_t first_slot;    // of the keys
+  std::int64_t first_offset;  // of the keys, in the table
 
-/// The slot of an axis that is at an offset of the table from a token, or -1.
-std::int64_t slot_at(const Axis& axis, std::int64_t token, std::int64_t offset) {
-  const std::int64_t key = position_of(axis, token) + offset - (axis.kernel_size - 1);
-  const Interval keys = seen_by(axis, token);
-  return key >= keys.begin && key < keys.end ? key - keys.begin : -1;
+  /// `query`: its number among those that are given.
+  Seen(const Axis& axis, std::int64_t query)
+      : group(group_of(axis, axis.query_offset + query)),
+        position(position_of(axis, axis.query_offset + query)),
+        keys(window(axis, group, position)),
+        first_slot(keys.begin - natten::first_slot(axis, group, position)),
+        first_offset(keys.begin - position + axis.kernel_size - 1) {}
+
+  /// The number of a key among those that are given.
+  std::int64_t key(const Axis& axis, std::int64_t i) const {
+    return key_index(axis, token_at(axis, group, keys.begin + i));
+  }
+};
+
+/// The key of an axis that is at an offset of the table from a query, counted from the first that
+/// the query sees; or -1.
+std::int64_t key_at(const Seen& seen, std::int64_t offset) {
+  const std::int64_t i = offset - seen.first_offset;
+  return i >= 0 && i < seen.keys.size() ? i : -1;
 }
 
 /// Runs of biases: the last axes of a token's slots and of the table lie alike.
@@ -25,6 +41,7 @@ Phase gather(const Job& job) {
   const Problem p = job.problem;
   const auto rpb = operand<const E>(p, job.tensors, &Tensors::rpb);
   const auto attn = operand<E>(p, job.tensors, &Tensors::attn);
+  const KeyMask mask = key_mask(p, job.tensors);
   const E empty =
       p.empty_slots == EmptySlots::zero ? E(0.0f) : E(-std::numeric_limits<float>::infinity());
   const std::int64_t tokens = p.queries();
@@ -33,21 +50,23 @@ Phase gather(const Job& job) {
     for (std::int64_t item = first; item < last; ++item) {
       if (item % 64 == 0) checkpoint(64 * p.slots());
       const std::int64_t batch = item / tokens / p.heads, head = item / tokens % p.heads;
-      const Coordinate token = unravel(item % tokens, query_lengths(p));
-      Interval seen[kMaxRank];
-      Coordinate offset;  // of the first slot, in the table
-      for (int i = 0; i < kMaxRank; ++i) {
-        seen[i] = seen_by(axes[i], token[i]);
-        offset[i] = seen[i].begin - position_of(axes[i], token[i]) + axes[i].kernel_size - 1;
-      }
-      E* slots = attn.at(batch, head, token);
+      const Coordinate query = unravel(item % tokens, query_lengths(p));
+      const Seen seen[kMaxRank] = {{axes[0], query[0]}, {axes[1], query[1]}, {axes[2], query[2]}};
+      E* slots = attn.at(batch, head, query);
       std::fill(slots, slots + p.window_size(), empty);
       std::fill(slots + p.window_size(), slots + p.slots(), E(0.0f));
-      for (std::int64_t i = 0; i < seen[0].size(); ++i)
-        for (std::int64_t j = 0; j < seen[1].size(); ++j) {
-          const Coordinate at{offset[0] + i, offset[1] + j, offset[2]};
-          std::copy_n(rpb.at(0, head, at), seen[2].size(),
-                      slots + (i * axes[1].kernel_size + j) * axes[2].kernel_size);
+      for (std::int64_t i = 0; i < seen[0].keys.size(); ++i)
+        for (std::int64_t j = 0; j < seen[1].keys.size(); ++j) {
+          const Coordinate at{seen[0].first_offset + i, seen[1].first_offset + j,
+                              seen[2].first_offset};
+          E* to = slots + seen[2].first_slot +
+                  ((seen[0].first_slot + i) * axes[1].kernel_size + seen[1].first_slot + j) *
+                      axes[2].kernel_size;
+          std::copy_n(rpb.at(0, head, at), seen[2].keys.size(), to);
+          for (std::int64_t k = 0; mask && k < seen[2].keys.size(); ++k)
+            if (mask.hides(batch, {seen[0].key(axes[0], i), seen[1].key(axes[1], j),
+                                   seen[2].key(axes[2], k)}))
+              to[k] = empty;
         }
     }
   };
@@ -61,6 +80,7 @@ Phase scatter(const Job& job) {
   const Problem p = job.problem;
   const auto attn = operand<const E>(p, job.tensors, &Tensors::attn);
   const auto grad_rpb = operand<E>(p, job.tensors, &Tensors::grad_rpb);
+  const KeyMask mask = key_mask(p, job.tensors);
   const Coordinate shape = relative_positions(p);
   const auto body = [=](std::int64_t first, std::int64_t last) {
     const Axis* axes = p.axes;
@@ -69,21 +89,25 @@ Phase scatter(const Job& job) {
       Coordinate at{item / shape[1] % shape[0], item % shape[1], 0};
       const std::int64_t head = item / shape[1] / shape[0];
       sums.assign(static_cast<std::size_t>(shape[2]), 0.0);
-      Coordinate token;
+      Coordinate query;
       for (std::int64_t batch = 0; batch < p.batch; ++batch)
-        for (token[0] = 0; token[0] < axes[0].query_length; ++token[0])
-          for (token[1] = 0; token[1] < axes[1].query_length; ++token[1]) {
-            const std::int64_t slot0 = slot_at(axes[0], token[0], at[0]);
-            const std::int64_t slot1 = slot_at(axes[1], token[1], at[1]);
-            if (slot0 < 0 || slot1 < 0) continue;
-            const std::int64_t slot = (slot0 * axes[1].kernel_size + slot1) * axes[2].kernel_size;
-            for (token[2] = 0; token[2] < axes[2].query_length; ++token[2]) {
-              if (token[2] % 64 == 0) checkpoint(64 * axes[2].kernel_size);
-              const Interval keys = seen_by(axes[2], token[2]);
-              const E* slots = attn.at(batch, head, token) + slot;
-              double* to = sums.data() + keys.begin - position_of(axes[2], token[2]) +
-                           axes[2].kernel_size - 1;
-              for (std::int64_t i = 0; i < keys.size(); ++i) to[i] += static_cast<double>(slots[i]);
+        for (query[0] = 0; query[0] < axes[0].query_length; ++query[0])
+          for (query[1] = 0; query[1] < axes[1].query_length; ++query[1]) {
+            const Seen seen0(axes[0], query[0]), seen1(axes[1], query[1]);
+            const std::int64_t key0 = key_at(seen0, at[0]), key1 = key_at(seen1, at[1]);
+            if (key0 < 0 || key1 < 0) continue;
+            const std::int64_t slot =
+                ((seen0.first_slot + key0) * axes[1].kernel_size + seen1.first_slot + key1) *
+                axes[2].kernel_size;
+            for (query[2] = 0; query[2] < axes[2].query_length; ++query[2]) {
+              if (query[2] % 64 == 0) checkpoint(64 * axes[2].kernel_size);
+              const Seen seen2(axes[2], query[2]);
+              const E* slots = attn.at(batch, head, query) + slot + seen2.first_slot;
+              double* to = sums.data() + seen2.first_offset;
+              for (std::int64_t i = 0; i < seen2.keys.size(); ++i)
+                if (!mask || !mask.hides(batch, {seen0.key(axes[0], key0), seen1.key(axes[1], key1),
+                                                 seen2.key(axes[2], i)}))
+                  to[i] += static_cast<double>(slots[i]);
             }
           }
       for (at[2] = 0; at[2] < shape[2]; ++at[2])

@@ -59,22 +59,32 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
   item /= plan_.strips;
   const std::int64_t sweep = item % plan_.sweeps;
   item /= plan_.sweeps;
-  work.first[0] = item % grid.rows(0, 0);
-  item /= grid.rows(0, 0);
-  work.group = unravel(item, {p_.axes[0].dilation, p_.axes[1].dilation, p_.axes[2].dilation});
+  const std::int64_t row0 = item % grid.most_rows(0);
+  item /= grid.most_rows(0);
+  const Coordinate group = unravel(item, {grid.groups(0), grid.groups(1), grid.groups(2)});
+  Interval rows[kMaxRank];
+  for (int axis = 0; axis < kMaxRank; ++axis) {
+    work.group[axis] = grid.group(axis, group[axis]);
+    rows[axis] = grid.rows(axis, work.group[axis]);
+  }
+  work.first[0] = rows[0].begin + row0;
+  work.first[2] = rows[2].begin + strip * plan_.strip;
+  work.row_count = std::min(plan_.strip, rows[2].end - work.first[2]);
   // Items are counted for the longest group.
-  for (int axis = 0; axis < kMaxRank; ++axis)
-    if (work.group[axis] >= grid.row_length(axis)) return;
-  if (work.first[0] >= grid.rows(0, work.group[0])) return;
-  work.first[2] = strip * plan_.strip;
-  work.row_count = std::min(plan_.strip, grid.rows(2, work.group[2]) - work.first[2]);
-  if (work.row_count <= 0) return;
+  if (work.first[0] >= rows[0].end || work.row_count <= 0) return;
   packed_.forget();
   seen_by_row_.resize(work.row_count);
-  for (std::int64_t r = 0; r < work.row_count; ++r)
-    seen_by_row_[r] = grid.columns(2, work.group[2], work.first[2] + r);
-  const std::int64_t last = std::min((sweep + 1) * plan_.sweep, grid.rows(1, work.group[1]));
-  for (std::int64_t line = sweep * plan_.sweep; line < last; line += plan_.stack) {
+  first_slot_by_row_.assign(work.row_count, 0);
+  const bool has_empty_slots = p_.axes[2].boundary == Boundary::cut && !rows_are_keys(plan_.kind());
+  for (std::int64_t r = 0; r < work.row_count; ++r) {
+    const std::int64_t position = work.first[2] + r;
+    seen_by_row_[r] = grid.columns(2, work.group[2], position);
+    if (has_empty_slots)
+      first_slot_by_row_[r] =
+          seen_by_row_[r].begin - first_slot(p_.axes[2], work.group[2], position);
+  }
+  const std::int64_t last = std::min(rows[1].begin + (sweep + 1) * plan_.sweep, rows[1].end);
+  for (std::int64_t line = rows[1].begin + sweep * plan_.sweep; line < last; line += plan_.stack) {
     work.first[1] = line;
     work.line_count = std::min(plan_.stack, last - line);
     run_rows(work);
@@ -180,6 +190,7 @@ void Engine<E>::visit_blocks(Work work, const Columns<T>& columns) {
       const Interval seen = block.everywhere ? columns.part : seen_by_row_[work.row + i];
       block.begin[i] = std::clamp(seen.begin, start, stop) - start;
       block.end[i] = std::clamp(seen.end, start, stop) - start;
+      block.first_slot[i] = block.everywhere ? 0 : first_slot_by_row_[work.row + i];
       sees_any = sees_any || block.begin[i] < block.end[i];
     }
     if (!sees_any) continue;

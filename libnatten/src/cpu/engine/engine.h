@@ -42,9 +42,10 @@ class Engine {
   PackedLines<T> packed_;
   AdditionalTokens<E> additional_;
   BiasTables<E> biases_;
-  std::vector<Interval> seen_by_row_;  // of the strip, along the innermost axis
-  std::vector<simd::Line<T>> lines_;   // at hand
-  T* scratch_ = nullptr;               // of the kernels
+  std::vector<Interval> seen_by_row_;            // of the strip, along the innermost axis
+  std::vector<std::int64_t> first_slot_by_row_;  // likewise, the slot of the first column seen
+  std::vector<simd::Line<T>> lines_;             // at hand
+  T* scratch_ = nullptr;                         // of the kernels
 };
 
 extern template class Engine<double>;

@@ -28,25 +28,30 @@ class Loader {
   std::vector<simd::Packing<T>> list_;
 };
 
-/// What is packed of a tensor.
+/// What is packed of a tensor. What the mask hides is 0, as it may be no number.
 template <class E>
 struct Source {
   const Operand<const E>& tensor;
   std::int64_t dim;
   double scale = 1.0;
+  KeyMask mask = {};
 };
 
-/// Packs `count` tokens of some heads from a position on, along the innermost axis. To where is
-/// left to be said.
+/// Packs `count` tokens of some heads from the one with number `first` on, along the innermost
+/// axis; or as many zeros where there are none. To where is left to be said.
 template <class T, class E>
 simd::Packing<T> packing_of(const Source<E>& source, const Plan& plan, const Work& work,
-                            std::int64_t first_head, std::int64_t heads, const Coordinate& first,
+                            std::int64_t first_head, std::int64_t heads, const Coordinate* first,
                             std::int64_t count) {
-  const Problem& p = plan.problem();
+  const std::int64_t dilation = plan.problem().axes[2].dilation;
   const Operand<const E>& from = source.tensor;
   simd::Packing<T> packing;
-  packing.from = from.at(work.batch, first_head, work.token(p, first));
-  packing.stride = from.grid[2] * p.axes[2].dilation;
+  packing.from = first ? from.at(work.batch, first_head, *first) : nullptr;
+  packing.stride = from.grid[2] * dilation;
+  if (source.mask && first) {
+    packing.seen = source.mask.seen.at(work.batch, 0, *first);
+    packing.seen_stride = source.mask.seen.grid[2] * dilation;
+  }
   packing.count = count;
   packing.dim = source.dim;
   packing.heads = static_cast<int>(heads);
@@ -79,9 +84,10 @@ template <class T, class E>
 void pack_rows(Loader<T>& loader, const Plan& plan, const Work& work, const Source<E>& source,
                const RowBuffer<T>& transposed, const RowBuffer<T>& plain = {}) {
   for (std::int64_t line = 0; line < work.line_count; ++line) {
-    const Coordinate first{work.first[0], work.first[1] + line, work.first[2]};
+    const Coordinate first =
+        work.row_at(plan, {work.first[0], work.first[1] + line, work.first[2]});
     simd::Packing<T> packing =
-        packing_of<T>(source, plan, work, work.first_head, work.head_count, first, work.row_count);
+        packing_of<T>(source, plan, work, work.first_head, work.head_count, &first, work.row_count);
     packing.transposed = transposed.at(line * plan.line_rows);
     packing.transposed_stride = plan.head_rows * transposed.dim;
     if (plain) {
@@ -91,6 +97,16 @@ void pack_rows(Loader<T>& loader, const Plan& plan, const Work& work, const Sour
     }
     loader.add(packing);
   }
+}
+
+/// Sets the sums of rows that are hidden keys to 0.
+template <class T>
+void clear_hidden(const Plan& plan, const Work& work, const KeyMask& mask,
+                  const RowBuffer<T>& sums) {
+  if (!mask) return;
+  for_each_row(plan, work, [&](std::int64_t row, std::int64_t, const Coordinate& key) {
+    if (mask.hides(work.batch, key)) std::fill_n(sums.at(row), sums.dim, T(0));
+  });
 }
 
 /// Where sums of rows are written, and with what factors: one, and one of each row.
@@ -111,7 +127,8 @@ void unpack_rows(const simd::InstructionSet& isa, const Plan& plan, const Work& 
   if (!to) return;
   for (std::int64_t line = 0; line < work.line_count; ++line) {
     const std::int64_t row = line * plan.line_rows;
-    const Coordinate first{work.first[0], work.first[1] + line, work.first[2]};
+    const Coordinate first =
+        work.row_at(plan, {work.first[0], work.first[1] + line, work.first[2]});
     simd::Unpacking<T> unpacking;
     unpacking.from = sums.at(row);
     unpacking.padded = sums.dim;
@@ -119,7 +136,7 @@ void unpack_rows(const simd::InstructionSet& isa, const Plan& plan, const Work& 
     unpacking.scales = target.scales ? target.scales.at(row) : nullptr;
     unpacking.scales_stride = plan.head_rows;
     unpacking.scale = static_cast<T>(target.scale);
-    unpacking.to = to.at(work.batch, work.first_head, work.token(p, first));
+    unpacking.to = to.at(work.batch, work.first_head, first);
     unpacking.stride = to.grid[2] * p.axes[2].dilation;
     unpacking.count = work.row_count;
     unpacking.dim = target.dim;

@@ -11,6 +11,7 @@ struct LineMemory {
   T *transposed = nullptr, *transposed_grad = nullptr;
   T *plain = nullptr, *plain_grad = nullptr;
   T *logsumexp = nullptr, *row_term = nullptr;
+  T* hidden = nullptr;  // of all heads
 };
 
 /// A part of a line of columns that is to be packed.
@@ -31,7 +32,9 @@ class PackedLines {
  public:
   void take(Arena& arena, const Plan& plan) {
     constexpr std::int64_t per_cache_line = 64 / sizeof(T);
-    ld_ = round_up(plan.piece_columns, per_cache_line);
+    // Runs of columns are packed in whole vectors, and on circular axes may begin anywhere.
+    const bool is_circular = plan.problem().axes[2].boundary == Boundary::circular;
+    ld_ = round_up(plan.piece_columns + (is_circular ? plan.width : 0), per_cache_line);
     // An odd number of cache lines: rows of a transposed operand then spread over the cache.
     if (ld_ / per_cache_line % 2 == 0 && ld_ > 2 * per_cache_line) ld_ += per_cache_line;
     // What vectors read past either end of a row is never used, so only the first and the last
@@ -61,24 +64,27 @@ class PackedLines {
       }
       if (head == 0) head_stride_ = arena.used<T>() - before;
     }
+    for (Entry& entry : entries_) entry.memory.hidden = take_transposed(column.hidden ? 1 : 0);
   }
 
   std::int64_t ld() const { return ld_; }
   /// Forgets all lines, before others of the same position are packed.
   void forget() {
-    for (Entry& entry : entries_) entry.tag = -1;
+    for (Entry& entry : entries_) entry.is_packed = false;
   }
   /// The entry of line `number` of those that are at hand together.
   std::int64_t entry_of(const Plan& plan, std::int64_t number, const Coordinate& line) const {
-    return plan.in_pieces ? number : line[0] % plan.ring0 * plan.ring1 + line[1] % plan.ring1;
+    if (plan.in_pieces) return number;
+    return floor_mod(line[0], plan.ring0) * plan.ring1 + floor_mod(line[1], plan.ring1);
   }
   /// Whether a line has to be packed into its entry; if so, takes it to be there from now on.
   bool admit(const Plan& plan, std::int64_t number, const Coordinate& line) {
-    const Axis& axis1 = plan.problem().axes[1];
-    const std::int64_t tag = line[0] * (axis1.query_length + axis1.key_length) + line[1];
     Entry& entry = entries_[entry_of(plan, number, line)];
-    if (!plan.in_pieces && entry.tag == tag) return false;
-    entry.tag = tag;
+    if (!plan.in_pieces && entry.is_packed && entry.line0 == line[0] && entry.line1 == line[1])
+      return false;
+    entry.is_packed = true;
+    entry.line0 = line[0];
+    entry.line1 = line[1];
     return true;
   }
   /// Columns first[2] to first[2] + count of a line, for packing.
@@ -98,13 +104,15 @@ class PackedLines {
     line.plain_grad = of_head(memory.plain_grad);
     line.logsumexp = of_head(memory.logsumexp);
     line.row_term = of_head(memory.row_term);
+    line.hidden = memory.hidden;
     return line;
   }
 
  private:
   struct Entry {
     LineMemory<T> memory;
-    std::int64_t tag = -1;  // which line it holds
+    bool is_packed = false;
+    std::int64_t line0 = 0, line1 = 0;  // which line it holds
   };
   std::vector<Entry> entries_;
   std::int64_t ld_ = 0;
@@ -115,15 +123,31 @@ class PackedLines {
 template <class T, class E>
 void pack_columns(Loader<T>& loader, const Plan& plan, const Work& work, const LineToPack<T>& line,
                   const Source<E>& source, T* transposed, T* plain, std::int64_t padded) {
-  simd::Packing<T> packing = packing_of<T>(source, plan, work, work.column_head,
-                                           work.column_head_count, line.first, line.count);
-  packing.transposed = transposed;
-  packing.ld = line.ld;
-  packing.transposed_stride = line.head_stride;
-  packing.plain = plain;
-  packing.padded = padded;
-  packing.plain_stride = line.head_stride;
-  loader.add(packing);
+  for_each_run(plan, work, line.first, line.count,
+               [&](const Coordinate* first, std::int64_t at, std::int64_t count) {
+                 simd::Packing<T> packing = packing_of<T>(source, plan, work, work.column_head,
+                                                          work.column_head_count, first, count);
+                 packing.transposed = transposed ? transposed + at : nullptr;
+                 packing.ld = line.ld;
+                 packing.transposed_stride = line.head_stride;
+                 packing.plain = plain ? plain + at * padded : nullptr;
+                 packing.padded = padded;
+                 packing.plain_stride = line.head_stride;
+                 loader.add(packing);
+               });
+}
+
+/// Says which columns of a line are hidden keys.
+template <class T>
+void pack_mask(const Plan& plan, const Work& work, const LineToPack<T>& line, const KeyMask& mask) {
+  for_each_run(plan, work, line.first, line.count,
+               [&](const Coordinate* first, std::int64_t at, std::int64_t count) {
+                 Coordinate key = first ? *first : Coordinate{};
+                 for (std::int64_t c = at; c < at + count; ++c) {
+                   line.memory.hidden[c] = first && mask.hides(work.batch, key) ? T(1) : T(0);
+                   key[2] += plan.problem().axes[2].dilation;
+                 }
+               });
 }
 
 /// Packs the columns of a fused pass: those that rows are multiplied with to give scores, and those

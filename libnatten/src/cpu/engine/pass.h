@@ -15,6 +15,7 @@ class Pass {
   using T = StatisticOf<E>;
 
   const Plan plan;
+  const KeyMask mask;
   const simd::InstructionSet& isa = instruction_set();
 
   /// Takes the buffers of the rows at hand.
@@ -40,7 +41,7 @@ class Pass {
 
  protected:
   Pass(const Job& job, PassKind kind, int threads)
-      : plan(plan_for<E>(job.problem, kind, threads)) {}
+      : plan(plan_for<E>(job.problem, kind, threads)), mask(key_mask(job.problem, job.tensors)) {}
   Pass(const Pass&) = default;
   ~Pass() = default;
 

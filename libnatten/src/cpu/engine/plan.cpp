@@ -27,6 +27,7 @@ ColumnShape column_shape(const Plan& plan) {
   const Problem& p = plan.problem();
   const PassKind kind = plan.kind();
   ColumnShape column;
+  column.hidden = p.has_key_mask && !rows_are_keys(kind);
   if (kind == PassKind::av || kind == PassKind::av_transpose) {
     column.plain = plan.padded;
     return column;
@@ -73,7 +74,7 @@ void set_fewer_heads(Plan& plan) { set_heads(plan, (plan.row_heads + 1) / 2); }
 void fit_cache(Plan& plan) {
   const std::int64_t least_strip =
       std::max(kShortestStrip, plan.stack > 1 ? plan.width : kMostVectors * plan.width);
-  const std::int64_t longest = plan.grid.rows(2, 0);
+  const std::int64_t longest = plan.grid.most_rows(2);
   // Heads of a token are neighbors in memory: it is read in order where they are packed together.
   // Unfused tensors are heads-first.
   set_heads(plan, is_fused(plan.kind())
@@ -102,12 +103,12 @@ void fit_cache(Plan& plan) {
 /// Makes items for all threads: by shorter sweeps as long as few lines are packed twice, then by
 /// fewer heads, which reads memory in pieces, then by even shorter sweeps.
 void cut_into_items(Plan& plan, int threads) {
-  const std::int64_t longest = plan.grid.rows(2, 0), lines = plan.grid.rows(1, 0);
+  const std::int64_t longest = plan.grid.most_rows(2), lines = plan.grid.most_rows(1);
   plan.strips = (longest + plan.strip - 1) / plan.strip;
   const auto set_sweep = [&](std::int64_t length) {
     plan.sweep = std::min(lines, round_up(length, plan.stack));
     plan.sweeps = (lines + plan.sweep - 1) / plan.sweep;
-    plan.items = plan.groups() * plan.grid.rows(0, 0) * plan.sweeps * plan.strips;
+    plan.items = plan.groups() * plan.grid.most_rows(0) * plan.sweeps * plan.strips;
   };
   set_sweep(lines);
   const auto too_few = [&] {
@@ -159,7 +160,7 @@ Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::siz
   plan.column = column_shape(plan);
   // Where neighboring lines of rows see no lines in common, stacking them gives nothing.
   const RowGrid& grid = plan.grid;
-  plan.stack = grid.rows(1, 0) > 1 && grid.most_columns(1, 1) > 1 ? kMostVectors : 1;
+  plan.stack = grid.most_rows(1) > 1 && grid.most_columns(1, 1) > 1 ? kMostVectors : 1;
   plan.ring0 = std::max<std::int64_t>(1, grid.most_columns(0, 1));
   plan.ring1 = std::max<std::int64_t>(1, grid.most_columns(1, plan.stack));
   plan.ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));

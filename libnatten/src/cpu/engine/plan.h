@@ -2,6 +2,7 @@
 
 #include <natten/problem.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -48,15 +49,42 @@ struct RowGrid {
   PassKind kind;
 
   std::int64_t heads() const { return rows_are_keys(kind) ? problem.kv_heads : problem.heads; }
+  /// Rows that are given, and the first of them.
   std::int64_t row_length(int axis) const {
     const Axis& a = problem.axes[axis];
     return rows_are_keys(kind) ? a.key_length : a.query_length;
   }
+  std::int64_t row_offset(int axis) const {
+    const Axis& a = problem.axes[axis];
+    return rows_are_keys(kind) ? a.key_offset : a.query_offset;
+  }
+  /// Columns that are given.
+  std::int64_t column_length(int axis) const {
+    const Axis& a = problem.axes[axis];
+    return rows_are_keys(kind) ? a.query_length : a.key_length;
+  }
+  /// The number of a column among them; -1 where it is not.
+  std::int64_t column_index(int axis, std::int64_t token) const {
+    const Axis& a = problem.axes[axis];
+    return rows_are_keys(kind) ? query_index(a, token) : key_index(a, token);
+  }
+  /// Dilation groups that have rows, and the one that is number `i` of them.
+  std::int64_t groups(int axis) const {
+    return std::min(problem.axes[axis].dilation, row_length(axis));
+  }
+  std::int64_t group(int axis, std::int64_t i) const {
+    return group_of(problem.axes[axis], row_offset(axis) + i);
+  }
   Interval columns(int axis, std::int64_t group, std::int64_t position) const {
     return columns_of(problem.axes[axis], rows_are_keys(kind), group, position);
   }
-  std::int64_t rows(int axis, std::int64_t group) const {
-    return rows_of(problem.axes[axis], rows_are_keys(kind), group).size();
+  /// Positions of the rows of a dilation group, and how many the longest has.
+  Interval rows(int axis, std::int64_t group) const {
+    return rows_of(problem.axes[axis], rows_are_keys(kind), group);
+  }
+  std::int64_t most_rows(int axis) const {
+    const std::int64_t dilation = problem.axes[axis].dilation;
+    return (row_length(axis) + dilation - 1) / dilation;
   }
   std::int64_t most_columns(int axis, std::int64_t run) const {
     return cpu::most_columns(problem.axes[axis], rows_are_keys(kind), run);
@@ -70,6 +98,7 @@ struct ColumnShape {
   std::int64_t plain = 0;            // padded
   std::int64_t plain_grad = 0;       // likewise
   bool statistics = false;           // logsumexp and row term
+  bool hidden = false;               // whether a mask hides it
 };
 
 /// Sums over queries that several items contribute to, those of biases and additional tokens, go
@@ -112,10 +141,7 @@ struct Plan {
   const Problem& problem() const { return grid.problem; }
   PassKind kind() const { return grid.kind; }
   std::int64_t head_groups() const { return (grid.heads() + row_heads - 1) / row_heads; }
-  std::int64_t groups() const {
-    const Axis* axes = grid.problem.axes;
-    return axes[0].dilation * axes[1].dilation * axes[2].dilation;
-  }
+  std::int64_t groups() const { return grid.groups(0) * grid.groups(1) * grid.groups(2); }
   /// Rows that a thread has at hand.
   std::int64_t rows() const { return row_heads * head_rows; }
   std::int64_t total_units() const { return grid.problem.batch * head_groups() * units; }

@@ -12,11 +12,15 @@ class Unfused : public Pass<E> {
  public:
   using T = StatisticOf<E>;
   using Pass<E>::isa;
+  using Pass<E>::mask;
   using Pass<E>::plan;
 
   void pack_line(const Work& work, const LineToPack<T>& line, Loader<T>& loader) override {
-    pack_columns(loader, plan, work, line, Source<E>{columns_, plan.problem().head_dim},
-                 line.memory.transposed, line.memory.plain, plan.padded);
+    const KeyMask hidden = rows_are_keys(plan.kind()) ? KeyMask{} : mask;
+    pack_columns(loader, plan, work, line,
+                 Source<E>{columns_, plan.problem().head_dim, 1.0, hidden}, line.memory.transposed,
+                 line.memory.plain, plan.padded);
+    if (hidden) pack_mask(plan, work, line, hidden);
   }
 
   /// Where rows are queries, as in attn.
@@ -24,8 +28,8 @@ class Unfused : public Pass<E> {
                       const LinesSeen& seen) const override {
     const Axis* axes = plan.problem().axes;
     for (int n = 0; n < simd::kMostVectors; ++n)
-      line.weights[n] = ((position[0] - seen.axis0.begin) * axes[1].kernel_size + position[1] -
-                         seen.axis1[n].begin) *
+      line.weights[n] = ((position[0] - seen.first_slot0) * axes[1].kernel_size + position[1] -
+                         seen.first_slot1[n]) *
                         axes[2].kernel_size;
   }
 
@@ -65,9 +69,9 @@ class Unfused : public Pass<E> {
     for (std::int64_t v = 0; v < block.vectors; ++v) {
       const std::int64_t line = block.adjacent ? 0 : v, first = block.adjacent ? v * plan.width : 0;
       for (std::int64_t r = 0; r < std::min(plan.width, block.rows - first); ++r) {
-        const Coordinate token = work.token(
-            p, {work.first[0], work.first[1] + line, work.first[2] + work.row + first + r});
-        f(weights_of(v, r), attn_.at(work.batch, work.first_head + work.head, token) + slot);
+        const Coordinate query = work.row_at(
+            plan, {work.first[0], work.first[1] + line, work.first[2] + work.row + first + r});
+        f(weights_of(v, r), attn_.at(work.batch, work.first_head + work.head, query) + slot);
       }
     }
   }
@@ -94,7 +98,10 @@ class Qk final : public Unfused<E> {
 
   Qk(const Job& job, int threads)
       : Unfused<E>(job, PassKind::qk, threads, &Tensors::key),
-        query_(operand<const E>(job.problem, job.tensors, &Tensors::query)) {}
+        query_(operand<const E>(job.problem, job.tensors, &Tensors::query)) {
+    for (const Axis& axis : job.problem.axes)
+      has_empty_slots_ = has_empty_slots_ || axis.is_causal || axis.boundary == Boundary::cut;
+  }
 
   void take_memory(Arena& arena) override {
     query_rows_ = take_rows<T>(arena, plan, plan.problem().head_dim);
@@ -108,11 +115,11 @@ class Qk final : public Unfused<E> {
   void run_block(const Work& work, const Columns<T>& columns,
                  const simd::Block<T>& block) override {
     const Problem& p = plan.problem();
-    const bool is_causal = p.axes[0].is_causal || p.axes[1].is_causal || p.axes[2].is_causal;
-    if (is_causal && !columns.are_additional())
-      std::fill_n(this->weights_of(0, 0), this->weights_count(),
-                  p.empty_slots == EmptySlots::zero ? T(0) : -std::numeric_limits<T>::infinity());
+    const T empty = p.empty_slots == EmptySlots::zero ? T(0) : -std::numeric_limits<T>::infinity();
+    if (has_empty_slots_ && !columns.are_additional())
+      std::fill_n(this->weights_of(0, 0), this->weights_count(), empty);
     simd::Weights<T> w = this->kernel_arguments(block);
+    w.hidden_score = empty;
     w.rows = query_rows_.at(work.row_index(plan));
     this->kernels().score(w);
     this->for_each_weights(work, columns, block, [&](const T* weights, E* attn) {
@@ -129,6 +136,7 @@ class Qk final : public Unfused<E> {
 
  private:
   Operand<const E> query_;
+  bool has_empty_slots_ = false;  // of windows that are smaller than others
   RowBuffer<T> query_rows_;
 };
 
@@ -138,6 +146,7 @@ class WeightedSums : public Unfused<E> {
  public:
   using T = StatisticOf<E>;
   using Pass<E>::isa;
+  using Pass<E>::mask;
   using Pass<E>::plan;
 
   void load_rows(const Work& work, Loader<T>&) override { sums_.fill(plan, work, T(0)); }
@@ -151,6 +160,7 @@ class WeightedSums : public Unfused<E> {
   }
 
   void store_rows(const Work& work) override {
+    if (rows_are_keys(plan.kind())) clear_hidden(plan, work, mask, sums_);
     unpack_rows(isa, plan, work, sums_, Target<E, T>{output_, plan.problem().head_dim});
   }
 
@@ -233,24 +243,26 @@ class AvTranspose final : public WeightedSums<E> {
     const std::int64_t first_row = work.first[2] + work.row;  // of the block
     for (std::int64_t l = 0; l < block.line_count; ++l) {
       const simd::Line<T>& line = block.lines[l];
-      Coordinate query = columns.seen->line(l);  // its position
-      const Interval seen0 = window(axes[0], work.group[0], query[0]);
-      const Interval seen1 = window(axes[1], work.group[1], query[1]);
+      Coordinate position = columns.seen->line(l);
+      const std::int64_t slot0 = first_slot(axes[0], work.group[0], position[0]);
+      const std::int64_t slot1 = first_slot(axes[1], work.group[1], position[1]);
       for (std::int64_t c = low; c < high; ++c) {
-        query[2] = columns.part.begin + c;
-        const Interval seen2 = window(axes[2], work.group[2], query[2]);
-        const E* attn = this->attn_.at(work.batch, work.first_head, work.token(p, query));
+        position[2] = columns.part.begin + c;
+        const Interval seen2 = window(axes[2], work.group[2], position[2]);
+        const std::int64_t slot2 = first_slot(axes[2], work.group[2], position[2]);
+        const Coordinate query = work.column_at(plan, position);
+        const bool is_given = query[0] >= 0 && query[1] >= 0 && query[2] >= 0;
+        const E* attn = is_given ? this->attn_.at(work.batch, work.first_head, query) : nullptr;
         for (int v = line.first_vector; v < std::min(line.last_vector, block.vectors); ++v) {
           const std::int64_t key1 = work.first[1] + (block.adjacent ? 0 : v);
-          const E* slots =
-              attn + ((work.first[0] - seen0.begin) * axes[1].kernel_size + key1 - seen1.begin) *
-                         axes[2].kernel_size;
+          const std::int64_t slot =
+              ((work.first[0] - slot0) * axes[1].kernel_size + key1 - slot1) * axes[2].kernel_size;
           const std::int64_t first = block.adjacent ? v * plan.width : 0;
           const std::int64_t last = std::min<std::int64_t>(first + plan.width, block.rows);
           for (std::int64_t r = std::max(first, seen2.begin - first_row);
                r < std::min(last, seen2.end - first_row); ++r)
             this->weights_of(v, r - first)[line.weights[v] + c - block.begin[r]] =
-                static_cast<T>(slots[first_row + r - seen2.begin]);
+                is_given ? static_cast<T>(attn[slot + first_row + r - slot2]) : T(0);
         }
       }
     }

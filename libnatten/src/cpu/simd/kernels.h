@@ -30,6 +30,7 @@ struct Line {
   T* grad_bias = nullptr;   // accumulated, likewise
   const T* logsumexp = nullptr;  // by column, where columns are queries
   const T* row_term = nullptr;   // by column, where columns are queries
+  const T* hidden = nullptr;     // by column, not 0 where a mask hides the key; null: none is
   // Those of the block's vectors that see this line.
   int first_vector = 0, last_vector = kMostVectors;
   // By vector, where this line's weights begin among those of a row; for Weights.
@@ -52,6 +53,7 @@ struct Block {
   // The columns that each of `rows` sees, the same in each line.
   std::int64_t begin[kMostVectors * kMostWidth];
   std::int64_t end[kMostVectors * kMostWidth];
+  std::int64_t first_slot[kMostVectors * kMostWidth];  // of the first column, for Weights
   std::int64_t position;        // of row 0, for the bias; rows after it follow
   std::int64_t bias_stride;     // elements from the biases of one stacked vector to the next
   std::int64_t dim, value_dim;  // summed over in scores and in gradients of weights
@@ -114,6 +116,7 @@ struct Weights {
   T* weights = nullptr;
   std::int64_t stride = 0;  // from a row to the next
   const T* rows = nullptr;  // `score` reads them, transposed
+  T hidden_score = 0;       // `score` writes it for hidden keys
   T* sums = nullptr;        // `weigh` adds to them: [rows][padded]
 };
 
@@ -121,10 +124,12 @@ struct Weights {
 /// Operands of a head follow those of the head before it.
 template <class T>
 struct Packing {
-  const void* from = nullptr;
+  const void* from = nullptr;  // null: zeros
   std::int64_t stride = 0, count = 0, dim = 0;
   int heads = 1;
-  std::int64_t head_stride = 0;  // elements from a head to the next
+  std::int64_t head_stride = 0;        // elements from a head to the next
+  const std::uint8_t* seen = nullptr;  // of each token, 0 where it is packed as zeros; null: none
+  std::int64_t seen_stride = 0;
   T scale = 1;
   T* transposed = nullptr;  // [dim][ld], or where ld is 0 [count / width][dim][width]; may be null
   std::int64_t ld = 0;

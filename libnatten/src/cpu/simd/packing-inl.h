@@ -60,6 +60,7 @@ NATTEN_INLINE void fetch(const Packing<T>& first, std::int64_t index) {
     p = p->next;
     if (!p) return;
   }
+  if (!p->from) return;
   const auto* token = static_cast<const Element*>(p->from) + index * p->stride;
   for (int head = 0; head < p->heads; ++head, token += p->head_stride)
     for (std::int64_t d = 0; d < p->dim; d += kLine / static_cast<std::int64_t>(sizeof(Element)))
@@ -80,17 +81,21 @@ void pack(const Packing<typename Type::Sum>& p) {
       // In the order of memory, where heads of a token follow each other. The padding of a square
       // is the first token.
       for (int i = 0; i < (p.transposed ? kW : count); ++i) {
-        const auto* token = from + (first + (i < count ? i : 0)) * p.stride + d;
+        const std::int64_t index = first + (i < count ? i : 0);
+        const bool is_zero = !from || (p.seen && p.seen[index * p.seen_stride] == 0);
+        const auto* token = is_zero ? nullptr : from + index * p.stride + d;
         if (d == 0) fetch<typename Type::Element>(p, first + i + kAhead);
-        for (int head = 0; head < p.heads; ++head, token += p.head_stride) {
+        for (int head = 0; head < p.heads; ++head) {
           T* to = p.plain && i < count
                       ? p.plain + head * p.plain_stride + (first + i) * p.padded + d
                       : pieces[head][i];
           converted[head][i] = to;
-          if (length == kPiece<T>)
-            convert<Type, T>(token, kPiece<T>, p.scale, to);
+          if (is_zero)
+            for (std::int64_t e = 0; e < length; e += kW) store(to + e, Vector<T>{});
+          else if (length == kPiece<T>)
+            convert<Type, T>(token + head * p.head_stride, kPiece<T>, p.scale, to);
           else
-            convert<Type, T>(token, length, p.scale, to);
+            convert<Type, T>(token + head * p.head_stride, length, p.scale, to);
         }
       }
       for (int head = 0; head < p.heads && p.transposed; ++head)

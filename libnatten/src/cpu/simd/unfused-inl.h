@@ -12,13 +12,17 @@ template <bool kToScratch, class T>
 NATTEN_INLINE void copy_weights(const Walk<T>& walk, const Batch& batch, const Weights<T>& w) {
   constexpr int kW = kWidth<T>;
   for (int v = 0; v < walk.block.vectors; ++v) {
-    const bool by_square = walk.all_low[walk.of(v)] == 0 && walk.all_high[walk.of(v)] == walk.count;
+    const std::int64_t* first_slot = walk.block.first_slot + (walk.block.adjacent ? v * kW : 0);
+    bool by_square = walk.all_low[walk.of(v)] == 0 && walk.all_high[walk.of(v)] == walk.count;
+    for (int row = 1; row < walk.rows_of(v); ++row)
+      by_square = by_square && first_slot[row] == first_slot[0];
     for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
       const Line<T>& line = walk.block.lines[l];
       if (v < line.first_vector || v >= line.last_vector) continue;
       T* in_scratch = w.block.scratch + v * kScores<T> + batch.at(l) * kW;
       T* by_row = w.weights + v * kW * w.stride + line.weights[v];
       if (by_square) {
+        by_row += first_slot[0];
         for (std::int64_t step = batch.step0; step < batch.step1; step += kW) {
           const std::int64_t count = min(kW, batch.step1 - step);
           Vector<T> square[kW];
@@ -44,10 +48,11 @@ NATTEN_INLINE void copy_weights(const Walk<T>& walk, const Batch& batch, const W
         const std::int64_t end = min(walk.high[walk.of(v)][row], batch.step1);
         for (std::int64_t step = max(low, batch.step0); step < end; ++step) {
           T& weight = in_scratch[step * kW + row];
+          T& in_row = by_row[first_slot[row] + step - low];
           if constexpr (kToScratch)
-            weight = by_row[step - low];
+            weight = in_row;
           else
-            by_row[step - low] = weight;
+            in_row = weight;
         }
       }
     }
@@ -60,13 +65,13 @@ void score(const Weights<T>& w) {
   for_each_batch(walk, [&](const Batch& batch) {
     T* scores = w.block.scratch;
     column_products(walk, batch, w.rows, &Line<T>::transposed, w.block.dim, w.block.padded, scores);
-    if (w.block.lines->bias)
+    if (w.block.lines->bias || w.block.lines->hidden)
       for (int v = 0; v < w.block.vectors; ++v)
-        for_each_step(walk, batch, v,
-                      [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
-                        T* at = scores + v * kScores<T> + offset;
-                        store(at, finish_score<false>(walk, line, v, step, load(at)));
-                      });
+        for_each_step(
+            walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
+              T* at = scores + v * kScores<T> + offset;
+              store(at, finish_score<false>(walk, line, v, step, load(at), w.hidden_score));
+            });
     copy_weights<false>(walk, batch, w);
   });
 }
@@ -81,6 +86,14 @@ void weigh(const Weights<T>& w) {
         for (std::int64_t i = 0; i < (batch.line1 - batch.line0) * batch.per_line(); ++i)
           store(w.block.scratch + v * kScores<T> + i * kWidth<T>, Vector<T>{});
     copy_weights<true>(walk, batch, w);
+    if (w.block.lines->hidden)  // their weights may be no numbers
+      for (int v = 0; v < w.block.vectors; ++v)
+        for_each_step(walk, batch, v,
+                      [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
+                        T* at = w.block.scratch + v * kScores<T> + offset;
+                        const Vector<T> hidden = walk.read(line.hidden, v, step);
+                        store(at, hidden == 0 ? load(at) : Vector<T>{});
+                      });
     row_products(walk, batch, w.block.scratch, &Line<T>::plain, w.block.padded, w.sums);
   });
 }

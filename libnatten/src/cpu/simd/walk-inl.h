@@ -222,13 +222,14 @@ void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
   for (int v = 0; v < block.vectors; ++v)
     for (int row = 0; row < walk.rows_of(v); row += kRowGroup) {
       const auto entries = static_cast<int>(min(kRowGroup, walk.rows_of(v) - row));
-      std::int64_t low = batch.step1, high = batch.step0;
+      std::int64_t low = 0, high = 0;
       for (int g = 0; g < entries; ++g) {
         const std::int64_t from = max(walk.low[v][row + g], batch.step0);
         const std::int64_t to = min(walk.high[v][row + g], batch.step1);
         if (from >= to) continue;  // its columns may not even be packed
-        low = min(low, from + g * earlier);
-        high = max(high, to + g * earlier);
+        const bool is_first = low == high;
+        low = is_first ? from + g * earlier : min(low, from + g * earlier);
+        high = is_first ? to + g * earlier : max(high, to + g * earlier);
       }
       for (int r = 0; r < run_count; ++r) {
         runs[r].first = 0;
