@@ -66,8 +66,7 @@ struct Case {
   std::optional<std::int64_t> additional;  ///< tensors with 0 tokens differ from none
   std::optional<double> scale;
   bool rpb = false, logsumexp = true, grad_logsumexp = false, is_contiguous = true;
-  /// A mask of the keys, its number of batch entries: all or 1.
-  std::optional<std::int64_t> mask_batch;
+  bool key_mask = false, shares_mask = false;  ///< one mask for all of the batch
   bool gives_grid = false;  ///< says the grid's size although queries and keys are all of it
   bool allow_tf32 = false;
 
@@ -100,10 +99,10 @@ inline std::ostream& operator<<(std::ostream& s, const Case& c) {
   s << " batch " << c.batch << " heads " << c.heads << "/" << c.kv_heads << " dims " << c.dim << "/"
     << c.value_dim;
   if (c.additional) s << " additional " << *c.additional;
-  if (c.mask_batch) s << " mask of " << *c.mask_batch;
   if (c.scale) s << " scale " << *c.scale;
   for (const auto& [flag, name] :
-       {std::pair(c.gives_grid, " grid given"), std::pair(c.rpb, " rpb"),
+       {std::pair(c.key_mask, " mask"), std::pair(c.shares_mask, " shared"),
+        std::pair(c.gives_grid, " grid given"), std::pair(c.rpb, " rpb"),
         std::pair(c.logsumexp, " logsumexp"), std::pair(c.grad_logsumexp, " grad_logsumexp"),
         std::pair(!c.is_contiguous, " strided")})
     if (flag) s << name;
@@ -182,7 +181,8 @@ inline Case random_case(std::uint64_t seed, natten::DType dtype, int rank) {
       if (chance(rng, 0.7)) draw_part(rng, a);
   c.gives_grid = chance(rng, 0.1);
   c.batch = chance(rng, 0.04) ? 0 : uniform(rng, 1, 2);
-  if (chance(rng, 0.3)) c.mask_batch = chance(rng, 0.3) ? 1 : c.batch;
+  c.key_mask = chance(rng, 0.3);
+  c.shares_mask = c.key_mask && chance(rng, 0.3);
   c.kv_heads = uniform(rng, 1, 3);
   c.heads = c.kv_heads * pick<std::int64_t>(rng, {1, 1, 2, 3});
   c.dim = pick<std::int64_t>(rng, {1, 2, 3, 4, 5, 7, 8, 13, 16, 17, 24, 32, 40});
@@ -237,9 +237,9 @@ inline Shape key_lengths_of(const Case& c) {
 }
 /// Empty where the case has none. Some examples may see nothing at all.
 inline Dense mask_of(const Case& c) {
-  if (!c.mask_batch) return {};
+  if (!c.key_mask) return {};
   Shape shape = key_lengths_of(c);
-  shape.insert(shape.begin(), *c.mask_batch);
+  shape.insert(shape.begin(), c.shares_mask ? 1 : c.batch);
   Dense mask(shape);
   Rng rng(c.seed + 2);
   const double share = pick<double>(rng, {0.5, 0.9, 0.0, 1.0});
@@ -273,8 +273,7 @@ inline oracle::Pairs pairs_of(const Case& c) {
   const oracle::Pairs pairs =
       c.keys ? oracle::all_pairs(c.axes[0].length, *c.keys, c.axes[0].is_causal)
              : oracle::pairs_of(c.axes);
-  return c.mask_batch ? oracle::masked(pairs, mask_of(c), c.batch, volume(key_lengths_of(c)))
-                      : pairs;
+  return c.key_mask ? oracle::masked(pairs, mask_of(c), c.batch, volume(key_lengths_of(c))) : pairs;
 }
 
 inline Shape join(std::initializer_list<Shape> parts) {
@@ -343,7 +342,7 @@ class FusedProblem {
     const Shape stat = join({{c.batch}, lengths, {c.heads}});
     const Shape bias = join({{c.heads}, c.keys ? Shape{2 * *c.keys - 1} : offsets_of(c)});
     Buffers& b = buffers;
-    if (c.mask_batch)  // without elements that share memory, as the reference knows the values
+    if (c.key_mask)  // without elements that share memory, as the reference knows the values
       b.key_mask =
           Buffer(natten::DType::boolean, mask_of(c), {c.is_contiguous ? nullptr : &rng_, false});
     b.query = input(q);

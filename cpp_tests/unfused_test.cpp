@@ -38,7 +38,7 @@ class UnfusedProblem {
 
   /// With the case's mask.
   natten::Call call(Op op, Buffers& buffers) {
-    if (c.mask_batch) buffers.key_mask = Buffer(natten::DType::boolean, mask_of(c), layout(false));
+    if (c.key_mask) buffers.key_mask = Buffer(natten::DType::boolean, mask_of(c), layout(false));
     natten::Call call;
     call.op = op;
     call.neighborhood = neighborhood_;
