@@ -23,7 +23,9 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch, Rectangle
 
+import natten
 from natten import _core
+from natten._args import BOUNDARIES
 
 INK = "#333333"
 GRID = "#c9ced6"
@@ -31,6 +33,7 @@ EMPTY = "#f6f7f9"
 WINDOW = "#8ec7f2"
 QUERY = "#d9480f"
 SHARER = "#f7b48a"  # further queries of the same window
+PALE = "#dcecf8"  # windows of queries that are not given
 FONT = 11
 
 
@@ -42,6 +45,7 @@ class Neighborhood:
     stride: tuple[int, ...] = (1, 1, 1)
     dilation: tuple[int, ...] = (1, 1, 1)
     is_causal: tuple[bool, ...] = (False, False, False)
+    boundary: tuple[str, ...] = ("shift", "shift", "shift")
 
     def window(self, query: tuple[int, ...], shape: tuple[int, ...]) -> set[tuple[int, ...]]:
         """The tokens that `query` attends to on a grid of that shape."""
@@ -54,6 +58,7 @@ class Neighborhood:
                 self.stride[axis],
                 self.dilation[axis],
                 self.is_causal[axis],
+                BOUNDARIES.index(self.boundary[axis]),
             )
             for axis, (token, length) in enumerate(zip(query, shape, strict=True))
         ]
@@ -125,9 +130,33 @@ def draw_2d() -> plt.Figure:
     return figure
 
 
+def draw_axis(axes: Axes, title: str, neighborhood: Neighborhood, length: int = 12) -> None:
+    """Which keys each query sees along an axis."""
+    colors = {}
+    for query in range(length):
+        for (key,) in neighborhood.window((query,), (length,)):
+            colors[query, key] = QUERY if key == query else WINDOW
+    draw_cells(axes, colors, (length, length))
+    name_tokens(axes, title, range(length), range(length))
+
+
+def name_tokens(axes: Axes, title: str, queries: range, keys: range) -> None:
+    """Numbers rows by queries and columns by keys."""
+    axes.set_title(title, fontsize=FONT + 2, color=INK, pad=32)
+    small = {"fontsize": FONT - 3, "color": INK}
+    for column, key in enumerate(keys):
+        axes.text(column + 0.5, -0.2, str(key), ha="center", va="bottom", **small)
+    for row, query in enumerate(queries):
+        axes.text(-0.25, row + 0.5, str(query), ha="right", va="center", **small)
+    axes.text(len(keys) / 2, -0.85, "key", ha="center", va="bottom", fontsize=FONT, color=INK)
+    axes.text(
+        -1.25, len(queries) / 2, "query", ha="right", va="center", rotation=90, fontsize=FONT,
+        color=INK,
+    )  # fmt: skip
+
+
 def draw_1d() -> plt.Figure:
     """Which keys each query sees along an axis of 12 tokens."""
-    length = 12
     panels = [
         ("kernel_size = 5", Neighborhood((5,))),
         ("kernel_size = 4", Neighborhood((4,))),
@@ -138,21 +167,7 @@ def draw_1d() -> plt.Figure:
     ]
     figure, grid = plt.subplots(2, 3, figsize=(11, 8.5))
     for axes, (title, neighborhood) in zip(grid.flat, panels, strict=True):
-        colors = {}
-        for query in range(length):
-            for (key,) in neighborhood.window((query,), (length,)):
-                colors[query, key] = QUERY if key == query else WINDOW
-        draw_cells(axes, colors, (length, length))
-        axes.set_title(title, fontsize=FONT + 2, color=INK, pad=32)
-        for token in range(length):
-            small = {"fontsize": FONT - 3, "color": INK}
-            axes.text(token + 0.5, -0.2, str(token), ha="center", va="bottom", **small)
-            axes.text(-0.25, token + 0.5, str(token), ha="right", va="center", **small)
-        axes.text(length / 2, -0.85, "key", ha="center", va="bottom", fontsize=FONT, color=INK)
-        axes.text(
-            -1.25, length / 2, "query", ha="right", va="center", rotation=90, fontsize=FONT,
-            color=INK,
-        )  # fmt: skip
+        draw_axis(axes, title, neighborhood)
     add_legend(figure, {"key that the query sees": WINDOW, "the query itself": QUERY})
     figure.subplots_adjust(left=0.05, right=0.99, top=0.91, bottom=0.06, wspace=0.18, hspace=0.26)
     return figure
@@ -178,7 +193,90 @@ def draw_3d() -> plt.Figure:
     return figure
 
 
-PICTURES = {"neighborhoods": draw_2d, "windows_1d": draw_1d, "windows_3d": draw_3d}
+def draw_borders_1d() -> plt.Figure:
+    """Which keys each query sees, by boundary, without and with dilation."""
+    figure, grid = plt.subplots(2, 3, figsize=(11, 8.5))
+    for column, boundary in enumerate(("shift", "cut", "circular")):
+        plain = Neighborhood((5,), boundary=(boundary,))
+        draw_axis(grid[0, column], f'"{boundary}", kernel_size = 5', plain)
+        dilated = Neighborhood((3,), dilation=(2,), boundary=(boundary,))
+        draw_axis(grid[1, column], "kernel_size = 3, dilation = 2", dilated)
+    add_legend(figure, {"key that the query sees": WINDOW, "the query itself": QUERY})
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.91, bottom=0.06, wspace=0.18, hspace=0.26)
+    return figure
+
+
+def draw_borders_2d() -> plt.Figure:
+    """The window of a query near a corner, by boundary."""
+    shape, query = (10, 14), (1, 1)
+    panels = [
+        ('"shift"', ("shift", "shift")),
+        ('"cut"', ("cut", "cut")),
+        ('"circular"', ("circular", "circular")),
+        ('("cut", "circular")', ("cut", "circular")),
+    ]
+    figure, row = plt.subplots(1, len(panels), figsize=(13, 2.95))
+    for axes, (title, boundary) in zip(row, panels, strict=True):
+        neighborhood = Neighborhood((5, 7), boundary=boundary)
+        colors = dict.fromkeys(neighborhood.window(query, shape), WINDOW)
+        colors[query] = QUERY
+        draw_cells(axes, colors, shape)
+        add_dot(axes, *query)
+        axes.set_title(title, fontsize=FONT + 2, color=INK)
+    add_legend(figure, {"query": QUERY, "its window": WINDOW})
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.91, bottom=0.13, wspace=0.06)
+    return figure
+
+
+def draw_parts() -> plt.Figure:
+    """The keys that a part of the queries needs; on a circular axis they are drawn unwrapped."""
+    length, kernel_size = 12, 5
+    panels = [
+        ('queries 4 to 6, "shift"', "shift", range(4, 7)),
+        ('queries 0 to 2, "shift"', "shift", range(3)),
+        ('queries 0 to 2, "circular"', "circular", range(3)),
+    ]
+    margin = kernel_size // 2
+    keys = range(-margin, length)
+    figure, row = plt.subplots(1, len(panels), figsize=(12.5, 4.5))
+    for axes, (title, boundary, given) in zip(row, panels, strict=True):
+        neighborhood = Neighborhood((kernel_size,), boundary=(boundary,))
+        begin, end = natten.key_range(
+            given.start, len(given), length, kernel_size, boundary=boundary
+        )
+        colors = {}
+        for query in range(length):
+            window = neighborhood.window((query,), (length,))
+            # A key at the other end lies beyond the border, next to the query.
+            wraps = boundary == "circular" and query < margin
+            places = {k - length if wraps and k > length // 2 else k for (k,) in window}
+            for key in places:
+                color = QUERY if key == query else WINDOW
+                colors[query, key + margin] = color if query in given else PALE
+        draw_cells(axes, colors, (length, len(keys)))
+        name_tokens(axes, f"{title}: ({begin}, {end})", range(length), keys)
+        axes.add_patch(
+            Rectangle(
+                (begin + margin, given.start), end - begin, len(given), fill=False,
+                edgecolor=INK, linewidth=2,
+            )
+        )  # fmt: skip
+    add_legend(
+        figure,
+        {"windows of the part": WINDOW, "of other queries": PALE, "its queries": QUERY},
+    )
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.84, bottom=0.09, wspace=0.16)
+    return figure
+
+
+PICTURES = {
+    "neighborhoods": draw_2d,
+    "windows_1d": draw_1d,
+    "windows_3d": draw_3d,
+    "borders_1d": draw_borders_1d,
+    "borders_2d": draw_borders_2d,
+    "parts": draw_parts,
+}
 
 
 def main() -> None:
