@@ -31,6 +31,17 @@ def leaves(case: cases.Case, arrays: cases.Arrays, names: tuple[str, ...]) -> di
     return {n: t.requires_grad_() for n, t in tensors.items()}
 
 
+def mask_of(case: cases.Case, arrays: cases.Arrays) -> dict:
+    """The argument key_mask, if the case has it. For every other case it too has gaps, even in its
+    innermost axis."""
+    if "key_mask" not in arrays:
+        return {}
+    mask = to_torch(case, arrays["key_mask"], "bool")
+    if case.seed % 2:
+        mask = torch.stack([mask, ~mask], dim=-1)[..., 0]
+    return {"key_mask": mask}
+
+
 def to_numpy(tensors: dict) -> cases.Arrays:
     return {n: t.detach().to("cpu", torch.float64).numpy() for n, t in tensors.items()}
 
@@ -49,7 +60,8 @@ def run_fused(case: cases.Case, arrays: cases.Arrays) -> cases.Arrays:
     names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
     inputs = leaves(case, arrays, names)
     function = (F.na1d, F.na2d, F.na3d)[case.rank - 1]
-    output, lse = function(**inputs, **case.neighborhood, scale=case.scale, return_lse=True)
+    options = case.neighborhood | mask_of(case, arrays)
+    output, lse = function(**inputs, **options, scale=case.scale, return_lse=True)
     incoming = [
         to_torch(case, arrays["grad_output"]),
         to_torch(case, arrays["grad_logsumexp"], statistic(case)),
@@ -71,10 +83,11 @@ def run_unfused(case: cases.Case, arrays: cases.Arrays) -> tuple[cases.Arrays, c
     qk = (F.na1d_qk, F.na2d_qk, F.na3d_qk)[case.rank - 1]
     av = (F.na1d_av, F.na2d_av, F.na3d_av)[case.rank - 1]
     inputs = leaves(case, arrays, ("query", "key", "rpb", "additional_keys"))
-    attn = qk(**inputs, **case.neighborhood)
+    options = case.neighborhood | mask_of(case, arrays)
+    attn = qk(**inputs, **options)
     of_qk = {"attn": attn, **gradients([attn], [to_torch(case, arrays["grad_attn"])], inputs)}
     inputs = leaves(case, arrays, ("attn", "value", "additional_values"))
-    output = av(**inputs, **case.neighborhood)
+    output = av(**inputs, **options)
     incoming = to_torch(case, arrays["grad_output"])
     of_av = {"output": output, **gradients([output], [incoming], inputs)}
     return to_numpy(of_qk), to_numpy(of_av)

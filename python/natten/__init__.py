@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from natten import _core
 from natten._kernel import na_kernel
+from natten._key_range import key_range
 from natten._show_config import show_config
 from natten.context import (
     are_deterministic_algorithms_enabled,
@@ -147,6 +148,7 @@ __all__ = [
     "is_memory_usage_unrestricted",
     "is_tf32_in_gemm_na_enabled",
     "is_tiled_na_enabled",
+    "key_range",
     "merge_attentions",
     "na1d",
     "na2d",

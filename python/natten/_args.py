@@ -231,6 +231,19 @@ def attention_flags(scale: float | None) -> int:
     return flags
 
 
+def with_grid_size(config: Config, key_grid: Sequence[int]) -> Config:
+    """The config of a part of a grid with the size of that said, which is the keys' by default: for
+    operations on biases, which have no keys."""
+    at = len(WINDOW_OPTIONS) * (config[0] + 1)
+    lengths = []
+    for _ in PART_OPTIONS:
+        lengths.append(config[at])
+        at += 1 + config[at]
+    if lengths[-1] or not any(lengths):
+        return config
+    return (*config[: at - 1], len(key_grid), *key_grid, *config[at:])
+
+
 def with_flags(config: Config, flags: int) -> Config:
     return (*config[:-1], config[-1] | flags)
 
@@ -307,18 +320,29 @@ def listed(name: str, value: Any) -> list[Any]:
         raise TypeError(f"{name}: got {type(value).__name__}; must be a list or tuple") from None
 
 
+def _shortest_axis(k: int, dilation: int, is_causal: bool, stride: int, boundary: str) -> int:
+    """Of those that windows fit, where there are any."""
+    if boundary == "cut":
+        return 1
+    if boundary == "circular" and stride > 0:
+        k = -(-k // stride) * stride
+    return max(k * dilation, 1)
+
+
 def checked_window(rank: int, **given: Any) -> dict[str, Any]:
-    """`window_options`. Raises what libnatten says of values that fit no grid at all."""
-    window = window_options(rank, **given)
+    """The options of a window by name, each with one value per axis. Raises what libnatten says of
+    values that fit no grid at all."""
+    window = window_options(rank, **{option.name: None for option in WINDOW_OPTIONS} | given)
     kernel_size, dilation = window["kernel_size"], window["dilation"]
-    smallest_grid = [max(k * d, 1) for k, d in zip(kernel_size, dilation, strict=True)]
+    axes = zip(*(window[option.name] for option in WINDOW_OPTIONS), strict=True)
+    smallest_grid = [_shortest_axis(*axis) for axis in axes]
     if math.prod(smallest_grid) > _MOST_ELEMENTS:
         raise ValueError(
             f"kernel_size: got {list(kernel_size)} with dilation {list(dilation)}; the product "
             "must not exceed the axis, and memory holds no grid of such axes"
         )
     tensor = ((1, *smallest_grid, 1, 1), "float32")
-    inputs = [tensor, tensor, tensor, None, None, None]
+    inputs = [tensor, tensor, tensor, None, None, None, None]
     config = make_config(rank, **window)
     _core.plan("attention_forward", config, None, "", inputs, [True, None], device=None)
     return window

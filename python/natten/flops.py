@@ -1,8 +1,8 @@
 """Counts of floating-point operations.
 
 A multiply-accumulate (MAC) is two operations (FLOPs). Counted are the products of queries with keys
-and of weights with values, over full windows: a causal window counts as if it had no empty slots.
-Softmax, scale and biases are not counted.
+and of weights with values, over full windows: one that is causal or cut counts as if it had no
+empty slots, and keys that a mask hides count too. Softmax, scale and biases are not counted.
 
 PyTorch's `torch.utils.flop_counter.FlopCounterMode` counts natten's operators in FLOPs, forward and
 backward, with nothing to set up. fvcore's `FlopCountAnalysis` counts the forward pass in MACs, once
@@ -33,6 +33,7 @@ def _attention_forward(
     rpb: Shape | None,
     additional_keys: Shape | None,
     additional_values: Shape | None,
+    key_mask: Shape | None,
     config: Sequence[int],
     scale: float | None,
     backend: str,
@@ -48,6 +49,7 @@ def _attention_backward(
     rpb: Shape | None,
     additional_keys: Shape | None,
     additional_values: Shape | None,
+    key_mask: Shape | None,
     logsumexp: Shape,
     grad_output: Shape,
     grad_logsumexp: Shape | None,
@@ -78,6 +80,7 @@ def _qk(
     key: Shape,
     rpb: Shape | None,
     additional_keys: Shape | None,
+    key_mask: Shape | None,
     config: Sequence[int],
     backend: str,
 ) -> int:
@@ -89,6 +92,7 @@ def _av(
     attn: Shape,
     value: Shape,
     additional_values: Shape | None,
+    key_mask: Shape | None,
     config: Sequence[int],
     backend: str,
 ) -> int:
@@ -98,6 +102,7 @@ def _av(
 def _av_transpose(
     attn: Shape,
     query: Shape,
+    key_mask: Shape | None,
     key_grid: Sequence[int],
     additional: int,
     config: Sequence[int],
@@ -160,7 +165,8 @@ def fna_flop_count(
     query, key, value = (
         shape if is_heads_last else _heads_last(shape) for shape in (q_shape, k_shape, v_shape)
     )
-    inputs = query, key, value, None, _tokens(key, 1, additional), _tokens(value, 1, additional)
+    more = _tokens(key, 1, additional), _tokens(value, 1, additional)
+    inputs = query, key, value, None, *more, None
     config = make_config(rank, *check_all_args(rank, kernel_size, dilation, is_causal))
     _check("attention_forward", config, inputs, [True, None])
     macs = _attention_forward(*inputs, config, None, "")
@@ -182,7 +188,7 @@ def na_qk_flop_count(
     `fna_flop_count`."""
     rank = _rank(q_shape=q_shape, k_shape=k_shape)
     query, key = (_heads_first(s) if is_heads_last else s for s in (q_shape, k_shape))
-    inputs = query, key, None, _tokens(key, 2, additional)
+    inputs = query, key, None, _tokens(key, 2, additional), None
     config = make_config(rank, *check_all_args(rank, kernel_size, dilation, is_causal))
     _check("qk", config, inputs, [True])
     macs = _qk(*inputs, config, "")
@@ -205,7 +211,7 @@ def na_av_flop_count(
     heads; all else as in `fna_flop_count`."""
     rank = _rank(a_shape=a_shape, v_shape=v_shape)
     attn, value = (_heads_first(s) if is_heads_last else s for s in (a_shape, v_shape))
-    inputs = attn, value, _tokens(value, 2, additional)
+    inputs = attn, value, _tokens(value, 2, additional), None
     config = make_config(rank, *check_all_args(rank, kernel_size, dilation, is_causal))
     _check("av", config, inputs, [True])
     macs = _av(*inputs, config, "")

@@ -17,6 +17,7 @@ from natten._args import (
     HAS_SCALE,
     SEPARATE_KEY_GRID,
     Bools,
+    Boundaries,
     Config,
     Ints,
     check_merge,
@@ -128,6 +129,11 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         additional_values: ArrayLike | None = None,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: ArrayLike | None = None,
+        query_offset: Ints | None = None,
+        key_offset: Ints | None = None,
+        grid_size: Ints | None = None,
         return_lse: bool = False,
         backend: str | None = None,
     ) -> FusedResult:
@@ -144,7 +150,7 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
-                not exceed the axis.
+                not exceed the axis, unless its boundary is "cut".
             dilation: distance between neighbors.
             is_causal: whether a token sees only itself and those before it, a bool for all axes or
                 one per axis (None is False).
@@ -153,6 +159,19 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
             additional_values: [batch, n, kv_heads, value_head_dim].
             stride: that many neighboring queries share one window; 1 to kernel_size.
+            boundary: what becomes of a window at the border of the grid, one name for all axes or
+                one per axis: "shift" moves it inwards, "cut" leaves the slots outside empty, and
+                "circular" lets it go on at the other end (dilation, and stride in steps of it, must
+                divide such an axis, which cannot be causal).
+            key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. A query that
+                sees no key gets output 0 and logsumexp -inf.
+            query_offset, key_offset, grid_size: say that queries and keys are parts of a larger
+                grid, whose tokens per axis are grid_size: their first tokens there. Where one of
+                the three is given, keys may have another grid than queries; else there is one grid
+                for both. By default offsets are 0 and grid_size is the grid of key. The part of the
+                keys must hold all windows of the queries (`natten.key_range`); it may reach beyond
+                the grid, whose other end comes there on a circular axis, else padding that nobody
+                sees.
             return_lse: also return logsumexp.
             backend: name of the implementation to use; by default the first that can.
 
@@ -165,8 +184,18 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             ValueError: a shape or value that does not fit; the message says which and why.
             TypeError: an argument of another type; an unsupported or mismatched dtype.
         """
-        config = make_config(rank, kernel_size, dilation, is_causal, stride)
-        arrays = (query, key, value, rpb, additional_keys, additional_values)
+        config = make_config(
+            rank,
+            kernel_size,
+            dilation,
+            is_causal,
+            stride,
+            boundary,
+            query_offset=query_offset,
+            key_offset=key_offset,
+            grid_size=grid_size,
+        )
+        arrays = (query, key, value, rpb, additional_keys, additional_values, key_mask)
         return _attention(arrays, config, backend, scale, return_lse)
 
     return fused
@@ -184,6 +213,11 @@ def _make_qk(rank: int) -> Callable[..., np.ndarray]:
         rpb: ArrayLike | None = None,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: ArrayLike | None = None,
+        query_offset: Ints | None = None,
+        key_offset: Ints | None = None,
+        grid_size: Ints | None = None,
         backend: str | None = None,
     ) -> np.ndarray:
         """Scores of {rank}-D neighborhood attention, heads-first. No scale is applied.
@@ -194,18 +228,29 @@ def _make_qk(rank: int) -> Callable[..., np.ndarray]:
             query, key: [batch, heads, *spatial, head_dim], of the same dtype (see `na{rank}d`).
             additional_keys: [batch, heads, n, head_dim]; their n scores follow the window's.
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position.
-            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+            kernel_size, dilation, is_causal, stride, boundary, key_mask, query_offset, key_offset,
+            grid_size, backend: as in `na{rank}d`.
 
         Returns:
             attn [batch, heads, *spatial, slots], of the dtype of query; slots = product of
-            kernel_size, in row-major window order, plus n. Slots that causal masking leaves empty
-            hold -inf.
+            kernel_size, in row-major window order, plus n. Slots that causality, a cut border or
+            key_mask leave empty hold -inf.
 
         Raises:
             ValueError, TypeError: as `na{rank}d`.
         """
-        config = make_config(rank, kernel_size, dilation, is_causal, stride)
-        return _run("qk", (query, key, rpb, additional_keys), config, backend)[0]
+        config = make_config(
+            rank,
+            kernel_size,
+            dilation,
+            is_causal,
+            stride,
+            boundary,
+            query_offset=query_offset,
+            key_offset=key_offset,
+            grid_size=grid_size,
+        )
+        return _run("qk", (query, key, rpb, additional_keys, key_mask), config, backend)[0]
 
     return qk
 
@@ -221,6 +266,11 @@ def _make_av(rank: int) -> Callable[..., np.ndarray]:
         is_causal: Bools | None = False,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: ArrayLike | None = None,
+        query_offset: Ints | None = None,
+        key_offset: Ints | None = None,
+        grid_size: Ints | None = None,
         backend: str | None = None,
     ) -> np.ndarray:
         """Values weighted by {rank}-D neighborhood attention weights, heads-first.
@@ -228,11 +278,12 @@ def _make_av(rank: int) -> Callable[..., np.ndarray]:
         Heads are first here and last in `na{rank}d`; see there.
 
         Args:
-            attn: [batch, heads, *spatial, slots], slots as `na{rank}d_qk` returns them. Slots that
-                causal masking leaves empty are ignored.
+            attn: [batch, heads, *spatial, slots], slots as `na{rank}d_qk` returns them. Empty ones
+                are ignored.
             value: [batch, heads, *spatial, head_dim], of the dtype of attn.
             additional_values: [batch, heads, n, head_dim], for the last n slots.
-            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+            kernel_size, dilation, is_causal, stride, boundary, key_mask, query_offset, key_offset,
+            grid_size, backend: as in `na{rank}d`.
 
         Returns:
             output [batch, heads, *spatial, head_dim], of the dtype of attn.
@@ -240,8 +291,18 @@ def _make_av(rank: int) -> Callable[..., np.ndarray]:
         Raises:
             ValueError, TypeError: as `na{rank}d`.
         """
-        config = make_config(rank, kernel_size, dilation, is_causal, stride)
-        return _run("av", (attn, value, additional_values), config, backend)[0]
+        config = make_config(
+            rank,
+            kernel_size,
+            dilation,
+            is_causal,
+            stride,
+            boundary,
+            query_offset=query_offset,
+            key_offset=key_offset,
+            grid_size=grid_size,
+        )
+        return _run("av", (attn, value, additional_values, key_mask), config, backend)[0]
 
     return av
 
@@ -280,7 +341,8 @@ def attention(
         ValueError, TypeError: as `na1d`.
     """
     config = make_config(1, 1, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
-    return _attention((query, key, value, None, None, None), config, backend, scale, return_lse)
+    arrays = (query, key, value, None, None, None, None)
+    return _attention(arrays, config, backend, scale, return_lse)
 
 
 def merge_attentions(

@@ -9,7 +9,8 @@ so they can be differentiated any number of times:
     rpb_scatter(a)      da = rpb_gather(g)
     rpb_gather(rpb)     drpb = rpb_scatter(g)
 
-Inside derivatives empty slots hold 0, which keeps them linear. In forward mode the tangent of each
+The mask of keys has no derivative; it goes along to each of them. Inside derivatives empty slots
+hold 0, which keeps them linear. In forward mode the tangent of each
 is the sum of the operator applied to one tangent at a time.
 
 The first reverse derivative of fused attention is fused too. All others are those of the same
@@ -28,7 +29,14 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from natten._args import EMPTY_SLOTS_ZERO, Config, scale_or_default, window_size, with_flags
+from natten._args import (
+    EMPTY_SLOTS_ZERO,
+    Config,
+    scale_or_default,
+    window_size,
+    with_flags,
+    with_grid_size,
+)
 from natten.torch import _ops
 from natten.torch._private import (
     SingleLevelFunction,
@@ -153,38 +161,44 @@ class Qk(Rule):
 
     @staticmethod
     def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
-        query, key, _, additional = inputs
-        ctx.save_for_backward(query, key, None, additional)
-        ctx.save_for_forward(query, key, None, additional)
+        query, key, _, *others = inputs
+        ctx.save_for_backward(query, key, None, *others)
+        ctx.save_for_forward(query, key, None, *others)
 
     @staticmethod
     def tangent(
         primals: Sequence[Any], tangents: Sequence[Any], config: Config, backend: str
     ) -> Any:
-        query, key, _, additional = primals
-        query_t, key_t, rpb_t, additional_t = tangents
+        query, key, _, additional, mask = primals
+        query_t, key_t, rpb_t, additional_t, _ = tangents
+        options = mask, config, backend
         terms = []
         if query_t is not None:
-            terms.append(_linear_qk(query_t, key, additional, config, backend))
+            terms.append(_linear_qk(query_t, key, additional, *options))
         if key_t is not None or additional_t is not None:
             keys = _or_zeros(key_t, key), _or_zeros(additional_t, additional)
-            terms.append(_linear_qk(query, *keys, config, backend))
+            terms.append(_linear_qk(query, *keys, *options))
         if rpb_t is not None:
             count = 0 if additional is None else additional.shape[2]
-            terms.append(_gather(rpb_t, query.shape[0], query.shape[2:-1], count, config, backend))
+            config = with_grid_size(config, key.shape[2:-1])
+            size = query.shape[0], query.shape[2:-1], count
+            terms.append(_gather(rpb_t, *size, mask, config, backend))
         return _sum(terms)
 
     @staticmethod
     def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
-        query, key, _, additional = ctx.saved_tensors
+        query, key, _, additional, mask = ctx.saved_tensors
+        config, backend = ctx.options
+        options = mask, config, backend
         grad_query = grad_key = grad_rpb = grad_additional = None
         if ctx.needs_input_grad[0]:
-            grad_query = _ops.av(grad, key, additional, *ctx.options)
+            grad_query = _ops.av(grad, key, additional, *options)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[3]:
-            grad_key, grad_additional = _transpose(grad, query, key, additional, *ctx.options)
+            grad_key, grad_additional = _transpose(grad, query, key, additional, *options)
         if ctx.needs_input_grad[2]:
-            grad_rpb = _ops.rpb_scatter(grad, *ctx.options)
-        return grad_query, grad_key, grad_rpb, grad_additional
+            config = with_grid_size(config, key.shape[2:-1])
+            grad_rpb = _ops.rpb_scatter(grad, mask, config, backend)
+        return grad_query, grad_key, grad_rpb, grad_additional, None
 
 
 class Av(Rule):
@@ -192,25 +206,26 @@ class Av(Rule):
 
     @staticmethod
     def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
-        attn, value, additional = primals
-        attn_t, value_t, additional_t = tangents
+        attn, value, additional, mask = primals
+        attn_t, value_t, additional_t, _ = tangents
         terms = []
         if attn_t is not None:
-            terms.append(_ops.av(attn_t, value, additional, *options))
+            terms.append(_ops.av(attn_t, value, additional, mask, *options))
         if value_t is not None or additional_t is not None:
             values = _or_zeros(value_t, value), _or_zeros(additional_t, additional)
-            terms.append(_ops.av(attn, *values, *options))
+            terms.append(_ops.av(attn, *values, mask, *options))
         return _sum(terms)
 
     @staticmethod
     def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
-        attn, value, additional = ctx.saved_tensors
+        attn, value, additional, mask = ctx.saved_tensors
+        options = mask, *ctx.options
         grad_attn = grad_value = grad_additional = None
         if ctx.needs_input_grad[0]:
-            grad_attn = _linear_qk(grad, value, additional, *ctx.options)
+            grad_attn = _linear_qk(grad, value, additional, *options)
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
-            grad_value, grad_additional = _transpose(attn, grad, value, additional, *ctx.options)
-        return grad_attn, grad_value, grad_additional
+            grad_value, grad_additional = _transpose(attn, grad, value, additional, *options)
+        return grad_attn, grad_value, grad_additional, None
 
 
 class AvTranspose(Rule):
@@ -218,21 +233,22 @@ class AvTranspose(Rule):
 
     @staticmethod
     def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
-        attn, query = primals
-        attn_t, query_t = tangents
+        attn, query, mask = primals
+        attn_t, query_t, _ = tangents
         terms = []
         if attn_t is not None:
-            terms.append(_ops.av_transpose(attn_t, query, *options))
+            terms.append(_ops.av_transpose(attn_t, query, mask, *options))
         if query_t is not None:
-            terms.append(_ops.av_transpose(attn, query_t, *options))
+            terms.append(_ops.av_transpose(attn, query_t, mask, *options))
         return tuple(_sum(parts) for parts in zip(*terms, strict=True))
 
     @staticmethod
     def reverse(
         ctx: Any, grad_key: Tensor | None, grad_additional: Tensor | None
     ) -> Sequence[Tensor | None]:
-        attn, query = ctx.saved_tensors
+        attn, query, mask = ctx.saved_tensors
         key_grid, count, *options = ctx.options
+        options = mask, *options
         if grad_key is None:
             grad_key = query.new_zeros((*query.shape[:2], *key_grid, query.shape[-1]))
         if grad_additional is None and count:
@@ -243,7 +259,7 @@ class AvTranspose(Rule):
             grad_attn = _linear_qk(query, grad_key, additional, *options)
         if ctx.needs_input_grad[1]:
             grad_query = _ops.av(attn, grad_key, additional, *options)
-        return grad_attn, grad_query
+        return grad_attn, grad_query, None
 
 
 class RpbGather(Rule):
@@ -251,15 +267,18 @@ class RpbGather(Rule):
 
     @staticmethod
     def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
-        return _ops.rpb_gather(*tangents, *options)
+        return _ops.rpb_gather(tangents[0], primals[1], *options)
 
     @staticmethod
     def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
-        ctx.save_for_forward(*inputs)
+        _, mask = inputs
+        ctx.save_for_backward(None, mask)
+        ctx.save_for_forward(None, mask)
 
     @staticmethod
     def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
-        return (_ops.rpb_scatter(grad, *ctx.options[-2:]),)
+        _, mask = ctx.saved_tensors
+        return _ops.rpb_scatter(grad, mask, *ctx.options[-2:]), None
 
 
 class RpbScatter(Rule):
@@ -267,19 +286,22 @@ class RpbScatter(Rule):
 
     @staticmethod
     def tangent(primals: Sequence[Any], tangents: Sequence[Any], *options: Any) -> Any:
-        return _ops.rpb_scatter(*tangents, *options)
+        return _ops.rpb_scatter(tangents[0], primals[1], *options)
 
     @staticmethod
     def save(ctx: Any, inputs: Sequence[Any], outputs: Any) -> None:
-        ctx.save_for_forward(*inputs)
-        ctx.shape = inputs[0].shape
+        attn, mask = inputs
+        ctx.save_for_backward(None, mask)
+        ctx.save_for_forward(None, mask)
+        ctx.shape = attn.shape
 
     @staticmethod
     def reverse(ctx: Any, grad: Tensor) -> Sequence[Tensor | None]:
+        _, mask = ctx.saved_tensors
         config, backend = ctx.options
         batch, _, *grid, slots = ctx.shape
         additional = slots - window_size(config, grid)
-        return (_gather(grad, batch, grid, additional, config, backend),)
+        return _gather(grad, batch, grid, additional, mask, config, backend), None
 
 
 class Attention(Rule):
@@ -301,18 +323,19 @@ class Attention(Rule):
         query, value = inputs[0], inputs[2]
         if grad_output is None:
             grad_output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
+        *inputs, mask = inputs
         wanted = [bool(need) for need in ctx.needs_input_grad[: len(inputs)]]
         gradients = iter(
             _ops.attention_backward(
-                *inputs, logsumexp, grad_output, grad_logsumexp, wanted, *ctx.options
+                *inputs, mask, logsumexp, grad_output, grad_logsumexp, wanted, *ctx.options
             )
         )
-        return [next(gradients) if want else None for want in wanted]
+        return [*(next(gradients) if want else None for want in wanted), None]
 
 
 class AttentionBackward(Rule):
-    """A function of the six inputs of attention and the incoming gradients alone: logsumexp only
-    saves recomputing it, so it has no gradient of its own."""
+    """A function of the inputs of attention and the incoming gradients alone: logsumexp only saves
+    recomputing it, so it has no gradient of its own."""
 
     operator = _ops.attention_backward
 
@@ -331,16 +354,21 @@ class AttentionBackward(Rule):
 
     @staticmethod
     def reverse(ctx: Any, *grads: Tensor) -> Sequence[Tensor | None]:
-        present = [x is not None for x in ctx.saved_tensors]
+        saved = ctx.saved_tensors
+        takes = [
+            x is not None and not role.is_mask
+            for role, x in zip(AttentionBackward.operator.inputs, saved, strict=True)
+        ]
 
         def function(*tensors: Tensor) -> list[Tensor]:
             given = iter(tensors)
-            inputs = [next(given) if is_present else None for is_present in present]
+            inputs = [next(given) if take else x for take, x in zip(takes, saved, strict=True)]
             return _composed_backward(*inputs, *ctx.options)
 
-        pull_back = torch.func.vjp(function, *(x for x in ctx.saved_tensors if x is not None))[1]
+        tensors = (x for take, x in zip(takes, saved, strict=True) if take)
+        pull_back = torch.func.vjp(function, *tensors)[1]
         gradients = iter(pull_back(list(grads)))
-        results = [next(gradients) if is_present else None for is_present in present]
+        results = [next(gradients) if take else None for take in takes]
         results[len(Attention.operator.inputs)] = None  # logsumexp
         return results
 
@@ -351,19 +379,18 @@ class _Composed:
     def __init__(
         self, inputs: Sequence[Any], config: Config, scale: float | None, backend: str
     ) -> None:
-        query, key, value, rpb, additional_keys, additional_values = inputs
+        query, key, value, rpb, additional_keys, additional_values, mask = inputs
         self.dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
         self.group = query.shape[-2] // key.shape[-2]
         self.scale = scale_or_default(scale, query.shape[-1])
-        self.options = config, backend
+        config = with_grid_size(config, key.shape[1:-2])
+        self.options = mask, config, backend
         self.query = self.heads_first(query)
         self.keys = self.expanded(key), self.expanded(additional_keys)
         self.values = self.expanded(value), self.expanded(additional_values)
         rpb = None if rpb is None else rpb.to(self.dtype)
         scores = _ops.qk(self.query * self.scale, self.keys[0], rpb, self.keys[1], *self.options)
-        # Where all scores are -inf there are no weights; they would be NaN.
-        is_empty = scores.detach().amax(-1, keepdim=True) == -torch.inf
-        scores = scores.masked_fill(is_empty, 0.0)
+        scores, is_empty = without_empty_rows(scores)
         self.logsumexp = scores.logsumexp(-1).masked_fill(is_empty.squeeze(-1), -torch.inf)
         self.weights = scores.softmax(-1).masked_fill(is_empty, 0.0)
 
@@ -373,6 +400,13 @@ class _Composed:
     def expanded(self, x: Tensor | None) -> Any:
         """Keys or values with as many heads as the queries have."""
         return None if x is None else self.heads_first(x).repeat_interleave(self.group, dim=1)
+
+
+def without_empty_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """(scores with 0 where all of a query's are -inf, where that is): it has no weights; softmax
+    would make NaN of them, in derivatives too."""
+    is_empty = scores.detach().amax(-1, keepdim=True) == -torch.inf
+    return scores.masked_fill(is_empty, 0.0), is_empty
 
 
 def _composed(*args: Any) -> tuple[Tensor, Tensor]:
@@ -412,19 +446,30 @@ def _composed_backward(*args: Any) -> list[Tensor]:
 
 
 def _linear_qk(
-    query: Tensor, key: Tensor, additional_keys: Tensor | None, config: Config, backend: str
+    query: Tensor,
+    key: Tensor,
+    additional_keys: Tensor | None,
+    mask: Tensor | None,
+    config: Config,
+    backend: str,
 ) -> Tensor:
     """qk as derivatives need it: without bias, and 0 in empty slots."""
     config = with_flags(config, EMPTY_SLOTS_ZERO)
-    return _ops.qk(query, key, None, additional_keys, config, backend)
+    return _ops.qk(query, key, None, additional_keys, mask, config, backend)
 
 
 def _gather(
-    rpb: Tensor, batch: int, grid: Sequence[int], additional: int, config: Config, backend: str
+    rpb: Tensor,
+    batch: int,
+    grid: Sequence[int],
+    additional: int,
+    mask: Tensor | None,
+    config: Config,
+    backend: str,
 ) -> Tensor:
     """The bias of every slot, 0 in empty ones."""
     config = with_flags(config, EMPTY_SLOTS_ZERO)
-    return _ops.rpb_gather(rpb, batch, grid, additional, config, backend)
+    return _ops.rpb_gather(rpb, mask, batch, grid, additional, config, backend)
 
 
 def _transpose(
@@ -432,10 +477,13 @@ def _transpose(
     query: Tensor,
     key: Tensor,
     additional: Tensor | None,
+    mask: Tensor | None,
     config: Config,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients shaped like `key` (or value) and `additional`, None where that is None."""
     count = 0 if additional is None else additional.shape[2]
-    grad, grad_additional = _ops.av_transpose(attn, query, key.shape[2:-1], count, config, backend)
+    grad, grad_additional = _ops.av_transpose(
+        attn, query, mask, key.shape[2:-1], count, config, backend
+    )
     return grad, None if additional is None else grad_additional

@@ -7,7 +7,7 @@ import dataclasses
 from torch import Tensor
 
 from natten import _core
-from natten._args import Bools, Ints, attention_flags, make_config, real_scale
+from natten._args import Bools, Boundaries, Ints, attention_flags, make_config, real_scale
 from natten._kernel import check_name, chosen_backend
 from natten.torch import _ops
 
@@ -52,6 +52,11 @@ def explain(
     additional_values: Tensor | None = None,
     *,
     stride: Ints = 1,
+    boundary: Boundaries = "shift",
+    key_mask: Tensor | None = None,
+    query_offset: Ints | None = None,
+    key_offset: Ints | None = None,
+    grid_size: Ints | None = None,
     backend: str | None = None,
     q_tile_shape: Ints | None = None,
     kv_tile_shape: Ints | None = None,
@@ -71,7 +76,7 @@ def explain(
     Raises:
         ValueError, TypeError: as those functions do.
     """
-    inputs = [query, key, value, rpb, additional_keys, additional_values]
+    inputs = [query, key, value, rpb, additional_keys, additional_values, key_mask]
     for role, x in zip(_ops.attention_forward.inputs, inputs, strict=True):
         if isinstance(x, Tensor) and x.is_nested:
             raise ValueError(f"{role.name}: got a nested tensor; explain one of its examples")
@@ -86,6 +91,10 @@ def explain(
         dilation,
         is_causal,
         stride,
+        boundary,
+        query_offset=query_offset,
+        key_offset=key_offset,
+        grid_size=grid_size,
         q_tile_shape=q_tile_shape,
         kv_tile_shape=kv_tile_shape,
         backward_q_tile_shape=backward_q_tile_shape,

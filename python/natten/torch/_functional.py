@@ -11,6 +11,7 @@ from torch import Tensor
 from natten._args import (
     SEPARATE_KEY_GRID,
     Bools,
+    Boundaries,
     Ints,
     attention_flags,
     check_merge,
@@ -87,6 +88,11 @@ def _make_fused(rank: int):
         additional_values: Tensor | None = None,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: Tensor | None = None,
+        query_offset: Ints | None = None,
+        key_offset: Ints | None = None,
+        grid_size: Ints | None = None,
         return_lse: bool = False,
         backend: str | None = None,
         q_tile_shape: Ints | None = None,
@@ -109,7 +115,7 @@ def _make_fused(rank: int):
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
-                not exceed the axis.
+                not exceed the axis, unless its boundary is "cut".
             dilation: distance between neighbors.
             is_causal: whether a token sees only itself and those before it, a bool for all axes or
                 one per axis (None is False).
@@ -118,6 +124,20 @@ def _make_fused(rank: int):
             additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
             additional_values: [batch, n, kv_heads, value_head_dim].
             stride: that many neighboring queries share one window; 1 to kernel_size.
+            boundary: what becomes of a window at the border of the grid, one name for all axes or
+                one per axis: "shift" moves it inwards, "cut" leaves the slots outside empty, and
+                "circular" lets it go on at the other end (dilation, and stride in steps of it, must
+                divide such an axis, which cannot be causal).
+            key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. A query that
+                sees no key gets output 0 and logsumexp -inf. It has no gradient, and the keys and
+                values that it hides have gradient 0.
+            query_offset, key_offset, grid_size: say that queries and keys are parts of a larger
+                grid, whose tokens per axis are grid_size: their first tokens there. Where one of
+                the three is given, keys may have another grid than queries; else there is one grid
+                for both. By default offsets are 0 and grid_size is the grid of key. The part of the
+                keys must hold all windows of the queries (`natten.key_range`); it may reach beyond
+                the grid, whose other end comes there on a circular axis, else padding that nobody
+                sees.
             return_lse: also return logsumexp.
             backend: name of the implementation to use; by default the first that can.
             q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
@@ -139,6 +159,10 @@ def _make_fused(rank: int):
             dilation,
             spelled_is_causal(is_causal, is_casual),
             stride,
+            boundary,
+            query_offset=query_offset,
+            key_offset=key_offset,
+            grid_size=grid_size,
             q_tile_shape=q_tile_shape,
             kv_tile_shape=kv_tile_shape,
             backward_q_tile_shape=backward_q_tile_shape,
@@ -148,7 +172,7 @@ def _make_fused(rank: int):
         )
         output, logsumexp = _call(
             _ops.attention_forward,
-            query, key, value, rpb, additional_keys, additional_values,
+            query, key, value, rpb, additional_keys, additional_values, key_mask,
             config, _scale(scale), chosen_backend(backend),
         )  # fmt: skip
         return (output, logsumexp) if return_lse else output
@@ -168,6 +192,11 @@ def _make_qk(rank: int):
         rpb: Tensor | None = None,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: Tensor | None = None,
+        query_offset: Ints | None = None,
+        key_offset: Ints | None = None,
+        grid_size: Ints | None = None,
         backend: str | None = None,
         is_casual: Bools | None = None,
     ) -> Tensor:
@@ -179,19 +208,31 @@ def _make_qk(rank: int):
             query, key: [batch, heads, *spatial, head_dim].
             additional_keys: [batch, heads, n, head_dim]; their n scores follow the window's.
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position.
-            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+            kernel_size, dilation, is_causal, stride, boundary, key_mask, query_offset, key_offset,
+            grid_size, backend: as in `na{rank}d`.
 
         Returns:
             attn [batch, heads, *spatial, slots], slots = product of kernel_size, in row-major
-            window order, plus n. Slots that causal masking leaves empty hold -inf.
+            window order, plus n. Slots that causality, a cut border or key_mask leave empty hold
+            -inf.
 
         Raises:
             ValueError, TypeError: as `na{rank}d`.
         """
         config = make_config(
-            rank, kernel_size, dilation, spelled_is_causal(is_causal, is_casual), stride
+            rank,
+            kernel_size,
+            dilation,
+            spelled_is_causal(is_causal, is_casual),
+            stride,
+            boundary,
+            query_offset=query_offset,
+            key_offset=key_offset,
+            grid_size=grid_size,
         )
-        return _call(_ops.qk, query, key, rpb, additional_keys, config, chosen_backend(backend))
+        return _call(
+            _ops.qk, query, key, rpb, additional_keys, key_mask, config, chosen_backend(backend)
+        )
 
     return qk
 
@@ -207,6 +248,11 @@ def _make_av(rank: int):
         is_causal: Bools | None = False,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: Tensor | None = None,
+        query_offset: Ints | None = None,
+        key_offset: Ints | None = None,
+        grid_size: Ints | None = None,
         backend: str | None = None,
         is_casual: Bools | None = None,
     ) -> Tensor:
@@ -215,11 +261,12 @@ def _make_av(rank: int):
         Heads are first here and last in `na{rank}d`; see there.
 
         Args:
-            attn: [batch, heads, *spatial, slots], slots as `na{rank}d_qk` returns them. Slots that
-                causal masking leaves empty are ignored.
+            attn: [batch, heads, *spatial, slots], slots as `na{rank}d_qk` returns them. Empty ones
+                are ignored.
             value: [batch, heads, *spatial, head_dim].
             additional_values: [batch, heads, n, head_dim], for the last n slots.
-            kernel_size, dilation, is_causal, stride, backend: as in `na{rank}d`.
+            kernel_size, dilation, is_causal, stride, boundary, key_mask, query_offset, key_offset,
+            grid_size, backend: as in `na{rank}d`.
 
         Returns:
             [batch, heads, *spatial, head_dim].
@@ -228,9 +275,19 @@ def _make_av(rank: int):
             ValueError, TypeError: as `na{rank}d`.
         """
         config = make_config(
-            rank, kernel_size, dilation, spelled_is_causal(is_causal, is_casual), stride
+            rank,
+            kernel_size,
+            dilation,
+            spelled_is_causal(is_causal, is_casual),
+            stride,
+            boundary,
+            query_offset=query_offset,
+            key_offset=key_offset,
+            grid_size=grid_size,
         )
-        return _call(_ops.av, attn, value, additional_values, config, chosen_backend(backend))
+        return _call(
+            _ops.av, attn, value, additional_values, key_mask, config, chosen_backend(backend)
+        )
 
     return av
 
@@ -283,7 +340,7 @@ def attention(
     flags = SEPARATE_KEY_GRID | attention_flags(scale)
     config = make_config(1, 1, is_causal=is_causal, flags=flags)
     output, logsumexp = _call(
-        _ops.attention_forward, query, key, value, None, None, None,
+        _ops.attention_forward, query, key, value, None, None, None, None,
         config, _scale(scale), chosen_backend(backend),
     )  # fmt: skip
     return (output, logsumexp) if return_lse else output

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from natten import context
 from natten._args import (
     Bools,
+    Boundaries,
     Ints,
     checked_window,
     head_dim_of,
@@ -17,6 +18,7 @@ from natten._args import (
 )
 from natten._log import logger
 from natten.torch import _functional, _ops
+from natten.torch._autograd import without_empty_rows
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -41,6 +43,9 @@ class _NeighborhoodAttention(nn.Module):
         proj_drop: dropout on the result.
         use_experimental_ops: accepted for compatibility; has no effect.
         stride: that many neighboring queries share one window.
+        boundary: what becomes of a window at the border of the grid, per axis: "shift" moves it
+            inwards, "cut" leaves the slots outside empty, "circular" lets it go on at the other
+            end (see `natten.na{rank}d`).
         device, dtype: of the parameters, as in PyTorch's own modules.
 
     Raises:
@@ -53,6 +58,7 @@ class _NeighborhoodAttention(nn.Module):
     dilation: tuple[int, ...]
     is_causal: tuple[bool, ...]
     stride: tuple[int, ...]
+    boundary: tuple[str, ...]
 
     def __init_subclass__(cls) -> None:
         cls.__module__ = "natten"  # where users import it from, and pickle too
@@ -73,6 +79,7 @@ class _NeighborhoodAttention(nn.Module):
         use_experimental_ops: bool = False,
         stride: Ints = 1,
         *,
+        boundary: Boundaries = "shift",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,6 +93,7 @@ class _NeighborhoodAttention(nn.Module):
             dilation=dilation,
             is_causal=is_causal,
             stride=stride,
+            boundary=boundary,
         )
         for name, value in window.items():
             setattr(self, name, value)
@@ -112,10 +120,14 @@ class _NeighborhoodAttention(nn.Module):
             return False
         return True
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """[batch, *spatial, dim] -> [batch, *spatial, dim].
 
-        Of rank 1 also a nested tensor of sequences [length, dim], without gradients.
+        `key_mask` is bool [batch or 1, *spatial], True where a token may be seen. For a token that
+        sees none, attention gives 0.
+
+        Of rank 1 also a nested tensor of sequences [length, dim], without gradients; `key_mask` is
+        then nested likewise, of [length].
 
         Raises:
             ValueError: x does not have the dimensions above, or is too small for the windows.
@@ -127,8 +139,10 @@ class _NeighborhoodAttention(nn.Module):
         if x.is_nested and rank != 1:
             raise ValueError("x: got a nested tensor; only the module of rank 1 takes them")
         if x.is_nested and x.layout != torch.jagged:
-            jagged = torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
-            return torch.nested.as_nested_tensor(list(self(jagged).unbind()))
+            jagged = _jagged(x)
+            if isinstance(key_mask, Tensor) and key_mask.is_nested:
+                key_mask = _jagged(key_mask)
+            return torch.nested.as_nested_tensor(list(self(jagged, key_mask).unbind()))
         # Another map may have taken the place of the linear one.
         dim = getattr(self.qkv, "in_features", 0) or (x.shape[-1] if x.dim() else "dim")
         if x.dim() != rank + 2 or x.shape[-1] != dim:
@@ -139,14 +153,22 @@ class _NeighborhoodAttention(nn.Module):
         qkv = self._map_to_qkv(x)
         query, key, value = (qkv.select(rank + 1, i) for i in range(3))
         if self._uses_fused():
-            out = _FUSED[rank](query, key, value, rpb=self.rpb, scale=self.scale, **window_of(self))
+            out = _FUSED[rank](
+                query, key, value, rpb=self.rpb, key_mask=key_mask, scale=self.scale,
+                **window_of(self),
+            )  # fmt: skip
         else:
             query, key, value = (x.movedim(rank + 1, 1) for x in (query, key, value))
-            attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **window_of(self))
-            attn = attn.softmax(dim=-1)
+            window = dict(**window_of(self), key_mask=key_mask)
+            attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **window)
+            if key_mask is None or attn.is_nested:
+                attn = attn.softmax(dim=-1)
+            else:
+                attn, is_empty = without_empty_rows(attn)
+                attn = attn.softmax(dim=-1).masked_fill(is_empty, 0.0)
             if self._drops_attention():
                 attn = self.attn_drop(attn)
-            out = _AV[rank](attn, value, **window_of(self)).movedim(1, rank + 1)
+            out = _AV[rank](attn, value, **window).movedim(1, rank + 1)
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def _map_to_qkv(self, x: Tensor) -> Tensor:
@@ -173,8 +195,13 @@ class _NeighborhoodAttention(nn.Module):
         return (
             f"head_dim={self.head_dim}, num_heads={self.num_heads}, "
             f"kernel_size={self.kernel_size}, dilation={self.dilation}, stride={self.stride}, "
-            f"is_causal={self.is_causal}, has_bias={self.rpb is not None}"
+            f"is_causal={self.is_causal}, boundary={self.boundary}, "
+            f"has_bias={self.rpb is not None}"
         )
+
+
+def _jagged(x: Tensor) -> Tensor:
+    return torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
 
 
 _FUSED = {1: _functional.na1d, 2: _functional.na2d, 3: _functional.na3d}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natten import _core
+from natten._args import PART_OPTIONS, options_of
 from natten._choices import tell
 from natten._log import TELLS_CHOICES
 from natten._roles import Role
@@ -23,6 +24,12 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
     in the strided layout, a batch axis of its own.
     """
     inputs, _, config, scale, backend = operator.split(args)
+    for option in PART_OPTIONS:
+        if (given := options_of(config).get(option.name)) is not None:
+            raise ValueError(
+                f"{option.name}: got {list(given)} for nested tensors, of which each example has a "
+                "grid of its own; must be None"
+            )
     if torch.is_grad_enabled() and any_requires_grad(*inputs):
         raise NotImplementedError(
             "nested tensors: there are no derivatives; call under torch.no_grad(), or pad the "
@@ -73,13 +80,13 @@ def _examples(
 ) -> list[Tensor | None]:
     """The parts of an input, one per example, with a batch axis."""
     count = first.size(0)
-    if x is None or "B" not in role.dims:  # absent, or a bias that all examples share
+    if x is None or not (role.is_mask or "B" in role.dims):  # a bias that all examples share
         if x is not None and x.is_nested:
             raise ValueError(
                 f"{role.name}: got a nested tensor; must be dense, one for all examples"
             )
         return [x] * count
-    if not x.is_nested and (role.is_required or has_own_batch):
+    if not x.is_nested and (role.is_required or role.is_mask or has_own_batch):
         raise ValueError(f"{role.name}: got a dense tensor; must be nested, as the others are")
     if x.size(0) != count:
         raise ValueError(f"{role.name}: got {x.size(0)} examples; must be {count}, to match others")

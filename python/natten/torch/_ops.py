@@ -6,6 +6,7 @@ libnatten's own table of tensors. Derivatives are in `_autograd.py`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ class Operator:
         self.is_fused = name.startswith("attention")
         arguments = [f"Tensor{'' if r.is_required else '?'} {r.name}" for r in self.inputs]
         arguments += self.extras.values()
-        arguments += ["int[] config", "float? scale", "str backend"]
+        # Offsets in a compiled graph may differ from call to call, hence symbolic.
+        arguments += ["SymInt[] config", "float? scale", "str backend"]
         if not self.is_fused:
             arguments.remove("float? scale")
         library.define(f"{name}({', '.join(arguments)}) -> {returns}")
@@ -167,7 +169,8 @@ class Operator:
                     f"{role.name}: is on {x.device}; must be on the device of "
                     f"{self.inputs[0].name}, {first.device}"
                 )
-        if not any(type(n) is torch.SymInt for x in inputs if x is not None for n in x.shape):
+        numbers = itertools.chain(config, *(x.shape for x in inputs if x is not None))
+        if not any(type(n) is torch.SymInt for n in numbers):
             _core.plan(  # raises libnatten's own errors while a graph is traced
                 self.name,
                 config,
@@ -194,7 +197,7 @@ class Operator:
         # An example of zeros stands in, and is taken out of the results.
         count = len(self.inputs)
         examples = [
-            x if dim is None else torch.cat([x, x.sum(dim, keepdim=True)], dim)
+            x if dim is None else torch.cat([x, x.sum(dim, keepdim=True, dtype=x.dtype)], dim)
             for x, dim in zip(args[:count], in_dims, strict=False)
         ]
         results, axes = self._batch(1, in_dims, (*examples, *args[count:]))
@@ -234,20 +237,32 @@ class Operator:
         rank = config[0]
         wanted = extras.get("wanted", [True] * len(self.outputs))
         roles = [role for role, want in zip(self.outputs, wanted, strict=True) if want]
-        mapped_roles = (r for r, d in zip(self.inputs, in_dims, strict=False) if d is not None)
+        mapped_roles = [r for r, d in zip(self.inputs, in_dims, strict=False) if d is not None]
         dims = fold_dims(mapped_roles, roles)
+        if dims != "B" and any(role.is_mask for role in mapped_roles):
+            return self._batch_one_by_one(size, in_dims, args)
+        batch = extras.get("B")  # of an example
         folded: list[Tensor | None] = []
         for role, x, mapped in zip(self.inputs, inputs, in_dims, strict=False):
-            axis = role.axis_of(dims, rank)
-            if x is None or axis is None:  # absent, or a bias that all examples share
+            axis = 0 if role.is_mask and dims == "B" else role.axis_of(dims, rank)
+            # Absent, or what all examples share: a bias, or a mask.
+            if x is None or axis is None or (role.is_mask and mapped is None and x.shape[0] == 1):
                 folded.append(x)
                 continue
             if mapped is None:
                 x = x.unsqueeze(axis).expand(*x.shape[:axis], size, *x.shape[axis:])
             else:
                 x = x.movedim(mapped, axis)
+            if role.is_mask and x.shape[1] == 1:
+                x = x.expand(size, batch, *x.shape[2:])
+            elif dims == "B" and not role.is_mask:
+                batch = x.shape[1]
             folded.append(x.flatten(axis, axis + 1))
-        results = self.overload(*folded, *args[len(folded) :])
+        options = [
+            size * batch if dims == "B" and letter == "B" else value
+            for letter, value in extras.items()
+        ]
+        results = self.overload(*folded, *options, *args[len(folded) + len(extras) :])
         many = isinstance(results, (tuple, list))
         axes = [role.axis_of(dims, rank) for role in roles]
         unfolded = [
@@ -257,6 +272,24 @@ class Operator:
         if many:
             return type(results)(unfolded), type(results)(axes)
         return unfolded[0], axes[0]
+
+    def _batch_one_by_one(
+        self, size: int, in_dims: Sequence[int | None], args: Sequence[Any]
+    ) -> tuple[Any, Any]:
+        """`_batch` by a call for each example: where they have both masks and biases, or gradients
+        of biases, of their own, no dimension can take the mapped axis."""
+        count = len(self.inputs)
+        each = []
+        for i in range(size):
+            example = [
+                x if dim is None else x.select(dim, i)
+                for x, dim in zip(args[:count], in_dims, strict=False)
+            ]
+            each.append(self.overload(*example, *args[count:]))
+        if isinstance(each[0], Tensor):
+            return torch.stack(each), 0
+        kind = type(each[0])
+        return kind(map(torch.stack, zip(*each, strict=True))), kind([0] * len(each[0]))
 
 
 def stream_of(x: Tensor) -> int:
