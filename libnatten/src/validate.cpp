@@ -203,7 +203,9 @@ class Checker {
       for (int i = 0; i < tuple->size; ++i)
         if ((*tuple)[i] > kLongestAxis)
           bad_value(name, ": got ", to_string(*tuple), "; must not be larger than memory can be");
-    if (call_.options.separate_key_grid && (n.has_parts() || n.boundary.size))
+    bool is_bordered = false;
+    for (int i = 0; i < rank_; ++i) is_bordered |= boundary(i) != Boundary::shift;
+    if (call_.options.separate_key_grid && (n.has_parts() || is_bordered))
       bad_value(n.has_parts() ? "grid_size" : "boundary",
                 ": got keys on a grid of their own (separate_key_grid); it must be whole, and has ",
                 "no border");
