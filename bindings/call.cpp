@@ -41,6 +41,7 @@ Call decode_call(std::string_view op, const std::int64_t* config, std::size_t co
   o.separate_key_grid = flags & separate_key_grid;
   o.deterministic = !(flags & nondeterministic);
   o.allow_tf32 = flags & allow_tf32;
+  o.unknown_offsets = flags & unknown_offsets;
   return call;
 }
 

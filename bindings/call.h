@@ -18,8 +18,9 @@ enum Flag : std::int64_t {
   separate_key_grid = 4,
   nondeterministic = 8,
   allow_tf32 = 16,
+  unknown_offsets = 32,
 };
-constexpr std::int64_t kAllFlags = 31;
+constexpr std::int64_t kAllFlags = 63;
 
 /// Throws Error.
 Op op_named(std::string_view name);

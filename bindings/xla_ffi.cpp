@@ -1,13 +1,20 @@
 #include <nanobind/nanobind.h>
 #include <natten/natten.h>
 
+#include <cstdint>
+#include <cstring>
 #include <exception>
 #include <string>
 #include <string_view>
 #include <utility>
+#include <vector>
 
 #include "call.h"
 #include "xla/ffi/api/ffi.h"
+
+#if NATTEN_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 namespace nb = nanobind;
 namespace ffi = xla::ffi;
@@ -50,9 +57,47 @@ TensorView view_of(const ffi::AnyBuffer& buffer, Device device, const char* name
                          static_cast<int>(shape.size()));
 }
 
+/// Copies from the memory of the device, and waits for what the stream has to do before.
+void copy_to_host(void* to, const void* from, std::size_t bytes, Device device, void* stream) {
+  if (device.type == DeviceType::cpu) {
+    std::memcpy(to, from, bytes);
+    return;
+  }
+#if NATTEN_WITH_CUDA
+  const auto of = static_cast<cudaStream_t>(stream);
+  cudaError_t status = cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, of);
+  if (status == cudaSuccess) status = cudaStreamSynchronize(of);
+  if (status != cudaSuccess)
+    throw Error(ErrorKind::runtime,
+                std::string("CUDA: reading offsets: ") + cudaGetErrorString(status));
+#else
+  static_cast<void>(stream);
+#endif
+}
+
+/// Offsets that are known at run time only: those of queries, then those of keys, one per axis.
+void set_offsets(Call& call, const ffi::AnyBuffer& buffer, Device device, void* stream) {
+  const int rank = call.neighborhood.kernel_size.size;
+  std::vector<std::int64_t> values(2 * static_cast<std::size_t>(rank));
+  if (buffer.element_count() != values.size())
+    throw Error(ErrorKind::invalid_value, "offsets: must have two rows, one number per axis each");
+  if (buffer.element_type() == ffi::S64) {
+    copy_to_host(values.data(), buffer.untyped_data(), buffer.size_bytes(), device, stream);
+  } else if (buffer.element_type() == ffi::S32) {
+    std::vector<std::int32_t> narrow(values.size());
+    copy_to_host(narrow.data(), buffer.untyped_data(), buffer.size_bytes(), device, stream);
+    values.assign(narrow.begin(), narrow.end());
+  } else {
+    throw Error(ErrorKind::invalid_type, "offsets: dtype must be int32 or int64");
+  }
+  call.neighborhood.query_offset = Tuple(values.begin(), rank);
+  call.neighborhood.key_offset = Tuple(values.begin() + rank, rank);
+  call.options.unknown_offsets = false;
+}
+
 /// What the handlers of all platforms do. `context` says where it runs. `inputs` and `outputs` have
-/// one bit per role, in table order, set where a buffer is passed. Where `has_workspace`, the last
-/// result is scratch.
+/// one bit per role, in table order, set where a buffer is passed; after that of the key mask comes
+/// one of offsets. Where `has_workspace`, the last result is scratch.
 ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
                   ffi::RemainingRets results, std::string_view op,
                   ffi::Span<const std::int64_t> config, double scale, std::string_view backend,
@@ -61,19 +106,27 @@ ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
   try {
     Call call = decode_call(op, config.begin(), config.size(), scale);
     std::size_t next_arg = 0, next_result = 0;
+    const auto is_given = [](std::int64_t& bits) {
+      const bool bit = bits & 1;
+      bits >>= 1;
+      return bit;
+    };
     for (const Role& role : roles_of(call.op)) {
-      std::int64_t& left = role.is_output ? outputs : inputs;
-      const bool given = left & 1;
-      left >>= 1;
-      if (!given) continue;
-      if (role.is_output) {
-        auto buffer = results.get<ffi::AnyBuffer>(next_result++);
-        if (buffer.has_error()) return buffer.error();
-        call.tensors.*role.tensor = view_of(*buffer.value(), device, role.name);
-      } else {
+      if (is_given(role.is_output ? outputs : inputs)) {
+        if (role.is_output) {
+          auto buffer = results.get<ffi::AnyBuffer>(next_result++);
+          if (buffer.has_error()) return buffer.error();
+          call.tensors.*role.tensor = view_of(*buffer.value(), device, role.name);
+        } else {
+          auto buffer = args.get<ffi::AnyBuffer>(next_arg++);
+          if (buffer.has_error()) return buffer.error();
+          call.tensors.*role.tensor = view_of(buffer.value(), device, role.name);
+        }
+      }
+      if (role.is_mask && is_given(inputs)) {
         auto buffer = args.get<ffi::AnyBuffer>(next_arg++);
         if (buffer.has_error()) return buffer.error();
-        call.tensors.*role.tensor = view_of(buffer.value(), device, role.name);
+        set_offsets(call, buffer.value(), device, context.stream);
       }
     }
     const std::string backend_name(backend);

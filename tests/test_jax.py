@@ -497,7 +497,7 @@ def test_messages_are_the_cores():
     message = (
         "kernel_size: got [3] with dilation 2 on axis 0; kernel_size * dilation must not exceed "
         "the axis, 5 tokens here (query, [1, 5, 1, 2], is read as [batch, *spatial, heads, "
-        "head_dim])"
+        'head_dim]), unless its border cuts windows (boundary "cut")'
     )
     with pytest.raises(ValueError) as caught:
         jax.jit(lambda q: nj.na1d(q, q, q, 3, 2))(q)

@@ -49,9 +49,12 @@ def assert_close(got, want, tolerance=1e-12):
 
 
 def dense(rank):
-    """Dense masked attention, which JAX differentiates by itself."""
     neighborhood = {n: np.broadcast_to(x, rank).tolist() for n, x in MIXED[rank].items()}
-    grid = oracle.Grid(SimpleNamespace(shape=GRIDS[rank], **neighborhood))
+    return dense_on(oracle.Grid(SimpleNamespace(shape=GRIDS[rank], **neighborhood)))
+
+
+def dense_on(grid, key_mask=None):
+    """Dense masked attention, which JAX differentiates by itself."""
 
     def attention(q, k, v, rpb, ak, av):
         def flat(x):
@@ -66,6 +69,10 @@ def dense(rank):
         bias = rpb.reshape(rpb.shape[0], -1)[:, np.maximum(grid.relative, 0)].swapaxes(0, 1)
         bias = jnp.where(grid.seen[:, None], bias, -jnp.inf)  # [queries, heads, keys]
         scores += jnp.concatenate([bias, jnp.zeros((*bias.shape[:2], ak.shape[1]))], -1)
+        if key_mask is not None:
+            mask = key_mask.reshape(len(key_mask), 1, 1, -1)
+            mask = jnp.pad(mask, [(0, 0)] * 3 + [(0, ak.shape[1])], constant_values=True)
+            scores = jnp.where(mask, scores, -jnp.inf)
         output = jnp.einsum("bqhk,bkhd->bqhd", jax.nn.softmax(scores), v)
         lse = jax.nn.logsumexp(scores, -1)
         return output.reshape(*q.shape[:-1], -1), lse.reshape(q.shape[:-1])

@@ -203,10 +203,17 @@ class Checker {
       for (int i = 0; i < tuple->size; ++i)
         if ((*tuple)[i] > kLongestAxis)
           bad_value(name, ": got ", to_string(*tuple), "; must not be larger than memory can be");
-    if (call_.options.separate_key_grid && (n.has_parts() || n.boundary.size))
-      bad_value(n.has_parts() ? "grid_size" : "boundary",
+    bool is_bordered = false;
+    for (int i = 0; i < rank_; ++i) is_bordered |= boundary(i) != Boundary::shift;
+    if (call_.options.separate_key_grid && (has_parts() || is_bordered))
+      bad_value(has_parts() ? "grid_size" : "boundary",
                 ": got keys on a grid of their own (separate_key_grid); it must be whole, and has ",
                 "no border");
+    if (call_.options.unknown_offsets) {
+      if (for_execution_)
+        bad_value("query_offset, key_offset: not known (unknown_offsets); must be to run the call");
+      return;
+    }
     for (int i = 0; i < n.key_offset.size && !n.grid_size.size; ++i)
       if (n.key_offset[i] != 0)
         bad_value("key_offset: got ", to_string(n.key_offset), " without grid_size; must be 0 ",
@@ -323,6 +330,7 @@ class Checker {
     const Tuple& known = extent(dim).values;
     if (!std::equal(known.values.begin(), known.values.begin() + known.size, values.values.begin()))
       bad_value(role.name, ": got shape ", shape_text(v), "; ", names_of(dim).meaning, " must be ",
+                role.is_mask && dim == 'B' && known[0] != 1 ? "1 or " : "",
                 known.size == 1 ? std::to_string(known[0]) : to_string(known), ", to match ",
                 extent(dim).source);
   }
@@ -347,9 +355,8 @@ class Checker {
   }
 
   /// Whether queries and keys lie on the same tokens, so that their shapes are one.
-  bool has_one_grid() const {
-    return !call_.options.separate_key_grid && !call_.neighborhood.has_parts();
-  }
+  bool has_one_grid() const { return !call_.options.separate_key_grid && !has_parts(); }
+  bool has_parts() const { return call_.options.unknown_offsets || call_.neighborhood.has_parts(); }
 
   void check_grids() {
     const Neighborhood& n = call_.neighborhood;
@@ -379,8 +386,10 @@ class Checker {
       axes_[i].is_causal = value_or(n.is_causal, i, 0) != 0;
       axes_[i].boundary = boundary(i);
       axes_[i].grid_length = value_or(n.grid_size, i, axes_[i].key_length);
-      axes_[i].query_offset = value_or(n.query_offset, i, 0);
-      axes_[i].key_offset = keys_are_whole_ ? 0 : value_or(n.key_offset, i, 0);
+      if (!call_.options.unknown_offsets) {
+        axes_[i].query_offset = value_or(n.query_offset, i, 0);
+        axes_[i].key_offset = keys_are_whole_ ? 0 : value_or(n.key_offset, i, 0);
+      }
       check_axis(i, axes_[i]);
     }
   }
@@ -416,7 +425,7 @@ class Checker {
       bad_value(extent('K').source, ": got ", axis.key_length, " keys on axis ", i,
                 ", which is circular; must be at most the ", length, tokens(length),
                 " of the whole axis, so that each is there once");
-    if (has_all_keys(axis)) return;
+    if (call_.options.unknown_offsets || has_all_keys(axis)) return;
     const Interval needed = key_range(axis);
     bad_value(extent('K').source, ": got tokens ", axis.key_offset, " to ",
               axis.key_offset + axis.key_length - 1, " on axis ", i, "; the windows of queries ",

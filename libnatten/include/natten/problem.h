@@ -81,6 +81,9 @@ struct Options {
   /// query's. The window is all of that grid: of kernel_size only the number of axes counts. There
   /// are no relative positions then, so neither rpb nor its gradient.
   bool separate_key_grid = false;
+  /// query_offset and key_offset are said later, so those of the call are ignored: `describe` and
+  /// `workspace_bytes` check all that does not depend on them, `run` refuses the call.
+  bool unknown_offsets = false;
   bool deterministic = true;
   /// Products of float32 may be computed in TF32, with 11 bits of precision in place of 24, where
   /// that is faster: by backends for CUDA.

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 import natten.jax as natten_jax
 from natten._args import (
     Bools,
+    Boundaries,
     Ints,
     checked_window,
     head_dim_of,
@@ -47,6 +48,12 @@ def rpb_init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Ar
     return jax.nn.initializers.truncated_normal(stddev=0.02)(key, shape, dtype)
 
 
+def _softmax(scores: jax.Array) -> jax.Array:
+    """0 where all scores are -inf, as the key mask makes them, and not NaN."""
+    is_empty = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True) == -jnp.inf
+    return jnp.where(is_empty, 0.0, jax.nn.softmax(jnp.where(is_empty, 0.0, scores), axis=-1))
+
+
 class SelfAttention:
     """Multi-head self attention of every token over a window around it, {rank}-D.
 
@@ -67,6 +74,9 @@ class SelfAttention:
             attn_drop > 0 uses the unfused ones unless it is deterministic.
         proj_drop: dropout on the result.
         stride: that many neighboring queries share one window.
+        boundary: what becomes of a window at the border of the grid, one for all axes or one per
+            axis: "shift", it is moved inwards; "cut", what is outside is left out; "circular", it
+            goes on at the other end.
         dtype: what to compute in; by default what the input and the parameters promote to.
         param_dtype: of the parameters.
         qkv_kernel_init: of `qkv.kernel` [dim, 3, dim]. It is called with shape [dim, 3 * dim], and
@@ -80,7 +90,8 @@ class SelfAttention:
         {own}
 
     Raises:
-        TypeError: a size that is no integer, or is_causal that is no bool.
+        TypeError: a size that is no integer, is_causal that is no bool, or a boundary that is no
+            name.
         ValueError: an argument that does not fit.
     """
 
@@ -94,6 +105,7 @@ class SelfAttention:
     dilation: Ints
     is_causal: Bools | None
     stride: Ints
+    boundary: Boundaries
     qk_scale: float | None
 
     def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
@@ -140,6 +152,7 @@ class SelfAttention:
         self,
         qkv: jax.Array,
         rpb: jax.Array | None,
+        key_mask: ArrayLike | None,
         drop: Callable[[jax.Array], jax.Array] | None,
     ) -> jax.Array:
         """[batch, *spatial, 3, dim] -> [batch, *spatial, dim].
@@ -147,21 +160,22 @@ class SelfAttention:
         Args:
             qkv: query, key and value.
             rpb: the bias; it is converted to the dtype of qkv.
+            key_mask: bool [batch or 1, *spatial], True where a token may be seen.
             drop: dropout of attention weights, if there is any.
         """
         rank = self.rank
-        window = window_of(self)
+        options = window_of(self) | {"key_mask": key_mask}
         heads = qkv.reshape(*qkv.shape[:-1], self.num_heads, self.head_dim)
         query, key, value = (heads[..., i, :, :] for i in range(3))
         if rpb is not None:
             rpb = rpb.astype(qkv.dtype)
         if drop is None:
-            out = _FUSED[rank](query, key, value, rpb=rpb, scale=self.scale, **window)
+            out = _FUSED[rank](query, key, value, rpb=rpb, scale=self.scale, **options)
         else:
             # Heads first; softmax in float32 at least, as the fused operation does.
             query, key, value = (jnp.moveaxis(t, -2, 1) for t in (query, key, value))
-            scores = _QK[rank](query * self.scale, key, rpb=rpb, **window)
+            scores = _QK[rank](query * self.scale, key, rpb=rpb, **options)
             statistic = jnp.promote_types(scores.dtype, jnp.float32)
-            attn = jax.nn.softmax(scores.astype(statistic), axis=-1).astype(scores.dtype)
-            out = jnp.moveaxis(_AV[rank](drop(attn), value, **window), 1, -2)
+            attn = _softmax(scores.astype(statistic)).astype(scores.dtype)
+            out = jnp.moveaxis(_AV[rank](drop(attn), value, **options), 1, -2)
         return out.reshape(*out.shape[:-2], self.dim)

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from natten._args import Bools, Ints
+from natten._args import Bools, Boundaries, Ints
 from natten.flax import _attend, _convert
 from natten.flax._attend import Initializer
 
@@ -37,6 +37,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         proj_drop: float = 0.0,
         stride: Ints = 1,
         *,
+        boundary: Boundaries = "shift",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         qkv_kernel_init: Initializer = _attend.kernel_init,
@@ -48,7 +49,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
     ) -> None:
         self.dim, self.num_heads, self.qk_scale = dim, num_heads, qk_scale
         self.kernel_size, self.dilation = kernel_size, dilation
-        self.is_causal, self.stride = is_causal, stride
+        self.is_causal, self.stride, self.boundary = is_causal, stride, boundary
         self._check_arguments(attn_drop, proj_drop)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         # Query, key and value have an axis of their own: devices that share the last one hold whole
@@ -78,6 +79,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         self,
         x: ArrayLike,
         *,
+        key_mask: ArrayLike | None = None,
         deterministic: bool | None = None,
         rngs: nnx.Rngs | None = None,
     ) -> jax.Array:
@@ -85,12 +87,15 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
 
         Args:
             x: the input.
+            key_mask: bool [batch or 1, *spatial], True where a token may be seen. Tokens that see
+                nothing get the bias of the last linear map.
             deterministic: True switches dropout off; by default as `train()` and `eval()` set it.
             rngs: for dropout, instead of those given to the constructor.
 
         Raises:
-            ValueError: x does not have the dimensions above, or kernel_size * dilation exceeds one
-                of them.
+            ValueError: x or key_mask does not have the dimensions above, or kernel_size * dilation
+                exceeds one of them.
+            TypeError: key_mask is not of bools.
         """
         x = self._check_input(x)
         if deterministic is None:
@@ -98,7 +103,8 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         drop = None
         if self.attn_drop.rate and not deterministic:
             drop = functools.partial(self.attn_drop, deterministic=False, rngs=rngs)
-        out = self._attend(self.qkv(x), None if self.rpb is None else self.rpb[...], drop)
+        rpb = None if self.rpb is None else self.rpb[...]
+        out = self._attend(self.qkv(x), rpb, key_mask, drop)
         return self.proj_drop(self.proj(out), deterministic=deterministic, rngs=rngs)
 
 

@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax.typing import ArrayLike, DTypeLike
 
-from natten._args import Bools, Ints
+from natten._args import Bools, Boundaries, Ints
 from natten.flax import _attend
 from natten.flax._attend import Initializer
 
@@ -84,22 +84,32 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
     proj_bias_init: Initializer = _attend.bias_init
     rpb_init: Initializer = _attend.rpb_init
     deterministic: bool | None = None
+    boundary: Boundaries = "shift"
 
     def __post_init__(self) -> None:
         self._check_arguments(self.attn_drop, self.proj_drop)
         super().__post_init__()
 
     @nn.compact
-    def __call__(self, x: ArrayLike, deterministic: bool | None = None) -> jax.Array:
+    def __call__(
+        self,
+        x: ArrayLike,
+        deterministic: bool | None = None,
+        *,
+        key_mask: ArrayLike | None = None,
+    ) -> jax.Array:
         """[batch, *spatial, dim] -> [batch, *spatial, dim].
 
         Args:
             x: the input.
             deterministic: as in the constructor; to be given in one place only.
+            key_mask: bool [batch or 1, *spatial], True where a token may be seen. Tokens that see
+                nothing get the bias of the last linear map.
 
         Raises:
-            ValueError: x does not have the dimensions above, kernel_size * dilation exceeds one of
-                them, or with dropout `deterministic` is given nowhere or twice.
+            ValueError: x or key_mask does not have the dimensions above, kernel_size * dilation
+                exceeds one of them, or with dropout `deterministic` is given nowhere or twice.
+            TypeError: key_mask is not of bools.
         """
         x = self._check_input(x)
         if self.attn_drop or self.proj_drop:
@@ -119,7 +129,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
         drop = None
         if self.attn_drop and not deterministic:
             drop = functools.partial(nn.Dropout(self.attn_drop), deterministic=False)
-        out = self._attend(qkv, rpb, drop)
+        out = self._attend(qkv, rpb, key_mask, drop)
         out = nn.Dense(
             self.dim,
             dtype=self.dtype,

@@ -9,7 +9,8 @@ of the others, so they can be differentiated any number of times:
     rpb_scatter(a)      da = rpb_gather(g)
     rpb_gather(rpb)     drpb = rpb_scatter(g)
 
-Inside derivatives empty slots hold 0, which keeps them linear.
+Inside derivatives empty slots hold 0, which keeps them linear. The key mask and the offsets of
+parts, the *context* of a call, have no derivatives and are passed on.
 
 The tangent of fused attention is a primitive of its own, `attention_tangent`. It is linear in the
 tangents, and its transpose is fused: `attention_backward`. So reverse mode, which transposes it,
@@ -29,7 +30,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from natten._args import EMPTY_SLOTS_ZERO, scale_or_default, with_flags
-from natten._roles import roles_of
 from natten.jax._primitives import (
     Operation,
     Setup,
@@ -54,7 +54,9 @@ from natten.jax._private import (
 
 Tensors: TypeAlias = Sequence[Any]  # None where there is none
 
-# The six tensors of attention; logsumexp follows them in the inputs of derivatives.
+# The six tensors of attention. The context follows them; in the inputs of derivatives, logsumexp
+# follows that.
+TENSORS = 6
 COUNT = len(attention_forward.inputs)
 
 
@@ -70,12 +72,16 @@ def _shape(x: Any) -> Wanted:
     return x.aval.shape if is_undefined_primal(x) else x.shape
 
 
-def _bias_of(setup: Setup, rpb: Any, scores: Any) -> Array:
+def _bias_of(setup: Setup, rpb: Any, scores: Any, context: Tensors) -> Array:
     """The bias of every slot of scores, of which only the type is used. All of the batch has the
-    same."""
+    same, unless each of it has a mask of its own."""
     aval = scores.aval if is_undefined_primal(scores) else jax.typeof(scores)
-    (bias,) = rpb_gather(_linear(setup), (rpb,), ((1, *aval.shape[1:]),))
+    mask, _ = context
+    batch = 1 if mask is None else mask.shape[0]
+    (bias,) = rpb_gather(_linear(setup), (rpb, *context), ((batch, *aval.shape[1:]),))
     assert bias is not None
+    if batch > 1:
+        return bias
     is_split = any(axes is not None for axes in aval.sharding.spec)
     return jax.lax.broadcast(
         bias[0], aval.shape[:1], out_sharding=aval.sharding if is_split else None
@@ -94,56 +100,59 @@ def _present(values: Iterable[Any], present: Iterable[Any]) -> list[Any]:
 
 
 # The unfused operations: (setup, inputs, which of their gradients are needed, incoming gradients)
-# to the gradients of the inputs. An input whose gradient is needed may be unknown.
+# to the gradients of the inputs but the context. An input whose gradient is needed may be unknown.
 
 
 def _qk_reverse(setup: Setup, inputs: Tensors, needed: Sequence[bool], grads: Tensors) -> Tensors:
-    query, key, _, additional = inputs
+    query, key, _, additional, *context = inputs
     grad_query = grad_rpb = grad_key = grad_additional = None
     if needed[0]:
-        (grad_query,) = av(setup, (*grads, key, additional), (True,))
+        (grad_query,) = av(setup, (*grads, key, additional, *context), (True,))
     if needed[1] or needed[3]:
         wanted = _shape(key), _shape(additional)
-        grad_key, grad_additional = av_transpose(setup, (*grads, query), wanted)
+        grad_key, grad_additional = av_transpose(setup, (*grads, query, *context), wanted)
     if needed[2]:
-        (grad_rpb,) = rpb_scatter(setup, grads, (True,))
+        (grad_rpb,) = rpb_scatter(setup, (*grads, *context), (True,))
     return grad_query, grad_key, grad_rpb, grad_additional
 
 
 def _av_reverse(setup: Setup, inputs: Tensors, needed: Sequence[bool], grads: Tensors) -> Tensors:
-    attn, value, additional = inputs
+    attn, value, additional, *context = inputs
     grad_attn = grad_value = grad_additional = None
     if needed[0]:
-        (grad_attn,) = qk(_linear(setup), (*grads, value, None, additional), (True,))
+        (grad_attn,) = qk(_linear(setup), (*grads, value, None, additional, *context), (True,))
     if needed[1] or needed[2]:
         wanted = _shape(value), _shape(additional)
-        grad_value, grad_additional = av_transpose(setup, (attn, *grads), wanted)
+        grad_value, grad_additional = av_transpose(setup, (attn, *grads, *context), wanted)
     return grad_attn, grad_value, grad_additional
 
 
 def _av_transpose_reverse(
     setup: Setup, inputs: Tensors, needed: Sequence[bool], grads: Tensors
 ) -> Tensors:
-    attn, query = inputs
+    attn, query, *context = inputs
     grad_key, grad_additional = grads
     grad_attn = grad_query = None
     if needed[0]:
-        (grad_attn,) = qk(_linear(setup), (query, grad_key, None, grad_additional), (True,))
+        keys = grad_key, None, grad_additional
+        (grad_attn,) = qk(_linear(setup), (query, *keys, *context), (True,))
     if needed[1]:
-        (grad_query,) = av(setup, (attn, grad_key, grad_additional), (True,))
+        (grad_query,) = av(setup, (attn, grad_key, grad_additional, *context), (True,))
     return grad_attn, grad_query
 
 
 def _rpb_scatter_reverse(
     setup: Setup, inputs: Tensors, needed: Sequence[bool], grads: Tensors
 ) -> Tensors:
-    return (_bias_of(setup, grads[0], inputs[0]),)
+    attn, *context = inputs
+    return (_bias_of(setup, grads[0], attn, context),)
 
 
 def _rpb_gather_reverse(
     setup: Setup, inputs: Tensors, needed: Sequence[bool], grads: Tensors
 ) -> Tensors:
-    return rpb_scatter(setup, grads, (True,))
+    _, *context = inputs
+    return rpb_scatter(setup, (*grads, *context), (True,))
 
 
 REVERSE: dict[Operation, Callable[..., Tensors]] = {}
@@ -166,7 +175,7 @@ def _define_linear(
         primals, tangents = _slots(primals, given), _slots(tangents, given)
         bias = None
         if operation is qk:  # the bias is a term of its own
-            (_, _, bias, _) = tangents
+            bias = tangents[2]
             primals[2] = tangents[2] = None
         terms = []
         for group in groups:
@@ -177,7 +186,7 @@ def _define_linear(
                 ]
                 terms.append(_present(operation(_linear(setup), inputs, wanted), wanted))
         if _moves(bias):
-            terms.append([_bias_of(setup, bias, results[0])])
+            terms.append([_bias_of(setup, bias, results[0], primals[-2:])])
         return results, [functools.reduce(jnp.add, parts) for parts in zip(*terms, strict=True)]
 
     def rule(
@@ -203,13 +212,18 @@ def _define(operation: Operation, jvp: Callable[..., Any], reverse: Callable[...
             return [Zero(x.aval) if is_undefined_primal(x) else None for x in args]
         inputs = _slots(args, given)
         needed = [is_undefined_primal(x) for x in inputs]
-        results = reverse(setup, inputs, needed, grads, wanted)
+        results = padded(reverse(setup, inputs, needed, grads, wanted), len(inputs))
         return _present(
             (x if need else None for x, need in zip(results, needed, strict=True)), given
         )
 
     primitive_jvps[operation.primitive] = jvp
     primitive_transposes[operation.primitive] = transpose
+
+
+def padded(gradients: Tensors, count: int) -> Tensors:
+    """Gradients of the first of `count` inputs, and none of the others."""
+    return *gradients, *[None] * (count - len(gradients))
 
 
 def _moves(tangent: Any) -> bool:
@@ -228,7 +242,7 @@ _define_linear(rpb_scatter, _rpb_scatter_reverse, (0,))
 
 def _composed(setup: Setup, wanted: Sequence[Wanted], *tensors: Any) -> list[Array]:
     """What attention_forward computes, by unfused operations in float32 at least."""
-    query, key, value, rpb, additional_keys, additional_values = tensors
+    query, key, value, rpb, additional_keys, additional_values, *context = tensors
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     group = query.shape[-2] // key.shape[-2]
     scale = scale_or_default(setup.scale, query.shape[-1])
@@ -247,13 +261,14 @@ def _composed(setup: Setup, wanted: Sequence[Wanted], *tensors: Any) -> list[Arr
 
     rpb = None if rpb is None else rpb.astype(dtype)
     inputs = heads_first(query) * scale, expanded(key), rpb, expanded(additional_keys)
-    (scores,) = qk(setup, inputs, (True,))
+    (scores,) = qk(setup, (*inputs, *context), (True,))
     assert scores is not None
     # Where all scores are -inf there are no weights; they would be NaN.
     is_empty = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True) == -jnp.inf
     scores = jnp.where(is_empty, 0.0, scores)
     weights = jnp.where(is_empty, 0.0, jax.nn.softmax(scores, axis=-1))
-    (output,) = av(setup, (weights, expanded(value), expanded(additional_values)), (True,))
+    values = expanded(value), expanded(additional_values)
+    (output,) = av(setup, (weights, *values, *context), (True,))
     assert output is not None
     logsumexp = jnp.where(is_empty[..., 0], -jnp.inf, jax.nn.logsumexp(scores, axis=-1))
     results = (
@@ -282,9 +297,9 @@ def _composed_backward(
     function = functools.partial(_composed, setup, [g is not None for g in gradients])
 
     def of_wanted(*moving: Array) -> list[Array]:
-        return function(*_replace(tensors, wanted, moving))
+        return function(*_replace(tensors, padded(wanted, COUNT), moving))
 
-    pull_back = jax.vjp(of_wanted, *_present(tensors, wanted))[1]
+    pull_back = jax.vjp(of_wanted, *_present(tensors[:TENSORS], wanted))[1]
     return list(pull_back([g for g in gradients if g is not None]))
 
 
@@ -295,7 +310,7 @@ def _replace(values: Tensors, which: Sequence[Any], replacements: Sequence[Any])
 
 def _tangent(function: Callable[..., list[Array]], primals: Tensors, tangents: Tensors) -> Any:
     """The tangents of what `function` returns; primals and tangents may be absent."""
-    moves = [_moves(t) for t in tangents]
+    moves = [_moves(t) for t in padded(tangents, len(primals))]
 
     def of_moving(*moving: Array) -> list[Array]:
         return function(*_replace(primals, moves, moving))
@@ -308,8 +323,9 @@ class _AttentionTangent(Operation):
     """(tensors, logsumexp, tangents of the tensors) to the tangents of output and logsumexp."""
 
     def __init__(self) -> None:
-        tensors, outputs = roles_of(attention_forward.name)
-        super().__init__("attention_tangent", (*tensors, outputs[1], *tensors), outputs)
+        inputs, outputs = attention_forward.inputs, attention_forward.outputs
+        roles = (*inputs, outputs[1], *inputs[:TENSORS])
+        super().__init__("attention_tangent", roles, outputs)
 
     def _plan(
         self,
@@ -339,7 +355,7 @@ def _attention_jvp(
 ) -> tuple[Tensors, Tensors]:
     tensors = _slots(primals, given)
     output, logsumexp = attention_forward(setup, tensors, (True, True))  # the transpose needs both
-    moving = [t if _moves(t) else None for t in _slots(tangents, given)]
+    moving = [t if _moves(t) else None for t in _slots(tangents, given)[:TENSORS]]
     results = attention_tangent(setup, (*tensors, logsumexp, *moving), wanted)
     return _present((output, logsumexp), wanted), _present(results, wanted)
 

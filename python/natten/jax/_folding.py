@@ -26,6 +26,8 @@ class Fold:
     split: Any  # over which axes of a mesh it is split, as an entry of a PartitionSpec
     is_slower: bool  # than the dimension that it is folded into
     group: int  # heads that share a key-value head
+    batch: int  # of one example...
+    batch_split: Any  # ...and over which axes of a mesh it is split
 
     @classmethod
     def of(cls, inputs: Sequence[Mapped], outputs: Sequence[Role], rank: int) -> Fold:
@@ -35,6 +37,7 @@ class Fold:
             if axis is not None
         )
         dims = fold_dims((role for role, _, axis in inputs if axis is not None), outputs)
+        dims = dims.replace("B", "BM")
         # Of two dimensions that are merged only the slower one can be split over devices.
         is_slower = split is not None or not any(
             jax.typeof(x).sharding.spec[axis] is not None
@@ -47,13 +50,32 @@ class Fold:
             for dim in "HG"
             if (axis := _axis(role, dim, rank, mapped)) is not None
         }
-        return cls(dims, rank, size, split, is_slower, heads["H"] // heads.get("G", heads["H"]))
+        group = heads["H"] // heads.get("G", heads["H"])
+        batch, batch_split = next(
+            (
+                (x.shape[axis], jax.typeof(x).sharding.spec[axis])
+                for role, x, mapped in inputs
+                if (axis := _axis(role, "BM", rank, mapped)) is not None
+            ),
+            (1, None),  # a bias alone has none
+        )
+        return cls(dims, rank, size, split, is_slower, group, batch, batch_split)
+
+    def has_place(self, role: Role) -> bool:
+        """Whether an input of this role can differ by example."""
+        return role.axis_of(self.dims, self.rank) is not None
 
     def fold(self, role: Role, x: Array, mapped: int | None) -> Array:
         """An input with its mapped axis folded."""
         axis = role.axis_of(self.dims, self.rank)
-        if axis is None:  # a bias that all examples share
+        if axis is None:  # all examples share it
             return x
+        if role.is_mask:
+            if (
+                mapped is None and x.shape[0] == 1
+            ):  # all of the batch, and of the examples, share it
+                return x
+            x, mapped = self._of_all_batch(x, mapped)
         if mapped is not None:
             x = jnp.moveaxis(x, mapped, 0)
         elif self.split is None:
@@ -70,6 +92,20 @@ class Fold:
             x = x.reshape(self.size, *before, dim // group, group, *after)
             x = jnp.moveaxis(x, 0, axis + 1)
         return x.reshape(*before, self.size * dim, *after)
+
+    def _of_all_batch(self, mask: Array, mapped: int | None) -> tuple[Array, int | None]:
+        """A mask as large as the batch, which all of the batch may have shared."""
+        if mapped is None or self.batch == 1:
+            return mask, mapped
+        mask = jnp.moveaxis(mask, mapped, 1)  # [batch or 1, examples, *keys]
+        if mask.shape[0] == self.batch:
+            return mask, 1
+        sharding = None
+        if self.batch_split is not None:
+            of_mask = jax.typeof(mask).sharding
+            spec = PartitionSpec(self.batch_split, *of_mask.spec[1:])
+            sharding = NamedSharding(of_mask.mesh, spec)
+        return jax.lax.broadcast(mask[0], (self.batch,), out_sharding=sharding), 1
 
     def unfold(self, role: Role, x: Array) -> tuple[Array, int]:
         """An output with the mapped axis again, and where it is."""

@@ -7,18 +7,23 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
 from natten._args import (
     SEPARATE_KEY_GRID,
+    UNKNOWN_OFFSETS,
     Bools,
+    Boundaries,
+    Config,
     Ints,
     attention_flags,
     check_merge,
     listed,
     make_config,
     named,
+    offset_per_axis,
     real_scale,
     with_flags,
 )
@@ -32,6 +37,10 @@ from natten.jax._primitives import Operation, Setup
 # union nor overloads for every rank would help callers more than this.
 FusedResult: TypeAlias = Any
 Tensors: TypeAlias = tuple[Array | None, ...]
+
+# Where a part of a grid begins: Python's integers are fixed when a function is traced, arrays of
+# integers are read when it runs.
+Offsets: TypeAlias = Ints | Array | Sequence[int | Array]
 
 # With autodiff="any" users get the primitives, whose rules (`_derivatives.py`) hold in every mode;
 # with "reverse" the same under a custom_vjp, which bars forward mode. Its rules call primitives, so
@@ -55,10 +64,9 @@ def _attention_backward(
     setup: Setup, wants_lse: bool, residuals: Any, gradients: tuple[Array, Array | None]
 ) -> tuple[Tensors]:
     tensors, lse = residuals
-    results = _primitives.attention_backward(
-        setup, (*tensors, lse, *gradients), tuple(t is not None for t in tensors)
-    )
-    return (tuple(results),)
+    wanted = tuple(t is not None for t in tensors[: _derivatives.TENSORS])
+    results = _primitives.attention_backward(setup, (*tensors, lse, *gradients), wanted)
+    return (_derivatives.padded(results, len(tensors)),)
 
 
 _attention_reverse = jax.custom_vjp(_attention, nondiff_argnums=(0, 1))
@@ -79,7 +87,8 @@ def _unfused_backward(
     operation: Operation, setup: Setup, tensors: Tensors, gradient: Array
 ) -> tuple[Tensors]:
     needed = [t is not None for t in tensors]
-    return (tuple(_derivatives.REVERSE[operation](setup, tensors, needed, (gradient,))),)
+    results = _derivatives.REVERSE[operation](setup, tensors, needed, (gradient,))
+    return (_derivatives.padded(results, len(tensors)),)
 
 
 _unfused_reverse = jax.custom_vjp(_unfused, nondiff_argnums=(0, 1))
@@ -110,11 +119,78 @@ def as_array(name: str, value: ArrayLike) -> Array:
 
 
 def _as_arrays(**values: ArrayLike | None) -> Tensors:
-    optional = ("rpb", "additional_keys", "additional_values")
+    optional = ("rpb", "additional_keys", "additional_values", "key_mask")
     return tuple(
         None if value is None and name in optional else as_array(name, value)  # type: ignore[arg-type]
         for name, value in values.items()
     )
+
+
+def _config(
+    rank: int, window: Sequence[Any], parts: Sequence[Any], key_grid: Sequence[int]
+) -> tuple[Config, Array | None]:
+    """The config of a call, and its offsets where they are read at run time. `window`: as
+    `make_config` takes it; `parts`: query_offset, key_offset and grid_size."""
+    query_offset, key_offset, grid_size = parts
+    if _is_array(key_offset) and grid_size is None:
+        raise ValueError(
+            "grid_size: missing; must be given where key_offset is an array, which is read when "
+            "the program runs"
+        )
+    if grid_size is None and not (query_offset is None and key_offset is None):
+        begins_at_0 = not any(offset_per_axis("key_offset", key_offset or 0, rank))
+        if begins_at_0 and len(key_grid) == rank:
+            grid_size = key_grid  # which operations on biases alone do not see
+    offsets, flags = None, 0
+    if _is_array(query_offset) or _is_array(key_offset):
+        rows = _row("query_offset", query_offset, rank), _row("key_offset", key_offset, rank)
+        offsets, flags = jnp.stack(rows), UNKNOWN_OFFSETS
+        query_offset = key_offset = None
+    config = make_config(
+        rank,
+        *window,
+        query_offset=query_offset,
+        key_offset=key_offset,
+        grid_size=grid_size,
+        flags=flags,
+    )
+    return config, offsets
+
+
+def _is_array(offset: Any) -> bool:
+    """Whether an offset is read at run time."""
+    return isinstance(offset, (Array, np.ndarray)) or (
+        isinstance(offset, Sequence) and any(isinstance(x, Array) for x in offset)
+    )
+
+
+def _row(name: str, value: Any, rank: int) -> Array:
+    """An offset as one integer per axis, of 64 bits where JAX has them."""
+    dtype = jax.dtypes.canonicalize_dtype(np.int64)
+    if isinstance(value, (Array, np.ndarray)):
+        _check_integers(name, value, ((), (rank,)), f"integers of shape () or ({rank},)")
+        return jnp.broadcast_to(jnp.asarray(value).astype(dtype), (rank,))
+    if not _is_array(value):
+        values: Sequence[Any] = offset_per_axis(name, 0 if value is None else value, rank)
+    else:
+        offset_per_axis(name, [0 if isinstance(x, Array) else x for x in value], rank)
+        values = value
+    most = np.iinfo(dtype).max
+    for x in values:
+        if isinstance(x, Array):
+            _check_integers(name, x, ((),), "integers, one per spatial axis")
+        elif not -most <= x <= most:
+            raise ValueError(f"{name}: got {x}; must be an integer of {dtype.name} among arrays")
+    return jnp.stack([jnp.asarray(x).astype(dtype) for x in values])
+
+
+def _check_integers(
+    name: str, value: Array | np.ndarray, shapes: Sequence[tuple[int, ...]], must: str
+) -> None:
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{name}: got an array of {value.dtype.name}; must be {must}")
+    if value.shape not in shapes:
+        raise ValueError(f"{name}: got an array of shape {value.shape}; must be {must}")
 
 
 def _call(functions: Mapping[str, Callable[..., Any]], autodiff: str, *args: Any) -> Any:
@@ -173,6 +249,11 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         additional_values: ArrayLike | None = None,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: ArrayLike | None = None,
+        query_offset: Offsets | None = None,
+        key_offset: Offsets | None = None,
+        grid_size: Ints | None = None,
         return_lse: bool = False,
         backend: str | None = None,
         autodiff: str = "reverse",
@@ -191,8 +272,8 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
-                not exceed the axis. This and all that follow, except arrays, are static: Python
-                values, not traced ones.
+                not exceed the axis, unless its boundary is "cut". This and all that follow, except
+                arrays, are static: Python values, not traced ones.
             dilation: distance between neighbors.
             is_causal: whether a token sees only itself and those before it, a bool for all axes or
                 one per axis (None is False).
@@ -201,6 +282,19 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
             additional_values: [batch, n, kv_heads, value_head_dim].
             stride: that many neighboring queries share one window; 1 to kernel_size.
+            boundary: what becomes of a window at the border of the grid, one for all axes or one
+                per axis: "shift", it is moved inwards; "cut", what is outside is left out;
+                "circular", it goes on at the other end.
+            key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. Hidden keys
+                have no weight and no gradients, whatever they hold. A query that sees nothing has
+                output 0 and logsumexp -inf.
+            query_offset: where query is a part of a larger grid: its first token, one number for
+                all axes or one per axis. An array of integers, or a list that holds such, is
+                read when the program runs, so that one serves all parts; what is wrong with it is
+                then raised as a runtime error of JAX. All else is as for the rows of the whole.
+            key_offset: the first token of key and value, likewise. They may overhang the grid.
+                Other than 0 it needs grid_size.
+            grid_size: of the whole grid; by default that of key.
             return_lse: also return logsumexp.
             backend: name of the implementation to use; by default the first that can.
             autodiff: "reverse", where forward mode raises JAX's TypeError, or "any", where every
@@ -216,7 +310,6 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             TypeError: an argument of another type; an unsupported or mismatched dtype.
                 Both are raised when traced.
         """
-        config = make_config(rank, kernel_size, dilation, is_causal, stride)
         tensors = _as_arrays(
             query=query,
             key=key,
@@ -224,8 +317,12 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             rpb=rpb,
             additional_keys=additional_keys,
             additional_values=additional_values,
+            key_mask=key_mask,
         )
-        return _call_fused(tensors, config, scale, return_lse, backend, autodiff)
+        window = kernel_size, dilation, is_causal, stride, boundary
+        parts = query_offset, key_offset, grid_size
+        config, offsets = _config(rank, window, parts, tensors[1].shape[1:-2])
+        return _call_fused((*tensors, offsets), config, scale, return_lse, backend, autodiff)
 
     return fused
 
@@ -242,6 +339,11 @@ def _make_qk(rank: int) -> Callable[..., Array]:
         rpb: ArrayLike | None = None,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: ArrayLike | None = None,
+        query_offset: Offsets | None = None,
+        key_offset: Offsets | None = None,
+        grid_size: Ints | None = None,
         backend: str | None = None,
         autodiff: str = "reverse",
     ) -> Array:
@@ -255,19 +357,29 @@ def _make_qk(rank: int) -> Callable[..., Array]:
             query, key: [batch, heads, *spatial, head_dim], of the same dtype (see `na{rank}d`).
             additional_keys: [batch, heads, n, head_dim]; their n scores follow the window's.
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position.
-            kernel_size, dilation, is_causal, stride, backend, autodiff: as in `na{rank}d`.
+            key_mask: bool [batch or 1, *spatial of key], as in `na{rank}d`.
+            kernel_size, dilation, is_causal, stride, boundary, query_offset, key_offset, grid_size,
+                backend, autodiff: as in `na{rank}d`.
 
         Returns:
             attn [batch, heads, *spatial, slots], of the dtype of query; slots = product of
-            kernel_size, in row-major window order, plus n. Slots that causal masking leaves empty
-            hold -inf and have zero gradients.
+            kernel_size, in row-major window order, plus n. Slots that causality, a cut border or
+            the mask leave empty hold -inf and have zero gradients.
 
         Raises:
             ValueError, TypeError: as `na{rank}d`.
         """
-        config = make_config(rank, kernel_size, dilation, is_causal, stride)
-        tensors = _as_arrays(query=query, key=key, rpb=rpb, additional_keys=additional_keys)
-        return _call_unfused(_primitives.qk, tensors, config, backend, autodiff)
+        tensors = _as_arrays(
+            query=query,
+            key=key,
+            rpb=rpb,
+            additional_keys=additional_keys,
+            key_mask=key_mask,
+        )
+        window = kernel_size, dilation, is_causal, stride, boundary
+        parts = query_offset, key_offset, grid_size
+        config, offsets = _config(rank, window, parts, tensors[1].shape[2:-1])
+        return _call_unfused(_primitives.qk, (*tensors, offsets), config, backend, autodiff)
 
     return qk
 
@@ -283,6 +395,11 @@ def _make_av(rank: int) -> Callable[..., Array]:
         is_causal: Bools | None = False,
         *,
         stride: Ints = 1,
+        boundary: Boundaries = "shift",
+        key_mask: ArrayLike | None = None,
+        query_offset: Offsets | None = None,
+        key_offset: Offsets | None = None,
+        grid_size: Ints | None = None,
         backend: str | None = None,
         autodiff: str = "reverse",
     ) -> Array:
@@ -293,11 +410,13 @@ def _make_av(rank: int) -> Callable[..., Array]:
         Works under jit, vmap and grad of any order.
 
         Args:
-            attn: [batch, heads, *spatial, slots], as `na{rank}d_qk` returns; slots that causal
-                masking leaves empty are ignored.
+            attn: [batch, heads, *spatial, slots], as `na{rank}d_qk` returns; slots that causality,
+                a cut border or the mask leave empty are ignored.
             value: [batch, heads, *spatial, head_dim], of the dtype of attn.
             additional_values: [batch, heads, n, head_dim], for the last n slots.
-            kernel_size, dilation, is_causal, stride, backend, autodiff: as in `na{rank}d`.
+            key_mask: bool [batch or 1, *spatial of value], as in `na{rank}d`.
+            kernel_size, dilation, is_causal, stride, boundary, query_offset, key_offset, grid_size,
+                backend, autodiff: as in `na{rank}d`.
 
         Returns:
             output [batch, heads, *spatial, head_dim], of the dtype of attn.
@@ -305,9 +424,16 @@ def _make_av(rank: int) -> Callable[..., Array]:
         Raises:
             ValueError, TypeError: as `na{rank}d`.
         """
-        config = make_config(rank, kernel_size, dilation, is_causal, stride)
-        tensors = _as_arrays(attn=attn, value=value, additional_values=additional_values)
-        return _call_unfused(_primitives.av, tensors, config, backend, autodiff)
+        tensors = _as_arrays(
+            attn=attn,
+            value=value,
+            additional_values=additional_values,
+            key_mask=key_mask,
+        )
+        window = kernel_size, dilation, is_causal, stride, boundary
+        parts = query_offset, key_offset, grid_size
+        config, offsets = _config(rank, window, parts, tensors[1].shape[2:-1])
+        return _call_unfused(_primitives.av, (*tensors, offsets), config, backend, autodiff)
 
     return av
 
@@ -353,9 +479,8 @@ def attention(
         as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
     )
     config = make_config(1, 1, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
-    return _call_fused(
-        (query, key, value, None, None, None), config, scale, return_lse, backend, autodiff
-    )
+    tensors = (query, key, value, None, None, None, None, None)
+    return _call_fused(tensors, config, scale, return_lse, backend, autodiff)
 
 
 def merge_attentions(

@@ -32,7 +32,7 @@ Axes: TypeAlias = tuple[str, ...]  # of a mesh
 # Computes a call on shards; the shapes are those of the shards of its results, by output.
 Run: TypeAlias = Callable[[Sequence[Any], Sequence[tuple[int, ...]]], Sequence[Any]]
 
-# The axes over which each of the dimensions B, H and G of a call is split (`Role.dims`).
+# The axes over which each of the dimensions B, M, H and G of a call is split (`Role.dims`).
 Split: TypeAlias = Mapping[str, Axes]
 
 
@@ -94,8 +94,10 @@ def split_of_types(roles: Sequence[Role], avals: Sequence[Any], rank: int) -> Sp
                 return _axes(spec[axis])
         return ()
 
-    split = _split(first("B"), first("H"), roles, [aval.shape for aval in avals], rank)
-    for role, spec in zip(roles, specs, strict=True):
+    split = _split(first("BM"), first("H"), roles, [aval.shape for aval in avals], rank)
+    for role, aval, spec in zip(roles, avals, specs, strict=True):
+        if role.is_mask and aval.shape[0] == 1:  # split or not, each device has it
+            split = {**split, "M": _axes(spec[0])}
         if tuple(spec) != tuple(spec_of(role, split, rank)):
             raise ValueError(
                 f"{role.name}: got sharding {spec}; must be {spec_of(role, split, rank)}. Only "
@@ -109,7 +111,13 @@ def _split(
     batch: Axes, heads: Axes, roles: Sequence[Role], shapes: Sequence[Sequence[int]], rank: int
 ) -> Split:
     *_, is_shared = _heads(roles, shapes, rank)
-    return {"B": batch, "H": heads, "G": () if is_shared else heads}
+    of_mask = batch if _is_mask_split(roles, shapes) else ()
+    return {"B": batch, "M": of_mask, "H": heads, "G": () if is_shared else heads}
+
+
+def _is_mask_split(roles: Sequence[Role], shapes: Sequence[Sequence[int]]) -> bool:
+    """Whether a key mask has the batch, and not one for all."""
+    return any(role.is_mask and shape[0] > 1 for role, shape in zip(roles, shapes, strict=True))
 
 
 def _split_of_shards(
@@ -128,7 +136,7 @@ def _split_of_shards(
         ]
         return max(candidates, key=lambda axes: math.prod(mesh[a] for a in axes), default=())
 
-    batch = most("B", None, ())
+    batch = most("BM", None, ())
     # Heads stay with the key-value head that they share, unless all share one.
     by_heads = most("H", heads, batch) if is_shared else most("HG", heads // group, batch)
     return _split(batch, by_heads, roles, shapes, rank)
@@ -156,6 +164,8 @@ def _sharding_rule(
     and no other."""
     heads, group, is_shared = _heads(roles, shapes, rank)
     shared: dict[str, Any] = {"B": "batch", "H": "heads", "G": "heads"}
+    if _is_mask_split(roles, shapes):
+        shared["M"] = "batch"
     sizes: dict[str, Any] = {}
     if is_shared or any(heads // group % size for size in mesh.values()):
         # Over axes that key-value heads cannot be split over, Shardy would split heads by parts of

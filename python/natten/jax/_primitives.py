@@ -3,6 +3,9 @@
 Shapes, dtypes and errors come from `natten._core.plan`, so a bad call raises while it is traced,
 with libnatten's own message. Backends are chosen when a call is lowered, as only then its platform
 is known. Derivatives are made of these operations in `_derivatives.py`.
+
+Where offsets of parts are arrays, so that one program serves all parts, every operation has them as
+one more input, which the handler reads at run time. All that depends on them is checked then.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from natten import _core
-from natten._args import Config
+from natten._args import UNKNOWN_OFFSETS, Config
 from natten._choices import tell
 from natten._log import TELLS_CHOICES
 from natten._roles import Role, roles_of
@@ -33,6 +36,11 @@ from natten.jax._private import (
     lower_fun,
     primitive_batchers,
     register_lowering,
+)
+
+# query_offset and key_offset, in two rows of one number per axis. It follows the key mask.
+OFFSETS = Role(
+    "offsets", "PA", is_output=False, is_required=False, is_statistic=False, is_mask=False
 )
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
@@ -98,7 +106,8 @@ class Operation:
         """((shape, dtype name) of each result, bytes of workspace). While a function is traced JAX
         does not know the platform; without one no backend is chosen, and there is no workspace."""
         shapes = iter([(a.shape, a.dtype.name) for a in avals])
-        inputs = [next(shapes) if g else None for g in given]
+        every = [next(shapes) if g else None for g in given]
+        inputs = [x for role, x in zip(self.inputs, every, strict=True) if role is not OFFSETS]
         outputs = [
             (w, avals[0].dtype.name) if isinstance(w, tuple) else (True if w else None)
             for w in wanted
@@ -177,6 +186,8 @@ class Operation:
         sizes = [w is not False and next(rest) for w in wanted]
         asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
         results, workspace = self._plan(arrays, setup, given, tuple(asked), platform)
+        if platform == "cpu" and setup.config[-1] & UNKNOWN_OFFSETS:
+            workspace = 0  # it depends on them; libnatten allocates it
         if workspace:
             results.append(((workspace,), "uint8"))
         call = jax.ffi.ffi_call(
@@ -202,7 +213,8 @@ class Operation:
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
     ) -> tuple[list[jax.Array], list[int]]:
-        """vmap: folds the mapped axis into the batch or the heads (`fold_dims`)."""
+        """vmap: folds the mapped axis into the batch or the heads (`fold_dims`), or where the call
+        has no place for it runs examples one by one."""
         rank = setup.config[0]
         inputs, outputs = self._roles(given, wanted)
         tensors = list(zip(inputs, arrays, mapped_axes, strict=True))
@@ -215,6 +227,10 @@ class Operation:
             results, _ = self._plan(examples, setup, given, wanted)
             return [jnp.zeros((0, *shape), dtype) for shape, dtype in results], [0] * len(results)
         fold = Fold.of(tensors, outputs, rank)
+        if any(axis is not None and not fold.has_place(role) for role, _, axis in tensors):
+            one = functools.partial(self.primitive.bind, setup=setup, given=given, wanted=wanted)
+            results = _one_by_one(one, arrays, mapped_axes)
+            return results, [0] * len(results)
         results = self.primitive.bind(
             *(fold.fold(role, x, axis) for role, x, axis in tensors),
             setup=setup,
@@ -246,6 +262,27 @@ class Operation:
         return [True] * len(eqn.invars), smaller
 
 
+def _one_by_one(
+    function: Callable[..., list[jax.Array]],
+    arrays: Sequence[jax.Array],
+    mapped_axes: Sequence[int | None],
+) -> list[jax.Array]:
+    """`function` of each example; results have the mapped axis first."""
+
+    def of_example(examples: list[jax.Array]) -> list[jax.Array]:
+        rest = iter(examples)
+        return function(
+            *(x if a is None else next(rest) for x, a in zip(arrays, mapped_axes, strict=True))
+        )
+
+    mapped = [
+        jnp.moveaxis(x, axis, 0)
+        for x, axis in zip(arrays, mapped_axes, strict=True)
+        if axis is not None
+    ]
+    return jax.lax.map(of_example, mapped)
+
+
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
     return (*shape[:axis], *shape[axis + 1 :])
 
@@ -254,10 +291,18 @@ def _bits(flags: Iterable[bool]) -> np.int64:
     return np.int64(sum(1 << i for i, flag in enumerate(flags) if flag))
 
 
-attention_forward = Operation("attention_forward", *roles_of("attention_forward"))
-attention_backward = Operation("attention_backward", *roles_of("attention_backward"))
-qk = Operation("qk", *roles_of("qk"))
-av = Operation("av", *roles_of("av"))
-av_transpose = Operation("av_transpose", *roles_of("av_transpose"))
-rpb_gather = Operation("rpb_gather", *roles_of("rpb_gather"))
-rpb_scatter = Operation("rpb_scatter", *roles_of("rpb_scatter"))
+def _operation(name: str) -> Operation:
+    roles, outputs = roles_of(name)
+    inputs: list[Role] = []
+    for role in roles:
+        inputs += [role, OFFSETS] if role.is_mask else [role]
+    return Operation(name, inputs, outputs)
+
+
+attention_forward = _operation("attention_forward")
+attention_backward = _operation("attention_backward")
+qk = _operation("qk")
+av = _operation("av")
+av_transpose = _operation("av_transpose")
+rpb_gather = _operation("rpb_gather")
+rpb_scatter = _operation("rpb_scatter")
