@@ -23,11 +23,14 @@ INSTALL := $(BIN)/python -m pip install -q --no-compile
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo test test-all test-cpp test-cpp-rest test-sanitize test-clang test-cross test-cross-one \
+.PHONY: demo example-weather test test-all test-cpp test-cpp-rest test-sanitize test-clang test-cross test-cross-one \
   test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz docs format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
 	$(BIN)/python examples/demo.py
+
+example-weather: $(VENV)/package $(VENV)/demo
+	$(BIN)/python examples/weather.py
 
 # What a newcomer runs: each kind of test, on the best instruction set, with a tenth of the random
 # cases. What it leaves out is in the test-…-rest.

@@ -7,6 +7,7 @@ its workers, needs none for itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from cases import Case
@@ -26,7 +27,8 @@ def tensors_of(
     return [x.requires_grad_() for x in inputs], gradient
 
 
-def ours(case: Case, backend: str | None = None) -> Attention:
+def ours(case: Case, backend: str | None = None, **options: Any) -> Attention:
+    """Our attention; `options` are further arguments of it."""
     import natten.functional as F
 
     function = getattr(F, f"na{len(case.grid)}d")
@@ -34,7 +36,7 @@ def ours(case: Case, backend: str | None = None) -> Attention:
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         return function(
             query, key, value, case.kernel, case.dilation, case.is_causal, bias,
-            stride=case.stride, backend=backend,
+            stride=case.stride, backend=backend, **options,
         )  # fmt: skip
 
     return run

@@ -142,6 +142,8 @@ class Model(nn.Module):
         self.embed_place = nn.Linear(place.shape[-1], DIM)
         self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
         self.head = nn.Linear(DIM, 1)
+        nn.init.zeros_(self.head.weight)  # begins as persistence
+        nn.init.zeros_(self.head.bias)
 
     def forward(self, field: Tensor) -> Tensor:
         x = self.embed_field(field) + self.embed_place(self.place)
@@ -192,7 +194,9 @@ def forecast(model: Model, field: Tensor, steps: int) -> Tensor:
     return torch.stack(series, 1)
 
 
-def draw(truth: Tensor, predicted: Tensor, model_errors: Tensor, still_errors: Tensor) -> plt.Figure:
+def draw(
+    truth: Tensor, predicted: Tensor, model_errors: Tensor, still_errors: Tensor
+) -> plt.Figure:
     """One forecast as maps, and the errors of all by lead time."""
     figure = plt.figure(figsize=(13, 6.4))
     places = figure.add_gridspec(3, 4, width_ratios=(1, 1, 1, 1.1))

@@ -1,4 +1,4 @@
-"""Benchmarks for machines that tests do not run on."""
+"""Benchmarks that no other test runs, shortened."""
 
 from __future__ import annotations
 
@@ -28,3 +28,25 @@ def test_gpu_benchmark_on_tiny_problems(tmp_path):
     assert len(ours) == 4 and all(row["milliseconds"] > 0 for row in ours)
     # What a machine does not have is skipped.
     assert all("backend" in row["skipped"] for row in rows if row["way"] == "sdpa_cudnn")
+
+
+def rows_of(tmp_path: Path, script: str, *options: str) -> list[dict]:
+    figures = tmp_path / "figures.json"
+    command = [sys.executable, BENCHMARKS / script, *options, "--repeats", "1", "--json", figures]
+    subprocess.run(command, check=True, capture_output=True)
+    return json.loads(figures.read_text())["rows"]
+
+
+@pytest.mark.long
+def test_benchmark_of_borders(tmp_path):
+    rows = rows_of(tmp_path, "borders.py", "--cases", "1d_8k_w127", "2d_nat56_k7", "2d_64_k7s7")
+    assert [row["case"] for row in rows] == ["2d_nat56_k7"] * 2 + ["2d_64_k7s7"] * 2
+    assert all(row[name] > 0 for row in rows for name in ("cut", "mask", "part"))
+    assert [row["circular"] is None for row in rows] == [False, False, True, True]
+
+
+@pytest.mark.long
+def test_benchmark_of_streams(tmp_path):
+    rows = rows_of(tmp_path, "stream.py", "--tiny")
+    assert [row["stream"] for row in rows] == ["1d_token", "2d_row", "3d_frame"]
+    assert all(row["ratio"] > 0 for row in rows)
