@@ -43,7 +43,7 @@ MIN_GAIN = 5.0  # by which the next step must be closer than persistence
 
 
 def grid() -> Tensor:
-    """Latitude and longitude of the tokens in radians, [latitudes, longitudes, 2]. None is a pole."""
+    """Latitude and longitude of the tokens in radians, [latitudes, longitudes, 2]; no poles."""
     latitude = (torch.arange(LATITUDES) + 0.5) * math.pi / LATITUDES - math.pi / 2
     longitude = (torch.arange(LONGITUDES) + 0.5) * 2 * math.pi / LONGITUDES
     return torch.stack(torch.meshgrid(latitude, longitude, indexing="ij"), -1)
@@ -151,7 +151,7 @@ class Model(nn.Module):
 
 
 def area() -> Tensor:
-    """What share of the sphere a token stands for, times the number of tokens, [latitudes, 1, 1]."""
+    """What share of the sphere a token stands for, 1 on average, [latitudes, 1, 1]."""
     share = grid()[:, :1, :1].cos()
     return share / share.mean()
 
@@ -187,7 +187,7 @@ def train(world: World, steps: int, seed: int = 0) -> tuple[Model, list[float]]:
 
 @torch.inference_mode()
 def forecast(model: Model, field: Tensor, steps: int) -> Tensor:
-    """[count, steps + 1, latitudes, longitudes, 1], from fields [count, latitudes, longitudes, 1]."""
+    """Each step from the one before it: [count, steps + 1, latitudes, longitudes, 1]."""
     series = [field]
     for _ in range(steps):
         series.append(model(series[-1]))
