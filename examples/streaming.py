@@ -97,8 +97,8 @@ class Block(nn.Module):
         else:
             cache.append(key, value)
         offset, size = (number, 0, 0), tuple(query.shape[2:4])
-        # What this frame needs, and those after it: a dilated window holds frames of its group only,
-        # so that one of each group asks.
+        # What this frame needs, and those after it: a dilated window holds frames of one group, so
+        # that one of each group asks.
         ahead = self.window["dilation"][0]
         (first, _), *_ = natten.key_range(
             offset, (ahead, *size), (number + ahead, *size), **self.window
