@@ -11,7 +11,7 @@ Case general_case(std::uint64_t seed, natten::DType dtype) {
   Rng rng(seed + 5);
   c.axes = {{uniform(rng, chance(rng, 0.1) ? 0 : 1, 20), 1, 1, 1, chance(rng, 0.5)}};
   c.keys = chance(rng, 0.2) ? std::max<std::int64_t>(1, c.axes[0].length) : uniform(rng, 1, 20);
-  c.rpb = false;
+  c.rpb = c.gives_grid = false;
   return c;
 }
 
@@ -132,6 +132,7 @@ class Merge : public testing::TestWithParam<natten::DType> {
     c.axes[0].length = std::max<std::int64_t>(1, c.axes[0].length);
     c.batch = std::max<std::int64_t>(1, c.batch);
     c.additional.reset();
+    c.key_mask = false;
     c.logsumexp = c.grad_logsumexp = true;
     c.is_contiguous = true;
     Parts cut{FusedProblem(c), {}, {0}};

@@ -129,10 +129,10 @@ inline void draw_border(Rng& rng, oracle::Axis& a) {
   a.kernel_size = std::min(a.kernel_size, a.length / a.dilation);
 }
 
-/// Gives a part of the queries and the keys that they need, or some more.
-inline void draw_part(Rng& rng, oracle::Axis& a) {
-  a.query_offset = uniform(rng, 0, a.length - 1);
-  a.given_queries = uniform(rng, 1, a.length - a.query_offset);
+/// Gives some queries and the keys that they need, or some more.
+inline void draw_keys(Rng& rng, oracle::Axis& a, std::int64_t query_offset, std::int64_t queries) {
+  a.query_offset = query_offset;
+  a.given_queries = queries;
   natten::Axis axis;
   axis.query_length = a.given_queries;
   axis.kernel_size = a.kernel_size;
@@ -153,6 +153,10 @@ inline void draw_part(Rng& rng, oracle::Axis& a) {
   } else if (is_circular && chance(rng, 0.3)) {
     a.key_offset += a.length * uniform(rng, -1, 1);  // the same tokens
   }
+}
+inline void draw_part(Rng& rng, oracle::Axis& a) {
+  const std::int64_t offset = uniform(rng, 0, a.length - 1);
+  draw_keys(rng, a, offset, uniform(rng, 1, a.length - offset));
 }
 
 inline Case random_case(std::uint64_t seed, natten::DType dtype, int rank) {

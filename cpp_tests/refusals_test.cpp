@@ -16,7 +16,8 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 constexpr std::int64_t kHuge = std::numeric_limits<std::int64_t>::max();
 
 /// A valid call of every operation with all its tensors: rank 2, spatial 6 x 7, kernel 3 x 4,
-/// batch 2, heads 4/2 (fused) or 4, dim 5, value dim 3 (fused) or 5, 2 additional tokens.
+/// batch 2, heads 4/2 (fused) or 4, dim 5, value dim 3 (fused) or 5, 2 additional tokens, a
+/// mask.
 struct Valid {
   static constexpr std::int64_t kWindow = 12;
   Buffers buffers;
@@ -60,6 +61,7 @@ struct Valid {
           op == Op::av_transpose ? Buffer(dtype, extra) : Buffer(dtype, normal(rng, extra));
       b.additional_values = Buffer(dtype, normal(rng, extra));
     }
+    buffers.key_mask = Buffer(DType::boolean, Dense({2, 6, 7}, 1.0));
     call.op = op;
     call.neighborhood.kernel_size = {3, 4};
     call.tensors = buffers.views();
@@ -131,6 +133,145 @@ void expect_refused(Op op, const std::function<void(Call&)>& spoil, ErrorKind ki
 }
 
 constexpr ErrorKind kValue = ErrorKind::invalid_value;
+
+/// Neighborhoods that are refused: 6 x 7 tokens, kernel 3 x 4.
+TEST(Refusals, Borders) {
+  using N = natten::Neighborhood;
+  constexpr std::int64_t kShift = 0, kCut = 1, kCircular = 2;
+  const auto refuse = [](const std::function<void(N&)>& spoil, const char* argument,
+                         const char* got) {
+    for (Op op : kOps)
+      expect_refused(
+          op, [&](Call& call) { spoil(call.neighborhood); }, kValue, argument, got);
+  };
+  refuse([](N& n) { n.boundary = {kCut}; }, "boundary", "[1]");
+  refuse([](N& n) { n.boundary = {kCut, 3}; }, "boundary", "[1, 3]");
+  refuse([](N& n) { n.boundary = {kCut, kHuge}; }, "boundary", "2 (circular)");
+  refuse([](N& n) { n.boundary = {kCut, -1}; }, "boundary", "[1, -1]");
+  refuse(
+      [](N& n) {
+        n.boundary = {kCircular, kShift};
+        n.is_causal = {1, 0};
+      },
+      "is_causal", "axis 0");
+  expect_refused(
+      Op::attention_forward,
+      [](Call& call) {
+        call.neighborhood.boundary = {kShift, kCircular};
+        call.neighborhood.kernel_size = {3, 2};
+        call.neighborhood.dilation = {1, 2};
+        call.tensors.rpb = call.tensors.grad_rpb = {};
+      },
+      kValue, "dilation", "divide the axis, 7");
+  refuse(
+      [](N& n) {
+        n.boundary = {kShift, kCircular};
+        n.stride = {1, 2};
+      },
+      "stride", "got 2 on axis 1");
+  refuse(
+      [](N& n) {
+        n.boundary = {kCircular, kCut};
+        n.dilation = {3, 1};
+      },
+      "kernel_size", "with dilation 3 on axis 0");
+  // The way to run such windows is named.
+  refuse([](N& n) { n.dilation = {3, 1}; }, "kernel_size", "boundary \"cut\"");
+  expect_refused(
+      Op::attention_forward,
+      [](Call& call) {
+        call.neighborhood.boundary = {kCut, kCut};
+        call.neighborhood.kernel_size = {std::int64_t{1} << 40, std::int64_t{1} << 40};
+        call.tensors.rpb = call.tensors.grad_rpb = {};
+      },
+      kValue, "kernel_size", "memory");
+}
+
+TEST(Refusals, Parts) {
+  using N = natten::Neighborhood;
+  const auto refuse = [](const std::function<void(N&)>& spoil, const char* argument,
+                         const char* got) {
+    for (Op op : {Op::attention_forward, Op::attention_backward, Op::qk, Op::av, Op::av_transpose})
+      expect_refused(
+          op, [&](Call& call) { spoil(call.neighborhood); }, kValue, argument, got);
+  };
+  refuse([](N& n) { n.grid_size = {12}; }, "grid_size", "[12]");
+  refuse([](N& n) { n.grid_size = {12, 0}; }, "grid_size", "[12, 0]");
+  refuse([](N& n) { n.query_offset = {-1, 0}; }, "query_offset", "[-1, 0]");
+  refuse([](N& n) { n.query_offset = {kHuge, 0}; }, "query_offset", "9223372036854775807");
+  refuse([](N& n) { n.key_offset = {1, 0}; }, "key_offset", "without grid_size");
+  refuse([](N& n) { n.query_offset = {1, 0}; }, "query_offset", "6 tokens here");
+  refuse(
+      [](N& n) {
+        n.grid_size = {20, 7};
+        n.query_offset = {15, 0};
+      },
+      "query_offset", "20 tokens here");
+  for (Op op : {Op::attention_forward, Op::qk})
+    expect_refused(
+        op,
+        [](Call& call) {  // query 8 sees tokens 7 to 9
+          call.neighborhood.grid_size = {20, 7};
+          call.neighborhood.query_offset = {3, 0};
+          call.neighborhood.key_offset = {3, 0};
+        },
+        kValue, "key", "need tokens 2 to 9 (see natten.key_range)");
+  expect_refused(
+      Op::av_transpose,
+      [](Call& call) {
+        call.neighborhood.grid_size = {6, 7};
+        call.tensors.key = call.tensors.key_mask = {};
+      },
+      kValue, "key", "missing");
+  expect_refused(
+      Op::rpb_gather,
+      [](Call& call) {
+        call.neighborhood.query_offset = {1, 0};
+        call.tensors.key_mask = {};
+      },
+      kValue, "grid_size", "missing");
+}
+
+TEST(Refusals, Masks) {
+  const std::int64_t shape[] = {2, 6, 7};
+  std::vector<unsigned char> bytes(84, 1);
+  const auto mask = [&] {
+    return natten::contiguous_view(bytes.data(), DType::boolean, {}, shape, 3);
+  };
+  for (Op op : kOps) {
+    expect_refused(
+        op,
+        [&](Call& call) {
+          call.tensors.key_mask = mask();
+          call.tensors.key_mask.dtype = DType::float32;
+        },
+        ErrorKind::invalid_type, "key_mask", "got dtype float32; must be bool");
+    expect_refused(
+        op,
+        [&](Call& call) {
+          call.tensors.key_mask = mask();
+          call.tensors.key_mask.shape[2] = 6;
+        },
+        kValue, "key_mask", "[2, 6, 6]");
+    expect_refused(
+        op,
+        [&](Call& call) {
+          call.tensors.key_mask = mask();
+          call.tensors.key_mask.shape[0] = 3;
+        },
+        kValue, "key_mask", "[3, 6, 7]");
+    expect_refused(
+        op,
+        [&](Call& call) {
+          call.tensors.key_mask = mask();
+          call.tensors.key_mask.device = {natten::DeviceType::cuda, 0};
+        },
+        kValue, "key_mask", "cuda:0");
+  }
+  expect_refused(
+      Op::attention_forward, [](Call& call) { call.tensors.query.dtype = DType::boolean; },
+      ErrorKind::invalid_type, "query", "got dtype bool");
+}
 
 TEST(Refusals, ValidCallsOfEveryOperationRun) {
   for (Op op : kOps) {

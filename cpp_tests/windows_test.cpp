@@ -191,7 +191,7 @@ void for_each_part(const Axis& whole, F&& f) {
     }
 }
 
-TEST(Parts, KeyRangeIsWhatTheQueriesSee) {
+TEST(Windows, KeyRangeIsWhatTheQueriesSee) {
   for_each_axis(8, [](const Axis& axis) {
     const oracle::Pairs pairs = oracle::pairs_of(oracle_axis(axis));
     for_each_part(axis, [&](const Axis& part) {
@@ -212,7 +212,7 @@ TEST(Parts, KeyRangeIsWhatTheQueriesSee) {
   });
 }
 
-TEST(Parts, WindowsAreThoseOfTheWholeGrid) {
+TEST(Windows, OfPartsAreThoseOfTheWholeGrid) {
   for_each_axis(7, [](const Axis& axis) {
     for_each_part(axis, [&](const Axis& part) {
       ASSERT_TRUE(has_all_keys(part));

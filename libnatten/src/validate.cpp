@@ -132,7 +132,11 @@ class Checker {
       bad_value("op: got number ", static_cast<int>(call_.op), ", which is unknown");
     check_neighborhood();
     check_options();
-    for (const Role& role : roles) check_tensor(role);
+    // Masks last, as other tensors say better what their shape must be.
+    for (const Role& role : roles)
+      if (!role.is_mask) check_tensor(role);
+    for (const Role& role : roles)
+      if (role.is_mask) check_tensor(role);
     check_scale();
     check_pairs();
     check_grids();
@@ -281,7 +285,7 @@ class Checker {
   }
 
   void check_type(const Role& role, const TensorView& v) {
-    if (!first_ && !role.is_mask) {
+    if (!first_) {
       first_ = &role;
       dtype_ = v.dtype;
       device_ = v.device;
@@ -318,6 +322,7 @@ class Checker {
       return;
     }
     if (!extent(dim).source) {
+      if (role.is_mask && dim != 'K') return;  // it says nothing of queries
       const bool may_be_zero =
           dim == 'B' || dim == 'N' || (dim == 'Q' && call_.options.separate_key_grid);
       for (int i = 0; i < values.size; ++i)

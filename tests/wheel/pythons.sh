@@ -45,7 +45,9 @@ system() {
 inside() {
   local root=$systems/$1 bundle=/etc/ssl/certs/ca-certificates.crt
   shift
-  env -u PIP_FIND_LINKS -u SSL_CERT_DIR -u TMPDIR -u PYTHONPATH HOME=/root \
+  # The compiler and its cache are those of the system inside.
+  env -u PIP_FIND_LINKS -u SSL_CERT_DIR -u TMPDIR -u PYTHONPATH -u CC -u CXX \
+    -u CMAKE_C_COMPILER_LAUNCHER -u CMAKE_CXX_COMPILER_LAUNCHER HOME=/root \
     PATH=/usr/local/bin:/usr/bin:/usr/sbin:/bin:/sbin \
     PYTHONDONTWRITEBYTECODE=1 \
     PIP_CERT=$bundle SSL_CERT_FILE=$bundle REQUESTS_CA_BUNDLE=$bundle \
