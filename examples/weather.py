@@ -1,6 +1,6 @@
 """Learns weather on a sphere: neighborhood attention whose windows wrap around it.
 
-    python examples/weather.py [--out demo_output] [--steps 500] [--seed 0]
+    python examples/weather.py [--out demo_output] [--steps 800] [--seed 0]
 
 1. Makes data: blobs of a tracer on a grid of latitude and longitude, carried by a wind of jets and
    waves. Where the air at each point came from is computed exactly.
@@ -37,7 +37,7 @@ import natten
 
 LATITUDES, LONGITUDES = 24, 48
 DIM, HEADS, DEPTH, KERNEL_SIZE = 32, 4, 3, 5
-BATCH, PEAK_RATE = 8, 6e-3
+BATCH, PEAK_RATE = 4, 6e-3
 LEAD = 6  # steps of the longest forecast
 MIN_GAIN = 5.0  # by which the next step must be closer than persistence
 
@@ -229,7 +229,7 @@ def main() -> int:
     """Returns the exit status."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("demo_output"), help="for the picture")
-    parser.add_argument("--steps", type=int, default=500, help="batches to train on")
+    parser.add_argument("--steps", type=int, default=800, help="batches to train on")
     parser.add_argument("--seed", type=int, default=0, help="of the training")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
