@@ -91,7 +91,7 @@ struct Range {
 
 /// None for views that every call must refuse.
 std::optional<Range> range_of(const TensorView& v) {
-  if (v.ndim < 0 || v.ndim > natten::kMaxDims || v.dtype > DType::float16) return {};
+  if (v.ndim < 0 || v.ndim > natten::kMaxDims || v.dtype > DType::boolean) return {};
   const auto element = static_cast<std::int64_t>(natten::size_of(v.dtype));
   double below = 0, above = 0, elements = 1;
   for (int i = 0; i < v.ndim; ++i) {
@@ -139,6 +139,8 @@ class Maker {
     sizes_of('N') = {choices_.between(0, 3)};
     has_additional_ = choices_.one_in(3);
     has_rpb_ = choices_.one_in(3) && !call.options.separate_key_grid;
+    has_mask_ = choices_.one_in(3);
+    sizes_of('M') = {choices_.one_in(3) ? 1 : sizes_of('B')[0]};
     std::int64_t slots = has_additional_ ? sizes_of('N')[0] : 0;
     std::int64_t window = 1;
     for (int i = 0; i < rank_; ++i) window *= call.neighborhood.kernel_size[i];
@@ -171,6 +173,38 @@ class Maker {
       sizes_of('K').push_back(length);
       sizes_of('R').push_back(2 * kernel - 1);
     }
+    if (!own_grid && choices_.one_in(3)) choose_borders();
+    if (!own_grid && choices_.one_in(3)) choose_parts();
+  }
+
+  void choose_borders() {
+    natten::Neighborhood& n = request_.call.neighborhood;
+    n.boundary.size = rank_;
+    for (int i = 0; i < rank_; ++i) {
+      const std::int64_t group = sizes_of('K')[i] / n.dilation[i];
+      const bool may_be_circular =
+          !n.is_causal[i] && sizes_of('K')[i] % n.dilation[i] == 0 && group % n.stride[i] == 0;
+      n.boundary.values[i] = choices_.between(0, may_be_circular ? 2 : 1);
+    }
+  }
+
+  /// Some of the queries, and the keys that they need or some more.
+  void choose_parts() {
+    natten::Neighborhood& n = request_.call.neighborhood;
+    n.grid_size = Tuple(sizes_of('K').begin(), rank_);
+    n.query_offset.size = n.key_offset.size = rank_;
+    for (int i = 0; i < rank_; ++i) {
+      n.query_offset.values[i] = choices_.between(0, n.grid_size[i] - 1);
+      sizes_of('Q')[i] = choices_.between(1, n.grid_size[i] - n.query_offset[i]);
+    }
+    const auto ranges =
+        natten::key_range(n.query_offset, Tuple(sizes_of('Q').begin(), rank_), n.grid_size, n);
+    for (int i = 0; i < rank_; ++i) {
+      n.key_offset.values[i] = ranges[i].begin - choices_.between(0, 2);
+      const std::int64_t length = ranges[i].end + choices_.between(0, 2) - n.key_offset[i];
+      const bool is_circular = n.boundary.size > 0 && n.boundary[i] == 2;
+      sizes_of('K')[i] = is_circular ? std::min(length, n.grid_size[i]) : length;
+    }
   }
 
   void choose_options() {
@@ -189,6 +223,7 @@ class Maker {
   bool is_given(const Role& role) {
     const std::string name = role.name;
     if (name.find("additional") != std::string::npos && !has_additional_) return false;
+    if (role.is_mask) return has_mask_;
     if (is_fused_ && name.find("rpb") != std::string::npos && !has_rpb_) return false;
     if (!is_fused_ && name == "rpb" && !role.is_required && !has_rpb_) return false;
     // Inputs that are optional come together; outputs come in any number.
@@ -203,7 +238,9 @@ class Maker {
       const Shape& sizes = sizes_of(*dim);
       shape.insert(shape.end(), sizes.begin(), sizes.end());
     }
-    v.dtype = role.is_statistic ? natten::statistic_dtype(dtype_) : dtype_;
+    v.dtype = role.is_mask        ? DType::boolean
+              : role.is_statistic ? natten::statistic_dtype(dtype_)
+                                  : dtype_;
     v.ndim = static_cast<int>(shape.size());
     std::copy(shape.begin(), shape.end(), v.shape.begin());
     set_strides(v, role.is_output);
@@ -244,7 +281,7 @@ class Maker {
     Call& call = request_.call;
     natten::Neighborhood& n = call.neighborhood;
     natten::Options& o = call.options;
-    switch (choices_.byte() % 16) {
+    switch (choices_.byte() % 20) {
       case 0: spoil(n.kernel_size); break;
       case 1: spoil(n.dilation); break;
       case 2: spoil(n.stride); break;
@@ -276,6 +313,10 @@ class Maker {
         break;
       }
       case 15: call.op = static_cast<Op>(choices_.byte() % 9); break;
+      case 16: spoil(n.boundary); break;
+      case 17: spoil(n.query_offset); break;
+      case 18: spoil(n.key_offset); break;
+      case 19: spoil(n.grid_size); break;
     }
   }
 
@@ -285,7 +326,7 @@ class Maker {
   DType dtype_ = DType::float32;
   int rank_ = 1;
   std::int64_t kv_heads_ = 1;
-  bool is_fused_ = true, has_additional_ = false, has_rpb_ = false;
+  bool is_fused_ = true, has_additional_ = false, has_rpb_ = false, has_mask_ = false;
 };
 
 /// Memory that ends where the tensors in it do.
@@ -394,6 +435,7 @@ class Memory {
         any_bits ? std::memcpy(to, &bits, 2) : std::memcpy(to, &half, 2);
         break;
       }
+      case DType::boolean: *to = static_cast<unsigned char>(bits >> 30); break;
     }
   }
 
