@@ -30,8 +30,13 @@ def inputs_of(case: cases.Case, arrays: cases.Arrays, names: tuple[str, ...]) ->
     """The named arguments that the case has. Every other case gets views with gaps in memory, the
     rest read-only arrays."""
     inputs = {n: arrays[n].astype(case.dtype) for n in names if n in arrays}
+    if "key_mask" in arrays:
+        inputs["key_mask"] = arrays["key_mask"]
     if case.seed % 2:
-        return {n: np.stack([x, x], axis=1)[:, 1] for n, x in inputs.items()}
+        views = {n: np.stack([x, x], axis=1)[:, 1] for n, x in inputs.items()}
+        if "key_mask" in arrays:  # of which even the innermost axis may have gaps
+            views["key_mask"] = np.repeat(arrays["key_mask"], 2, axis=-1)[..., ::2]
+        return views
     for x in inputs.values():
         x.flags.writeable = False
     return inputs

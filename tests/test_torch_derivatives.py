@@ -11,12 +11,12 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap  # noqa: E4
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_cases import (  # noqa: E402
     AV,
-    GRIDS,
-    MIXED,
     QK,
     dense_attention,
     fused_attention,
     fused_inputs,
+    key_mask_of,
+    options_of,
     randn,
     unfused_attention,
 )
@@ -27,6 +27,10 @@ import natten.functional as F  # noqa: E402
 RANKS = pytest.mark.parametrize("rank", [1, 2, 3])
 FEW_RANKS = pytest.mark.parametrize("rank", [long_unless(rank == 2, rank) for rank in (1, 2, 3)])
 ALL = tuple(range(6))
+# Every derivative of the whole of a grid in each rank, and of a part with a mask in one.
+KINDS = pytest.mark.parametrize(
+    ("rank", "part"), [(1, False), (2, False), (3, False), (2, True)], ids=str
+)
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +41,17 @@ def _seed():
 # ---- against finite differences ----
 
 
-@FEW_RANKS
-def test_fused(rank):
-    inputs = fused_inputs(rank)
+FEW_KINDS = pytest.mark.parametrize(
+    ("rank", "part"),
+    [long_unless((rank, part) == (2, True), rank, part) for part in (0, 1) for rank in (1, 2, 3)],
+)
+
+
+@FEW_KINDS
+def test_fused(rank, part):
+    inputs = fused_inputs(rank, part=part)
     assert torch.autograd.gradcheck(
-        fused_attention(rank),
+        fused_attention(rank, part),
         inputs,
         fast_mode=False,
         check_forward_ad=True,
@@ -63,24 +73,41 @@ def test_fused_twice(rank):
     assert torch.autograd.gradgradcheck(attention, inputs, check_fwd_over_rev=True)
 
 
-@FEW_RANKS
-def test_unfused(rank):
-    grid, neighborhood = GRIDS[rank], MIXED[rank]
+@pytest.mark.long
+def test_fused_part_twice():
+    mask = torch.tensor([[False, True, True]])
+
+    def attention(q, k, v, rpb, ak, av):
+        return F.na1d(
+            q, k, v, 3, rpb=rpb, additional_keys=ak, additional_values=av, return_lse=True,
+            boundary="cut", key_mask=mask, query_offset=3, key_offset=2, grid_size=5,
+        )  # fmt: skip
+
+    inputs = randn(1, 2, 2, 2), randn(1, 3, 1, 2), randn(1, 3, 1, 2), randn(2, 5)
+    inputs = *inputs, randn(1, 1, 1, 2), randn(1, 1, 1, 2)
+    assert torch.autograd.gradgradcheck(attention, inputs, check_fwd_over_rev=True)
+
+
+@FEW_KINDS
+def test_unfused(rank, part):
+    options = options_of(rank, part)
+    if part:  # of one example
+        options = {**options, "key_mask": options["key_mask"][:1]}
+    q, k, _, rpb, ak, _ = fused_inputs(rank, kv_heads=2, part=part)
+    q, k, ak = (x[:1].movedim(-2, 1).detach().requires_grad_() for x in (q, k, ak))
 
     def qk(q, k, rpb, ak):
-        attn = QK[rank](q, k, rpb=rpb, additional_keys=ak, **neighborhood)
+        attn = QK[rank](q, k, rpb=rpb, additional_keys=ak, **options)
         return attn.masked_fill(attn == -torch.inf, 0.0)
 
-    rpb = fused_inputs(rank)[3]
-    inputs = randn(1, 2, *grid, 3), randn(1, 2, *grid, 3), rpb, randn(1, 2, 1, 3)
+    inputs = q, k, rpb, ak
     assert torch.autograd.gradcheck(qk, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(qk, inputs, check_fwd_over_rev=True)
 
     def av(attn, v, extra):
-        return AV[rank](attn, v, additional_values=extra, **neighborhood)
+        return AV[rank](attn, v, additional_values=extra, **options)
 
-    slots = qk(*inputs).shape[-1]
-    inputs = randn(1, 2, *grid, slots), randn(1, 2, *grid, 3), randn(1, 2, 1, 3)
+    inputs = randn(*qk(*inputs).shape), randn(*k.shape), randn(1, 2, 1, 3)
     assert torch.autograd.gradcheck(av, inputs, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(av, inputs, check_fwd_over_rev=True)
 
@@ -140,14 +167,14 @@ def assert_same(got, want):
         assert torch.linalg.norm(g - w) <= 1e-12 * torch.linalg.norm(w)
 
 
-@RANKS
+@KINDS
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("make", [fused_attention, unfused_attention])
-def test_torch_func(rank, name, make):
-    inputs = tuple(x.detach() for x in fused_inputs(rank))
+def test_torch_func(rank, part, name, make):
+    inputs = tuple(x.detach() for x in fused_inputs(rank, part=part))
     tangents = tuple(torch.randn_like(x) for x in inputs)
     got, want = (
-        dict(derivatives_of(function(rank), inputs, tangents))[name]()
+        dict(derivatives_of(function(rank, part), inputs, tangents))[name]()
         for function in (make, dense_attention)
     )
     assert_same(got, want)
@@ -163,28 +190,63 @@ MAPPINGS = {
 }
 
 
-@RANKS
+def mapped(inputs, in_dims):
+    return tuple(
+        x.detach() if dim is None else torch.randn(3, *x.shape, dtype=x.dtype).movedim(0, dim)
+        for x, dim in zip(inputs, in_dims, strict=True)
+    )
+
+
+@KINDS
 @pytest.mark.parametrize("mapping", MAPPINGS)
 @pytest.mark.parametrize("make", [fused_attention, unfused_attention])
-def test_vmap(rank, mapping, make):
+def test_vmap(rank, part, mapping, make):
     in_dims = MAPPINGS[mapping]
-    inputs = tuple(
-        x.detach() if dim is None else torch.randn(3, *x.shape, dtype=x.dtype).movedim(0, dim)
-        for x, dim in zip(fused_inputs(rank), in_dims, strict=True)
-    )
-    gradients = [grad(total(f(rank)), argnums=ALL) for f in (make, dense_attention)]
-    assert_same(*(vmap(f(rank), in_dims)(*inputs) for f in (make, dense_attention)))
+    inputs = mapped(fused_inputs(rank, part=part), in_dims)
+    functions = make(rank, part), dense_attention(rank, part)
+    gradients = [grad(total(f), argnums=ALL) for f in functions]
+    assert_same(*(vmap(f, in_dims)(*inputs) for f in functions))
     assert_same(*(vmap(g, in_dims)(*inputs) for g in gradients))
     assert_same(
         *(
-            grad(lambda *x, f=f: total(vmap(f(rank), in_dims))(*x), argnums=ALL)(*inputs)
-            for f in (make, dense_attention)
+            grad(lambda *x, f=f: total(vmap(f, in_dims))(*x), argnums=ALL)(*inputs)
+            for f in functions
         )
     )
 
 
-def test_vmap_of_directions():
-    inputs = tuple(x.detach() for x in fused_inputs(2))
+@pytest.mark.parametrize("mapping", ["all", "query", "keys and bias", "all but bias"])
+@pytest.mark.parametrize("make", [fused_attention, unfused_attention])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("axis", [0, 2, None])
+def test_vmap_of_masks(mapping, make, batch, axis):
+    """Masks of examples, and one of all, for the whole batch of an example and for each of it."""
+    in_dims = MAPPINGS[mapping]
+    inputs = mapped(fused_inputs(2, part=True), in_dims)
+    mask = key_mask_of(2)[:batch]
+    if axis is not None:
+        mask = torch.stack([mask, ~mask, mask.flip(1)]).movedim(0, axis)
+    dims = (*in_dims, axis)
+    derivatives = []
+    for function in (make(2, True), dense_attention(2, True)):
+
+        def attend(*x, function=function):
+            return function(*x[:-1], key_mask=x[-1])
+
+        derivatives.append(
+            (
+                vmap(attend, dims)(*inputs, mask),
+                vmap(grad(total(attend), argnums=ALL), dims)(*inputs, mask),
+                vmap(jacrev(attend, argnums=3), dims)(*inputs, mask),
+                jvp(lambda *x, f=attend: vmap(f, dims)(*x, mask), inputs, inputs),
+            )
+        )
+    assert_same(*derivatives)
+
+
+@pytest.mark.parametrize("part", [False, True])
+def test_vmap_of_directions(part):
+    inputs = tuple(x.detach() for x in fused_inputs(2, part=part))
     tangents = tuple(torch.randn(4, *x.shape, dtype=x.dtype) for x in inputs)
 
     def directional(function):
@@ -194,11 +256,12 @@ def test_vmap_of_directions():
             vmap(lambda *t: jvp(gradient, inputs, t))(*tangents),
         )
 
-    assert_same(directional(fused_attention(2)), directional(dense_attention(2)))
+    assert_same(directional(fused_attention(2, part)), directional(dense_attention(2, part)))
 
 
-def test_tangents_of_some_inputs():
-    inputs = tuple(x.detach() for x in fused_inputs(2))
+@pytest.mark.parametrize("part", [False, True])
+def test_tangents_of_some_inputs(part):
+    inputs = tuple(x.detach() for x in fused_inputs(2, part=part))
     for wanted in ((1,), (3,), (4,), (0, 5)):
 
         def derivative(function, wanted=wanted):
@@ -212,7 +275,7 @@ def test_tangents_of_some_inputs():
             return jvp(of_wanted, primals, tuple(torch.ones_like(x) for x in primals))
 
         for make in (fused_attention, unfused_attention):
-            assert_same(derivative(make(2)), derivative(dense_attention(2)))
+            assert_same(derivative(make(2, part)), derivative(dense_attention(2, part)))
 
 
 def test_empty_slots_have_no_derivatives():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -15,6 +17,7 @@ from torch_cases import (  # noqa: E402
     MODULES,
     fused_attention,
     fused_inputs,
+    key_mask_of,
     neighborhood_of,
     randn,
     unfused_attention,
@@ -26,6 +29,7 @@ from natten import _args  # noqa: E402
 from natten.torch import _ops  # noqa: E402
 
 RANKS = pytest.mark.parametrize("rank", [1, 2, 3])
+KINDS = pytest.mark.parametrize("part", [False, True], ids=["whole", "part"])
 MAKE = pytest.mark.parametrize("make", [fused_attention, unfused_attention])
 
 
@@ -49,10 +53,11 @@ def gradients(function, inputs):
 
 @RANKS
 @MAKE
-def test_compiled_functions(rank, make):
-    inputs = fused_inputs(rank)
-    compiled = torch.compile(make(rank), fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(gradients(compiled, inputs), gradients(make(rank), inputs))
+@KINDS
+def test_compiled_functions(rank, make, part):
+    inputs = fused_inputs(rank, part=part)
+    compiled = torch.compile(make(rank, part), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(gradients(compiled, inputs), gradients(make(rank, part), inputs))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -144,6 +149,39 @@ def test_scales_that_are_computed_while_tracing():
         )
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_compiled_module_with_a_mask(fused):
+    """With the real compiler."""
+    natten.use_fused_na(fused)
+    module = MODULES[2](8, 2, 3, rel_pos_bias=True, boundary=("cut", "circular"))
+    x = torch.randn(2, 5, 6, 8)
+    compiled = torch.compile(module, fullgraph=True)
+    for batch in (1, 2):
+        mask = torch.rand(batch, 5, 6) < 0.5
+        mask[0] = False
+        torch.testing.assert_close(
+            gradients(lambda x: compiled(x, mask), [x]),  # noqa: B023
+            gradients(lambda x: module(x, mask), [x]),  # noqa: B023
+        )
+
+
+def test_one_compilation_for_all_steps_of_a_stream():
+    """Offsets are numbers of the graph's, not of its making."""
+    keys = torch.randn(1, 30, 2, 4)
+
+    def step(row, keys, i, first):
+        return F.na1d(
+            row, keys, keys, 5, boundary="cut", query_offset=i, key_offset=first, grid_size=30
+        )
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for i in range(2, 27):
+        call = keys[:, i : i + 1], keys[:, i - 2 : i + 4], i, i - 2
+        torch.testing.assert_close(compiled(*call), step(*call))
+    assert counter.frame_count <= 3  # of two numbers, and of any
+
+
 def test_errors_are_raised_while_tracing():
     q = torch.randn(1, 5, 2, 4)
     compiled = torch.compile(lambda q: F.na1d(q, q, q, 7), fullgraph=True, backend="aot_eager")
@@ -224,43 +262,62 @@ def test_export(rank, fused, tmp_path):
 
 
 @MAKE
-def test_decomposed_export(make):
+@KINDS
+def test_decomposed_export(make, part, tmp_path):
     class Model(torch.nn.Module):
         def forward(self, *inputs):
-            return make(2)(*inputs)
+            return make(2, part)(*inputs)
 
-    inputs = tuple(x.detach() for x in fused_inputs(2))
+    inputs = tuple(x.detach() for x in fused_inputs(2, part=part))
     program = torch.export.export(Model(), inputs).run_decompositions()
-    torch.testing.assert_close(program.module()(*inputs), make(2)(*inputs))
+    torch.testing.assert_close(program.module()(*inputs), make(2, part)(*inputs))
+
+
+def test_export_of_a_module_with_a_mask(tmp_path):
+    module = MODULES[2](8, 2, 3, boundary=("cut", "circular"))
+    example = torch.randn(2, 5, 6, 8), torch.rand(2, 5, 6) < 0.5
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(module, example, dynamic_shapes=({0: batch}, {0: batch}))
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    for count in (2, 5):
+        x, mask = torch.randn(count, 5, 6, 8), torch.rand(count, 5, 6) < 0.5
+        torch.testing.assert_close(loaded(x, mask), module(x, mask))
 
 
 # ---- registered operators ----
 
 
 def operator_calls():
-    config = _args.make_config(2, **neighborhood_of(2))
-    linear = _args.with_flags(config, _args.EMPTY_SLOTS_ZERO)
-    fused = fused_inputs(2)
-    output, logsumexp = (x.detach() for x in _ops.attention_forward(*fused, config, None, ""))
-    incoming = torch.randn_like(output), torch.randn_like(logsumexp)
-    plain = *fused[:3], None, None, None
-    query, key = randn(2, 2, *GRIDS[2], 3), randn(2, 2, *GRIDS[2], 3)
-    extra, rpb = randn(2, 2, 1, 3), fused[3]
-    attn = randn(2, 2, *GRIDS[2], 7)
-    grid = list(GRIDS[2])
-    some = [True, False, True, False, False, False]
-    yield _ops.attention_forward, (*fused, config, None, "")
-    yield _ops.attention_forward, (*plain, _args.with_flags(config, 1), 0.3, "naive")
-    yield _ops.attention_backward, (*fused, logsumexp, *incoming, [True] * 6, config, None, "")
-    yield _ops.attention_backward, (*plain, logsumexp, output, None, some, config, None, "")
-    yield _ops.qk, (query, key, rpb, extra, linear, "")
-    yield _ops.qk, (query, key, None, None, linear, "")
-    yield _ops.av, (attn, query, extra, config, "")
-    yield _ops.av, (attn[..., :6].detach().requires_grad_(), query, None, config, "")
-    yield _ops.av_transpose, (attn, query, grid, 1, config, "")
-    yield _ops.av_transpose, (attn[..., :6].detach(), query, grid, 0, config, "")
-    yield _ops.rpb_gather, (rpb, 2, grid, 1, linear, "")
-    yield _ops.rpb_scatter, (attn, config, "")
+    """Of the whole of a grid, with no mask, and of a part with one."""
+    for part in (False, True):
+        config = _args.make_config(2, **neighborhood_of(2, part))
+        linear = _args.with_flags(config, _args.EMPTY_SLOTS_ZERO)
+        inputs = fused_inputs(2, kv_heads=2, part=part)
+        grid, keys = (list(x.shape[1:3]) for x in inputs[:2])
+        slots = math.prod(config[1:3]) + 1
+        mask = key_mask_of(2) if part else None
+        query, key, extra = (inputs[i].detach().movedim(-2, 1) for i in (0, 1, 4))
+        query, key = query.requires_grad_(), key.requires_grad_()
+        attn, rpb = randn(2, 2, *grid, slots), inputs[3]
+        fused = *fused_inputs(2, part=part), mask
+        plain = *fused[:3], None, None, None, mask
+        output, logsumexp = (x.detach() for x in _ops.attention_forward(*fused, config, None, ""))
+        incoming = torch.randn_like(output), torch.randn_like(logsumexp)
+        some = [True, False, True, False, False, False]
+        yield _ops.attention_forward, (*fused, config, None, "")
+        yield _ops.attention_forward, (*plain, _args.with_flags(config, 1), 0.3, "naive")
+        yield _ops.attention_backward, (*fused, logsumexp, *incoming, [True] * 6, config, None, "")
+        yield _ops.attention_backward, (*plain, logsumexp, output, None, some, config, None, "")
+        yield _ops.qk, (query, key, rpb, extra, mask, linear, "")
+        yield _ops.qk, (query, key, None, None, mask, linear, "")
+        yield _ops.av, (attn, key, extra, mask, config, "")
+        without_extra = attn[..., :-1].detach()
+        yield _ops.av, (without_extra.requires_grad_(), key, None, mask, config, "")
+        yield _ops.av_transpose, (attn, query, mask, keys, 1, config, "")
+        yield _ops.av_transpose, (without_extra.detach(), query, mask, keys, 0, config, "")
+        yield _ops.rpb_gather, (rpb, mask, 2, grid, 1, linear, "")
+        yield _ops.rpb_scatter, (attn, mask, config, "")
 
 
 CALLS = list(operator_calls())
@@ -281,12 +338,15 @@ def test_every_operator_is_checked():
 
 @RANKS
 @MAKE
-def test_fake_tensors(rank, make):
-    inputs = fused_inputs(rank)
-    want = gradients(make(rank), inputs)
+@KINDS
+def test_fake_tensors(rank, make, part):
+    inputs = fused_inputs(rank, part=part)
+    function = make(rank, part)
+    want = gradients(function, inputs)
     with FakeTensorMode() as mode:
         fake = [mode.from_tensor(x) for x in inputs]
-        got = gradients(make(rank), fake)
+        more = dict(key_mask=key_mask_of(rank)) if part else {}
+        got = gradients(lambda *x: function(*x, **more), fake)
     for g, w in zip(*(torch.utils._pytree.tree_leaves(x) for x in (got, want)), strict=True):
         assert (g.shape, g.dtype) == (w.shape, w.dtype)
 

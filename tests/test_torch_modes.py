@@ -37,7 +37,12 @@ MIXED = {
 }
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 HALVES = DTYPES[2:]
+# A part of a grid twice as large in both axes, of which the keys are given whole and a little more.
+PART: dict[str, Any] = dict(
+    kernel_size=KERNELS[2], dilation=(2, 1), stride=(1, 3), boundary=("cut", "circular"),
+)  # fmt: skip
 OPERATIONS = [f"na{rank}d{kind}" for kind in ("", "_qk", "_av") for rank in (1, 2, 3)]
+OPERATIONS += [f"part na2d{kind}" for kind in ("", "_qk", "_av")]  # of a grid, with a mask
 OPERATIONS += ["attention", "merge_attentions"]
 
 every_operation = pytest.mark.parametrize("name", OPERATIONS)
@@ -120,36 +125,52 @@ def problem(name: str, batch: int = 2, grids: dict[int, tuple[int, ...]] = GRIDS
         parts = [(batch, n, kv_heads, d) for n in (length, 2, length - 3) for d in (dim, value_dim)]
         return made(merge, (batch, length, heads, dim), *parts)
 
+    is_part = name.startswith("part ")
+    name = name.removeprefix("part ")
     rank, kind = int(name[2]), name[4:]
     grid, options = grids[rank], MIXED[rank]
+    keys = grid
+    if is_part:
+        whole = (2 * grid[0], 3 * grid[1])
+        keys = (whole[0] + 2, whole[1])
+        options = PART | dict(query_offset=grid, key_offset=(-1, 1), grid_size=whole)
     bias = (heads, *(2 * k - 1 for k in KERNELS[rank]))
+
+    def options_for(x: Tensor) -> dict[str, Any]:
+        """The mask is on the device of the other tensors, and only as real as they are."""
+        if not is_part:
+            return options
+        mask = torch.arange(math.prod(keys), device=x.device) % 4 > 0
+        return options | dict(key_mask=mask.view(1, *keys))
+
     if kind == "_qk":
 
         def qk(q: Tensor, k: Tensor, rpb: Tensor, extra: Tensor) -> Sequence[Tensor]:
-            attn = QK[rank](q, k, rpb=rpb, additional_keys=extra, **options)
+            attn = QK[rank](q, k, rpb=rpb, additional_keys=extra, **options_for(q))
             return (attn.masked_fill(attn == -torch.inf, 0.0),)
 
         return made(
             qk,
             (batch, heads, *grid, dim),
-            (batch, heads, *grid, dim),
+            (batch, heads, *keys, dim),
             bias,
             (batch, heads, additional, dim),
         )
     if kind == "_av":
         return made(
-            lambda a, v, extra: (AV[rank](a, v, additional_values=extra, **options),),
+            lambda a, v, extra: (AV[rank](a, v, additional_values=extra, **options_for(a)),),
             (batch, heads, *grid, math.prod(KERNELS[rank]) + additional),
-            (batch, heads, *grid, dim),
+            (batch, heads, *keys, dim),
             (batch, heads, additional, dim),
         )
     return made(
         lambda q, k, v, rpb, ak, av: FUSED[rank](
-            q, k, v, rpb=rpb, additional_keys=ak, additional_values=av, return_lse=True, **options
+            q, k, v, rpb=rpb, additional_keys=ak, additional_values=av, return_lse=True,
+            **options_for(q),
         ),
         (batch, *grid, heads, dim),
-        (batch, *grid, kv_heads, dim),
-        (batch, *grid, kv_heads, value_dim),
+        (batch, *keys, kv_heads, dim),
+        (batch, *keys, kv_heads, value_dim),
         bias,
         (batch, additional, kv_heads, dim),
         (batch, additional, kv_heads, value_dim),
