@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cstring>
 #include <iterator>
 #include <string>
 
@@ -77,8 +78,11 @@ constexpr double kMostElements = 0x1p57;
 }
 
 [[noreturn]] void bad_dtype(const char* name, const std::string& got) {
-  fail(ErrorKind::invalid_type, name,
-       "got dtype " + got + "; must be float64, float32, bfloat16 or float16");
+  std::string must_be = "float64, float32, bfloat16 or float16";
+  for (const Role& role : roles_of(Op::qk))  // every operation has the same masks
+    if (role.is_mask && std::strcmp(role.name, name) == 0)
+      must_be = "bool, true where a key may be seen";
+  fail(ErrorKind::invalid_type, name, "got dtype " + got + "; must be " + must_be);
 }
 
 DType dtype_of(int code, int bits, int lanes, const char* name) {

@@ -95,6 +95,8 @@ INTEGERS = "must be an integer or 2 integers, one per spatial axis"
 NUMBER = "must be a real number or None"
 NAME = "must be a name (a string) or None"
 BITS = "must be an integer of 64 bits"
+BOUNDARY = "must be one of shift, cut, circular, or 2 of them, one per spatial axis"
+CIRCULAR = {"boundary": ("shift", "circular")}
 
 # For all adapters, and those of na2d for `explain`.
 EVERYWHERE = [
@@ -139,9 +141,111 @@ EVERYWHERE = [
     ("merge_attentions", {"outputs": "ab"}, TypeError, "outputs: got str; must be a list"),
     ("merge_attentions", {"lse_tensors": 3}, TypeError, "lse_tensors: got int; must be a list"),
     ("merge_attentions", {"lse_tensors": [None] * 2}, TypeError, "lse_tensors: got None; must be"),
+    ("na2d", {"boundary": "wrap"}, ValueError, f"boundary: got 'wrap'; {BOUNDARY}"),
+    ("na2d", {"boundary": ("cut", "Cut")}, ValueError, f"boundary: got ('cut', 'Cut'); {BOUNDARY}"),
+    ("na2d", {"boundary": ["cut"]}, ValueError, f"boundary: got ['cut'], 1 elements; {BOUNDARY}"),
+    ("na2d", {"boundary": 1}, TypeError, f"boundary: got 1; {BOUNDARY}"),
+    ("na2d_qk", {"boundary": True}, TypeError, f"boundary: got True; {BOUNDARY}"),
+    ("na2d_av", {"boundary": ("cut", 2)}, TypeError, f"boundary: got ('cut', 2); {BOUNDARY}"),
+    (
+        "na2d",
+        CIRCULAR | {"is_causal": (True, True)},
+        ValueError,
+        "is_causal: got true on axis 1, whose boundary is circular; a causal axis must have an end",
+    ),
+    (
+        "na2d_qk",
+        CIRCULAR | {"dilation": (1, 2), "kernel_size": 2},
+        ValueError,
+        "dilation: got 2 on axis 1, which is circular; must divide the axis, 5 tokens here$",
+    ),
+    (
+        "na2d",
+        CIRCULAR | {"stride": 2},
+        ValueError,
+        "stride: got 2 on axis 1, which is circular; must divide the axis in steps of its "
+        "dilation, 5 tokens here$",
+    ),
+    (
+        "na2d",
+        {"kernel_size": (5, 3)},
+        ValueError,
+        "kernel_size: got [5, 3] with dilation 1 on axis 0; kernel_size * dilation must not exceed "
+        "the axis, 4 tokens here (query, [1, 4, 5, 2, 8], is read as "
+        '[batch, *spatial, heads, head_dim]), unless its border cuts windows (boundary "cut")$',
+    ),
+    (
+        "na2d",
+        CIRCULAR | {"kernel_size": (3, 6)},
+        ValueError,
+        "kernel_size: got [3, 6] with dilation 1 on axis 1; kernel_size * dilation must not exceed "
+        "the axis, 5 tokens here (query, [1, 4, 5, 2, 8], is read as "
+        "[batch, *spatial, heads, head_dim])$",
+    ),
+    *(
+        (name, {option: bad}, error, f"{option}: got {bad!r}; {must}")
+        for name, option in (
+            ("na2d", "query_offset"),
+            ("na2d_qk", "key_offset"),
+            ("na2d_av", "grid_size"),
+            ("na2d", "grid_size"),
+        )
+        for bad, error, must in (
+            (True, TypeError, INTEGERS),
+            (1.0, TypeError, INTEGERS),
+            ((0, 0.5), TypeError, INTEGERS),
+            ((0, False), TypeError, INTEGERS),
+            ("0", TypeError, INTEGERS),
+            (2**63, ValueError, BITS),
+        )
+    ),
+    ("na2d", {"query_offset": (0,)}, ValueError, "query_offset: got (0,), 1 elements; must be an"),
+    ("na2d", {"query_offset": -1}, ValueError, "query_offset: got [-1, -1]; must be at least 0 on"),
+    ("na2d", {"grid_size": 0}, ValueError, "grid_size: got [0, 0]; must be at least 1 on every"),
+    ("na2d", {"grid_size": 2**62}, ValueError, f"grid_size: got [{2**62}, {2**62}]; must not be l"),
+    (
+        "na2d",
+        {"key_offset": (1, 0)},
+        ValueError,
+        "key_offset: got [1, 0] without grid_size; must be 0 where it is not said how large the "
+        "whole grid is$",
+    ),
+    (
+        "na2d",
+        {"query_offset": (1, 0)},
+        ValueError,
+        "query_offset: got 1 with 4 queries on axis 0; they must lie on the grid, 4 tokens here "
+        "(key)$",
+    ),
+    (
+        "na2d_qk",
+        {"grid_size": (4, 4)},
+        ValueError,
+        "query_offset: got 0 with 5 queries on axis 1; they must lie on the grid, 4 tokens here "
+        "(grid_size)$",
+    ),
+    (
+        "na2d",
+        {"key_offset": (0, 1), "grid_size": (4, 9)},
+        ValueError,
+        "key: got tokens 1 to 5 on axis 1; the windows of queries 0 to 4 need tokens 0 to 5 "
+        "(see natten.key_range)$",
+    ),
+    (
+        "na2d_av",
+        CIRCULAR | {"query_offset": 0, "grid_size": (4, 9)},
+        ValueError,
+        "value: got tokens 0 to 4 on axis 1; the windows of queries 0 to 4 need tokens -1 to 5 "
+        "(see natten.key_range)$",
+    ),
 ]
 # The same, with arguments that are shapes of zeros.
 SHAPES = [
+    (  # not given as parts, although the first token of both is that of the grid
+        "na2d",
+        {"query": (1, 3, 5, 2, 8)},
+        "key: got shape [1, 4, 5, 2, 8]; the spatial shape must be [3, 5], to match query",
+    ),
     (
         "attention",
         {"key": (1, 0, 2, 8), "value": (1, 0, 2, 8)},
@@ -257,6 +361,38 @@ TORCH = [
      f"scale: got tensor([1., 1.]); {NUMBER}"),
     ("na2d", lambda t, x: {**dict.fromkeys(("query", "key", "value"), x.double()), "scale": NAN},
      ValueError, "scale: got nan; must be finite in float64"),
+    ("na2d", lambda t, x: {"key_mask": x[..., 0, 0]}, TypeError,
+     "key_mask: got dtype float32; must be bool, true where a key may be seen$"),
+    ("na2d", lambda t, x: {"key_mask": x[..., 0, 0].clone().requires_grad_()}, TypeError,
+     "key_mask: got dtype float32; must be bool"),
+    ("na2d_qk", lambda t, x: {"key_mask": x[..., 0, 0].int()}, TypeError,
+     "key_mask: got dtype int32; must be bool"),
+    ("na2d_av", lambda t, x: {"key_mask": x[..., 0, 0].byte()}, TypeError,
+     "key_mask: got dtype uint8; must be bool"),
+    ("na2d", lambda t, x: {"key_mask": [[True]]}, TypeError, f"key_mask: got list; {TENSOR}"),
+    ("na2d", lambda t, x: {"key_mask": True}, TypeError, f"key_mask: got bool; {TENSOR}"),
+    ("na2d_qk", lambda t, x: {"key_mask": (x[..., 0, 0] == 0).to_sparse()}, TypeError,
+     f"key_mask: got a torch.sparse_coo tensor; {DENSE}"),
+    ("na2d", lambda t, x: {"key_mask": t.nested.as_nested_tensor([x[0] == 0])}, ValueError,
+     "key_mask: got a nested tensor; must be dense, as the others are"),
+    ("na2d", lambda t, x: {"key_mask": x[0, ..., 0, 0] == 0}, ValueError,
+     "key_mask: got 2 dimensions, shape [4, 5]; must have 3, [batch or 1, *key_spatial], for 2 "),
+    ("na2d", lambda t, x: {"key_mask": x[..., 0] == 0}, ValueError,
+     "key_mask: got 4 dimensions, shape [1, 4, 5, 2]; must have 3, [batch or 1, *key_spatial]"),
+    ("na2d_av", lambda t, x: {"key_mask": x[:, :3, :, 0, 0] == 0}, ValueError,
+     "key_mask: got shape [1, 3, 5]; the spatial shape must be [4, 5], to match attn"),
+    ("na2d_qk", lambda t, x: {"key_mask": x[:, :3, :, 0, 0] == 0, "query_offset": 0}, ValueError,
+     "key_mask: got shape [1, 3, 5]; the number of keys must be [4, 5], to match key"),
+    ("na2d", lambda t, x: {"key_mask": x.new_zeros(2, 4, 5) == 0}, ValueError,
+     "key_mask: got shape [2, 4, 5]; batch must be 1, to match query"),
+    ("na2d", lambda t, x: {**dict.fromkeys(("query", "key", "value"), x.expand(4, 4, 5, 2, 8)),
+                           "key_mask": x.new_zeros(2, 4, 5) == 0}, ValueError,
+     "key_mask: got shape [2, 4, 5]; batch must be 1 or 4, to match query"),
+    ("na2d", lambda t, x: {"key_mask": t.ones(1, 4, 5, dtype=bool, device="meta")}, ValueError,
+     "key_mask: is on meta; must be on the device of query, cpu"),
+    ("explain", lambda t, x: {"key_mask": x[..., 0, 0]}, TypeError,
+     "key_mask: got dtype float32; must be bool"),
+    ("explain", lambda t, x: {"key_mask": 3}, TypeError, f"key_mask: got int; {TENSOR}"),
     ("na2d", lambda t, x: {"q_tile_shape": True}, TypeError, f"q_tile_shape: got True; {INTEGERS}"),
     ("na2d", lambda t, x: {"kv_tile_shape": 2**63}, ValueError,
      f"kv_tile_shape: got {2**63}; {BITS}"),
@@ -353,6 +489,14 @@ CONSTRUCTORS = [
     ({"stride": -(2**64)}, ValueError, f"stride: got {-(2**64)}; {BITS}"),
     ({"is_causal": 2}, TypeError, f"is_causal: got 2; {CAUSAL}"),
     ({"is_causal": (True, 1)}, TypeError, f"is_causal: got (True, 1); {CAUSAL}"),
+    ({"boundary": "wrap"}, ValueError, f"boundary: got 'wrap'; {BOUNDARY}"),
+    ({"boundary": ("cut", 1)}, TypeError, f"boundary: got ('cut', 1); {BOUNDARY}"),
+    ({"boundary": "circular", "is_causal": True}, ValueError, "is_causal: got true on axis 0, who"),
+    (
+        {"boundary": "cut", "kernel_size": 2**62},
+        ValueError,
+        "kernel_size: got [4611686018427387904",
+    ),
     ({"qk_scale": NAN}, ValueError, "qk_scale: got nan; must be finite in float32"),
     ({"qk_scale": 1e39}, ValueError, "qk_scale: got 1e+39; must be finite in float32"),
     ({"qk_scale": "2"}, TypeError, f"qk_scale: got '2'; {NUMBER}"),
@@ -416,6 +560,12 @@ INPUTS = [
     (lambda t, x: x.to_mkldnn(), TypeError, f"x: got a torch._mkldnn tensor; {DENSE}"),
     (lambda t, x: x[:, :2], ValueError, "kernel_size: got [3, 3] with dilation 1 on axis 0;"),
 ]  # fmt: skip
+MASKS = [
+    (lambda t, x: [True], TypeError, f"key_mask: got list; {TENSOR}"),
+    (lambda t, x: x[..., 0], TypeError, "key_mask: got dtype float32; must be bool"),
+    (lambda t, x: x == 0, ValueError, "key_mask: got 4 dimensions, shape [1, 4, 5, 16]; must have"),
+    (lambda t, x: x[:, 1:, :, 0] == 0, ValueError, "key_mask: got shape [1, 3, 5]; the spatial sh"),
+]
 
 
 @needs["torch"]
@@ -424,6 +574,20 @@ def test_inputs_of_modules(bad, error, start):
     import torch
 
     refuses(error, start, make_torch(**MODULE), bad(torch, torch.zeros(1, 4, 5, 16)))
+
+
+@needs["torch"]
+@pytest.mark.parametrize("bad, error, start", MASKS)
+@pytest.mark.parametrize("fused", [False, True])
+def test_masks_of_modules(bad, error, start, fused):
+    import torch
+
+    x = torch.zeros(1, 4, 5, 16)
+    natten.use_fused_na(fused)
+    try:
+        refuses(error, start, make_torch(**MODULE), x, bad(torch, x))
+    finally:
+        natten.use_fused_na(False)
 
 
 @needs["torch"]
@@ -497,7 +661,27 @@ COUNTED = [
     ({"additional": 2.5}, TypeError, f"additional: got 2.5; {INTEGER}"),
     ({"additional": -1}, ValueError, "additional: got -1; must be at least 0"),
 ]
+RANGE = {"query_offset": 2, "query_length": 3, "grid_size": 9, "kernel_size": 3}
+ONE = "must be an integer or 1 integers, one per spatial axis"
+RANGES = [
+    ({"query_offset": True}, TypeError, f"query_offset: got True; {ONE}"),
+    ({"query_offset": None}, TypeError, f"query_offset: got None; {ONE}"),
+    ({"query_length": 2.0}, TypeError, f"query_length: got 2.0; {ONE}"),
+    ({"query_length": None}, TypeError, f"query_length: got None; {ONE}"),
+    ({"grid_size": "9"}, TypeError, f"grid_size: got '9'; {ONE}"),
+    ({"kernel_size": None}, TypeError, f"kernel_size: got None; {ONE}"),
+    ({"query_length": 0}, ValueError, "query_length: got [0]; must be at least 1 on every axis"),
+    ({"query_offset": -1}, ValueError, "query_offset: got [-1]; must be at least 0 on every axis"),
+    ({"grid_size": 4}, ValueError, "query_offset: got 2 with 3 queries on axis 0; they must lie on "
+     "the grid, 4 tokens here (grid_size)$"),
+    ({"kernel_size": 10}, ValueError, "kernel_size: got [10] with dilation 1 on axis 0; kernel_size"
+     " * dilation must not exceed the axis, 9 tokens here, unless its border cuts windows"),
+    ({"kernel_size": (3, 3), "dilation": (1,)}, ValueError, "dilation: got (1,), 1 elements; must"),
+    ({"kernel_size": (3, 3, 3, 3)}, ValueError, "kernel_size: got [3, 3, 3, 3], 4 elements; there"),
+    ({"boundary": "x"}, ValueError, "boundary: got 'x'; must be one of shift, cut, circular$"),
+]  # fmt: skip
 PLAIN = [
+    *((natten.key_range, RANGE | bad, *expected) for bad, *expected in RANGES),
     *((flops.fna_flop_count, COUNT | bad, *expected) for bad, *expected in COUNTED),
     (utils.check_all_args, ALL | {"na_dim": "2"}, TypeError, f"na_dim: got '2'; {INTEGER}"),
     (utils.check_all_args, ALL | {"is_causal": 1}, TypeError, f"is_causal: got 1; {CAUSAL}"),

@@ -147,6 +147,45 @@ def test_merging_one_part_changes_nothing():
     assert merged_lse.dtype == "float32" and np.array_equal(merged_lse, lse)
 
 
+def test_queries_that_see_nothing():
+    x = normal(2, 6, 7, 2, 4)
+    mask = np.ones((2, 6, 7), bool)
+    mask[1] = False
+    output, lse = na.na2d(x, x, x, 3, key_mask=mask, return_lse=True)
+    assert (output[1] == 0).all() and np.isneginf(lse[1]).all()
+    want = na.na2d(x[:1], x[:1], x[:1], 3, key_mask=mask[:1])
+    assert np.array_equal(output[:1], want)
+
+
+def test_hidden_keys_hold_anything():
+    for case in numpy_cases(cases.SEED + 2):
+        if case.mask_batch is None:
+            continue
+        arrays = case.fused_arrays()
+        hidden = cases.hide(cases.hide(arrays, "key", 1), "value", 1)
+        names = ("query", "key", "value", "rpb", "additional_keys", "additional_values")
+        options = dict(case.neighborhood, scale=case.scale, return_lse=True)
+        got, want = (
+            FUSED[case.rank - 1](**inputs_of(case, x, names), **options) for x in (hidden, arrays)
+        )
+        assert all(np.array_equal(a, b) for a, b in zip(got, want, strict=True)), case
+
+
+def test_masks_that_are_lists_or_views():
+    x = normal(1, 4, 1, 2)
+    mask = np.array([[True, False, True, True]])
+    want = na.na1d(x, x, x, 3, key_mask=mask)
+    views = (
+        mask.tolist(),
+        np.repeat(mask, 2, axis=1)[:, ::2],
+        np.flip(np.ascontiguousarray(np.flip(mask, 1)), 1),
+        field_of_structs(mask[..., None])[..., 0],
+        read_only(mask),
+        np.broadcast_to(mask, (1, 4)),
+    )
+    assert all(np.array_equal(na.na1d(x, x, x, 3, key_mask=view), want) for view in views)
+
+
 # Layouts
 
 
@@ -268,6 +307,7 @@ def test_lists():
 X = normal(1, 6, 7, 2, 4)
 Q = normal(1, 2, 6, 7, 4)  # heads first
 T = normal(1, 6, 2, 4)
+M = np.ones((1, 6, 7), bool)
 
 
 @pytest.mark.parametrize(
@@ -302,6 +342,20 @@ T = normal(1, 6, 2, 4)
         (lambda: na.attention(T[0], T, T), ValueError, "query: got 3 dimensions"),
         (lambda: na.attention(T, T[0], T), ValueError, "key: got 3 dimensions"),
         (lambda: na.attention(T, T[:, :0], T[:, :0]), ValueError, "must be at least 1"),
+        # Masks and parts
+        (
+            lambda: na.na2d(X, X, X, 3, key_mask=X[..., 0, 0]),
+            TypeError,
+            "key_mask: got dtype float",
+        ),
+        (lambda: na.na2d(X, X, X, 3, key_mask=M * 1), TypeError, "key_mask: got dtype int64; must"),
+        (lambda: na.na2d(X, X, X, 3, key_mask="all"), TypeError, "key_mask: got dtype str"),
+        (lambda: na.na2d(X, X, X, 3, key_mask=M[0]), ValueError, "key_mask: got 2 dimensions"),
+        (lambda: na.na2d(X, X, X, 3, key_mask=M[:, 1:]), ValueError, r"key_mask: got shape \[1, 5"),
+        (lambda: na.na2d_qk(Q, Q, 3, key_mask=M[:0]), ValueError, r"key_mask: got shape \[0, 6"),
+        (lambda: na.na2d_qk(Q, Q, 3, key_offset=1), ValueError, "key_offset: got .* without grid"),
+        (lambda: na.na2d(X, X[:, 1:], X, 3), ValueError, "key: got shape .* the spatial shape"),
+        (lambda: na.na2d(X, X[:, 1:], X, 3, grid_size=9), ValueError, "value: got shape .* number"),
         # Merging
         (lambda: na.merge_attentions([], []), ValueError, "got 0 and 0 tensors"),
         (lambda: na.merge_attentions([T, T], [T[..., 0]]), ValueError, "got 2 and 1 tensors"),
