@@ -4,9 +4,9 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
-#include <cstring>
 #include <iterator>
 #include <string>
+#include <string_view>
 
 namespace nb = nanobind;
 
@@ -78,11 +78,10 @@ constexpr double kMostElements = 0x1p57;
 }
 
 [[noreturn]] void bad_dtype(const char* name, const std::string& got) {
-  std::string must_be = "float64, float32, bfloat16 or float16";
-  for (const Role& role : roles_of(Op::qk))  // every operation has the same masks
-    if (role.is_mask && std::strcmp(role.name, name) == 0)
-      must_be = "bool, true where a key may be seen";
-  fail(ErrorKind::invalid_type, name, "got dtype " + got + "; must be " + must_be);
+  const bool is_mask = std::string_view(name) == "key_mask";
+  fail(ErrorKind::invalid_type, name,
+       "got dtype " + got + "; must be " +
+           (is_mask ? "bool" : "float64, float32, bfloat16 or float16"));
 }
 
 DType dtype_of(int code, int bits, int lanes, const char* name) {

@@ -109,6 +109,20 @@ def test_tells_each_choice_once():
     )[1]  # fmt: skip
 
 
+def test_tells_borders_masks_and_parts():
+    code = """
+import numpy as np
+import natten.numpy as nn
+x = np.ones((1, 6, 2, 4), np.float32)
+nn.na1d(x[:, :2], x, x, 3, boundary="cut", key_mask=np.ones((1, 6), bool), query_offset=0)
+"""
+    stderr = run_python(code, NATTEN_LOG_LEVEL="debug")[1]
+    assert (
+        "natten: attention_forward on cpu, float32, query [1, 2, 2, 4], key [1, 6, 2, 4], "
+        "value [1, 6, 2, 4], key_mask [1, 6], kernel_size [3], boundary ['cut'], query_offset [0]: "
+    ) in stderr
+
+
 def test_tells_why_not():
     code = """
 import numpy as np

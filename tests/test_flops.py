@@ -118,6 +118,29 @@ def test_formulas(rank, heads_last, extra):
     assert fna_flop_count(*grouped, **options, return_macs=True) == qk + av
 
 
+def test_borders_masks_and_parts_change_no_count():
+    """By convention windows count as full. Of a part only its own queries count."""
+    x, heads_first = torch.randn(1, 8, 6, 2, 4), torch.randn(1, 2, 8, 6, 4)
+    mask = torch.rand(1, 8, 6) < 0.5
+    want = 48 * 2 * 9 * 4 * 2
+    for more in (
+        dict(boundary="cut"),
+        dict(boundary=("shift", "circular")),
+        dict(key_mask=mask),
+        dict(grid_size=(8, 6)),
+    ):
+        assert counted(lambda more=more: natten.na2d(x, x, x, 3, **more)) == 2 * want
+        assert counted(lambda more=more: QK[2](heads_first, heads_first, 3, **more)) == want
+    part = dict(query_offset=(2, 0), key_mask=mask)
+    assert counted(lambda: natten.na2d(x[:, 2:4], x, x, 3, **part)) == 2 * want // 4
+    tensors = [x.clone().requires_grad_() for _ in range(3)]
+
+    def both(**more):
+        return counted(lambda: natten.na2d(*tensors, 3, **more).sum().backward())
+
+    assert both(key_mask=mask, boundary="cut") == both() == 7 * want
+
+
 def test_formulas_take_one_value_for_all_axes_lists_and_sizes():
     shape = torch.zeros(1, 6, 7, 2, 8).shape
     want = 2 * 42 * 2 * 9 * 16

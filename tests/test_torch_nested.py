@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -102,6 +104,51 @@ def test_unfused(rank, layout):
         torch.testing.assert_close(g, w)
 
 
+def masks_of(rank, before=()):
+    """Every third key is hidden, and all of the last example."""
+    masks = [(torch.arange(math.prod(grid)) % 3 > 0).view(*before, *grid) for grid in GRIDS[rank]]
+    masks[-1] = torch.zeros_like(masks[-1])
+    return masks
+
+
+@pytest.mark.parametrize(("rank", "layout"), CASES)
+@pytest.mark.parametrize("boundary", ["shift", "cut"])
+def test_masks(rank, layout, boundary):
+    options = dict(NEIGHBORHOOD, boundary=boundary)
+    q, masks = examples(rank, 2, 6), masks_of(rank)
+    query = nested(q, layout)
+    mask = nested(masks, layout, like=query)
+    output, lse = FUSED[rank](query, query, query, key_mask=mask, return_lse=True, **options)
+    want = [
+        FUSED[rank](*[x[None]] * 3, key_mask=m[None], return_lse=True, **options)
+        for x, m in zip(q, masks, strict=True)
+    ]
+    assert_parts(output, [o[0] for o, _ in want])
+    assert_parts(lse, [x[0] for _, x in want])
+    assert not output.unbind()[-1].any()
+
+    if layout == torch.jagged:
+        heads_first = query.transpose(1, 2)
+    else:
+        heads_first = nested([x.movedim(-2, 0).contiguous() for x in q])
+    attn = QK[rank](heads_first, heads_first, key_mask=mask, **options)
+    out = AV[rank](attn, heads_first, key_mask=mask, **options)
+    for got, weights, x, m in zip(out.unbind(), attn.unbind(), q, masks, strict=True):
+        x, more = x.movedim(-2, 0)[None], dict(options, key_mask=m[None])
+        want = QK[rank](x, x, **more)
+        assert torch.equal(weights, want[0])
+        torch.testing.assert_close(got, AV[rank](want, x, **more)[0])
+
+
+def test_masks_of_examples_with_a_batch_of_their_own():
+    q = [torch.randn(2, 5, 6, 2, 4), torch.randn(3, 7, 5, 1, 2)]
+    masks = [torch.rand(2, 5, 6) < 0.5, torch.rand(1, 7, 5) < 0.5]
+    query, mask = nested(q), nested(masks)
+    output = F.na2d(query, query, query, 3, key_mask=mask)
+    want = [F.na2d(x, x, x, 3, key_mask=m) for x, m in zip(q, masks, strict=True)]
+    assert_parts(output, want)
+
+
 @RANKS
 def test_examples_with_a_batch_of_their_own(rank):
     """They may also differ in batch, heads and head dim."""
@@ -132,6 +179,23 @@ def test_module(fused, layout):
     assert output.layout == layout
     for got, example in zip(output.unbind(), x, strict=True):
         torch.testing.assert_close(got, module(example[None])[0])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@LAYOUTS
+def test_module_with_a_mask(fused, layout):
+    natten.use_fused_na(fused)
+    module = natten.NeighborhoodAttention1D(8, 2, 5, rel_pos_bias=True, boundary="cut").double()
+    x = [torch.randn(n, 8, dtype=torch.float64) for n in (14, 3, 32)]
+    masks = [torch.arange(len(example)) % 3 > 0 for example in x]
+    masks[-1][:] = False
+    whole = nested(x, layout)
+    output = module(whole, nested(masks, layout, like=whole))
+    assert output.layout == layout
+    for got, example, mask in zip(output.unbind(), x, masks, strict=True):
+        torch.testing.assert_close(got, module(example[None], mask[None])[0])
+    with pytest.raises(ValueError, match=r"^key_mask: got a dense tensor; must be nested"):
+        module(whole, torch.ones(3, 32, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -198,6 +262,17 @@ def test_refusals():
         F.na2d(q, nested(list(q.unbind()[::-1])), q, 3)
     with pytest.raises(ValueError, match=r"^rpb: got a nested tensor"):
         F.na2d(q, q, q, 3, rpb=nested([torch.randn(2, 5, 5)] * 3))
+    with pytest.raises(ValueError, match=r"^key_mask: got a dense tensor; must be nested"):
+        F.na2d(q, q, q, 3, key_mask=torch.ones(3, 6, 6, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"^key_mask: got 2 examples; must be 3"):
+        F.na2d(q, q, q, 3, key_mask=nested(masks_of(2)[:2]))
+    with pytest.raises(ValueError, match=r"^key_mask: got shape .*spatial shape"):
+        F.na2d(q, q, q, 3, key_mask=nested(masks_of(2)[::-1]))
+    for name in ("query_offset", "key_offset", "grid_size"):
+        with pytest.raises(ValueError, match=rf"^{name}: got \[3, 3\] for nested tensors"):
+            F.na2d(q, q, q, 3, **{name: 3})
+    with pytest.raises(ValueError, match=r"^query_offset: got \[0, 0\] for nested tensors"):
+        F.na2d(q, q, q, 3, query_offset=0)
     with pytest.raises(ValueError, match="merge their values"):
         natten.merge_attentions([q], [q])
     with pytest.raises(ValueError, match="explain one of its examples"):
