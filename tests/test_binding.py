@@ -24,7 +24,7 @@ def array() -> np.ndarray:
 def run(inputs, outputs, allocate=None, config=CONFIG):
     """Fused attention."""
     return _core.run(
-        "attention_forward", config, None, "", [*inputs, None, None, None], outputs, None, allocate
+        "attention_forward", config, None, "", [*inputs, *[None] * 4], outputs, None, allocate
     )
 
 
@@ -65,8 +65,8 @@ def test_malformed_tensors(malformed):
         with pytest.raises(FAULTS, match=r"^(query|key|value): "):
             run(inputs, [good.copy(), None])
         with pytest.raises(FAULTS, match=r"^(query|key|value): "):
-            _core.explain("attention_forward", CONFIG, None, "", [*inputs, None, None, None])
-    tensors = [*(good, good, good), None, None, None]
+            _core.explain("attention_forward", CONFIG, None, "", [*inputs, *[None] * 4])
+    tensors = [good, good, good, *[None] * 4]
     if malformed is True:  # means "wanted"
         with pytest.raises(FAULTS, match=r"^output: "):
             run((good, good, good), [malformed, None])
@@ -98,7 +98,7 @@ def test_outputs_must_be_writable():
         with pytest.raises(ValueError, match=r"^output: got a read-only array"):
             run((good, good, good), [output, None], allocate)
     with pytest.raises(ValueError, match=r"^output: got a read-only array"):
-        inputs = [good, good, good, None, None, None]
+        inputs = [good, good, good, *[None] * 4]
         _core.run_all("attention_forward", CONFIG, None, "", [(inputs, [output, None])])
     assert not output.any()
     good.flags.writeable = False  # inputs may be
@@ -132,10 +132,9 @@ def test_bias_needs_one_grid():
     config = with_flags(CONFIG, SEPARATE_KEY_GRID)
     x, rpb = array(), np.zeros((2, 31), "float32")
     with pytest.raises(ValueError, match=r"^rpb: .*separate_key_grid"):
-        _core.run(
-            "attention_forward", config, None, "", [x, x, x, rpb, None, None], [x.copy(), None]
-        )
-    for op, inputs in (("rpb_gather", [((2, 5), "float32")]), ("rpb_scatter", [SPEC])):
+        inputs = [x, x, x, rpb, None, None, None]
+        _core.run("attention_forward", config, None, "", inputs, [x.copy(), None])
+    for op, inputs in (("rpb_gather", [((2, 5), "float32"), None]), ("rpb_scatter", [SPEC, None])):
         with pytest.raises(ValueError, match=r"rpb: .*separate_key_grid"):
             _core.plan(op, config, None, "", inputs, [True])
 
@@ -154,17 +153,22 @@ def test_junk_is_refused():
     def some(roles):
         if rng.random() < 0.05:
             return rng.choice(atoms)
-        good = [x.copy() if is_required else None for *_, is_required, _ in roles]
+        masks = {True: rng.choice((np.ones((1, 16), bool), None)), False: None}
+        good = [
+            x.copy() if is_required else masks[is_mask] for *_, is_required, _, is_mask in roles
+        ]
         return [rng.choice(atoms) if rng.random() < 0.1 else tensor for tensor in good]
 
     def config():
-        values = list(rng.choice((CONFIG, make_config(2, (3, 2)), make_config(1, 1, flags=4))))
+        part = make_config(1, 3, boundary="cut", query_offset=0, key_offset=-1, grid_size=16)
+        whole = make_config(2, (3, 2)), make_config(1, 4, boundary="circular")
+        values = list(rng.choice((CONFIG, *whole, part, make_config(1, 1, flags=4))))
         for _ in range(rng.randrange(3)):
             values[rng.randrange(len(values))] = rng.choice((-1, 0, 1, 2, 9, 2**31, 2**63 - 1))
         return values if rng.random() < 0.9 else rng.choice(atoms)
 
     ran = 0
-    for _ in range(1500):
+    for _ in range(2500):
         op = rng.choice(operations) if rng.random() < 0.95 else rng.choice(atoms)
         roles = _core.roles(op) if isinstance(op, str) and op in operations else []
         inputs, outputs = (some([r for r in roles if r[2] == out]) for out in (False, True))

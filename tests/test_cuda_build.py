@@ -25,7 +25,7 @@ needs_jax = pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="need
 
 CONFIG = _args.make_config(2, 3)
 TOKENS = ((1, 6, 7, 2, 4), "float16")
-INPUTS = [TOKENS, TOKENS, TOKENS, None, None, None]
+INPUTS = [TOKENS, TOKENS, TOKENS, *[None] * 4]
 
 
 def plan(device, backend=""):
@@ -74,7 +74,7 @@ class Foreign:
 
 def run_on(device_type, device_id, **options):
     x = Foreign((1, 6, 7, 2, 4), device_type, device_id)
-    inputs = [x, x, x, None, None, None]
+    inputs = [x, x, x, *[None] * 4]
     return _core.run("attention_forward", CONFIG, None, "", inputs, [x, None], **options)
 
 
@@ -166,7 +166,7 @@ def test_other_devices():
     with pytest.raises(
         ValueError, match="key: is on cuda:0; must be on the device of query, cpu:0"
     ):
-        _core.explain("attention_forward", CONFIG, None, "", [cpu, cuda, cpu, None, None, None])
+        _core.explain("attention_forward", CONFIG, None, "", [cpu, cuda, cpu, *[None] * 4])
 
 
 # ---- PyTorch ----

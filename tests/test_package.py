@@ -37,7 +37,7 @@ def numpy_forward(dtype=np.float32, shape=(1, 6, 7, 2, 4), backend=""):
     for x in inputs:
         x.flags.writeable = False
     output = np.empty(shape, dtype)
-    run_inputs = [*inputs, None, None, None]
+    run_inputs = [*inputs, *[None] * 4]
     _core.run("attention_forward", CONFIG, None, backend, run_inputs, [output, None])
     return output
 
@@ -77,7 +77,7 @@ def test_binding_reads_numpy(dtype):
 def test_binding_refuses():
     x = np.zeros((1, 6, 7, 2, 4), np.float32)
 
-    good = (x, x, x, None, None, None)
+    good = (x, x, x, *[None] * 4)
     room = (x.copy(), None)
 
     def run(inputs=good, outputs=room, op="attention_forward", config=CONFIG):
@@ -85,14 +85,14 @@ def test_binding_refuses():
 
     run()
     with pytest.raises(TypeError, match="key: got dtype int32"):
-        run((x, x.astype(np.int32), x, None, None, None))
+        run((x, x.astype(np.int32), x, *[None] * 4))
     with pytest.raises(TypeError, match=r"value: got .*list"):
-        run((x, x, [1.0], None, None, None))
+        run((x, x, [1.0], *[None] * 4))
     with pytest.raises(ValueError, match="query: missing"):
-        run((None, x, x, None, None, None))
+        run((None, x, x, *[None] * 4))
     with pytest.raises(ValueError, match="output: missing"):
         run(outputs=(None, None))
-    with pytest.raises(ValueError, match="got 2 inputs; must be 6"):
+    with pytest.raises(ValueError, match="got 2 inputs; must be 7"):
         run((x, x))
     with pytest.raises(ValueError, match="op: got"):
         run(op="nonsense")
@@ -101,7 +101,7 @@ def test_binding_refuses():
     with pytest.raises(ValueError, match="output: got shape"):
         run(outputs=(x[:, :3].copy(), None))
     with pytest.raises(ValueError, match="10 dimensions"):
-        run((np.zeros((1,) * 10, np.float32), x, x, None, None, None))
+        run((np.zeros((1,) * 10, np.float32), x, x, *[None] * 4))
 
 
 def test_any_number_of_threads_gives_the_same_bits():
@@ -151,7 +151,7 @@ def test_backend_from_environment():
 
 def test_explain():
     x = ((1, 6, 7, 2, 4), "float32")
-    inputs = [x, x, x, None, None, None]
+    inputs = [x, x, x, *[None] * 4]
     rows = _core.explain("attention_forward", CONFIG, None, "", inputs)
     assert [name for name, _, _ in rows] == _core.backends("cpu")
     assert sum(chosen for _, _, chosen in rows) == 1

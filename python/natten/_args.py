@@ -122,7 +122,7 @@ class AxisOption(NamedTuple):
     name: str
     default: Any  # what None stands for
     rule: Callable[[str, Any, int], tuple]  # (name, value, rank) -> a value per axis, checked
-    names: tuple[str, ...] = ()  # of values that are numbers in a config
+    names: tuple[Any, ...] = ()  # of values that are numbers in a config
 
     def per_axis(self, value: Any, rank: int) -> tuple:
         return self.rule(self.name, self.default if value is None else value, rank)
@@ -137,7 +137,7 @@ class AxisOption(NamedTuple):
 WINDOW_OPTIONS = (
     AxisOption("kernel_size", None, per_axis),
     AxisOption("dilation", 1, per_axis),
-    AxisOption("is_causal", False, causal_per_axis),
+    AxisOption("is_causal", False, causal_per_axis, (False, True)),
     AxisOption("stride", 1, per_axis),
     AxisOption("boundary", "shift", boundary_per_axis, BOUNDARIES),
 )

@@ -171,7 +171,7 @@ class Qk(Rule):
     ) -> Any:
         query, key, _, additional, mask = primals
         query_t, key_t, rpb_t, additional_t, _ = tangents
-        options = mask, config, backend
+        options: tuple[Any, ...] = mask, config, backend
         terms = []
         if query_t is not None:
             terms.append(_linear_qk(query_t, key, additional, *options))
@@ -384,7 +384,7 @@ class _Composed:
         self.group = query.shape[-2] // key.shape[-2]
         self.scale = scale_or_default(scale, query.shape[-1])
         config = with_grid_size(config, key.shape[1:-2])
-        self.options = mask, config, backend
+        self.options: tuple[Any, ...] = mask, config, backend
         self.query = self.heads_first(query)
         self.keys = self.expanded(key), self.expanded(additional_keys)
         self.values = self.expanded(value), self.expanded(additional_values)

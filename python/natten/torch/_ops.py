@@ -241,7 +241,7 @@ class Operator:
         dims = fold_dims(mapped_roles, roles)
         if dims != "B" and any(role.is_mask for role in mapped_roles):
             return self._batch_one_by_one(size, in_dims, args)
-        batch = extras.get("B")  # of an example
+        batch: Any = extras.get("B")  # of an example
         folded: list[Tensor | None] = []
         for role, x, mapped in zip(self.inputs, inputs, in_dims, strict=False):
             axis = 0 if role.is_mask and dims == "B" else role.axis_of(dims, rank)
