@@ -77,8 +77,10 @@ constexpr double kMostElements = 0x1p57;
 }
 
 [[noreturn]] void bad_dtype(const char* name, const std::string& got) {
+  const bool is_mask = std::string_view(name) == "key_mask";
   fail(ErrorKind::invalid_type, name,
-       "got dtype " + got + "; must be float64, float32, bfloat16 or float16");
+       "got dtype " + got + "; must be " +
+           (is_mask ? "bool" : "float64, float32, bfloat16 or float16"));
 }
 
 DType dtype_of(int code, int bits, int lanes, const char* name) {
