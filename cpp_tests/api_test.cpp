@@ -580,6 +580,51 @@ TEST(Description, DefaultScaleAndTuples) {
   EXPECT_FALSE(p.axes[2].is_causal);
 }
 
+/// What does not depend on offsets is checked and described without them.
+TEST(Description, OffsetsThatAreNotKnownYet) {
+  const auto tensor = [](std::int64_t tokens) {
+    const std::int64_t shape[] = {1, 1, tokens, 4};
+    return natten::contiguous_view(nullptr, DType::float32, {}, shape, 4);
+  };
+  const auto refusal = [](const Call& call, auto function) -> std::string {
+    try {
+      function(call);
+    } catch (const natten::Error& error) {
+      return error.what();
+    }
+    return {};
+  };
+  const auto describe = [](const Call& call) { natten::describe(call); };
+  const auto run = [](const Call& call) { natten::run(call); };
+  Call call;
+  call.op = Op::qk;
+  call.neighborhood.kernel_size = {3};
+  call.neighborhood.grid_size = {9};
+  call.neighborhood.key_offset = {7};  // which the windows of no queries fit
+  call.tensors.query = tensor(2);
+  call.tensors.key = tensor(4);
+  EXPECT_EQ(refusal(call, describe).find("key: got tokens 7 to 10"), 0u);
+  call.options.unknown_offsets = true;
+  EXPECT_EQ(natten::describe(call).axes[2].key_length, 4);
+  EXPECT_EQ(natten::expected(call, &natten::Tensors::attn).shape[2], 2);
+  EXPECT_NO_THROW(natten::workspace_bytes(call));
+  EXPECT_EQ(refusal(call, run).find("query_offset, key_offset: not known"), 0u);
+
+  Call whole = call;
+  whole.neighborhood.grid_size = {};  // the keys then are all of it
+  EXPECT_EQ(natten::describe(whole).axes[2].grid_length, 4);
+  Call bad = call;
+  bad.tensors.query = tensor(10);
+  EXPECT_EQ(refusal(bad, describe).find("query_offset: got 0 with 10 queries"), 0u);
+  bad = call;
+  bad.neighborhood.kernel_size = {10};
+  EXPECT_EQ(refusal(bad, describe).find("kernel_size: got [10]"), 0u);
+  bad = call;
+  bad.neighborhood.boundary = {2};
+  bad.tensors.key = tensor(10);
+  EXPECT_EQ(refusal(bad, describe).find("key: got 10 keys on axis 0, which is circular"), 0u);
+}
+
 /// What `expected` says can be allocated is what the operation takes, and neither data nor outputs
 /// need exist to ask.
 TEST(Description, ExpectedTensorsAreThoseThatRun) {

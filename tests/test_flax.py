@@ -101,16 +101,18 @@ class Built:
         self.params = jax.tree_util.tree_map_with_path(draw, params)
         self._jitted = jax.jit(self.apply, static_argnames="deterministic")
 
-    def apply(self, params, x, seed=0, *, deterministic=True):
+    def apply(self, params, x, seed=0, *, key_mask=None, deterministic=True):
         """The output; `seed` is that of dropout."""
         key = jax.random.key(seed)
         if isinstance(self.module, nn.Module):
-            rngs = {"dropout": key}
-            return self.module.apply({"params": params}, x, deterministic, rngs=rngs)
+            return self.module.apply(
+                {"params": params}, x, deterministic, key_mask=key_mask, rngs={"dropout": key}
+            )
         graph, state, rest = nnx.split(self.module, nnx.Param, ...)
         nnx.replace_by_pure_dict(state, params)
         module = nnx.merge(graph, state, rest)
-        return module(x, deterministic=deterministic, rngs=nnx.Rngs(dropout=key))
+        rngs = nnx.Rngs(dropout=key)
+        return module(x, key_mask=key_mask, deterministic=deterministic, rngs=rngs)
 
     def __call__(self, x, seed=0, **options):
         return self._jitted(self.params, x, seed, **options)
@@ -141,7 +143,7 @@ def all_close(got, want, bound=1e-5):
     jax.tree.map(functools.partial(close, bound=bound), got, want)
 
 
-def reference(module, params, x):
+def reference(module, params, x, key_mask=None):
     """A module in numpy float64, over the oracle."""
     rank, dim = module.rank, DIM // HEADS
     weights = {k: np.asarray(v, np.float64) for k, v in nf.to_torch(params).items()}
@@ -152,11 +154,14 @@ def reference(module, params, x):
     arrays["grad_logsumexp"] = arrays["grad_output"][..., 0]
     if "rpb" in weights:
         arrays["rpb"] = weights["rpb"]
+    if key_mask is not None:
+        arrays["key_mask"] = np.asarray(key_mask)
     case = Case(
         seed=0, shape=GRIDS[rank], kernel_size=module.kernel_size, stride=module.stride,
         dilation=module.dilation, is_causal=module.is_causal, batch=x.shape[0], heads=HEADS,
         kv_heads=HEADS, head_dim=dim, value_dim=dim, dtype="float64", scale=module.scale,
-        rpb="rpb" in weights, additional=0,
+        rpb="rpb" in weights, additional=0, boundary=module.boundary,
+        mask_batch=None if key_mask is None else len(key_mask),
     )  # fmt: skip
     output = fused(case, arrays)["output"].reshape(x.shape)
     return output @ weights["proj.weight"].T + weights["proj.bias"]
@@ -193,6 +198,55 @@ def test_unfused_path_gives_the_same(kind, rank):
     built, x = Built(kind, rank, attn_drop=1e-12), images(rank)
     close(built(x, deterministic=False), built(x))
     all_close(built.gradients(x, deterministic=False), built.gradients(x), 1e-4)
+
+
+BOUNDARIES = {
+    1: dict(kernel_size=9, dilation=2, stride=1, is_causal=False, boundary="cut"),
+    2: dict(kernel_size=3, dilation=1, stride=1, is_causal=False, boundary=("circular", "shift")),
+    3: dict(
+        kernel_size=2, dilation=1, stride=(1, 2, 1), is_causal=(True, False, False),
+        boundary=("cut", "circular", "shift"),
+    ),
+}  # fmt: skip
+
+
+def mask_of(rank, batch=2):
+    """Half of the tokens; of the last example of several none."""
+    mask = np.random.default_rng(rank).random((batch, *GRIDS[rank])) < 0.5
+    mask[1:] = False
+    return mask
+
+
+@KINDS
+@RANKS
+@pytest.mark.parametrize("batch", [None, 1, 2])
+def test_boundaries_and_masks(kind, rank, batch):
+    """Fused and unfused; NaN in hidden tokens reaches no other. Where a token sees nothing the
+    last linear map gets 0, not NaN."""
+    x, mask = images(rank), None if batch is None else mask_of(rank, batch)
+    built = Built(kind, rank, **BOUNDARIES[rank], attn_drop=1e-12)
+    want = reference(built.module, built.params, x, mask)
+    if mask is not None:
+        seen = np.broadcast_to(mask, x.shape[:-1])[..., None]
+        nan = jnp.where(seen, x, jnp.nan)
+    for deterministic in (True, False):
+        run = functools.partial(built, deterministic=deterministic)
+        close(run(x, key_mask=mask), want)
+        gradients = built.gradients(x, key_mask=mask, deterministic=deterministic)
+        assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(gradients))
+        if deterministic:
+            first = gradients
+        else:
+            all_close(gradients, first, 1e-4)
+        if mask is None:
+            continue
+        got = run(nan, key_mask=mask)
+        np.testing.assert_array_equal(
+            np.where(seen, got, 0), np.where(seen, run(x, key_mask=mask), 0)
+        )
+        if batch == 2:
+            bias = np.broadcast_to(built.params["proj"]["bias"], x[1].shape)
+            np.testing.assert_array_equal(run(x, key_mask=mask)[1], bias)
 
 
 # Dropout.
@@ -485,8 +539,14 @@ def test_refusals(kind):
     ):
         with pytest.raises(error, match=f"^{name}: "):
             CLASSES[kind][1](*arguments, **rngs)
-    with pytest.raises(ValueError, match=r"^stride: "):
-        CLASSES[kind][1](12, 3, 3, stride=4, **rngs)
+    for options, error, name in (
+        (dict(stride=4), ValueError, "stride"),
+        (dict(boundary="wrap"), ValueError, "boundary"),
+        (dict(boundary=2), TypeError, "boundary"),
+        (dict(boundary="circular", is_causal=True), ValueError, "is_causal"),
+    ):
+        with pytest.raises(error, match=f"^{name}: "):
+            CLASSES[kind][1](12, 3, 3, **options, **rngs)
     built = Built(kind, 2)
     with pytest.raises(ValueError, match=r"^x: got shape .*must be \[batch, \*spatial, 12\]"):
         built(images(1))
@@ -494,6 +554,9 @@ def test_refusals(kind):
         built(images(2)[..., 1:])
     with pytest.raises(ValueError, match=r"^kernel_size: "):
         Built(kind, 1, kernel_size=4, dilation=2)(images(1))
+    for mask, error in ((np.ones((2, 5, 3), bool), ValueError), (np.ones((2, 5, 4)), TypeError)):
+        with pytest.raises(error, match=r"^key_mask: got"):
+            built(images(2), key_mask=mask)
 
 
 # Weights.
@@ -634,6 +697,15 @@ def test_same_output_as_pytorch(x64, kind, rank, rel_pos_bias, qkv_bias):
         state_dict = {k: torch.from_numpy(v) for k, v in nf.to_torch(ours.params).items()}
         theirs.load_state_dict(state_dict)
         close(initial, output(), bound)
+        if rel_pos_bias and qkv_bias:
+            options |= BOUNDARIES[rank]
+            theirs = cls(DIM, HEADS, **options, dtype=getattr(torch, dtype))
+            ours, mask = Built(kind, rank, param_dtype=dtype, **options), mask_of(rank)
+            ours.params = nf.from_torch(theirs.state_dict())
+            with torch.no_grad():
+                want = theirs(torch.from_numpy(np.array(x)), key_mask=torch.from_numpy(mask))
+            close(ours(x, key_mask=mask), want, bound)
+            options = MIXED[rank] | {"rel_pos_bias": True, "qkv_bias": True}
     half = {k: v.to(torch.bfloat16) for k, v in theirs.state_dict().items()}
     assert nf.from_torch(half)["qkv"]["kernel"].dtype == jnp.bfloat16
 

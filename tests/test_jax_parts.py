@@ -18,11 +18,9 @@ from jax import export  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from jax_cases import (  # noqa: E402
     AV,
-    AV_NAMES,
     FUSED,
     FUSED_NAMES,
     QK,
-    QK_NAMES,
     RANKS,
     arrays_of,
     assert_same,
@@ -70,10 +68,8 @@ ARE_ARRAYS = pytest.mark.parametrize("are_arrays", [False, True], ids=["numbers"
 
 def options(rank, offsets=None):
     """Window and part; `offsets`, if they are given, in place of those of the part."""
-    part = (
-        PARTS[rank] if offsets is None else PARTS[rank] | dict(zip(OFFSETS, offsets, strict=True))
-    )
-    return WINDOWS[rank] | part
+    given = {} if offsets is None else dict(zip(OFFSETS, offsets, strict=True))
+    return WINDOWS[rank] | PARTS[rank] | given
 
 
 def offsets_of(rank):
@@ -243,11 +239,9 @@ def test_vmap(kind, mapped, batch):
         for a, axis in zip(x, axes, strict=True)
     ]
     masks = jnp.stack([mask_of(2, batch[1], seed) for seed in range(count)], -1)
-    # The first axis is circular: there other offsets say the same, or another part of it.
-    parts = jnp.stack(
-        [offsets, offsets + jnp.array([[0, 0], [5, 0]]), offsets - 1 + 2 * (offsets < 0)]
-    )
-    parts = parts.at[2].set(offsets - jnp.array([[2, 0], [2, 0]]))
+    # The first axis is circular: offsets may go around it, and together along it.
+    moves = jnp.array([[[0, 0], [0, 0]], [[0, 0], [5, 0]], [[-2, 0], [-2, 0]]])
+    parts = offsets + moves
 
     @jax.jit
     def of_one(mask, offsets, *x):
@@ -259,11 +253,12 @@ def test_vmap(kind, mapped, batch):
         mask if of_mask is None else masks, offsets if of_parts is None else parts, *stacked
     )
     for i in range(count):
-        want = of_one(
-            mask if of_mask is None else masks[..., i],
-            offsets if of_parts is None else parts[i],
-            *(a if axis is None else jnp.take(a, i, axis) for a, axis in zip(stacked, axes, strict=True)),
-        )  # fmt: skip
+        examples = (
+            a if axis is None else jnp.take(a, i, axis)
+            for a, axis in zip(stacked, axes, strict=True)
+        )
+        mask_i = mask if of_mask is None else masks[..., i]
+        want = of_one(mask_i, offsets if of_parts is None else parts[i], *examples)
         assert_close(jax.tree.map(lambda r, i=i: r[i], got), want)
 
 
@@ -355,17 +350,11 @@ def test_what_is_wrong_with_a_part_is_told_when_it_runs():
 
     assert part(3, 2).shape == q.shape
     for offsets, message in (
-        (
-            (3, 1),
-            r"key: got tokens 1 to 4 on axis 0; the windows of queries 3 to 4 need tokens 2 to 5",
-        ),
-        (
-            (8, 5),
-            r"query_offset: got 8 with 2 queries on axis 0; they must lie on the grid, 9 tokens",
-        ),
+        ((3, 1), r"key: got tokens 1 to 4 on axis 0; the windows of queries 3 to 4 need tokens 2"),
+        ((8, 5), r"query_offset: got 8 with 2 queries on axis 0; they must lie on the grid, 9"),
         ((-1, 0), r"query_offset: got \[-1\]; must be at least 0"),
     ):
-        with pytest.raises(jax.errors.JaxRuntimeError, match=message):
+        with pytest.raises((ValueError, jax.errors.JaxRuntimeError), match=message):
             part(*offsets).block_until_ready()
     assert part(0, 0).shape == q.shape  # nothing is broken
 
@@ -374,7 +363,7 @@ def test_what_is_wrong_with_a_part_is_told_when_it_runs():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_stream_in_a_scan(rank, dtype):
     """A token, or a frame, a step against a cache: what a causal call on the whole gives."""
-    grid = (6,) + (3, 4)[: rank - 1]
+    grid = (6, 3, 4)[:rank]
     window = dict(
         kernel_size=(4,) + (3,) * (rank - 1),
         dilation=(1,) + (1,) * (rank - 1),
@@ -436,7 +425,7 @@ def test_export_of_a_program_for_all_parts():
 def test_hidden_keys_have_no_part_in_anything(boundary, autodiff):
     """Whatever they hold. A query that sees nothing has output 0 and logsumexp -inf."""
     mask = np.random.default_rng(3).random((2, 6, 5)) < 0.6
-    mask[1, :, :3] = False
+    mask[1, :, [4, 0, 1, 2]] = False  # all that the first column sees, whatever the boundary
     x = arrays_of([(2, 6, 5, 2, 3)] * 3)
     hidden = ~mask[..., None, None]
     bad = x[0], *(jnp.where(hidden, jnp.nan, a) for a in x[1:])
@@ -459,13 +448,7 @@ def test_hidden_keys_have_no_part_in_anything(boundary, autodiff):
     alone = np.isneginf(lse)
     assert alone[1, :, 0].all() and not alone[0].all()
     assert np.all(output[alone] == 0) and np.all(gradients[0][alone] == 0)
-    same = np.concatenate([np.ravel(a) for a in jax.tree.leaves(results(*x))])
-    np.testing.assert_array_equal(
-        np.concatenate(
-            [np.ravel(a) for a in ((output, lse), gradients) for a in jax.tree.leaves(a)]
-        ),
-        same,
-    )
+    assert_same(((output, lse), gradients), results(*x))
 
 
 @pytest.mark.parametrize("name", ["jvp", "grad of grad", "reverse over forward"])
@@ -473,23 +456,17 @@ def test_derivatives_where_queries_see_nothing(name):
     """Against a call without these queries: their derivatives are 0."""
     x = arrays_of([(1, 8, 1, 2)] * 3)
     mask = jnp.arange(8)[None] < 3  # queries 4 to 7 see nothing
+    options = dict(boundary="cut", return_lse=True, autodiff="any")
 
     def masked(*x):
-        output, lse = nj.na1d(*x, 3, key_mask=mask, return_lse=True, autodiff="any")
+        output, lse = nj.na1d(*x, 3, key_mask=mask, **options)
         return output, lse[:, :4]
 
     def without(*x):
-        seen = [a[:, :4] for a in x]
-        output, lse = nj.na1d(*seen, 3, key_mask=mask[:, :5][:, :4], boundary="cut",
-                              return_lse=True, autodiff="any")  # fmt: skip
+        output, lse = nj.na1d(*(a[:, :4] for a in x), 3, key_mask=mask[:, :4], **options)
         return jnp.pad(output, ((0, 0), (0, 4), (0, 0), (0, 0))), lse
 
-    def cut(*x):
-        output, lse = nj.na1d(*x, 3, key_mask=mask, boundary="cut", return_lse=True, autodiff="any")
-        return output, lse[:, :4]
-
-    del masked
-    got, want = (jax.jit(lambda *x, f=f: DERIVATIVES[name](f, x))(*x) for f in (cut, without))
+    got, want = (jax.jit(lambda *x, f=f: DERIVATIVES[name](f, x))(*x) for f in (masked, without))
     assert_close(got, want)
 
 
@@ -564,42 +541,46 @@ def test_a_grid_over_devices(checks):
 # Refusals, while tracing.
 
 X = jax.ShapeDtypeStruct((2, 6, 5, 2, 3), "float32")
-TRACED = jax.ShapeDtypeStruct((), "int32")
+
+
+def like(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
-        (dict(boundary="reflect"), ValueError, "boundary: got 'reflect'; must be one of shift, cut"),
+        (dict(boundary="reflect"), ValueError, "boundary: got 'reflect'; must be one of shift, c"),
         (dict(boundary=1), TypeError, "boundary: got 1; must be one of shift, cut, circular"),
         (dict(boundary=("cut",)), ValueError, "boundary: got ('cut',), 1 elements"),
         (dict(boundary="circular", is_causal=True), ValueError, "is_causal: got true on axis 0"),
         (dict(boundary="circular", stride=2), ValueError, "stride: got 2 on axis 1"),
         (dict(boundary="circular", dilation=2), ValueError, "kernel_size: got [3, 3]"),
-        (dict(key_mask=((2, 6, 5), "float32")), TypeError, "key_mask: got dtype float32; must be bool"),
-        (dict(key_mask=((3, 6, 5), "bool")), ValueError, "key_mask: got shape [3, 6, 5]; the batch must"),
-        (dict(key_mask=((2, 6, 4), "bool")), ValueError, "key_mask: got shape [2, 6, 4]"),
-        (dict(key_mask=((6, 5), "bool")), ValueError, "key_mask: got 2 dimensions"),
+        (dict(key_mask=like("float32", 2, 6, 5)), TypeError, "key_mask: got dtype float32; must b"),
+        (dict(key_mask=like("int8", 2, 6, 5)), TypeError, "key_mask: got dtype int8; must be bool"),
+        (dict(key_mask=like("bool", 3, 6, 5)), ValueError,
+         "key_mask: got shape [3, 6, 5]; batch must be 1 or 2, to match query"),
+        (dict(key_mask=like("bool", 2, 6, 4)), ValueError, "key_mask: got shape [2, 6, 4]; the s"),
+        (dict(key_mask=like("bool", 6, 5)), ValueError, "key_mask: got 2 dimensions"),
         (dict(key_mask="all"), TypeError, "key_mask: got str; must be an array"),
         (dict(query_offset=1.0), TypeError, "query_offset: got 1.0; must be an integer or 2"),
         (dict(query_offset=True), TypeError, "query_offset: got True"),
         (dict(query_offset=(0,)), ValueError, "query_offset: got (0,), 1 elements"),
-        (dict(query_offset=((), "float32")), TypeError, "query_offset: got an array of float32"),
-        (dict(query_offset=((), "bool")), TypeError, "query_offset: got an array of bool"),
-        (dict(query_offset=((3,), "int32")), ValueError, "query_offset: got an array of shape (3,)"),
-        (dict(key_offset=((), "int32")), ValueError, "grid_size: missing; must be given where key_"),
+        (dict(query_offset=like("float32")), TypeError, "query_offset: got an array of float32"),
+        (dict(query_offset=like("bool")), TypeError, "query_offset: got an array of bool"),
+        (dict(query_offset=like("int32", 3)), ValueError, "query_offset: got an array of shape (3"),
+        (dict(key_offset=like("int32")), ValueError, "grid_size: missing; must be given where key"),
         (dict(key_offset=1), ValueError, "key_offset: got [1, 1] without grid_size"),
         (dict(query_offset=1), ValueError, "query_offset: got 1 with 6 queries on axis 0"),
-        (dict(query_offset=((), "int32"), grid_size=(5, 5)), ValueError, "query_offset: got"),
-        (dict(query_offset=((), "int32"), grid_size=(6, 2)), ValueError, "kernel_size: got [3, 3]"),
-        (dict(grid_size=((), "int32")), TypeError, "grid_size: got "),
+        (dict(query_offset=like("int32"), grid_size=(5, 5)), ValueError, "query_offset: got 0 wit"),
+        (dict(query_offset=like("int32"), grid_size=(6, 2)), ValueError, "kernel_size: got [3, 3]"),
+        (dict(grid_size=like("int32")), TypeError, "grid_size: got "),
         (dict(grid_size=(9, 9)), ValueError, "key: got tokens 0 to 5 on axis 0; the windows of"),
     ],
     ids=str,
 )  # fmt: skip
 def test_refusals(bad, error, message):
-    arrays = {n: jax.ShapeDtypeStruct(*a) for n, a in bad.items()
-              if isinstance(a, tuple) and isinstance(a[-1], str) and isinstance(a[0], tuple)}  # fmt: skip
+    arrays = {n: a for n, a in bad.items() if isinstance(a, jax.ShapeDtypeStruct)}
     static = {n: a for n, a in bad.items() if n not in arrays}
     with pytest.raises(error) as caught:
         jax.eval_shape(lambda x, a: nj.na2d(x, x, x, 3, **static, **a), X, arrays)
@@ -615,11 +596,7 @@ def test_refusals_of_offsets_among_numbers():
     for offset, error, message in (
         ((jnp.asarray(1),), ValueError, "query_offset: got .* 1 elements"),
         ((jnp.asarray(1), 0.5), TypeError, "query_offset: got .* must be an integer"),
-        (
-            (jnp.asarray(1.0), 0),
-            TypeError,
-            "query_offset: got an array of float64; must be integers",
-        ),
+        ((jnp.asarray(1.0), 0), TypeError, "query_offset: got an array of float64; must be int"),
         ((jnp.asarray([1, 2]), 0), ValueError, r"query_offset: got an array of shape \(2,\)"),
     ):
         with pytest.raises(error, match=f"^{message}"):
@@ -627,17 +604,15 @@ def test_refusals_of_offsets_among_numbers():
 
 
 def test_unfused_functions_refuse_alike():
-    shapes = dict(zip((*QK_NAMES[:2], "value"), [(2, 1, 6, 5, 3)] * 3, strict=True))
-    query, key, value = (jnp.zeros(s) for s in shapes.values())
+    query, key, value = (jnp.zeros((2, 1, 6, 5, 3)) for _ in range(3))
     attn = jnp.zeros((2, 1, 6, 5, 9))
-    assert AV_NAMES[0] == "attn"
     for call in (
         lambda **o: nj.na2d_qk(query, key, 3, **o),
         lambda **o: nj.na2d_av(attn, value, 3, **o),
     ):
-        with pytest.raises(TypeError, match="^key_mask: got dtype"):
+        with pytest.raises(TypeError, match=r"^key_mask: got dtype"):
             call(key_mask=jnp.zeros((2, 6, 5)))
-        with pytest.raises(ValueError, match="^grid_size: missing"):
+        with pytest.raises(ValueError, match=r"^grid_size: missing"):
             call(key_offset=jnp.asarray(0))
-        with pytest.raises(ValueError, match="^boundary: got"):
+        with pytest.raises(ValueError, match=r"^boundary: got"):
             call(boundary="wrap")
