@@ -83,9 +83,9 @@ void pack(const Packing<typename Type::Sum>& p) {
       for (int i = 0; i < (p.transposed ? kW : count); ++i) {
         const std::int64_t index = first + (i < count ? i : 0);
         const bool is_zero = !from || (p.seen && p.seen[index * p.seen_stride] == 0);
-        const auto* token = is_zero ? nullptr : from + index * p.stride + d;
+        std::int64_t element = index * p.stride + d;
         if (d == 0) fetch<typename Type::Element>(p, first + i + kAhead);
-        for (int head = 0; head < p.heads; ++head) {
+        for (int head = 0; head < p.heads; ++head, element += p.head_stride) {
           T* to = p.plain && i < count
                       ? p.plain + head * p.plain_stride + (first + i) * p.padded + d
                       : pieces[head][i];
@@ -93,9 +93,9 @@ void pack(const Packing<typename Type::Sum>& p) {
           if (is_zero)
             for (std::int64_t e = 0; e < length; e += kW) store(to + e, Vector<T>{});
           else if (length == kPiece<T>)
-            convert<Type, T>(token + head * p.head_stride, kPiece<T>, p.scale, to);
+            convert<Type, T>(from + element, kPiece<T>, p.scale, to);
           else
-            convert<Type, T>(token + head * p.head_stride, length, p.scale, to);
+            convert<Type, T>(from + element, length, p.scale, to);
         }
       }
       for (int head = 0; head < p.heads && p.transposed; ++head)
