@@ -122,7 +122,7 @@ class AxisOption(NamedTuple):
     name: str
     default: Any  # what None stands for
     rule: Callable[[str, Any, int], tuple]  # (name, value, rank) -> a value per axis, checked
-    names: tuple[Any, ...] = ()  # of values that are numbers in a config
+    names: tuple[Any, ...] = ()  # of values that are numbers in a config; the default is the first
 
     def per_axis(self, value: Any, rank: int) -> tuple:
         return self.rule(self.name, self.default if value is None else value, rank)
@@ -159,6 +159,9 @@ TILE_OPTIONS = tuple(
     )
 )
 
+OPTIONAL = (*PART_OPTIONS, *TILE_OPTIONS)
+_NONE_GIVEN = (0,) * len(OPTIONAL)
+
 
 def window_options(rank: int, **given: Any) -> dict[str, Any]:
     """The given options of a window by name, each with one value per axis."""
@@ -191,14 +194,16 @@ def make_config(
     window = (kernel_size, dilation, is_causal, stride, boundary)
     for option, value in zip(WINDOW_OPTIONS, window, strict=True):
         config.append(rank)
-        config += option.encoded(value, rank)
-    for option in (*PART_OPTIONS, *TILE_OPTIONS):
-        value = optional.get(option.name)
-        if value is None:
-            config.append(0)
+        if value is option.default is not None:  # by far the most frequent, and quicker
+            config += (0 if option.names else value,) * rank
         else:
-            config.append(rank)
             config += option.encoded(value, rank)
+    if [value for value in optional.values() if value is not None]:
+        for option in OPTIONAL:
+            value = optional.get(option.name)
+            config += (0,) if value is None else (rank, *option.encoded(value, rank))
+    else:
+        config += _NONE_GIVEN
     config.append(flags)
     return tuple(config)
 
