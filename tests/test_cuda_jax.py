@@ -35,6 +35,7 @@ from jax_cases import (  # noqa: E402
 )
 from test_jax_random import (  # noqa: E402
     call_and_differentiate,
+    context_of,
     of_names,
     statistic,
     to_jax,
@@ -60,11 +61,12 @@ def test_fused(capsys):
         function = (nj.na1d, nj.na2d, nj.na3d)[case.rank - 1]
         (output, lse), gradients = call_and_differentiate(
             lambda f=function, c=case, **x: f(
-                **x, **c.neighborhood, scale=c.scale, return_lse=True
+                **(c.neighborhood | x), scale=c.scale, return_lse=True
             ),
             of_names(case, arrays, names),
             (to_jax(arrays["grad_output"], case.dtype),
              to_jax(arrays["grad_logsumexp"], statistic(case))),
+            context_of(case, arrays),
         )  # fmt: skip
         assert output.devices() == {_device()}
         got = {"output": output, "logsumexp": lse, **gradients}

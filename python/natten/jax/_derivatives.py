@@ -223,7 +223,7 @@ def _define(operation: Operation, jvp: Callable[..., Any], reverse: Callable[...
 
 def padded(gradients: Tensors, count: int) -> Tensors:
     """Gradients of the first of `count` inputs, and none of the others."""
-    return *gradients, *[None] * (count - len(gradients))
+    return [*gradients, *[None] * (count - len(gradients))]
 
 
 def _moves(tangent: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -89,7 +90,8 @@ class Fold:
             x = jnp.moveaxis(x, 0, axis)
         else:
             group = self._group_of(role)
-            x = x.reshape(self.size, *before, dim // group, group, *after)
+            if group:
+                x = x.reshape(self.size, *before, dim // math.prod(group), *group, *after)
             x = jnp.moveaxis(x, 0, axis + 1)
         return x.reshape(*before, self.size * dim, *after)
 
@@ -115,7 +117,7 @@ class Fold:
         if self.is_slower:
             return x.reshape(*before, self.size, dim, *after), axis
         group = self._group_of(role)
-        x = x.reshape(*before, dim // group, self.size, group, *after)
+        x = x.reshape(*before, dim // math.prod(group), self.size, *group, *after)
         x = jnp.moveaxis(x, axis + 1, 0)
         return x.reshape(self.size, *before, dim, *after), 0
 
@@ -125,9 +127,10 @@ class Fold:
         assert axis is not None
         return (*shape[:axis], self.size * shape[axis], *shape[axis + 1 :])
 
-    def _group_of(self, role: Role) -> int:
-        """Heads in a row that stay together, as they share a key-value head."""
-        return self.group if "B" not in self.dims and "H" in role.dims else 1
+    def _group_of(self, role: Role) -> tuple[int, ...]:
+        """Heads in a row that stay together, as they share a key-value head, if there are any."""
+        has_group = self.group > 1 and "B" not in self.dims and "H" in role.dims
+        return (self.group,) if has_group else ()
 
 
 def _axis(role: Role, dims: str, rank: int, mapped: int | None) -> int | None:

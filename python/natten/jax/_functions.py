@@ -66,7 +66,7 @@ def _attention_backward(
     tensors, lse = residuals
     wanted = tuple(t is not None for t in tensors[: _derivatives.TENSORS])
     results = _primitives.attention_backward(setup, (*tensors, lse, *gradients), wanted)
-    return (_derivatives.padded(results, len(tensors)),)
+    return (tuple(_derivatives.padded(results, len(tensors))),)
 
 
 _attention_reverse = jax.custom_vjp(_attention, nondiff_argnums=(0, 1))
@@ -88,7 +88,7 @@ def _unfused_backward(
 ) -> tuple[Tensors]:
     needed = [t is not None for t in tensors]
     results = _derivatives.REVERSE[operation](setup, tensors, needed, (gradient,))
-    return (_derivatives.padded(results, len(tensors)),)
+    return (tuple(_derivatives.padded(results, len(tensors))),)
 
 
 _unfused_reverse = jax.custom_vjp(_unfused, nondiff_argnums=(0, 1))
@@ -127,10 +127,11 @@ def _as_arrays(**values: ArrayLike | None) -> Tensors:
 
 
 def _config(
-    rank: int, window: Sequence[Any], parts: Sequence[Any], key_grid: Sequence[int]
+    rank: int, window: Sequence[Any], parts: Sequence[Any], key: Any, first_axis: int
 ) -> tuple[Config, Array | None]:
     """The config of a call, and its offsets where they are read at run time. `window`: as
-    `make_config` takes it; `parts`: query_offset, key_offset and grid_size."""
+    `make_config` takes it; `parts`: query_offset, key_offset and grid_size. `first_axis`: that of
+    the keys' grid."""
     query_offset, key_offset, grid_size = parts
     if _is_array(key_offset) and grid_size is None:
         raise ValueError(
@@ -139,8 +140,8 @@ def _config(
         )
     if grid_size is None and not (query_offset is None and key_offset is None):
         begins_at_0 = not any(offset_per_axis("key_offset", key_offset or 0, rank))
-        if begins_at_0 and len(key_grid) == rank:
-            grid_size = key_grid  # which operations on biases alone do not see
+        if begins_at_0 and key.ndim == rank + 3:  # the keys, which operations on biases lack
+            grid_size = key.shape[first_axis : first_axis + rank]
     offsets, flags = None, 0
     if _is_array(query_offset) or _is_array(key_offset):
         rows = _row("query_offset", query_offset, rank), _row("key_offset", key_offset, rank)
@@ -321,7 +322,7 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         )
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
-        config, offsets = _config(rank, window, parts, tensors[1].shape[1:-2])
+        config, offsets = _config(rank, window, parts, tensors[1], 1)
         return _call_fused((*tensors, offsets), config, scale, return_lse, backend, autodiff)
 
     return fused
@@ -378,7 +379,7 @@ def _make_qk(rank: int) -> Callable[..., Array]:
         )
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
-        config, offsets = _config(rank, window, parts, tensors[1].shape[2:-1])
+        config, offsets = _config(rank, window, parts, tensors[1], 2)
         return _call_unfused(_primitives.qk, (*tensors, offsets), config, backend, autodiff)
 
     return qk
@@ -432,7 +433,7 @@ def _make_av(rank: int) -> Callable[..., Array]:
         )
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
-        config, offsets = _config(rank, window, parts, tensors[1].shape[2:-1])
+        config, offsets = _config(rank, window, parts, tensors[1], 2)
         return _call_unfused(_primitives.av, (*tensors, offsets), config, backend, autodiff)
 
     return av

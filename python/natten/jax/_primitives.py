@@ -224,8 +224,8 @@ class Operation:
                 jax.ShapeDtypeStruct(x.shape if axis is None else _without(x.shape, axis), x.dtype)
                 for _, x, axis in tensors
             ]
-            results, _ = self._plan(examples, setup, given, wanted)
-            return [jnp.zeros((0, *shape), dtype) for shape, dtype in results], [0] * len(results)
+            specs, _ = self._plan(examples, setup, given, wanted)
+            return [jnp.zeros((0, *shape), dtype) for shape, dtype in specs], [0] * len(specs)
         fold = Fold.of(tensors, outputs, rank)
         if any(axis is not None and not fold.has_place(role) for role, _, axis in tensors):
             one = functools.partial(self.primitive.bind, setup=setup, given=given, wanted=wanted)
