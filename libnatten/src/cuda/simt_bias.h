@@ -13,8 +13,8 @@ struct BiasSums {
   static constexpr int kBlocks = 4;
 
   Tiles tiles;
-  Windows windows;
-  int columns[kMaxRank];
+  Sights sights;
+  ColumnOperand<const std::uint8_t> mask;
   int kernel_size[kMaxRank];
   int window_size;
   int batches, heads, splits;
@@ -62,22 +62,29 @@ struct BiasSums {
     Sum sum = 0;
     if (tile.is_empty) return sum;
     for (int i = 0; i < kRows; ++i) {
-      const Row row = tiles.row(tile, i, windows, columns);
+      const Row row = tiles.row(tile, i, sights);
       std::int64_t slot = 0;
+      Coordinate key;  // in the box
       bool sees = row.is_active;
       for (int d = 0; d < kMaxRank; ++d) {
-        // From the begin of the window, which lies at origin + seen.begin.
-        const std::int64_t key =
-            row.position[d] + offset[d] - (kernel_size[d] - 1) - row.origin[d] - row.seen[d].begin;
-        sees = sees && 0 <= key && key < row.seen[d].end - row.seen[d].begin;
-        slot = slot * kernel_size[d] + key;
+        key[d] = row.own[d] + offset[d] - (kernel_size[d] - 1);
+        sees = sees && row.seen[d].begin <= key[d] && key[d] < row.seen[d].end;
+        slot = slot * kernel_size[d] + key[d] - row.slot[d];
       }
-      if (!sees) continue;
+      if (!sees || is_hidden(row, batch, key)) continue;
       const T* weights = tile_weights ? tile_weights + (stored * kRows + i) * window_size
                                       : attn.at(batch, head, widened(row.token));
       sum += number(weights[slot]);
     }
     return sum;
+  }
+  NATTEN_DEVICE bool is_hidden(const Row& row, int batch, const Coordinate& key) const {
+    if (!mask) return false;
+    const Columns<const std::uint8_t> keys = mask.at(false, batch, 0, row);
+    std::int64_t at = 0;
+    for (int d = 0; d < kMaxRank; ++d)
+      at += row.box.place(d, static_cast<int>(key[d])) * keys.stride[d];
+    return keys.base[at] == 0;
   }
 };
 
