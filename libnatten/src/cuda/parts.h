@@ -30,7 +30,7 @@ struct Places {
     std::int64_t group, position;
   };
   int dilation = 1;
-  int row_length = 1, column_length = 1;  ///< how many are given
+  int row_length = 1, column_length = 1;  ///< how many are given; of keys, up to the grid's end
   int turn = 0;                           ///< of columns; 0 where the axis is not circular
   Origin row{0, 0}, column{0, 0};         ///< where the first ones are
 
@@ -88,11 +88,14 @@ inline Places places_of(const Problem& p, int axis, Rows rows) {
   const Places::Origin key{group_of(a, a.key_offset), position_of(a, a.key_offset)};
   const bool are_queries = rows == Rows::queries;
   places.dilation = static_cast<int>(a.dilation);
+  const bool is_circular = a.boundary == Boundary::circular;
+  const std::int64_t in_grid =
+      is_circular ? keys : std::min<std::int64_t>(keys, a.grid_length - a.key_offset);
   places.row_length = are_queries ? queries : keys;
-  places.column_length = are_queries ? keys : queries;
+  places.column_length = are_queries ? static_cast<int>(in_grid) : queries;
   places.row = are_queries ? query : key;
   places.column = are_queries ? key : query;
-  if (a.boundary == Boundary::circular) places.turn = static_cast<int>(a.grid_length / a.dilation);
+  if (is_circular) places.turn = static_cast<int>(a.grid_length / a.dilation);
   return places;
 }
 

@@ -30,7 +30,7 @@ NATTEN_DEVICE void load_rows(const Worker<K, Machine>& w, int which, const typen
   for (int item = w.thread(); item < K::kRows * Tile::kChunks; item += K::kThreads) {
     const int row = item / Tile::kChunks, chunk = item % Tile::kChunks;
     Coordinate token;
-    const bool exists = w.token_of_row(row, token);
+    const bool exists = w.token_of_row(row, token) && !w.is_hidden(row, token);
     load_chunk(w, to.at(row, chunk),
                exists ? x.tensor.at(w.state.batch, w.state.head, token) : nullptr, chunk,
                w.a.dims[which], x.is_aligned);
@@ -71,7 +71,8 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
       const int n = at.origin[2] + column;
       if (n < w.a.additional_columns)
         from = x.tensor.at(w.state.batch, w.column_head(at), {0, 0, n});
-    } else if (w.token_of_column(at, column, token)) {
+    } else if (w.token_of_column(at, column, token) &&
+               (!w.a.hides_columns || (stop.shown >> column & 1))) {
       from = x.tensor.at(w.state.batch, w.column_head(at), token);
     }
     load_chunk(w, to.at(column, chunk), from, chunk, dims, x.is_aligned);
