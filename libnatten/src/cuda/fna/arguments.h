@@ -54,8 +54,9 @@ struct Arguments {
   int dims[2];             ///< of A1, B1 and of A2, B2
   int additional_columns;  ///< tokens
   Tokens<const T> rows[2], columns[2], additional[2];
-  /// Whether whole tiles of columns can be copied by chunks, with offsets that fit into 32 bits.
+  /// Whether columns can be copied by chunks, with offsets that fit into 32 bits.
   bool copies_chunks[2];
+  int turn_chunks[2][kMaxRank];  ///< those of a turn of a circular axis
   KeyMask row_mask{}, column_mask{};
   bool hides_rows = false;     ///< there may be keys that nobody sees
   bool hides_columns = false;  ///< rows' spans may hold columns that are hidden or not given

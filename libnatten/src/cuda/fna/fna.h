@@ -296,16 +296,20 @@ class TilePasses {
         std::copy(pieces_.parts, pieces_.parts + 2, a.partial);
       }
     }
-    for (int which = 0; which < 2; ++which) a.copies_chunks[which] = copies_chunks(a, which);
+    for (int which = 0; which < 2; ++which) set_copies(a, which);
     return a;
   }
-  static bool copies_chunks(const Arguments<T>& a, int which) {
+  static void set_copies(Arguments<T>& a, int which) {
     std::int64_t furthest = 0;  // of a tile's columns, in elements
-    for (int i = 0; i < kMaxRank; ++i)
-      furthest += std::abs(a.columns[which].tensor.grid[i]) * a.grid.places[i].dilation *
-                  (a.grid.column_tile.extent(i) - 1);
-    return a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
-           furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
+    for (int i = 0; i < kMaxRank; ++i) {
+      const Places& places = a.grid.places[i];
+      const std::int64_t step = a.columns[which].tensor.grid[i] * places.dilation;
+      const std::int64_t turn = places.turn * step;
+      a.turn_chunks[which][i] = static_cast<int>(turn / kChunk<T>);
+      furthest += std::max(std::abs(step) * (a.grid.column_tile.extent(i) - 1), std::abs(turn));
+    }
+    a.copies_chunks[which] = a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
+                             furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
   }
 
   const Job& job_;

@@ -67,7 +67,8 @@ struct AxisCost {
       // The middles of equal parts, so that borders count no more than they are.
       const int block = static_cast<int>((2 * i + 1) * std::int64_t{blocks} / (2 * samples));
       const int first = block * extent, last = std::min(first + extent, rows) - 1;
-      const int seen = grid.seen(axis, group, last).end - grid.seen(axis, group, first).begin;
+      const auto seen_by = [&](int row) { return grid.seen(grid.rows, axis, group, row); };
+      const int seen = seen_by(last).end - seen_by(first).begin;
       for (int bits = 0; bits <= kMostBits; ++bits)
         visits[bits] += static_cast<double>((std::max(seen, 0) + (1 << bits) - 1) >> bits);
     }

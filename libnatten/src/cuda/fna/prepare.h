@@ -11,30 +11,30 @@ namespace natten::detail::cuda {
 /// Finds out where the tokens of a batch of tiles are. One warp does it for the block.
 template <class K, class Machine>
 NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
-  using Stop = typename K::Stop;
+  constexpr std::uint64_t kAll = low_bits(K::kColumns);
   const int i = first_tile + w.lane() % K::State::kBatch, of_warp = w.lane() / K::State::kBatch;
   const bool exists = i < w.state.count;
-  if (!exists && !w.a.hides_columns) return;
-  Stop& stop = w.stop_of(i);
   ColumnTile tile{};
-  if (exists) tile = w.state.tiles.at(w.state.first + i, w.a.grid);
-  constexpr std::uint64_t kAll = low_bits(K::kColumns);
-  std::uint64_t shown = kAll;
-  if (w.a.hides_columns) {
-    shown = shown_columns(w, tile, exists);
-    if (!exists) return;
-    stop.shown = shown;
+  Coordinate token{};
+  bool is_whole = true;
+  if (exists) {
+    tile = w.state.tiles.at(w.state.first + i, w.a.grid);
+    is_whole = tile.is_additional || w.is_whole(tile, token);
   }
+  std::uint64_t shown = kAll;
+  if (w.a.hides_columns || !w.gpu.all(is_whole)) shown = shown_columns(w, tile, exists);
+  if (!exists) return;
+  typename K::Stop& stop = w.stop_of(i);
   Overlap seen = overlap(w, tile, of_warp);
-  if (shown != kAll && seen == Overlap::all) seen = Overlap::some;
+  if (seen == Overlap::all && shown != kAll) seen = Overlap::some;
   stop.seen[of_warp] = shown == 0 ? Overlap::none : seen;
   if (of_warp != 0) return;
   stop.tile = tile;
-  Coordinate token;
-  const bool copies = w.is_whole(tile, token) && shown == kAll && !tile.is_additional;
+  stop.shown = shown;
+  stop.is_whole = is_whole && shown == kAll;
   NATTEN_EACH (which, 2)
     stop.first[which] =
-        w.a.copies_chunks[which] && copies
+        w.a.copies_chunks[which] && !tile.is_additional
             ? w.a.columns[which].tensor.at(w.state.batch, w.column_head(tile), token)
             : nullptr;
 }
@@ -60,7 +60,10 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   w.gpu.sync();
   const RowTile& rows = w.state.rows;
   if (rows.valid[0] == 0 || rows.valid[1] == 0 || rows.valid[2] == 0) return false;
-  w.spans().compute(w.a.grid, rows, w.thread(), K::kThreads);
+  const Rows kind = K::kRowsAreQueries                        ? Rows::queries
+                    : w.a.grid.rows == Rows::additional ? Rows::additional
+                                                        : Rows::keys;
+  w.spans().compute(w.a.grid, kind, rows, w.thread(), K::kThreads);
   if (w.thread() < K::kColumns) {
     std::int64_t offsets[2] = {0, 0};
     int bias = 0;

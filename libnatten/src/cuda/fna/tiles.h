@@ -52,10 +52,11 @@ struct Grid {
   NATTEN_HOST_DEVICE int longest(int axis) const {
     return places[axis].count(places[axis].row_length, 0);
   }
-  /// What the row at a place of a group sees along an axis.
-  NATTEN_HOST_DEVICE Span seen(int axis, const Group& group, int place) const {
-    if (rows == Rows::additional) return {0, places[axis].column_length};
-    const Sight sight = sight_of(axes[axis], rows, group, place);
+  /// What the row at a place of a group sees along an axis. `kind` is that of the rows: a kernel
+  /// that knows it holds less code.
+  NATTEN_HOST_DEVICE Span seen(Rows kind, int axis, const Group& group, int place) const {
+    if (kind == Rows::additional) return {0, places[axis].column_length};
+    const Sight sight = sight_of(axes[axis], kind, group, place);
     return {sight.begin, sight.end};
   }
 };
@@ -107,12 +108,19 @@ struct Spans {
     const int before = axis == 0 ? 0 : axis == 1 ? tile.extent(0) : tile.extent(0) + tile.extent(1);
     return spans[before + offset];
   }
-  /// Computes the part of one of `threads` threads.
-  NATTEN_HOST_DEVICE void compute(const Grid& grid, const RowTile& rows, int thread,
+  /// Computes the part of one of `threads` threads, of all axes at once: a window takes divisions.
+  NATTEN_HOST_DEVICE void compute(const Grid& grid, Rows kind, const RowTile& rows, int thread,
                                   int threads) const {
-    NATTEN_EACH (a, kMaxRank)
-      for (int i = thread; i < grid.row_tile.extent(a); i += threads)
-        at(a, i) = i < rows.valid[a] ? grid.seen(a, rows.group[a], rows.origin[a] + i) : Span{0, 0};
+    const int after[] = {tile.extent(0), tile.extent(0) + tile.extent(1)};
+    const int count = after[1] + tile.extent(2);
+    NATTEN_DO_NOT_UNROLL
+    for (int i = thread; i < count; i += threads) {
+      const int a = i < after[0] ? 0 : i < after[1] ? 1 : 2;
+      const int offset = a == 0 ? i : a == 1 ? i - after[0] : i - after[1];
+      spans[i] = offset < rows.valid[a]
+                     ? grid.seen(kind, a, rows.group[a], rows.origin[a] + offset)
+                     : Span{0, 0};
+    }
   }
 };
 

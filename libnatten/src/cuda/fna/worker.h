@@ -13,9 +13,10 @@ template <class T, int kWarps>
 struct ColumnStop {
   ColumnTile tile;
   Overlap seen[kWarps];  ///< by the rows of each warp
-  /// The first token of B1 and B2 where all of the tile can be copied by chunks, else null.
+  bool is_whole;         ///< all columns are shown, and lie one after another
+  /// The first token of B1 and B2 where they can be copied by chunks, else null.
   const T* first[2];
-  std::uint64_t shown;  ///< columns that are given and not hidden, where some may not be
+  std::uint64_t shown;  ///< a bit for each column: given, and not hidden
 };
 
 /// Where a block is at work, in shared memory: it is read now and then, by all threads.
@@ -147,6 +148,17 @@ struct Worker {
   /// Where the columns of a tile lie, from its first, in chunks of `a.columns[which]`.
   NATTEN_DEVICE int* relative(int which) const {
     return gpu.template shared<int>(K::Layout::kRelative) + which * K::kColumns;
+  }
+  /// How far before that a column lies for turns of circular axes.
+  NATTEN_DEVICE int turned_back(int which, const ColumnTile& at, int column) const {
+    int back = 0;
+    NATTEN_EACH (i, kMaxRank) {
+      const int turn = a.grid.places[i].turn;
+      if (turn == 0) continue;
+      int place = at.place[i] + a.grid.column_tile.offset(column, i);
+      for (; place >= turn; place -= turn) back += a.turn_chunks[which][i];
+    }
+    return back;
   }
   /// And in elements of the bias.
   NATTEN_DEVICE int* relative_bias() const {
