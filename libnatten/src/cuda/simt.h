@@ -412,8 +412,7 @@ class Run {
     const Sums<T> s = query_rows(parts.fill);
     b.tiles = s.tiles;
     b.sights = s.sights;
-    b.mask = s.column_mask;
-    b.mask.set_step(s.tiles);
+    b.mask = {mask()};
     std::copy(s.kernel_size, s.kernel_size + kMaxRank, b.kernel_size);
     b.window_size = s.window_size;
     b.batches = static_cast<int>(p_.batch);

@@ -14,7 +14,7 @@ struct BiasSums {
 
   Tiles tiles;
   Sights sights;
-  ColumnOperand<const std::uint8_t> mask;
+  KeyMask mask;
   int kernel_size[kMaxRank];
   int window_size;
   int batches, heads, splits;
@@ -62,29 +62,31 @@ struct BiasSums {
     Sum sum = 0;
     if (tile.is_empty) return sum;
     for (int i = 0; i < kRows; ++i) {
-      const Row row = tiles.row(tile, i, sights);
+      const Row row = tiles.row(tile, i);
       std::int64_t slot = 0;
-      Coordinate key;  // in the box
+      Coordinate place;  // of the key
       bool sees = row.is_active;
       for (int d = 0; d < kMaxRank; ++d) {
-        key[d] = row.own[d] + offset[d] - (kernel_size[d] - 1);
-        sees = sees && row.seen[d].begin <= key[d] && key[d] < row.seen[d].end;
-        slot = slot * kernel_size[d] + key[d] - row.slot[d];
+        const Sight sight = sights.of[d][row.token[d]];
+        place[d] = sight.own + offset[d] - (kernel_size[d] - 1);
+        sees = sees && sight.begin <= place[d] && place[d] < sight.end;
+        slot = slot * kernel_size[d] + place[d] - sight.slot;
       }
-      if (!sees || is_hidden(row, batch, key)) continue;
+      if (!sees || is_hidden(row, batch, place)) continue;
       const T* weights = tile_weights ? tile_weights + (stored * kRows + i) * window_size
                                       : attn.at(batch, head, widened(row.token));
       sum += number(weights[slot]);
     }
     return sum;
   }
-  NATTEN_DEVICE bool is_hidden(const Row& row, int batch, const Coordinate& key) const {
+  NATTEN_DEVICE bool is_hidden(const Row& row, int batch, const Coordinate& place) const {
     if (!mask) return false;
-    const Columns<const std::uint8_t> keys = mask.at(false, batch, 0, row);
-    std::int64_t at = 0;
-    for (int d = 0; d < kMaxRank; ++d)
-      at += row.box.place(d, static_cast<int>(key[d])) * keys.stride[d];
-    return keys.base[at] == 0;
+    Coordinate key;
+    for (int d = 0; d < kMaxRank; ++d) {
+      const Places& along = tiles.axes[d];
+      key[d] = along.number(row.column[d], along.in_turn(static_cast<int>(place[d])));
+    }
+    return mask.hides(batch, key);
   }
 };
 

@@ -126,26 +126,20 @@ struct FillSights {
 };
 
 /// A box of columns of a dilation group, by their places. On a circular axis it is a run of columns
-/// that are given, a gap of some that are not, if any, the first run again, and so on.
+/// that are given, those that are not, the first run again, and so on.
 struct Box {
   int origin[kMaxRank];  // place of its first column
   int extent[kMaxRank];
-  int run[kMaxRank];  // places past the last one that is given
-  int gap[kMaxRank];
+  int run[kMaxRank];  // places before the first that is not given, or the seam
 
   NATTEN_DEVICE bool is_empty() const {
     return extent[0] <= 0 || extent[1] <= 0 || extent[2] <= 0;
-  }
-  /// The place of a column by its offset from the origin.
-  NATTEN_DEVICE int place(int axis, int offset) const {
-    const int place = origin[axis] + offset;
-    return place < run[axis] ? place : place % (run[axis] + gap[axis]);
   }
 };
 inline constexpr int kNoEnd = std::numeric_limits<std::int32_t>::max();
 /// Additional tokens lie along the last axis.
 NATTEN_DEVICE Box box_of_additional(int count) {
-  return {{0, 0, 0}, {1, 1, count}, {kNoEnd, kNoEnd, kNoEnd}, {0, 0, 0}};
+  return {{0, 0, 0}, {1, 1, count}, {kNoEnd, kNoEnd, kNoEnd}};
 }
 
 /// Interval of offsets in a box.
@@ -153,18 +147,21 @@ struct Range {
   int begin, end;
 };
 
-/// One row of a tile and the columns that the rows of the tile see: a box in the dilation group of
-/// the rows.
+/// One row of a tile.
 struct Row {
   int token[kMaxRank];   // its number
   int place[kMaxRank];   // among the rows of its group
   int column[kMaxRank];  // number of the first column of the group that is given
+  bool is_active;        // else it repeats another row
+};
+
+/// The columns that the rows of a tile see, and which of them one row does.
+struct View {
   Box box;
   // By offsets in the box:
-  Range seen[kMaxRank];  // by this row
-  int slot[kMaxRank];    // slot 0 of its window, where rows are queries
-  int own[kMaxRank];     // the row itself
-  bool is_active;        // else it repeats another row
+  Range seen[kMaxRank];
+  int slot[kMaxRank];  // slot 0 of the row's window, where it is a query
+  int own[kMaxRank];   // the row itself
 };
 
 /// Where the rows of a tile are: of which groups, by their first rows' numbers, and their places.
@@ -198,17 +195,25 @@ struct Tiles {
   }
 
   /// A row of a tile that is not empty.
-  NATTEN_DEVICE Row row(const Tile& t, int thread, const Sights& sights) const {
+  NATTEN_DEVICE Row row(const Tile& t, int thread) const {
     Row row;
     row.is_active = true;
     for (int i = kMaxRank - 1; i >= 0; --i) {
-      const Places& axis = axes[i];
       const int place = t.first[i] + (thread & ((1 << log2[i]) - 1));
       thread >>= log2[i];
       row.is_active = row.is_active && place <= t.last[i];
       row.place[i] = place < t.last[i] ? place : t.last[i];
-      row.token[i] = axis.number(t.group[i], row.place[i]);
-      row.column[i] = axis.group(t.group[i]).first_column;
+      row.token[i] = axes[i].number(t.group[i], row.place[i]);
+      row.column[i] = axes[i].group(t.group[i]).first_column;
+    }
+    return row;
+  }
+  /// What the rows of a tile see. Keys see queries of which some may not be given (`kHasGaps`).
+  template <bool kHasGaps>
+  NATTEN_DEVICE View view(const Tile& t, const Row& row, const Sights& sights) const {
+    View view;
+    for (int i = kMaxRank - 1; i >= 0; --i) {
+      const Places& axis = axes[i];
       Sight own{0, axis.column_length, 0, 0};
       int begin = own.begin, end = own.end;
       if (const Sight* of = sights.of[i]) {
@@ -216,24 +221,24 @@ struct Tiles {
         begin = of[axis.number(t.group[i], t.first[i])].begin;
         end = of[axis.number(t.group[i], t.last[i])].end;
       }
-      row.box.origin[i] = begin;
-      row.box.run[i] = kNoEnd;
-      row.box.gap[i] = 0;
+      int origin = begin, run = kNoEnd;
       if (axis.turn > 0) {
-        const int run = axis.count(axis.column_length, row.column[i]);
-        const int origin = axis.in_turn(begin), skipped = origin < run ? 0 : axis.turn - origin;
-        begin += skipped;
+        run = kHasGaps ? axis.count(axis.column_length, row.column[i]) : axis.turn;
+        origin = axis.in_turn(begin);
+        if (origin >= run) {
+          begin += axis.turn - origin;
+          origin = 0;
+        }
         if (run == 0) end = begin;
-        row.box.origin[i] = skipped > 0 ? 0 : origin;
-        row.box.run[i] = run;
-        row.box.gap[i] = axis.turn - run;
       }
-      row.box.extent[i] = end - begin;
-      row.seen[i] = {own.begin - begin, own.end - begin};
-      row.slot[i] = own.slot - begin;
-      row.own[i] = own.own - begin;
+      view.box.origin[i] = origin;
+      view.box.extent[i] = end - begin;
+      view.box.run[i] = run;
+      view.seen[i] = {own.begin - begin, own.end - begin};
+      view.slot[i] = own.slot - begin;
+      view.own[i] = own.own - begin;
     }
-    return row;
+    return view;
   }
 };
 
@@ -297,8 +302,8 @@ struct ColumnOperand {
 
 /// Up to kChunk columns of a box, on a line along its last axis.
 struct Chunk {
-  int at[kMaxRank];     // the first one, from the origin of the box
-  int place[kMaxRank];  // the same, which it has in memory
+  int at[kMaxRank];      // the first one, from the origin of the box
+  int origin[kMaxRank];  // that place, less a turn for each time that `at` has crossed a seam
   int count;
 
   /// Chunk number `i` of a box that is not empty, row-major. Only the first has a number where an
@@ -309,7 +314,7 @@ struct Chunk {
     chunk.at[2] = take(index, per_line(box)) * kChunk;
     chunk.at[1] = take(index, box.extent[1]);
     chunk.at[0] = static_cast<int>(index);
-    NATTEN_EACH (axis, kMaxRank) chunk.place[axis] = box.origin[axis] + chunk.at[axis];
+    NATTEN_EACH (axis, kMaxRank) chunk.origin[axis] = box.origin[axis];
     chunk.set_count(box);
     return chunk;
   }
@@ -317,18 +322,19 @@ struct Chunk {
     return (box.extent[2] + kChunk - 1) / kChunk;
   }
   NATTEN_DEVICE bool is_in(const Box& box) const { return at[0] < box.extent[0]; }
-  NATTEN_DEVICE void advance(const Box& box) {
-    step(2, count, box);
+  NATTEN_DEVICE void advance(const Box& box, const Tiles& tiles) {
+    step(2, count, box, tiles);
     if (at[2] >= box.extent[2]) {
-      reset(2, box);
-      step(1, 1, box);
+      reset(2, tiles);
+      step(1, 1, box, tiles);
       if (at[1] >= box.extent[1]) {
-        reset(1, box);
-        step(0, 1, box);
+        reset(1, tiles);
+        step(0, 1, box, tiles);
       }
     }
     set_count(box);
   }
+  NATTEN_DEVICE int place(int axis) const { return origin[axis] + at[axis]; }
 
   /// One bit per column: whether it is in a box.
   NATTEN_DEVICE std::uint32_t mask(const Range (&box)[kMaxRank]) const {
@@ -345,7 +351,7 @@ struct Chunk {
   /// last column comes again, so that there is something to read.
   template <class F>
   NATTEN_DEVICE void for_each(const std::int64_t (&stride)[kMaxRank], F&& f) const {
-    for_each_from(place, stride, f);
+    for_each_from({place(0), place(1), place(2)}, stride, f);
   }
   /// The same by strides of a box, from its origin.
   template <class F>
@@ -354,21 +360,21 @@ struct Chunk {
   }
 
  private:
-  NATTEN_DEVICE void step(int axis, int columns, const Box& box) {
+  NATTEN_DEVICE void step(int axis, int columns, const Box& box, const Tiles& tiles) {
     at[axis] += columns;
-    place[axis] += columns;
-    if (place[axis] == box.run[axis]) {
-      at[axis] += box.gap[axis];
-      place[axis] = 0;
+    if (place(axis) == box.run[axis]) {
+      const int turn = tiles.axes[axis].turn;
+      at[axis] += turn - box.run[axis];
+      origin[axis] -= turn;
     }
   }
-  NATTEN_DEVICE void reset(int axis, const Box& box) {
+  NATTEN_DEVICE void reset(int axis, const Tiles& tiles) {
     at[axis] = 0;
-    place[axis] = box.origin[axis];
+    while (origin[axis] < 0) origin[axis] += tiles.axes[axis].turn;
   }
   NATTEN_DEVICE void set_count(const Box& box) {
     count = box.extent[2] - at[2] < kChunk ? box.extent[2] - at[2] : kChunk;
-    const int left = box.run[2] - place[2];
+    const int left = box.run[2] - place(2);
     if (left < count) count = left;
   }
   template <class F>

@@ -82,13 +82,14 @@ struct RowSums {
     const int slice = take(index, in.slices);
     const Tile tile = in.tiles.tile(index);
     if (tile.is_empty) return;
-    Row row = in.tiles.row(tile, gpu.thread(), in.sights);
+    const Row row = in.tiles.row(tile, gpu.thread());
+    View view = in.tiles.template view<kKeyRows>(tile, row, in.sights);
     const int split = kKeyRows ? take(index, in.splits) : 0;
     const int head = take(index, in.heads);
     const std::int64_t batch = index;
     const int first = slice * kDims;  // element of the sums
     if constexpr (kKeyRows)
-      if (in.row_mask && *in.row_mask.at(batch, 0, widened(row.token)) == 0) row.seen[2] = {0, 0};
+      if (in.row_mask && *in.row_mask.at(batch, 0, widened(row.token)) == 0) view.seen[2] = {0, 0};
 
     Stored* slots = nullptr;
     if constexpr (kDims == 0) {
@@ -115,7 +116,7 @@ struct RowSums {
       const bool is_extra = !kKeyRows && part == 1;
       const int column_head = kKeyRows ? head * in.group + part : head / in.group;
       const int query_head = kKeyRows ? column_head : head;
-      const Box box = is_extra ? box_of_additional(in.additional) : row.box;
+      const Box box = is_extra ? box_of_additional(in.additional) : view.box;
       if (box.is_empty()) continue;
       int begin = 0, left = kNoEnd;  // chunks
       if (kKeyRows && in.splits > 1) {
@@ -123,14 +124,14 @@ struct RowSums {
         begin = split * left;
       }
 
-      Chunk next = Chunk::find(begin, box);
-      for (; next.is_in(box) && left > 0; --left) {
-        const Chunk chunk = next;
-        next.advance(box);
+      const T* const bias = is_extra ? nullptr : bias_of(view, query_head);
+      const std::int64_t slot = slot_of_origin(view, is_extra);
+      Chunk chunk = Chunk::find(begin, box);
+      for (; chunk.is_in(box) && left > 0; --left, chunk.advance(box, in.tiles)) {
         const std::uint32_t all = (1u << chunk.count) - 1;
         std::uint32_t shown = all;
         if (in.column_mask && !is_extra) shown &= shown_of(chunk, row, batch);
-        const std::uint32_t mask = is_extra ? all : shown & chunk.mask(row.seen);
+        const std::uint32_t mask = is_extra ? all : shown & chunk.mask(view.seen);
         if (mask == 0) continue;
 
         Sum weight[kChunk];
@@ -140,9 +141,9 @@ struct RowSums {
           dot<kVector, kTf32>(weight, in.row_a.at(batch, head, widened(row.token)), vectors,
                               in.score_dims);
           NATTEN_EACH (j, kChunk) weight[j] *= in.scale;
-          if (in.bias && !is_extra) add_bias(weight, mask, chunk, row, query_head);
+          if (bias) add_bias(weight, mask, chunk, bias);
         } else {
-          read_slots(weight, mask, chunk, row, batch, query_head, is_extra);
+          read_slots(weight, mask, chunk, row, batch, query_head, slot);
         }
 
         Sum correction = 1;
@@ -199,9 +200,8 @@ struct RowSums {
             NATTEN_EACH (e, kVector) sum[d + e] = sum[d + e] * correction + of_chunk[e];
           }
         } else if (slots) {
-          const Slots s = slots_of_columns(row, is_extra);
-          chunk.for_each_in_box(s.stride, [&](int j, std::int64_t offset) {
-            if (mask >> j & 1) slots[s.first + offset] = static_cast<Stored>(weight[j]);
+          for_each_slot(chunk, [&](int j, std::int64_t offset) {
+            if (mask >> j & 1) slots[slot + offset] = static_cast<Stored>(weight[j]);
           });
         }
       }
@@ -276,60 +276,69 @@ struct RowSums {
     }
   }
 
-  /// Slot of the column at the origin of a box, and how it grows along the columns' axes.
-  struct Slots {
-    std::int64_t first, stride[kMaxRank];
+  /// How slots grow along the axes of a box; of additional tokens, along the last.
+  struct Strides {
+    std::int64_t of[kMaxRank];
   };
-  NATTEN_DEVICE Slots slots_of_columns(const Row& row, bool is_extra) const {
-    if (is_extra) return {in.window_size, {0, 0, 1}};
-    Slots s{
-        0,
-        {static_cast<std::int64_t>(in.kernel_size[1]) * in.kernel_size[2], in.kernel_size[2], 1}};
-    for (int i = 0; i < kMaxRank; ++i) s.first -= row.slot[i] * s.stride[i];
-    return s;
+  NATTEN_DEVICE Strides slot_strides() const {
+    return {{std::int64_t{in.kernel_size[1]} * in.kernel_size[2], in.kernel_size[2], 1}};
+  }
+  /// The slot of the column at the origin of a box, which the row need not see.
+  NATTEN_DEVICE std::int64_t slot_of_origin(const View& view, bool is_extra) const {
+    if (is_extra) return in.window_size;
+    const Strides strides = slot_strides();
+    std::int64_t slot = 0;
+    for (int i = 0; i < kMaxRank; ++i) slot -= view.slot[i] * strides.of[i];
+    return slot;
+  }
+  template <class F>
+  NATTEN_DEVICE void for_each_slot(const Chunk& chunk, F&& f) const {
+    chunk.for_each_in_box(slot_strides().of, f);
   }
 
+  /// `first_slot`: of the origin of the box, where rows are queries.
   NATTEN_DEVICE void read_slots(Sum (&to)[kChunk], std::uint32_t mask, const Chunk& chunk,
                                 const Row& row, std::int64_t batch, int query_head,
-                                bool is_extra) const {
+                                std::int64_t first_slot) const {
     if constexpr (kKeyRows) {
       const Columns<const T> queries = in.attn.at(false, batch, query_head, row);
-      const Slots strides = slots_of_columns(row, false);
+      const Strides strides = slot_strides();
       const auto slot_along = [&](int axis, int place) {  // of the window of the query there
         const Places& along = in.tiles.axes[axis];
         const int query = along.number(row.column[axis], place);
         const int slot = row.place[axis] - in.column_sights.of[axis][query].slot;
-        return along.in_turn(slot) * strides.stride[axis];
+        return along.in_turn(slot) * strides.of[axis];
       };
       std::int64_t slot = in.window_size + row.token[2];  // where rows are additional tokens
-      if (in.sights.of[0]) slot = slot_along(0, chunk.place[0]) + slot_along(1, chunk.place[1]);
+      if (in.sights.of[0]) slot = slot_along(0, chunk.place(0)) + slot_along(1, chunk.place(1));
       chunk.for_each(queries.stride, [&](int j, std::int64_t offset) {
         to[j] = 0;
         if (!(mask >> j & 1)) return;
-        if (in.sights.of[0]) offset += slot_along(2, chunk.place[2] + j);
+        if (in.sights.of[0]) offset += slot_along(2, chunk.place(2) + j);
         to[j] = number(queries.base[offset + slot]);
       });
     } else {
-      const Slots s = slots_of_columns(row, is_extra);
-      const T* from = in.attn.grid.at(batch, query_head, widened(row.token)) + s.first;
-      chunk.for_each_in_box(s.stride, [&](int j, std::int64_t offset) {
+      const T* from = in.attn.grid.at(batch, query_head, widened(row.token)) + first_slot;
+      for_each_slot(chunk, [&](int j, std::int64_t offset) {
         to[j] = mask >> j & 1 ? number(from[offset]) : Sum(0);
       });
     }
   }
 
+  static constexpr int kSign = kKeyRows ? -1 : 1;  // offsets of biases are key minus query
+  /// The bias of the column at the origin of a box, which the row need not see; null without any.
+  NATTEN_DEVICE const T* bias_of(const View& view, int query_head) const {
+    if (!in.bias) return nullptr;
+    Coordinate offset;
+    for (int i = 0; i < kMaxRank; ++i) offset[i] = in.kernel_size[i] - 1 - kSign * view.own[i];
+    return in.bias.at(0, query_head, offset);
+  }
   NATTEN_DEVICE void add_bias(Sum (&to)[kChunk], std::uint32_t mask, const Chunk& chunk,
-                              const Row& row, int query_head) const {
-    constexpr int kSign = kKeyRows ? -1 : 1;  // offsets are those of the key minus the query
-    Coordinate first;
+                              const T* bias) const {
     std::int64_t stride[kMaxRank];
-    for (int i = 0; i < kMaxRank; ++i) {
-      first[i] = in.kernel_size[i] - 1 - kSign * row.own[i];
-      stride[i] = kSign * in.bias.grid[i];
-    }
-    const T* from = in.bias.at(0, query_head, first);
+    for (int i = 0; i < kMaxRank; ++i) stride[i] = kSign * in.bias.grid[i];
     chunk.for_each_in_box(stride, [&](int j, std::int64_t offset) {
-      if (mask >> j & 1) to[j] += number(from[offset]);
+      if (mask >> j & 1) to[j] += number(bias[offset]);
     });
   }
 };
