@@ -121,8 +121,7 @@ class Run {
  public:
   using Sum = StatisticOf<T>;
 
-  Run(const Job& job, Launcher& launch)
-      : job_(job), p_(simplified(job.problem)), launch_(launch) {}
+  Run(const Job& job, Launcher& launch) : job_(job), p_(simplified(job.problem)), launch_(launch) {}
 
   void operator()() {
     Pieces pieces(job_.workspace);
@@ -176,8 +175,7 @@ class Run {
   Sums<T> sums_of(Rows rows, std::int64_t heads) const {
     Sums<T> s{};
     s.tiles = cut(p_, rows);
-    for (int i = 0; i < kMaxRank; ++i)
-      s.kernel_size[i] = static_cast<int>(p_.axes[i].kernel_size);
+    for (int i = 0; i < kMaxRank; ++i) s.kernel_size[i] = static_cast<int>(p_.axes[i].kernel_size);
     s.window_size = static_cast<int>(p_.window_size());
     s.heads = static_cast<int>(heads);
     s.group = static_cast<int>(p_.heads / std::max<std::int64_t>(p_.kv_heads, 1));
@@ -445,8 +443,8 @@ class Run {
 inline std::int64_t most_blocks(const Problem& p) {
   constexpr std::int64_t kLeastDims = 16;  // that a block sums up
   const std::int64_t slices = std::max(p.head_dim, p.value_dim) / kLeastDims + 1;
-  return p.batch * p.heads *
-         std::max(cut(p, Rows::queries).total(), cut(p, Rows::keys).total()) * slices;
+  return p.batch * p.heads * std::max(cut(p, Rows::queries).total(), cut(p, Rows::keys).total()) *
+         slices;
 }
 
 }  // namespace simt
@@ -468,8 +466,9 @@ inline std::string simt_refuse_reason(const Problem& problem) {
   return {};
 }
 
-/// Twice 16 bytes per token of each axis; for backward, a row term per query and head; for gradients
-/// of additional tokens, at most 256 copies of them; for gradients of biases, some 64 MiB.
+/// Twice 16 bytes per token of each axis; for backward, a row term per query and head; for
+/// gradients of additional tokens, at most 256 copies of them; for gradients of biases, some 64
+/// MiB.
 inline std::size_t simt_workspace_bytes(const Problem& problem) {
   const Problem p = simplified(problem);
   simt::Pieces pieces(nullptr);

@@ -132,9 +132,7 @@ struct Box {
   int extent[kMaxRank];
   int run[kMaxRank];  // places before the first that is not given, or the seam
 
-  NATTEN_DEVICE bool is_empty() const {
-    return extent[0] <= 0 || extent[1] <= 0 || extent[2] <= 0;
-  }
+  NATTEN_DEVICE bool is_empty() const { return extent[0] <= 0 || extent[1] <= 0 || extent[2] <= 0; }
 };
 inline constexpr int kNoEnd = std::numeric_limits<std::int32_t>::max();
 /// Additional tokens lie along the last axis.

@@ -60,7 +60,7 @@ struct Arguments {
   KeyMask row_mask{}, column_mask{};
   bool hides_rows = false;     ///< there may be keys that nobody sees
   bool hides_columns = false;  ///< rows' spans may hold columns that are hidden or not given
-  Operand<const T> rpb;  ///< offsets within a head fit into 32 bits
+  Operand<const T> rpb;        ///< offsets within a head fit into 32 bits
   Operand<const float> logsumexp, row_term, grad_logsumexp;
   Operand<float> statistic;  ///< written: logsumexp or row term
   Tokens<T> sums[2];         ///< written: of weights times B1 and B2

@@ -91,10 +91,7 @@ template <class T, class Launcher>
 class TilePasses {
  public:
   TilePasses(const Job& job, Launcher& launch)
-      : job_(job),
-        p_(simplified(job.problem)),
-        launch_(launch),
-        pieces_(p_, job.workspace) {}
+      : job_(job), p_(simplified(job.problem)), launch_(launch), pieces_(p_, job.workspace) {}
 
   void run() {
     if (p_.batch > 0) run_tiles();

@@ -60,7 +60,7 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   w.gpu.sync();
   const RowTile& rows = w.state.rows;
   if (rows.valid[0] == 0 || rows.valid[1] == 0 || rows.valid[2] == 0) return false;
-  const Rows kind = K::kRowsAreQueries                        ? Rows::queries
+  const Rows kind = K::kRowsAreQueries                  ? Rows::queries
                     : w.a.grid.rows == Rows::additional ? Rows::additional
                                                         : Rows::keys;
   w.spans().compute(w.a.grid, kind, rows, w.thread(), K::kThreads);

@@ -117,9 +117,8 @@ struct Spans {
     for (int i = thread; i < count; i += threads) {
       const int a = i < after[0] ? 0 : i < after[1] ? 1 : 2;
       const int offset = a == 0 ? i : a == 1 ? i - after[0] : i - after[1];
-      spans[i] = offset < rows.valid[a]
-                     ? grid.seen(kind, a, rows.group[a], rows.origin[a] + offset)
-                     : Span{0, 0};
+      spans[i] = offset < rows.valid[a] ? grid.seen(kind, a, rows.group[a], rows.origin[a] + offset)
+                                        : Span{0, 0};
     }
   }
 };
