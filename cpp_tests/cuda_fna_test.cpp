@@ -180,10 +180,10 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
     constexpr int kRows = 128, kWarps = 4, kWarpRows = kRows / kWarps;
     double executed = 0;
     for (std::int64_t block = 0; block < grid.blocks_per_head(); ++block) {
-      const cuda::RowTile rows = cuda::row_tile(grid, block);
+      const cuda::RowTile rows = cuda::row_tile(grid, static_cast<std::uint32_t>(block));
       cuda::Span memory[kRows + 2];
       const cuda::Spans spans{memory, grid.row_tile};
-      spans.compute(grid, rows, 0, 1);
+      spans.compute(grid, cuda::Rows::queries, rows, 0, 1);
       const auto bounds = [&](int axis, int first, int count) {
         return cuda::bounds_of(spans, grid.row_tile, rows, axis, first, first + count - 1);
       };
@@ -194,7 +194,7 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
         for (int w = 0; w < kWarps; ++w) of_warps[w][a] = bounds(a, w * kWarpRows, kWarpRows);
       }
       for (int i = 0; i < tiles.count(); ++i) {
-        const cuda::ColumnTile tile = tiles.at(i, grid.column_tile);
+        const cuda::ColumnTile tile = tiles.at(i, grid);
         for (const auto& of_warp : of_warps)
           if (cuda::overlap_of(of_warp, grid.column_tile, tile.origin) != cuda::Overlap::none)
             executed += kWarpRows * grid.column_tile.size();
@@ -230,6 +230,68 @@ TEST(CudaTiles, MaskWordsHaveTheColumnsOfTheSpans) {
       ASSERT_EQ(word >> column & 1, expected) << "case " << i << ", column " << column;
     }
   }
+}
+
+/// Tiles of columns that cross a seam, hold hidden columns or reach past the last one that is
+/// given, where tokens are copied in chunks of 16 bytes. Nothing reads what is hidden.
+TEST_P(CudaFna, ChunksOfBordersPartsAndMasks) {
+  std::uint64_t seed = base_seed() + 4000;
+  for (int rank = 1; rank <= 3; ++rank)
+    for (int i = 0; i < 12; ++i) {
+      Rng rng(++seed);
+      Case c = random_case(seed, dtype(), rank);
+      for (oracle::Axis& axis : c.axes) {
+        axis = oracle::Axis{uniform(rng, 2, rank == 1 ? 200 : rank == 2 ? 20 : 8)};
+        axis.dilation = uniform(rng, 1, 2);
+        axis.length -= axis.length % axis.dilation;
+        axis.kernel_size = uniform(rng, 1, axis.length / axis.dilation);
+        draw_border(rng, axis);
+        if (chance(rng, 0.6)) draw_part(rng, axis);
+      }
+      c.batch = 2;
+      c.kv_heads = 1;
+      c.heads = uniform(rng, 1, 2);
+      c.dim = 8 * uniform(rng, 1, 5);
+      c.value_dim = 8 * uniform(rng, 1, 5);
+      c.key_mask = chance(rng, 0.6);
+      c.is_contiguous = true;
+      c.allow_tf32 = GetParam().allow_tf32;
+      FusedProblem problem(c);
+      const bool deterministic = chance(rng, 0.6);
+      const std::int64_t keys = volume(key_lengths_of(c));
+      if (const Dense mask = mask_of(c); mask.is_given())
+        for (std::int64_t token = 0; token < c.batch * keys; ++token) {
+          if (mask[token % mask.size()] != 0) continue;
+          for (std::int64_t d = 0; d < c.dim; ++d)
+            problem.buffers.key.set(token * c.dim + d, std::nan(""));
+          for (std::int64_t d = 0; d < c.value_dim; ++d)
+            problem.buffers.value.set(token * c.value_dim + d, HUGE_VAL);
+        }
+      natten_tests::expect_definition(problem, errors_, [&](natten::Call call) {
+        call.options.deterministic = deterministic;
+        ASSERT_EQ(cuda::fna_refuse_reason(natten::describe(call)), "");
+        ASSERT_NO_THROW(run_emulated(call, seed % 3));
+      });
+    }
+}
+
+/// A tile's rows that do not exist have scores of 0, whose weights overflow where those of all that
+/// exist are so low. Nothing of them may reach queries.
+TEST_P(CudaFna, LowScoresWhereRowsAreMissing) {
+  Case c;
+  c.seed = base_seed() + 5000;
+  c.axes = {{70, 70, 1, 1, false}};  // every tile of keys sees all of the first tile of queries
+  c.dim = c.value_dim = 32;
+  c.rpb = true;
+  c.dtype = dtype();
+  c.allow_tf32 = GetParam().allow_tf32;
+  FusedProblem problem(c);
+  Buffers& b = problem.buffers;
+  for (std::int64_t i = 0; i < b.rpb.view().size(); ++i) b.rpb.set(i, -200);
+  natten_tests::expect_definition(problem, errors_, [&](natten::Call call) {
+    call.options.deterministic = false;
+    run_emulated(call, 1);
+  });
 }
 
 /// Gradients of few additional tokens, which blocks find in parts of the queries.

@@ -161,6 +161,41 @@ TEST_P(CudaSimt, TilesAndChunks) {
   }
 }
 
+/// The same of borders, parts and masks: seams within tiles and chunks, and queries that are not
+/// given in the middle of what a key sees.
+TEST_P(CudaSimt, TilesAndChunksOfBordersPartsAndMasks) {
+  using natten::Boundary;
+  std::uint64_t seed = base_seed() + 700;
+  for (const std::vector<oracle::Axis>& axes : std::vector<std::vector<oracle::Axis>>{
+           {{97, 37, 1, 1, false, Boundary::circular}},
+           {{97, 37, 1, 1, false, Boundary::circular, 11, -20, 60, 96}},
+           {{50, 50, 5, 1, false, Boundary::circular, 20, 0, 3, 50}},
+           {{90, 29, 3, 2, false, Boundary::circular, 30, 0, 40, 90}},
+           {{64, 200, 7, 1, false, Boundary::cut, 40, -5, 24, 80}},
+           {{70, 64, 1, 1, true, Boundary::cut, 50, -3, 9, 70}},
+           {{21, 7, 2, 2, false, Boundary::cut}, {20, 9, 1, 1, false, Boundary::circular}},
+           {{18, 17, 1, 1, false, Boundary::shift, 4, 0, 3, 18},
+            {24, 6, 4, 3, false, Boundary::circular, 9, 5, 4, 24}},
+           {{7, 5, 1, 1, true},
+            {9, 9, 3, 1, false, Boundary::circular},
+            {11, 15, 1, 1, false, Boundary::cut}},
+       }) {
+    Case c;
+    c.seed = ++seed;
+    c.axes = axes;
+    c.batch = 2;
+    c.heads = 4;
+    c.kv_heads = 2;
+    c.dim = 24;
+    c.value_dim = 16;
+    c.rpb = seed % 2 == 0;
+    c.key_mask = seed % 3 != 0;
+    c.additional = static_cast<std::int64_t>(seed % 3) * 17;
+    c.is_contiguous = seed % 3 == 0;
+    expect_definition(c);
+  }
+}
+
 /// Gradients of additional tokens sum over more queries than one part of them holds.
 TEST_P(CudaSimt, ManyQueriesOfAdditionalTokens) {
   Case c;
@@ -333,6 +368,60 @@ TEST(CudaSimtScores, AsGoodAsPlainAttentionAtAnyScale) {
 
 INSTANTIATE_TEST_SUITE_P(DTypes, CudaSimt, testing::ValuesIn(kDTypes),
                          [](const auto& info) { return std::string(name_of(info.param)); });
+
+/// Numbers and places of rows and columns, and what rows see by them, are those of neighborhood.h.
+TEST(CudaParts, PlacesAreThoseOfTheGrid) {
+  Rng rng(base_seed());
+  for (int i = 0; i < 20000; ++i) {
+    natten::Problem p;
+    natten::Axis& axis = p.axes[2];
+    axis.boundary = static_cast<natten::Boundary>(uniform(rng, 0, 2));
+    const bool is_circular = axis.boundary == natten::Boundary::circular;
+    axis.dilation = uniform(rng, 1, 4);
+    const std::int64_t n = uniform(rng, 1, 6);
+    axis.grid_length = n * axis.dilation + (is_circular ? 0 : uniform(rng, 0, axis.dilation - 1));
+    axis.kernel_size = uniform(rng, 1, n);
+    if (axis.boundary == natten::Boundary::cut && chance(rng, 0.2))
+      axis.dilation = uniform(rng, 1, 2 * axis.grid_length);
+    axis.query_offset = uniform(rng, 0, axis.grid_length - 1);
+    axis.query_length = uniform(rng, 1, axis.grid_length - axis.query_offset);
+    const natten::Interval needed = natten::key_range(axis);
+    axis.key_offset = needed.begin - (is_circular ? 0 : uniform(rng, 0, 3));
+    axis.key_length = needed.end - axis.key_offset + (is_circular ? 0 : uniform(rng, 0, 3));
+    if (is_circular) axis.key_offset += axis.grid_length * uniform(rng, -2, 2);
+
+    const natten::Problem simple = cuda::simplified(p);
+    for (const cuda::Rows rows : {cuda::Rows::queries, cuda::Rows::keys}) {
+      const bool are_queries = rows == cuda::Rows::queries;
+      const std::int64_t row_offset = are_queries ? axis.query_offset : axis.key_offset;
+      const cuda::Places places = cuda::places_of(simple, 2, rows);
+      for (int row = 0; row < places.row_length; ++row) {
+        const std::int64_t token = row + row_offset, group = natten::group_of(axis, token);
+        const cuda::Group of_row = places.group(row % places.dilation);
+        const cuda::Sight sight =
+            cuda::sight_of(simple.axes[2], rows, of_row, row / places.dilation);
+        const std::int64_t position = natten::position_of(axis, token);
+        const natten::Interval expected = are_queries
+                                              ? natten::window(axis, group, position)
+                                              : natten::inverse_window(axis, group, position);
+        ASSERT_EQ(sight.end - sight.begin, expected.size()) << "case " << i;
+        for (std::int64_t x = expected.begin; x < expected.end; ++x) {
+          const int place = sight.begin + static_cast<int>(x - expected.begin);
+          const std::int64_t seen = natten::token_at(axis, group, x);
+          const int number = places.number(of_row.first_column, places.in_turn(place));
+          ASSERT_EQ(number < places.column_length ? number : -1,
+                    are_queries ? natten::key_index(axis, seen) : natten::query_index(axis, seen))
+              << "case " << i;
+          ASSERT_EQ(place - sight.own, x - position) << "case " << i;
+          if (are_queries) {
+            ASSERT_EQ(place - sight.slot, x - natten::first_slot(axis, group, position))
+                << "case " << i;
+          }
+        }
+      }
+    }
+  }
+}
 
 TEST(CudaSimtLimits, WorkspaceStaysSmall) {
   Case c;

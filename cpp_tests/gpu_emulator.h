@@ -49,7 +49,7 @@ class EmulatedThread {
   float shuffle_xor(float x, int mask);
   std::uint32_t shuffle(std::uint32_t x, int lane);
   bool all(bool x);
-  void copy_async(int to, const void* from) { copy(to, from, true, 16); }
+  void copy_async(int to, const void* from, bool valid = true) { copy(to, from, valid, 16); }
   void copy_word_async(int to, const void* from, bool valid) { copy(to, from, valid, 4); }
   void commit();
   template <int kPending>

@@ -87,6 +87,12 @@ class Gpu {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from)
                  : "memory");
   }
+  /// The same, but zeros where not `valid`; then nothing is read.
+  __device__ void copy_async(int to, const void* from, bool valid) const {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+  }
   /// Copies 4 bytes, or zeros where not `valid`.
   __device__ void copy_word_async(int to, const void* from, bool valid) const {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from),

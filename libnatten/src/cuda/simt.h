@@ -40,23 +40,10 @@ class Pieces {
   std::size_t bytes_ = 0;
 };
 
-inline Coordinate dilations(const Problem& p) {
-  return {p.axes[0].dilation, p.axes[1].dilation, p.axes[2].dilation};
-}
-inline Coordinate kernel_sizes(const Problem& p) {
-  return {p.axes[0].kernel_size, p.axes[1].kernel_size, p.axes[2].kernel_size};
-}
-inline Tiles query_tiles(const Problem& p) {
-  return cut(query_lengths(p), dilations(p), kernel_sizes(p));
-}
-inline Tiles key_tiles(const Problem& p) {
-  return cut(key_lengths(p), dilations(p), kernel_sizes(p));
-}
-
-inline FillWindows fill_windows(const Problem& p, Pieces& pieces) {
-  FillWindows fill{{p.axes[0], p.axes[1], p.axes[2]}, nullptr, 1};
-  if (p.op == Op::attention_backward || p.op == Op::av_transpose) fill.sides = 2;
-  fill.ranges = pieces.take<Range>(fill.count());
+inline FillSights fill_sights(const Problem& p, Pieces& pieces) {
+  const bool has_key_rows = p.op == Op::attention_backward || p.op == Op::av_transpose;
+  FillSights fill(p, has_key_rows ? 2 : 1);
+  fill.data = pieces.take<Sight>(fill.count());
   return fill;
 }
 
@@ -78,14 +65,14 @@ template <class Sum>
 struct BiasParts {
   static constexpr std::int64_t kMostBytes = 64 << 20;  // unless a test asks for less
   static constexpr std::int64_t kThreads = 1 << 18;     // about as many as a large GPU has
-  FillWindows fill;
+  FillSights fill;
   Tiles tiles;
   int tile_count, splits;  // tile_count: at once
   Sum* partial;
   Sum* tile_weights = nullptr;
 
   BiasParts(const Problem& p, Pieces& pieces, std::int64_t most_bytes = kMostBytes)
-      : fill(fill_windows(p, pieces)), tiles(query_tiles(p)) {
+      : fill(fill_sights(p, pieces)), tiles(cut(p, Rows::queries)) {
     const std::int64_t sums = p.heads * volume(relative_positions(p));
     splits =
         static_cast<int>(std::clamp<std::int64_t>(kThreads / std::max<std::int64_t>(sums, 1), 1,
@@ -106,12 +93,12 @@ struct BiasParts {
 /// Where the parts of the workspace of attention's backward pass are.
 template <class Sum>
 struct BackwardParts {
-  FillWindows fill;
+  FillSights fill;
   Sum* row_term;  // [B, H, queries]
   char* rest;     // of gradients of additional tokens, then of biases
 
   BackwardParts(const Problem& p, Pieces& pieces)
-      : fill(fill_windows(p, pieces)), row_term(pieces.take<Sum>(p.batch * p.heads * p.queries())) {
+      : fill(fill_sights(p, pieces)), row_term(pieces.take<Sum>(p.batch * p.heads * p.queries())) {
     Pieces additional(nullptr), bias(nullptr);
     if (p.additional > 0) AdditionalParts<Sum>(p, additional);
     if (p.wants_grad_rpb) BiasParts<Sum>(p, bias);
@@ -134,7 +121,7 @@ class Run {
  public:
   using Sum = StatisticOf<T>;
 
-  Run(const Job& job, Launcher& launch) : job_(job), p_(job.problem), launch_(launch) {}
+  Run(const Job& job, Launcher& launch) : job_(job), p_(simplified(job.problem)), launch_(launch) {}
 
   void operator()() {
     Pieces pieces(job_.workspace);
@@ -181,17 +168,14 @@ class Run {
     return additional;
   }
 
-  void fill(const FillWindows& f) {
-    launch_(f, (f.count() + FillWindows::kThreads - 1) / FillWindows::kThreads);
+  void fill(const FillSights& f) {
+    launch_(f, (f.count() + FillSights::kThreads - 1) / FillSights::kThreads);
   }
 
-  Sums<T> sums_of(const Tiles& tiles, const Coordinate& columns, std::int64_t heads) const {
+  Sums<T> sums_of(Rows rows, std::int64_t heads) const {
     Sums<T> s{};
-    s.tiles = tiles;
-    for (int i = 0; i < kMaxRank; ++i) {
-      s.columns[i] = static_cast<int>(columns[i]);
-      s.kernel_size[i] = static_cast<int>(p_.axes[i].kernel_size);
-    }
+    s.tiles = cut(p_, rows);
+    for (int i = 0; i < kMaxRank; ++i) s.kernel_size[i] = static_cast<int>(p_.axes[i].kernel_size);
     s.window_size = static_cast<int>(p_.window_size());
     s.heads = static_cast<int>(heads);
     s.group = static_cast<int>(p_.heads / std::max<std::int64_t>(p_.kv_heads, 1));
@@ -199,21 +183,23 @@ class Run {
     s.scale = static_cast<Sum>(p_.scale);
     return s;
   }
-  Sums<T> query_rows(const FillWindows& windows) const {
-    Sums<T> s = sums_of(query_tiles(p_), key_lengths(p_), p_.heads);
-    s.windows = windows.windows(0);
+  Operand<const std::uint8_t> mask() const { return key_mask(p_, job_.tensors).seen; }
+  Sums<T> query_rows(const FillSights& fill) const {
+    Sums<T> s = sums_of(Rows::queries, p_.heads);
+    s.sights = fill.sights(Rows::queries);
+    s.column_mask = mask();
     s.additional = static_cast<int>(p_.additional);
     return s;
   }
-  Sums<T> key_rows(const FillWindows& windows) const {
-    Sums<T> s = sums_of(key_tiles(p_), query_lengths(p_), p_.kv_heads);
-    s.windows = windows.windows(1);
-    s.column_windows = windows.windows(0);
+  Sums<T> key_rows(const FillSights& fill) const {
+    Sums<T> s = sums_of(Rows::keys, p_.kv_heads);
+    s.sights = fill.sights(Rows::keys);
+    s.column_sights = fill.sights(Rows::queries);
+    s.row_mask = mask();
     return s;
   }
   Sums<T> additional_rows(const AdditionalParts<Sum>& parts) const {
-    Sums<T> s =
-        sums_of(cut({1, 1, p_.additional}, {1, 1, 1}, {1, 1, 1}), query_lengths(p_), p_.kv_heads);
+    Sums<T> s = sums_of(Rows::additional, p_.kv_heads);
     s.splits = parts.splits;
     return s;
   }
@@ -239,8 +225,9 @@ class Run {
                          all_aligned(s.column_b, s.grad_dims) &&
                          all_aligned(s.column_c, s.sum_dims);
     for (ColumnOperand<const T>* x : {&s.column_a, &s.column_b, &s.column_c, &s.attn})
-      x->set_step(s.tiles.dilation);
-    for (ColumnOperand<const Sum>* x : {&s.logsumexp, &s.row_term}) x->set_step(s.tiles.dilation);
+      x->set_step(s.tiles);
+    for (ColumnOperand<const Sum>* x : {&s.logsumexp, &s.row_term}) x->set_step(s.tiles);
+    s.column_mask.set_step(s.tiles);
     const auto launch = [&](auto kernel) {
       constexpr int kDims = decltype(kernel)::kSumDims;
       if constexpr (kDims > 0) s.slices = (s.sum_dims + kDims - 1) / kDims;
@@ -260,9 +247,9 @@ class Run {
   }
 
   void forward(Pieces& pieces) {
-    const FillWindows windows = fill_windows(p_, pieces);
-    fill(windows);
-    Sums<T> s = query_rows(windows);
+    const FillSights sights = fill_sights(p_, pieces);
+    fill(sights);
+    Sums<T> s = query_rows(sights);
     set_scores(s, in(&Tensors::query), in(&Tensors::key), in(&Tensors::additional_keys));
     set_sums(s, in(&Tensors::value), in(&Tensors::additional_values), p_.value_dim);
     s.sums = out(&Tensors::output);
@@ -288,8 +275,8 @@ class Run {
     s.row_term = row_term_operand(p_, row_term);
     s.logsumexp = statistic<const Sum>(&Tensors::logsumexp);
   }
-  Sums<T> grad_query_sums(const FillWindows& windows, const Sum* row_term) const {
-    Sums<T> s = query_rows(windows);
+  Sums<T> grad_query_sums(const FillSights& sights, const Sum* row_term) const {
+    Sums<T> s = query_rows(sights);
     set_scores(s, in(&Tensors::query), in(&Tensors::key), in(&Tensors::additional_keys));
     set_grads(s, in(&Tensors::grad_output), in(&Tensors::value), in(&Tensors::additional_values),
               row_term);
@@ -370,22 +357,24 @@ class Run {
   void add_parts(const AddParts<T>& add) { launch_(add, add.blocks()); }
 
   void scores(Pieces& pieces) {
-    const FillWindows windows = fill_windows(p_, pieces);
-    fill(windows);
-    Sums<T> s = query_rows(windows);
+    const FillSights sights = fill_sights(p_, pieces);
+    fill(sights);
+    Sums<T> s = query_rows(sights);
     set_scores(s, in(&Tensors::query), in(&Tensors::key), in(&Tensors::additional_keys));
     if (p_.op == Op::rpb_gather) s.score_dims = 0;
     s.scale = 1;
     s.weights = out(&Tensors::attn);
-    for (const Axis& axis : p_.axes) s.fills_empty = s.fills_empty || axis.is_causal;
+    s.fills_empty = p_.has_key_mask;
+    for (const Axis& axis : p_.axes)
+      s.fills_empty = s.fills_empty || axis.is_causal || axis.boundary == Boundary::cut;
     s.empty = p_.empty_slots == EmptySlots::zero ? Sum(0) : -std::numeric_limits<Sum>::infinity();
     run<Weight::score, false, false>(s);
   }
 
   void av(Pieces& pieces) {
-    const FillWindows windows = fill_windows(p_, pieces);
-    fill(windows);
-    Sums<T> s = query_rows(windows);
+    const FillSights sights = fill_sights(p_, pieces);
+    fill(sights);
+    Sums<T> s = query_rows(sights);
     s.attn = in(&Tensors::attn);
     set_sums(s, in(&Tensors::value), in(&Tensors::additional_values), p_.head_dim);
     s.sums = out(&Tensors::output);
@@ -393,9 +382,9 @@ class Run {
   }
 
   void av_transpose(Pieces& pieces) {
-    const FillWindows windows = fill_windows(p_, pieces);
-    fill(windows);
-    Sums<T> s = key_rows(windows);
+    const FillSights sights = fill_sights(p_, pieces);
+    fill(sights);
+    Sums<T> s = key_rows(sights);
     s.attn = in(&Tensors::attn);
     s.sums = out(&Tensors::key);
     sum_over_queries<Weight::slot>(s);
@@ -420,8 +409,8 @@ class Run {
     BiasSums<W> b{};
     const Sums<T> s = query_rows(parts.fill);
     b.tiles = s.tiles;
-    b.windows = s.windows;
-    std::copy(s.columns, s.columns + kMaxRank, b.columns);
+    b.sights = s.sights;
+    b.mask = {mask()};
     std::copy(s.kernel_size, s.kernel_size + kMaxRank, b.kernel_size);
     b.window_size = s.window_size;
     b.batches = static_cast<int>(p_.batch);
@@ -446,7 +435,7 @@ class Run {
   }
 
   const Job& job_;
-  const Problem& p_;
+  const Problem p_;
   Launcher& launch_;
 };
 
@@ -454,25 +443,34 @@ class Run {
 inline std::int64_t most_blocks(const Problem& p) {
   constexpr std::int64_t kLeastDims = 16;  // that a block sums up
   const std::int64_t slices = std::max(p.head_dim, p.value_dim) / kLeastDims + 1;
-  return p.batch * p.heads * std::max(query_tiles(p).total(), key_tiles(p).total()) * slices;
+  return p.batch * p.heads * std::max(cut(p, Rows::queries).total(), cut(p, Rows::keys).total()) *
+         slices;
 }
 
 }  // namespace simt
 
 /// Empty if the kernels run the problem, else why they do not.
-inline std::string simt_refuse_reason(const Problem& p) {
-  if (!is_plain(p)) return "borders other than shift, parts of a grid and masks are not built yet";
+inline std::string simt_refuse_reason(const Problem& problem) {
   constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  const Problem p = simplified(problem);
   if (p.queries() > kMost || p.keys() > kMost) return "a grid has more than 2^31 - 1 tokens";
+  for (const Axis& axis : p.axes) {
+    if (axis.dilation > kMost) return "a dilation is more than 2^31 - 1";
+    // Places go around a few times.
+    if (axis.boundary == Boundary::circular && axis.grid_length > kMost / 8)
+      return "a circular axis has more than 2^28 - 1 tokens";
+  }
   if (p.slots() > kMost) return "a query sees more than 2^31 - 1 tokens";
   if (simt::most_blocks(p) > kMost)
     return "needs more than 2^31 - 1 blocks of threads; split the batch";
   return {};
 }
 
-/// Twice 8 bytes per token of each axis; for backward, a row term per query and head; for gradients
-/// of additional tokens, at most 256 copies of them; for gradients of biases, some 64 MiB.
-inline std::size_t simt_workspace_bytes(const Problem& p) {
+/// Twice 16 bytes per token of each axis; for backward, a row term per query and head; for
+/// gradients of additional tokens, at most 256 copies of them; for gradients of biases, some 64
+/// MiB.
+inline std::size_t simt_workspace_bytes(const Problem& problem) {
+  const Problem p = simplified(problem);
   simt::Pieces pieces(nullptr);
   simt::dispatch_sum(p, [&](auto type) {
     using Sum = typename decltype(type)::type;
@@ -481,7 +479,7 @@ inline std::size_t simt_workspace_bytes(const Problem& p) {
     } else if (p.op == Op::rpb_scatter) {
       simt::BiasParts<Sum>(p, pieces);
     } else {
-      simt::fill_windows(p, pieces);
+      simt::fill_sights(p, pieces);
       if (p.op == Op::av_transpose && p.additional > 0) simt::AdditionalParts<Sum>(p, pieces);
     }
   });
@@ -510,9 +508,10 @@ void simt_grad_rpb(const Job& job, const StatisticOf<T>* row_term, void* workspa
   simt::Pieces pieces(workspace);
   simt::Run<T, Launcher>(job, launch)
       .template grad_rpb<std::is_same_v<T, float>>(
-          row_term, simt::BiasParts<StatisticOf<T>>(job.problem, pieces));
+          row_term, simt::BiasParts<StatisticOf<T>>(simplified(job.problem), pieces));
 }
-inline std::size_t simt_grad_rpb_workspace_bytes(const Problem& p) {
+inline std::size_t simt_grad_rpb_workspace_bytes(const Problem& problem) {
+  const Problem p = simplified(problem);
   simt::Pieces pieces(nullptr);
   simt::dispatch_sum(p,
                      [&](auto type) { simt::BiasParts<typename decltype(type)::type>(p, pieces); });

@@ -13,8 +13,8 @@ struct BiasSums {
   static constexpr int kBlocks = 4;
 
   Tiles tiles;
-  Windows windows;
-  int columns[kMaxRank];
+  Sights sights;
+  KeyMask mask;
   int kernel_size[kMaxRank];
   int window_size;
   int batches, heads, splits;
@@ -62,22 +62,31 @@ struct BiasSums {
     Sum sum = 0;
     if (tile.is_empty) return sum;
     for (int i = 0; i < kRows; ++i) {
-      const Row row = tiles.row(tile, i, windows, columns);
+      const Row row = tiles.row(tile, i);
       std::int64_t slot = 0;
+      Coordinate place;  // of the key
       bool sees = row.is_active;
       for (int d = 0; d < kMaxRank; ++d) {
-        // From the begin of the window, which lies at origin + seen.begin.
-        const std::int64_t key =
-            row.position[d] + offset[d] - (kernel_size[d] - 1) - row.origin[d] - row.seen[d].begin;
-        sees = sees && 0 <= key && key < row.seen[d].end - row.seen[d].begin;
-        slot = slot * kernel_size[d] + key;
+        const Sight sight = sights.of[d][row.token[d]];
+        place[d] = sight.own + offset[d] - (kernel_size[d] - 1);
+        sees = sees && sight.begin <= place[d] && place[d] < sight.end;
+        slot = slot * kernel_size[d] + place[d] - sight.slot;
       }
-      if (!sees) continue;
+      if (!sees || is_hidden(row, batch, place)) continue;
       const T* weights = tile_weights ? tile_weights + (stored * kRows + i) * window_size
                                       : attn.at(batch, head, widened(row.token));
       sum += number(weights[slot]);
     }
     return sum;
+  }
+  NATTEN_DEVICE bool is_hidden(const Row& row, int batch, const Coordinate& place) const {
+    if (!mask) return false;
+    Coordinate key;
+    for (int d = 0; d < kMaxRank; ++d) {
+      const Places& along = tiles.axes[d];
+      key[d] = along.number(row.column[d], along.in_turn(static_cast<int>(place[d])));
+    }
+    return mask.hides(batch, key);
   }
 };
 

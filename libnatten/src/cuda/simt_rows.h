@@ -6,14 +6,17 @@
 // A block is one warp and its threads are rows of one compact tile, which see nearly the same
 // columns. They go through the union of their windows in step, so that a warp reads a column's
 // vector once, and a mask per row says which columns count. What the mask takes out gets the
-// weight 0, so a NaN or infinity in a vector that is summed up may reach all rows of a tile.
+// weight 0, so a NaN or infinity in a vector that is summed up may reach all rows of a tile; but
+// those of hidden keys are never summed up.
 
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 #include "../dispatch.h"
 #include "../operand.h"
 #include "machine.h"
+#include "parts.h"
 
 namespace natten::detail::cuda::simt {
 
@@ -65,80 +68,101 @@ NATTEN_DEVICE int take(std::uint32_t& index, int n) {
 /// A grid has fewer than 2^31 tokens, so that 32 bits hold its coordinates.
 NATTEN_DEVICE Coordinate widened(const int (&c)[kMaxRank]) { return {c[0], c[1], c[2]}; }
 
-/// Interval of positions.
-struct Range {
-  int begin, end;
+/// What the tokens of a grid see. Per axis and token; not given, tokens see everything.
+struct Sights {
+  const Sight* of[kMaxRank] = {};
 };
 
-/// The windows of the tokens of a grid. Per axis and token; not given, tokens see everything.
-struct Windows {
-  const Range* of[kMaxRank] = {};
-};
-
-/// Writes windows of queries, then of keys (the queries that see them), axis by axis. Kernels look
-/// them up instead of dividing 64-bit numbers.
-struct FillWindows {
+/// Writes what queries see, then keys (the queries that see them), axis by axis. Kernels look it up
+/// instead of dividing 64-bit numbers.
+struct FillSights {
   static constexpr int kThreads = 128;
   static constexpr int kBlocks = 1;
+  static constexpr Rows kSides[] = {Rows::queries, Rows::keys};
   Axis axes[kMaxRank];
-  Range* ranges;
+  Places places[2][kMaxRank];
+  Sight* data;
   int sides;  // 1: of queries, 2: of keys too
 
-  NATTEN_HOST_DEVICE static std::int64_t length(const Axis& axis, int side) {
-    return side == 0 ? axis.query_length : axis.key_length;
+  FillSights(const Problem& p, int side_count) : data(nullptr), sides(side_count) {
+    for (int i = 0; i < kMaxRank; ++i) {
+      axes[i] = p.axes[i];
+      for (int side = 0; side < 2; ++side) places[side][i] = places_of(p, i, kSides[side]);
+    }
   }
-  /// Where the windows of a side begin.
-  Windows windows(int which) const {
-    Windows w;
-    const Range* at = ranges;
-    for (int side = 0; side <= which; ++side)
-      for (int i = 0; i < kMaxRank; at += length(axes[i], side), ++i)
-        if (side == which) w.of[i] = at;
-    return w;
+  /// Where those of a side begin.
+  Sights sights(Rows rows) const {
+    Sights s;
+    const Sight* at = data;
+    for (int side = 0; side < sides; ++side)
+      for (int i = 0; i < kMaxRank; at += places[side][i].row_length, ++i)
+        if (kSides[side] == rows) s.of[i] = at;
+    return s;
   }
   std::int64_t count() const {
     std::int64_t n = 0;
     for (int side = 0; side < sides; ++side)
-      for (const Axis& axis : axes) n += length(axis, side);
+      for (const Places& axis : places[side]) n += axis.row_length;
     return n;
   }
 
   template <class Machine>
   NATTEN_DEVICE void operator()(Machine& gpu) const {
     const std::int64_t item = gpu.block() * kThreads + gpu.thread();
-    std::int64_t token = item;
+    std::int64_t number = item;
     for (int side = 0; side < sides; ++side)
       for (int i = 0; i < kMaxRank; ++i) {
-        const Axis& axis = axes[i];
-        if (token < length(axis, side)) {
-          const std::int64_t group = group_of(axis, token), position = position_of(axis, token);
-          const Interval w =
-              side == 0 ? window(axis, group, position) : inverse_window(axis, group, position);
-          ranges[item] = {static_cast<int>(w.begin), static_cast<int>(w.end)};
+        const Places& along = places[side][i];
+        if (number < along.row_length) {
+          const int row = static_cast<int>(number);
+          const Group group = along.group(row % along.dilation);
+          data[item] = sight_of(axes[i], side == 0 ? Rows::queries : Rows::keys, group,
+                                row / along.dilation);
           return;
         }
-        token -= length(axis, side);
+        number -= along.row_length;
       }
   }
 };
 
-/// One row of a tile and the columns that the rows of the tile see: a box of positions in the
-/// dilation group of the rows.
-struct Row {
-  int position[kMaxRank];
-  int group[kMaxRank];
-  int token[kMaxRank];
-  int origin[kMaxRank];  // of the box
-  int extent[kMaxRank];  // of the box
-  Range seen[kMaxRank];  // by this row, relative to the origin
-  bool is_active;        // else it repeats another row
+/// A box of columns of a dilation group, by their places. On a circular axis it is a run of columns
+/// that are given, those that are not, the first run again, and so on.
+struct Box {
+  int origin[kMaxRank];  // place of its first column
+  int extent[kMaxRank];
+  int run[kMaxRank];  // places before the first that is not given, or the seam
 
-  NATTEN_DEVICE int origin_token(const int (&dilation)[kMaxRank], int axis) const {
-    return origin[axis] * dilation[axis] + group[axis];
-  }
+  NATTEN_DEVICE bool is_empty() const { return extent[0] <= 0 || extent[1] <= 0 || extent[2] <= 0; }
+};
+inline constexpr int kNoEnd = std::numeric_limits<std::int32_t>::max();
+/// Additional tokens lie along the last axis.
+NATTEN_DEVICE Box box_of_additional(int count) {
+  return {{0, 0, 0}, {1, 1, count}, {kNoEnd, kNoEnd, kNoEnd}};
+}
+
+/// Interval of offsets in a box.
+struct Range {
+  int begin, end;
 };
 
-/// Where the rows of a tile are, in positions of a dilation group per axis.
+/// One row of a tile.
+struct Row {
+  int token[kMaxRank];   // its number
+  int place[kMaxRank];   // among the rows of its group
+  int column[kMaxRank];  // number of the first column of the group that is given
+  bool is_active;        // else it repeats another row
+};
+
+/// The columns that the rows of a tile see, and which of them one row does.
+struct View {
+  Box box;
+  // By offsets in the box:
+  Range seen[kMaxRank];
+  int slot[kMaxRank];  // slot 0 of the row's window, where it is a query
+  int own[kMaxRank];   // the row itself
+};
+
+/// Where the rows of a tile are: of which groups, by their first rows' numbers, and their places.
 struct Tile {
   int group[kMaxRank], first[kMaxRank], last[kMaxRank];
   bool is_empty;  // as some are in shorter groups
@@ -146,8 +170,8 @@ struct Tile {
 
 /// A grid of rows cut into tiles. All rows of a tile are of the same dilation groups.
 struct Tiles {
-  int length[kMaxRank];
-  int dilation[kMaxRank];
+  Places axes[kMaxRank];
+  int groups[kMaxRank];
   int log2[kMaxRank];   // of a tile's shape
   int count[kMaxRank];  // per axis
 
@@ -158,9 +182,9 @@ struct Tiles {
     Tile t{};
     for (int i = kMaxRank - 1; i >= 0; --i) {
       const int number = take(index, count[i]);
-      t.group[i] = number % dilation[i];
-      t.first[i] = number / dilation[i] << log2[i];
-      const int rows = (length[i] - t.group[i] + dilation[i] - 1) / dilation[i];
+      t.group[i] = number % groups[i];
+      t.first[i] = number / groups[i] << log2[i];
+      const int rows = axes[i].count(axes[i].row_length, t.group[i]);
       const int size = 1 << log2[i];
       t.last[i] = (rows - t.first[i] < size ? rows : t.first[i] + size) - 1;
       t.is_empty = t.is_empty || t.last[i] < t.first[i];
@@ -169,34 +193,55 @@ struct Tiles {
   }
 
   /// A row of a tile that is not empty.
-  NATTEN_DEVICE Row row(const Tile& t, int thread, const Windows& windows,
-                        const int (&columns)[kMaxRank]) const {
+  NATTEN_DEVICE Row row(const Tile& t, int thread) const {
     Row row;
     row.is_active = true;
     for (int i = kMaxRank - 1; i >= 0; --i) {
-      const int own = t.first[i] + (thread & ((1 << log2[i]) - 1));
+      const int place = t.first[i] + (thread & ((1 << log2[i]) - 1));
       thread >>= log2[i];
-      row.is_active = row.is_active && own <= t.last[i];
-      row.position[i] = own < t.last[i] ? own : t.last[i];
-      row.group[i] = t.group[i];
-      const auto token = [&](int position) { return position * dilation[i] + t.group[i]; };
-      row.token[i] = token(row.position[i]);
-      Range seen{0, columns[i]}, all = seen;
-      if (const Range* of = windows.of[i]) {
-        seen = of[row.token[i]];
-        all = {of[token(t.first[i])].begin, of[token(t.last[i])].end};
-      }
-      row.origin[i] = all.begin;
-      row.extent[i] = all.end - all.begin;
-      row.seen[i] = {seen.begin - all.begin, seen.end - all.begin};
+      row.is_active = row.is_active && place <= t.last[i];
+      row.place[i] = place < t.last[i] ? place : t.last[i];
+      row.token[i] = axes[i].number(t.group[i], row.place[i]);
+      row.column[i] = axes[i].group(t.group[i]).first_column;
     }
     return row;
   }
+  /// What the rows of a tile see. Keys see queries of which some may not be given (`kHasGaps`).
+  template <bool kHasGaps>
+  NATTEN_DEVICE View view(const Tile& t, const Row& row, const Sights& sights) const {
+    View view;
+    for (int i = kMaxRank - 1; i >= 0; --i) {
+      const Places& axis = axes[i];
+      Sight own{0, axis.column_length, 0, 0};
+      int begin = own.begin, end = own.end;
+      if (const Sight* of = sights.of[i]) {
+        own = of[row.token[i]];
+        begin = of[axis.number(t.group[i], t.first[i])].begin;
+        end = of[axis.number(t.group[i], t.last[i])].end;
+      }
+      int origin = begin, run = kNoEnd;
+      if (axis.turn > 0) {
+        run = kHasGaps ? axis.count(axis.column_length, row.column[i]) : axis.turn;
+        origin = axis.in_turn(begin);
+        if (origin >= run) {
+          begin += axis.turn - origin;
+          origin = 0;
+        }
+        if (run == 0) end = begin;
+      }
+      view.box.origin[i] = origin;
+      view.box.extent[i] = end - begin;
+      view.box.run[i] = run;
+      view.seen[i] = {own.begin - begin, own.end - begin};
+      view.slot[i] = own.slot - begin;
+      view.own[i] = own.own - begin;
+    }
+    return view;
+  }
 };
 
-/// Cuts a grid into the tiles whose rows have the fewest columns to go through. `kernel` is the
-/// size of the windows.
-inline Tiles cut(const Coordinate& lengths, const Coordinate& dilations, const Coordinate& kernel) {
+/// Cuts the grid of a pass into the tiles whose rows have the fewest columns to go through.
+inline Tiles cut(const Problem& p, Rows rows) {
   Tiles best{};
   double least = 0;
   for (int a = 0; a <= kRowsLog2; ++a)
@@ -205,14 +250,15 @@ inline Tiles cut(const Coordinate& lengths, const Coordinate& dilations, const C
       double columns = 1;
       const int log2[kMaxRank] = {a, b, kRowsLog2 - a - b};
       for (int i = 0; i < kMaxRank; ++i) {
-        const std::int64_t size = std::int64_t{1} << log2[i], d = dilations[i];
-        const std::int64_t rows = (lengths[i] + d - 1) / d;  // of the longest group
-        const std::int64_t unit = i == kMaxRank - 1 ? kChunk : 1;
-        const std::int64_t seen = kernel[i] + detail::min(size, rows) - 1;
-        t.length[i] = static_cast<int>(lengths[i]);
-        t.dilation[i] = static_cast<int>(d);
+        t.axes[i] = places_of(p, i, rows);
+        t.groups[i] = t.axes[i].groups();
         t.log2[i] = log2[i];
-        t.count[i] = static_cast<int>(d * ((rows + size - 1) / size));
+        const std::int64_t size = std::int64_t{1} << log2[i];
+        const std::int64_t length = t.axes[i].count(t.axes[i].row_length, 0);  // the longest group
+        const std::int64_t kernel = rows == Rows::additional ? 1 : p.axes[i].kernel_size;
+        const std::int64_t unit = i == kMaxRank - 1 ? kChunk : 1;
+        const std::int64_t seen = kernel + detail::min(size, length) - 1;
+        t.count[i] = static_cast<int>(t.groups[i] * ((length + size - 1) / size));
         columns *=
             static_cast<double>(t.count[i]) * static_cast<double>((seen + unit - 1) / unit * unit);
       }
@@ -224,7 +270,7 @@ inline Tiles cut(const Coordinate& lengths, const Coordinate& dilations, const C
   return best;
 }
 
-/// Something per column of a box: `base` belongs to its origin.
+/// Something per column of a dilation group: `base` belongs to the first that is given.
 template <class T>
 struct Columns {
   T* base;
@@ -235,55 +281,58 @@ struct Columns {
 template <class T>
 struct ColumnOperand {
   Operand<T> grid, extra;
-  Coordinate step{};  // strides of positions in a dilation group
+  Coordinate step{};  // strides of places
 
   ColumnOperand() = default;
   ColumnOperand(const Operand<T>& of_grid, const Operand<T>& of_extra = {})
       : grid(of_grid), extra(of_extra) {}
   NATTEN_HOST_DEVICE explicit operator bool() const { return bool(grid); }
-  void set_step(const int (&dilation)[kMaxRank]) {
-    for (int i = 0; i < kMaxRank; ++i) step[i] = grid.grid[i] * dilation[i];
+  void set_step(const Tiles& tiles) {
+    for (int i = 0; i < kMaxRank; ++i) step[i] = grid.grid[i] * tiles.axes[i].dilation;
   }
-  /// The columns of the box at `origin`, or the additional tokens, which lie along the last axis.
+  /// The columns of the group that a row is of, or the additional tokens.
   NATTEN_DEVICE Columns<T> at(bool is_extra, std::int64_t batch, std::int64_t head,
-                              const int (&origin)[kMaxRank]) const {
-    return {is_extra ? extra.at(batch, head, 0) : grid.at(batch, head, widened(origin)),
+                              const Row& row) const {
+    return {is_extra ? extra.at(batch, head, 0) : grid.at(batch, head, widened(row.column)),
             {step[0], step[1], is_extra ? extra.token : step[2]}};
   }
 };
 
 /// Up to kChunk columns of a box, on a line along its last axis.
 struct Chunk {
-  int at[kMaxRank];  // the first one, from the origin of the box
+  int at[kMaxRank];      // the first one, from the origin of the box
+  int origin[kMaxRank];  // that place, less a turn for each time that `at` has crossed a seam
   int count;
 
-  /// Chunk number `i` of a box, row-major.
-  static NATTEN_DEVICE Chunk find(int i, const int (&extent)[kMaxRank]) {
+  /// Chunk number `i` of a box that is not empty, row-major. Only the first has a number where an
+  /// axis is circular.
+  static NATTEN_DEVICE Chunk find(int i, const Box& box) {
     std::uint32_t index = static_cast<std::uint32_t>(i);
     Chunk chunk;
-    chunk.at[2] = take(index, per_line(extent)) * kChunk;
-    chunk.at[1] = take(index, extent[1]);
+    chunk.at[2] = take(index, per_line(box)) * kChunk;
+    chunk.at[1] = take(index, box.extent[1]);
     chunk.at[0] = static_cast<int>(index);
-    chunk.set_count(extent);
+    NATTEN_EACH (axis, kMaxRank) chunk.origin[axis] = box.origin[axis];
+    chunk.set_count(box);
     return chunk;
   }
-  static NATTEN_DEVICE int per_line(const int (&extent)[kMaxRank]) {
-    return (extent[2] + kChunk - 1) / kChunk;
+  static NATTEN_DEVICE int per_line(const Box& box) {
+    return (box.extent[2] + kChunk - 1) / kChunk;
   }
-  NATTEN_DEVICE void advance(const int (&extent)[kMaxRank]) {
-    at[2] += kChunk;
-    if (at[2] >= extent[2]) {
-      at[2] = 0;
-      if (++at[1] == extent[1]) {
-        at[1] = 0;
-        ++at[0];
+  NATTEN_DEVICE bool is_in(const Box& box) const { return at[0] < box.extent[0]; }
+  NATTEN_DEVICE void advance(const Box& box, const Tiles& tiles) {
+    step(2, count, box, tiles);
+    if (at[2] >= box.extent[2]) {
+      reset(2, tiles);
+      step(1, 1, box, tiles);
+      if (at[1] >= box.extent[1]) {
+        reset(1, tiles);
+        step(0, 1, box, tiles);
       }
     }
-    set_count(extent);
+    set_count(box);
   }
-  NATTEN_DEVICE void set_count(const int (&extent)[kMaxRank]) {
-    count = extent[2] - at[2] < kChunk ? extent[2] - at[2] : kChunk;
-  }
+  NATTEN_DEVICE int place(int axis) const { return origin[axis] + at[axis]; }
 
   /// One bit per column: whether it is in a box.
   NATTEN_DEVICE std::uint32_t mask(const Range (&box)[kMaxRank]) const {
@@ -296,11 +345,40 @@ struct Chunk {
     return below(box[2].end) & ~below(box[2].begin);
   }
 
-  /// Calls `f(j, offset of column j by the strides)` for kChunk columns. Past the end the last
-  /// column comes again, so that there is something to read.
+  /// Calls `f(j, offset in memory of column j by the strides)` for kChunk columns. Past the end the
+  /// last column comes again, so that there is something to read.
   template <class F>
   NATTEN_DEVICE void for_each(const std::int64_t (&stride)[kMaxRank], F&& f) const {
-    std::int64_t offset = at[0] * stride[0] + at[1] * stride[1] + at[2] * stride[2];
+    for_each_from({place(0), place(1), place(2)}, stride, f);
+  }
+  /// The same by strides of a box, from its origin.
+  template <class F>
+  NATTEN_DEVICE void for_each_in_box(const std::int64_t (&stride)[kMaxRank], F&& f) const {
+    for_each_from(at, stride, f);
+  }
+
+ private:
+  NATTEN_DEVICE void step(int axis, int columns, const Box& box, const Tiles& tiles) {
+    at[axis] += columns;
+    if (place(axis) == box.run[axis]) {
+      const int turn = tiles.axes[axis].turn;
+      at[axis] += turn - box.run[axis];
+      origin[axis] -= turn;
+    }
+  }
+  NATTEN_DEVICE void reset(int axis, const Tiles& tiles) {
+    at[axis] = 0;
+    while (origin[axis] < 0) origin[axis] += tiles.axes[axis].turn;
+  }
+  NATTEN_DEVICE void set_count(const Box& box) {
+    count = box.extent[2] - at[2] < kChunk ? box.extent[2] - at[2] : kChunk;
+    const int left = box.run[2] - place(2);
+    if (left < count) count = left;
+  }
+  template <class F>
+  NATTEN_DEVICE void for_each_from(const int (&first)[kMaxRank],
+                                   const std::int64_t (&stride)[kMaxRank], F&& f) const {
+    std::int64_t offset = first[0] * stride[0] + first[1] * stride[1] + first[2] * stride[2];
     NATTEN_EACH (j, kChunk) {
       f(j, offset);
       if (j + 1 < count) offset += stride[2];

@@ -22,9 +22,8 @@ struct Sums {
   using Sum = StatisticOf<T>;
 
   Tiles tiles;
-  int columns[kMaxRank];   // lengths of their grid
-  Windows windows;         // of the rows, in columns
-  Windows column_windows;  // of queries, where rows are keys
+  Sights sights;         // of the rows
+  Sights column_sights;  // of queries, where rows are keys
   int kernel_size[kMaxRank];
   int window_size;  // slot of the first additional token
   int additional;   // columns after the window's
@@ -39,6 +38,8 @@ struct Sums {
   Operand<const T> row_a, row_b;
   ColumnOperand<const T> column_a, column_b, column_c;
   Operand<const T> bias;
+  Operand<const std::uint8_t> row_mask;  // of keys...
+  ColumnOperand<const std::uint8_t> column_mask;
   ColumnOperand<const T> attn;                   // of queries, be they rows or columns...
   ColumnOperand<const Sum> logsumexp, row_term;  // ...like these
 
@@ -81,13 +82,14 @@ struct RowSums {
     const int slice = take(index, in.slices);
     const Tile tile = in.tiles.tile(index);
     if (tile.is_empty) return;
-    const Row row = in.tiles.row(tile, gpu.thread(), in.windows, in.columns);
+    const Row row = in.tiles.row(tile, gpu.thread());
+    View view = in.tiles.template view<kKeyRows>(tile, row, in.sights);
     const int split = kKeyRows ? take(index, in.splits) : 0;
     const int head = take(index, in.heads);
     const std::int64_t batch = index;
     const int first = slice * kDims;  // element of the sums
-    int origin[kMaxRank];             // token
-    for (int i = 0; i < kMaxRank; ++i) origin[i] = row.origin_token(in.tiles.dilation, i);
+    if constexpr (kKeyRows)
+      if (in.row_mask && *in.row_mask.at(batch, 0, widened(row.token)) == 0) view.seen[2] = {0, 0};
 
     Stored* slots = nullptr;
     if constexpr (kDims == 0) {
@@ -114,35 +116,34 @@ struct RowSums {
       const bool is_extra = !kKeyRows && part == 1;
       const int column_head = kKeyRows ? head * in.group + part : head / in.group;
       const int query_head = kKeyRows ? column_head : head;
-      int extent[kMaxRank];
-      for (int i = 0; i < kMaxRank; ++i)
-        extent[i] = !is_extra ? row.extent[i] : i == kMaxRank - 1 ? in.additional : 1;
-      const int chunks = extent[0] * extent[1] * Chunk::per_line(extent);
-      int begin = 0, left = chunks;
-      if constexpr (kKeyRows) {
-        const int per_split = (chunks + in.splits - 1) / in.splits;
-        begin = split * per_split;
-        left = chunks - begin < per_split ? chunks - begin : per_split;
+      const Box box = is_extra ? box_of_additional(in.additional) : view.box;
+      if (box.is_empty()) continue;
+      int begin = 0, left = kNoEnd;  // chunks
+      if (kKeyRows && in.splits > 1) {
+        left = (box.extent[0] * box.extent[1] * Chunk::per_line(box) + in.splits - 1) / in.splits;
+        begin = split * left;
       }
-      if (left <= 0) continue;
 
-      Chunk next = Chunk::find(begin, extent);
-      for (; left > 0; --left) {
-        const Chunk chunk = next;
-        next.advance(extent);
-        const std::uint32_t mask = is_extra ? (1u << chunk.count) - 1 : chunk.mask(row.seen);
+      const T* const bias = is_extra ? nullptr : bias_of(view, query_head);
+      const std::int64_t slot = slot_of_origin(view, is_extra);
+      Chunk chunk = Chunk::find(begin, box);
+      for (; chunk.is_in(box) && left > 0; --left, chunk.advance(box, in.tiles)) {
+        const std::uint32_t all = (1u << chunk.count) - 1;
+        std::uint32_t shown = all;
+        if (in.column_mask && !is_extra) shown &= shown_of(chunk, row, batch);
+        const std::uint32_t mask = is_extra ? all : shown & chunk.mask(view.seen);
         if (mask == 0) continue;
 
         Sum weight[kChunk];
         if constexpr (kHasScore) {
           const T* vectors[kChunk];
-          find_vectors(vectors, chunk, in.column_a.at(is_extra, batch, column_head, origin), 0);
+          find_vectors(vectors, chunk, in.column_a.at(is_extra, batch, column_head, row), 0);
           dot<kVector, kTf32>(weight, in.row_a.at(batch, head, widened(row.token)), vectors,
                               in.score_dims);
           NATTEN_EACH (j, kChunk) weight[j] *= in.scale;
-          if (in.bias && !is_extra) add_bias(weight, mask, chunk, row, query_head);
+          if (bias) add_bias(weight, mask, chunk, bias);
         } else {
-          read_slots(weight, mask, chunk, row, batch, query_head, origin, is_extra);
+          read_slots(weight, mask, chunk, row, batch, query_head, slot);
         }
 
         Sum correction = 1;
@@ -159,7 +160,7 @@ struct RowSums {
           const auto of_columns = [&](const ColumnOperand<const Sum>& of_queries, Sum own,
                                       auto&& use) {
             if constexpr (kKeyRows) {
-              const Columns<const Sum> at = of_queries.at(false, batch, query_head, origin);
+              const Columns<const Sum> at = of_queries.at(false, batch, query_head, row);
               chunk.for_each(at.stride,
                              [&](int j, std::int64_t offset) { use(j, at.base[offset]); });
             } else {
@@ -172,7 +173,7 @@ struct RowSums {
           if constexpr (kWeight == Weight::grad_score) {
             Sum grad[kChunk];
             const T* vectors[kChunk];
-            find_vectors(vectors, chunk, in.column_b.at(is_extra, batch, column_head, origin), 0);
+            find_vectors(vectors, chunk, in.column_b.at(is_extra, batch, column_head, row), 0);
             dot<kVector, kTf32>(grad, in.row_b.at(batch, head, widened(row.token)), vectors,
                                 in.grad_dims);
             of_columns(in.row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
@@ -185,7 +186,8 @@ struct RowSums {
 
         if constexpr (kDims > 0) {
           const T* vectors[kChunk];
-          find_vectors(vectors, chunk, in.column_c.at(is_extra, batch, column_head, origin), first);
+          find_vectors(vectors, chunk, in.column_c.at(is_extra, batch, column_head, row), first);
+          if (shown != all) leave_out(vectors, shown);
           NATTEN_UNROLL
           for (int d = 0; d < kDims; d += kVector) {
             if (first + d >= in.sum_dims) continue;
@@ -198,9 +200,8 @@ struct RowSums {
             NATTEN_EACH (e, kVector) sum[d + e] = sum[d + e] * correction + of_chunk[e];
           }
         } else if (slots) {
-          const Slots s = slots_of_columns(row, is_extra);
-          chunk.for_each(s.stride, [&](int j, std::int64_t offset) {
-            if (mask >> j & 1) slots[s.first + offset] = static_cast<Stored>(weight[j]);
+          for_each_slot(chunk, [&](int j, std::int64_t offset) {
+            if (mask >> j & 1) slots[slot + offset] = static_cast<Stored>(weight[j]);
           });
         }
       }
@@ -243,6 +244,26 @@ struct RowSums {
     return sum;
   }
 
+  /// One bit per column of a chunk: whether the key is not hidden.
+  NATTEN_DEVICE std::uint32_t shown_of(const Chunk& chunk, const Row& row,
+                                       std::int64_t batch) const {
+    const Columns<const std::uint8_t> keys = in.column_mask.at(false, batch, 0, row);
+    std::uint32_t shown = 0;
+    chunk.for_each(keys.stride, [&](int j, std::int64_t offset) {
+      shown |= static_cast<std::uint32_t>(keys.base[offset] != 0) << j;
+    });
+    return shown;
+  }
+  /// Puts the vector of a column that is shown in place of those that are not: their weight is 0,
+  /// but their elements may be NaN.
+  NATTEN_DEVICE static void leave_out(const T* (&vectors)[kChunk], std::uint32_t shown) {
+    const T* other = vectors[0];
+    NATTEN_EACH (j, kChunk)
+      if (shown >> j & 1) other = vectors[j];
+    NATTEN_EACH (j, kChunk)
+      if (!(shown >> j & 1)) vectors[j] = other;
+  }
+
   template <class Machine>
   NATTEN_DEVICE Stored* slots_of(Machine& gpu, std::int64_t batch, std::int64_t head,
                                  const int (&token)[kMaxRank]) const {
@@ -255,60 +276,69 @@ struct RowSums {
     }
   }
 
-  /// Slot of the first column of a part, and how it grows along the columns' axes.
-  struct Slots {
-    std::int64_t first, stride[kMaxRank];
+  /// How slots grow along the axes of a box; of additional tokens, along the last.
+  struct Strides {
+    std::int64_t of[kMaxRank];
   };
-  NATTEN_DEVICE Slots slots_of_columns(const Row& row, bool is_extra) const {
-    if (is_extra) return {in.window_size, {0, 0, 1}};
-    Slots s{
-        0,
-        {static_cast<std::int64_t>(in.kernel_size[1]) * in.kernel_size[2], in.kernel_size[2], 1}};
-    for (int i = 0; i < kMaxRank; ++i) s.first -= row.seen[i].begin * s.stride[i];
-    return s;
+  NATTEN_DEVICE Strides slot_strides() const {
+    return {{std::int64_t{in.kernel_size[1]} * in.kernel_size[2], in.kernel_size[2], 1}};
+  }
+  /// The slot of the column at the origin of a box, which the row need not see.
+  NATTEN_DEVICE std::int64_t slot_of_origin(const View& view, bool is_extra) const {
+    if (is_extra) return in.window_size;
+    const Strides strides = slot_strides();
+    std::int64_t slot = 0;
+    for (int i = 0; i < kMaxRank; ++i) slot -= view.slot[i] * strides.of[i];
+    return slot;
+  }
+  template <class F>
+  NATTEN_DEVICE void for_each_slot(const Chunk& chunk, F&& f) const {
+    chunk.for_each_in_box(slot_strides().of, f);
   }
 
+  /// `first_slot`: of the origin of the box, where rows are queries.
   NATTEN_DEVICE void read_slots(Sum (&to)[kChunk], std::uint32_t mask, const Chunk& chunk,
                                 const Row& row, std::int64_t batch, int query_head,
-                                const int (&origin)[kMaxRank], bool is_extra) const {
+                                std::int64_t first_slot) const {
     if constexpr (kKeyRows) {
-      const Columns<const T> queries = in.attn.at(false, batch, query_head, origin);
-      const Slots strides = slots_of_columns(row, false);
-      const auto slot_along = [&](int axis, int at) {  // of the window of the query there
-        const std::int64_t query =
-            origin[axis] + static_cast<std::int64_t>(at) * in.tiles.dilation[axis];
-        return (row.position[axis] - in.column_windows.of[axis][query].begin) *
-               strides.stride[axis];
+      const Columns<const T> queries = in.attn.at(false, batch, query_head, row);
+      const Strides strides = slot_strides();
+      const auto slot_along = [&](int axis, int place) {  // of the window of the query there
+        const Places& along = in.tiles.axes[axis];
+        const int query = along.number(row.column[axis], place);
+        const int slot = row.place[axis] - in.column_sights.of[axis][query].slot;
+        return along.in_turn(slot) * strides.of[axis];
       };
       std::int64_t slot = in.window_size + row.token[2];  // where rows are additional tokens
-      if (in.windows.of[0]) slot = slot_along(0, chunk.at[0]) + slot_along(1, chunk.at[1]);
+      if (in.sights.of[0]) slot = slot_along(0, chunk.place(0)) + slot_along(1, chunk.place(1));
       chunk.for_each(queries.stride, [&](int j, std::int64_t offset) {
         to[j] = 0;
         if (!(mask >> j & 1)) return;
-        if (in.windows.of[0]) offset += slot_along(2, chunk.at[2] + j);
+        if (in.sights.of[0]) offset += slot_along(2, chunk.place(2) + j);
         to[j] = number(queries.base[offset + slot]);
       });
     } else {
-      const Slots s = slots_of_columns(row, is_extra);
-      const T* from = in.attn.grid.at(batch, query_head, widened(row.token)) + s.first;
-      chunk.for_each(s.stride, [&](int j, std::int64_t offset) {
+      const T* from = in.attn.grid.at(batch, query_head, widened(row.token)) + first_slot;
+      for_each_slot(chunk, [&](int j, std::int64_t offset) {
         to[j] = mask >> j & 1 ? number(from[offset]) : Sum(0);
       });
     }
   }
 
+  static constexpr int kSign = kKeyRows ? -1 : 1;  // offsets of biases are key minus query
+  /// The bias of the column at the origin of a box, which the row need not see; null without any.
+  NATTEN_DEVICE const T* bias_of(const View& view, int query_head) const {
+    if (!in.bias) return nullptr;
+    Coordinate offset;
+    for (int i = 0; i < kMaxRank; ++i) offset[i] = in.kernel_size[i] - 1 - kSign * view.own[i];
+    return in.bias.at(0, query_head, offset);
+  }
   NATTEN_DEVICE void add_bias(Sum (&to)[kChunk], std::uint32_t mask, const Chunk& chunk,
-                              const Row& row, int query_head) const {
-    constexpr int kSign = kKeyRows ? -1 : 1;  // offsets are those of the key minus the query
-    Coordinate first;
+                              const T* bias) const {
     std::int64_t stride[kMaxRank];
-    for (int i = 0; i < kMaxRank; ++i) {
-      first[i] = kSign * (row.origin[i] - row.position[i]) + in.kernel_size[i] - 1;
-      stride[i] = kSign * in.bias.grid[i];
-    }
-    const T* from = in.bias.at(0, query_head, first);
-    chunk.for_each(stride, [&](int j, std::int64_t offset) {
-      if (mask >> j & 1) to[j] += number(from[offset]);
+    for (int i = 0; i < kMaxRank; ++i) stride[i] = kSign * in.bias.grid[i];
+    chunk.for_each_in_box(stride, [&](int j, std::int64_t offset) {
+      if (mask >> j & 1) to[j] += number(bias[offset]);
     });
   }
 };

@@ -54,9 +54,13 @@ struct Arguments {
   int dims[2];             ///< of A1, B1 and of A2, B2
   int additional_columns;  ///< tokens
   Tokens<const T> rows[2], columns[2], additional[2];
-  /// Whether whole tiles of columns can be copied by chunks, with offsets that fit into 32 bits.
+  /// Whether columns can be copied by chunks, with offsets that fit into 32 bits.
   bool copies_chunks[2];
-  Operand<const T> rpb;  ///< offsets within a head fit into 32 bits
+  int turn_chunks[2][kMaxRank];  ///< those of a turn of a circular axis
+  KeyMask row_mask{}, column_mask{};
+  bool hides_rows = false;     ///< there may be keys that nobody sees
+  bool hides_columns = false;  ///< rows' spans may hold columns that are hidden or not given
+  Operand<const T> rpb;        ///< offsets within a head fit into 32 bits
   Operand<const float> logsumexp, row_term, grad_logsumexp;
   Operand<float> statistic;  ///< written: logsumexp or row term
   Tokens<T> sums[2];         ///< written: of weights times B1 and B2
@@ -69,6 +73,13 @@ struct Arguments {
   float factor;  ///< scores times it are logarithms to base 2
 
   explicit Arguments(const Grid& g) : grid(g), mask(g.column_tile) {}
+  NATTEN_HOST_DEVICE Coordinate row_lengths() const {
+    return {grid.places[0].row_length, grid.places[1].row_length, grid.places[2].row_length};
+  }
+  NATTEN_HOST_DEVICE Coordinate column_lengths() const {
+    return {grid.places[0].column_length, grid.places[1].column_length,
+            grid.places[2].column_length};
+  }
 };
 
 }  // namespace natten::detail::cuda

@@ -26,9 +26,8 @@ NATTEN_DEVICE void write_partial(const Worker<K, Machine>& w, int which,
                                  const typename K::RowSums& sums, float factor) {
   using T = typename K::Element;
   const int dims = w.a.dims[which];
-  const int* lengths = w.a.grid.row_lengths;
-  const std::int64_t rows = std::int64_t{lengths[0]} * lengths[1] * lengths[2];
-  const std::int64_t before = (w.state.batch * w.a.heads + w.state.head) * rows;
+  const Coordinate lengths = w.a.row_lengths();
+  const std::int64_t before = (w.state.batch * w.a.heads + w.state.head) * volume(lengths);
   NATTEN_EACH (m, K::kM)
     NATTEN_EACH (half, 2) {
       Coordinate token;
@@ -73,6 +72,22 @@ NATTEN_DEVICE void write(const Worker<K, Machine>& w, int which, const typename 
   }
 }
 
+/// Gradients of keys that nobody sees are 0.
+template <class K, class Machine>
+NATTEN_DEVICE void clear_hidden_rows(const Worker<K, Machine>& w, Accumulators<K>& sums) {
+  NATTEN_EACH (m, K::kM)
+    NATTEN_EACH (half, 2) {
+      Coordinate token;
+      const int row = w.row_of(m, half);
+      if (!w.token_of_row(row, token) || !w.is_hidden(row, token)) continue;
+      NATTEN_EACH (n, K::kDims / 8)
+        NATTEN_EACH (j, 2) {
+          if constexpr (K::kSumsFirst) sums.first[m][n][2 * half + j] = 0;
+          if constexpr (K::kSumsSecond) sums.second[m][n][2 * half + j] = 0;
+        }
+    }
+}
+
 /// Writes what the pass computes.
 template <class K, class Machine>
 NATTEN_DEVICE void write_results(const Worker<K, Machine>& w, Accumulators<K>& sums) {
@@ -92,6 +107,8 @@ NATTEN_DEVICE void write_results(const Worker<K, Machine>& w, Accumulators<K>& s
         }
       }
   }
+  if constexpr (!K::kRowsAreQueries)
+    if (w.a.hides_rows) clear_hidden_rows(w, sums);
   if constexpr (K::kSumsFirst) write(w, 0, sums.first, w.a.scale);
   if constexpr (K::kSumsSecond) write(w, 1, sums.second, 1.0f);
 }

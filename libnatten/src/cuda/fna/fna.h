@@ -13,8 +13,8 @@
 
 namespace natten::detail::cuda {
 
-inline std::string fna_refuse_reason(const Problem& p) {
-  if (!is_plain(p)) return "borders other than shift, parts of a grid and masks are not built yet";
+inline std::string fna_refuse_reason(const Problem& problem) {
+  const Problem p = simplified(problem);
   if (p.op != Op::attention_forward && p.op != Op::attention_backward)
     return "computes fused attention only";
   if (p.dtype == DType::float64) return "does not compute float64";
@@ -24,9 +24,15 @@ inline std::string fna_refuse_reason(const Problem& p) {
   if (p.head_dim > most || p.value_dim > most)
     return "head dims " + std::to_string(p.head_dim) + " and " + std::to_string(p.value_dim) +
            "; the most is " + std::to_string(most) + " for " + name_of(p.dtype);
-  for (const Axis& axis : p.axes)
-    if (std::max(axis.query_length, axis.key_length) > std::numeric_limits<std::int32_t>::max() / 2)
+  for (const Axis& axis : p.axes) {
+    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+    if (std::max(axis.query_length, axis.key_length) > kMost / 2)
       return "an axis has more than 2^30 tokens";
+    if (axis.dilation > kMost / 2) return "a dilation is more than 2^30";
+    // Places go around a few times.
+    if (axis.boundary == Boundary::circular && axis.grid_length > kMost / 8)
+      return "a circular axis has more than 2^28 - 1 tokens";
+  }
   if (p.rpb_span > std::numeric_limits<std::int32_t>::max())
     return "rpb: its strides span " + std::to_string(p.rpb_span) +
            " elements within a head; the most is 2^31 - 1";
@@ -85,7 +91,7 @@ template <class T, class Launcher>
 class TilePasses {
  public:
   TilePasses(const Job& job, Launcher& launch)
-      : job_(job), p_(job.problem), launch_(launch), pieces_(p_, job.workspace) {}
+      : job_(job), p_(simplified(job.problem)), launch_(launch), pieces_(p_, job.workspace) {}
 
   void run() {
     if (p_.batch > 0) run_tiles();
@@ -252,6 +258,14 @@ class TilePasses {
     a.row_term = {row_term.data, row_term.batch, row_term.head, row_term.token, row_term.grid};
     const bool forward = p_.op == Op::attention_forward;
     a.statistic = forward ? operand<float>(p_, job_.tensors, &M::logsumexp) : row_term;
+    const KeyMask mask = key_mask(p_, job_.tensors);
+    a.row_mask = grid.rows == Rows::keys ? mask : KeyMask{};
+    a.column_mask = grid.rows == Rows::queries ? mask : KeyMask{};
+    a.hides_rows = grid.rows == Rows::keys && !is_plain(p_);
+    a.hides_columns = bool(a.column_mask);
+    for (int i = 0; i < kMaxRank; ++i)  // what keys of a circular axis see has gaps
+      a.hides_columns = a.hides_columns || (grid.rows == Rows::keys && grid.places[i].turn > 0 &&
+                                            p_.axes[i].query_length < p_.axes[i].grid_length);
     const Tokens<const T> query = input(&M::query), grad_output = input(&M::grad_output);
     if (rows_are_queries) {
       a.rows[0] = query;
@@ -279,20 +293,24 @@ class TilePasses {
         std::copy(pieces_.parts, pieces_.parts + 2, a.partial);
       }
     }
-    for (int which = 0; which < 2; ++which) a.copies_chunks[which] = copies_chunks(a, which);
+    for (int which = 0; which < 2; ++which) set_copies(a, which);
     return a;
   }
-  static bool copies_chunks(const Arguments<T>& a, int which) {
+  static void set_copies(Arguments<T>& a, int which) {
     std::int64_t furthest = 0;  // of a tile's columns, in elements
-    for (int i = 0; i < kMaxRank; ++i)
-      furthest += std::abs(a.columns[which].tensor.grid[i]) * a.grid.axes[i].dilation *
-                  (a.grid.column_tile.extent(i) - 1);
-    return a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
-           furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
+    for (int i = 0; i < kMaxRank; ++i) {
+      const Places& places = a.grid.places[i];
+      const std::int64_t step = a.columns[which].tensor.grid[i] * places.dilation;
+      const std::int64_t turn = places.turn * step;
+      a.turn_chunks[which][i] = static_cast<int>(turn / kChunk<T>);
+      furthest += std::max(std::abs(step) * (a.grid.column_tile.extent(i) - 1), std::abs(turn));
+    }
+    a.copies_chunks[which] = a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
+                             furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
   }
 
   const Job& job_;
-  const Problem& p_;
+  const Problem p_;
   Launcher& launch_;
   const FnaPieces pieces_;
 };

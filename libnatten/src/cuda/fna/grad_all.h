@@ -6,16 +6,19 @@
 
 namespace natten::detail::cuda {
 
-/// Puts the warp's dS where all warps find them: keys by queries, in the element type.
+/// Puts the warp's dS where all warps find them: keys by queries, in the element type. Rows
+/// that do not exist or are hidden have anything, infinity included.
 template <class K, class Machine>
 NATTEN_DEVICE void store_grad_scores(const Worker<K, Machine>& w, const typename K::Weights& x) {
   using T = typename K::Element;
   constexpr SharedTile<T, K::kColumns> to{K::Layout::kGradScores};
   NATTEN_EACH (m, K::kM)
-    NATTEN_EACH (n, K::kN)
-      NATTEN_EACH (half, 2)
+    NATTEN_EACH (half, 2) {
+      const bool is_live = w.live()[w.row_of(m, half)];
+      NATTEN_EACH (n, K::kN)
         *w.gpu.template shared<std::uint32_t>(to.at(w.row_of(m, half), n) + 4 * (w.lane() % 4)) =
-            x[m][n / 2][n % 2 * 2 + half];
+            is_live ? x[m][n / 2][n % 2 * 2 + half] : 0;
+    }
 }
 /// Adds to each query of the tile what the block's keys give it. A warp has 16 queries.
 template <class K, class Machine>
@@ -31,9 +34,8 @@ NATTEN_DEVICE void add_to_queries(const Worker<K, Machine>& w, const ColumnTile&
   NATTEN_EACH (half, 2) {
     Coordinate token;
     const bool exists = w.token_of_column(at, 16 * w.warp() + 8 * half + w.lane() / 4, token);
-    const int* lengths = w.a.grid.column_lengths;
-    const std::int64_t index = ravel(token, lengths);
-    const std::int64_t queries = std::int64_t{lengths[0]} * lengths[1] * lengths[2];
+    const Coordinate lengths = w.a.column_lengths();
+    const std::int64_t index = ravel(token, lengths), queries = volume(lengths);
     const std::int64_t heads = std::int64_t{w.a.heads} * w.a.queries_per_kv;
     to[half] =
         exists ? w.a.query_sums +

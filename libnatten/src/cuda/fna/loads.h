@@ -30,7 +30,7 @@ NATTEN_DEVICE void load_rows(const Worker<K, Machine>& w, int which, const typen
   for (int item = w.thread(); item < K::kRows * Tile::kChunks; item += K::kThreads) {
     const int row = item / Tile::kChunks, chunk = item % Tile::kChunks;
     Coordinate token;
-    const bool exists = w.token_of_row(row, token);
+    const bool exists = w.token_of_row(row, token) && !w.is_hidden(row, token);
     load_chunk(w, to.at(row, chunk),
                exists ? x.tensor.at(w.state.batch, w.state.head, token) : nullptr, chunk,
                w.a.dims[which], x.is_aligned);
@@ -50,6 +50,21 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
     const int chunk = thread % kUnit, column = thread / kUnit;
     const int slot = to.at(column, chunk), element = chunk * kChunk<T>;
     const int* offset = w.relative(which) + column;
+    if (!stop.is_whole) {
+      NATTEN_DO_NOT_UNROLL
+      for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
+        const bool exists = stop.shown >> (column + i) & 1;
+        const int chunks = offset[i] - w.turned_back(which, stop.tile, column + i);
+        const T* from =
+            exists ? first + std::int64_t{chunks} * kChunk<T> : w.a.columns[which].tensor.data;
+        NATTEN_UNROLL
+        for (int j = 0; j < Tile::kChunks; j += kUnit)
+          if (element + j * kChunk<T> < dims)
+            w.gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + element + j * kChunk<T>,
+                             exists);
+      }
+      return;
+    }
     NATTEN_UNROLL
     for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
       const T* from = first + std::int64_t{offset[i]} * kChunk<T> + element;
@@ -71,7 +86,8 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
       const int n = at.origin[2] + column;
       if (n < w.a.additional_columns)
         from = x.tensor.at(w.state.batch, w.column_head(at), {0, 0, n});
-    } else if (w.token_of_column(at, column, token)) {
+    } else if (stop.shown >> column & 1) {
+      w.token_of_column(at, column, token);
       from = x.tensor.at(w.state.batch, w.column_head(at), token);
     }
     load_chunk(w, to.at(column, chunk), from, chunk, dims, x.is_aligned);

@@ -43,7 +43,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
     if (seen != Overlap::none) {
       clear(scores);
       multiply_rows<T>(w.gpu, scores, rows1, 16 * K::kM * w.warp(), w.first_columns(stage));
-      finish_scores(w, scores, stop.tile, seen);
+      finish_scores(w, scores, stop, seen);
       if constexpr (K::kPass == Pass::forward)
         softmax(w, scores, sums.second, sums.totals);
       else

@@ -13,6 +13,30 @@ NATTEN_DEVICE Overlap overlap(const Worker<K, Machine>& w, const ColumnTile& at,
   return overlap_of(w.state.bounds[of_warp], w.a.grid.column_tile, at.origin);
 }
 
+/// The columns of a tile that are given and not hidden, a bit for each. Four lanes find out a
+/// quarter each for a tile of theirs; all lanes of a warp take part.
+template <class K, class Machine>
+NATTEN_DEVICE std::uint64_t shown_columns(const Worker<K, Machine>& w, const ColumnTile& at,
+                                          bool exists) {
+  constexpr int kPart = K::kColumns / K::kWarps, kBatch = K::State::kBatch;
+  const int first = w.lane() / kBatch * kPart;
+  std::uint32_t bits = 0;
+  if (exists) {
+    NATTEN_DO_NOT_UNROLL
+    for (int i = 0; i < kPart; i += 4)
+      NATTEN_EACH (j, 4) {
+        Coordinate token;
+        const bool is_shown = at.is_additional || (w.token_of_column(at, first + i + j, token) &&
+                                                   !w.a.column_mask.hides(w.state.batch, token));
+        bits |= static_cast<std::uint32_t>(is_shown) << (i + j);
+      }
+  }
+  std::uint64_t word = 0;
+  NATTEN_EACH (part, K::kWarps)
+    word |= std::uint64_t{w.gpu.shuffle(bits, w.lane() % kBatch + kBatch * part)} << kPart * part;
+  return word;
+}
+
 /// The columns that a row sees, a bit for each.
 template <class K, class Machine>
 NATTEN_DEVICE std::uint64_t seen_by(const Worker<K, Machine>& w, int row, const ColumnTile& at) {
@@ -41,10 +65,9 @@ NATTEN_DEVICE void scale_row(const Worker<K, Machine>& w, FragmentC (&scores)[K:
   constexpr int kSign = K::kRowsAreQueries ? 1 : -1;  // offsets are key - query
   int offset = 0;
   NATTEN_EACH (i, kMaxRank) {
-    const int position = w.state.rows.origin[i] + w.a.grid.row_tile.offset(row, i);
-    offset +=
-        (kSign * (at.origin[i] - position) + static_cast<int>(w.a.grid.axes[i].kernel_size) - 1) *
-        static_cast<int>(w.a.rpb.grid[i]);
+    const int own = w.state.rows.own[i] + w.a.grid.row_tile.offset(row, i);
+    offset += (kSign * (at.origin[i] - own) + static_cast<int>(w.a.grid.axes[i].kernel_size) - 1) *
+              static_cast<int>(w.a.rpb.grid[i]);
   }
   const T* bias = w.a.rpb.data + w.query_head(at) * w.a.rpb.head;
   NATTEN_EACH (n, K::kN)
@@ -59,13 +82,17 @@ NATTEN_DEVICE void scale_row(const Worker<K, Machine>& w, FragmentC (&scores)[K:
 /// Scales where that comes first, adds biases, and gives unseen columns the score -inf.
 template <class K, class Machine>
 NATTEN_DEVICE void finish_scores(const Worker<K, Machine>& w, typename K::Scores& scores,
-                                 const ColumnTile& at, Overlap overlap) {
+                                 const typename K::Stop& stop, Overlap overlap) {
+  const ColumnTile& at = stop.tile;
   const bool scales_first = K::kScalesFirst && w.a.scales_first;
   if (overlap == Overlap::all && !scales_first) return;
   // Four threads share their rows, and what rows see: each finds it out for one of them.
   const int first_row = w.row_of(0, 0), own = w.lane() % (2 * K::kM);
   std::uint64_t word = ~std::uint64_t{0};
-  if (overlap == Overlap::some) word = seen_by(w, first_row + 8 * own, at);
+  if (overlap == Overlap::some) {
+    word = seen_by(w, first_row + 8 * own, at);
+    if (w.a.hides_columns) word &= stop.shown;
+  }
   NATTEN_EACH (m, K::kM)
     NATTEN_EACH (half, 2) {
       Mask<K> mask;

@@ -24,20 +24,14 @@ constexpr int most_dims(std::size_t element_bytes) { return element_bytes == 4 ?
 constexpr int most_wide_dims(std::size_t element_bytes) { return element_bytes == 4 ? 96 : 128; }
 inline constexpr int kMostDimsOfTwo = 128;
 
-/// The grid of a pass, but for its tiles.
+/// The grid of a pass of a simplified problem, but for its tiles.
 inline Grid grid_of(const Problem& p, Rows rows) {
   Grid grid{};
   grid.rows = rows;
   for (int a = 0; a < kMaxRank; ++a) {
     grid.axes[a] = p.axes[a];
-    const int queries = static_cast<int>(p.axes[a].query_length);
-    const int keys = static_cast<int>(p.axes[a].key_length);
-    grid.row_lengths[a] = rows == Rows::queries ? queries : keys;
-    grid.column_lengths[a] = rows == Rows::queries ? keys : queries;
-    if (rows == Rows::additional) {  // each sees all queries
-      grid.axes[a].dilation = 1;
-      grid.row_lengths[a] = a == kMaxRank - 1 ? static_cast<int>(p.additional) : 1;
-    }
+    grid.places[a] = places_of(p, a, rows);
+    grid.groups[a] = grid.places[a].groups();
   }
   return grid;
 }
@@ -45,8 +39,7 @@ inline Grid grid_of(const Problem& p, Rows rows) {
 inline void set_row_tile(Grid& grid, const TileShape& tile) {
   grid.row_tile = tile;
   for (int a = 0; a < kMaxRank; ++a) {
-    const int longest = grid.positions(a, grid.row_lengths[a], 0);
-    grid.row_tiles[a] = (longest + tile.extent(a) - 1) >> tile.bits[a];
+    grid.row_tiles[a] = (grid.longest(a) + tile.extent(a) - 1) >> tile.bits[a];
   }
 }
 
@@ -65,7 +58,8 @@ struct AxisCost {
 
   AxisCost(const Grid& grid, int axis, int row_bits) {
     constexpr int kSamples = 4;
-    const int rows = grid.positions(axis, grid.row_lengths[axis], 0);
+    const int rows = grid.longest(axis);
+    const Group group = grid.places[axis].group(0);
     const int extent = 1 << row_bits, blocks = (rows + extent - 1) / extent;
     const int samples = std::min(blocks, kSamples);
     std::fill(visits, visits + kMostBits + 1, 0.0);
@@ -73,7 +67,8 @@ struct AxisCost {
       // The middles of equal parts, so that borders count no more than they are.
       const int block = static_cast<int>((2 * i + 1) * std::int64_t{blocks} / (2 * samples));
       const int first = block * extent, last = std::min(first + extent, rows) - 1;
-      const int seen = grid.seen(axis, 0, last).end - grid.seen(axis, 0, first).begin;
+      const auto seen_by = [&](int row) { return grid.seen(grid.rows, axis, group, row); };
+      const int seen = seen_by(last).end - seen_by(first).begin;
       for (int bits = 0; bits <= kMostBits; ++bits)
         visits[bits] += static_cast<double>((std::max(seen, 0) + (1 << bits) - 1) >> bits);
     }

@@ -11,20 +11,30 @@ namespace natten::detail::cuda {
 /// Finds out where the tokens of a batch of tiles are. One warp does it for the block.
 template <class K, class Machine>
 NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
-  using Stop = typename K::Stop;
+  constexpr std::uint64_t kAll = low_bits(K::kColumns);
   const int i = first_tile + w.lane() % K::State::kBatch, of_warp = w.lane() / K::State::kBatch;
-  if (i >= w.state.count) return;
-  Stop& stop = w.stop_of(i);
-  const ColumnTile tile = w.state.tiles.at(w.state.first + i, w.a.grid.column_tile);
-  stop.seen[of_warp] = overlap(w, tile, of_warp);
+  const bool exists = i < w.state.count;
+  ColumnTile tile{};
+  Coordinate token{};
+  bool is_whole = true;
+  if (exists) {
+    tile = w.state.tiles.at(w.state.first + i, w.a.grid);
+    is_whole = tile.is_additional || w.is_whole(tile, token);
+  }
+  std::uint64_t shown = kAll;
+  if (w.a.hides_columns || !w.gpu.all(is_whole)) shown = shown_columns(w, tile, exists);
+  if (!exists) return;
+  typename K::Stop& stop = w.stop_of(i);
+  Overlap seen = overlap(w, tile, of_warp);
+  if (seen == Overlap::all && shown != kAll) seen = Overlap::some;
+  stop.seen[of_warp] = shown == 0 ? Overlap::none : seen;
   if (of_warp != 0) return;
   stop.tile = tile;
-  Coordinate token;
-  const bool is_whole = w.token_of_column(tile, K::kColumns - 1, token);
-  w.token_of_column(tile, 0, token);
+  stop.shown = shown;
+  stop.is_whole = is_whole && shown == kAll;
   NATTEN_EACH (which, 2)
     stop.first[which] =
-        w.a.copies_chunks[which] && is_whole && !tile.is_additional
+        w.a.copies_chunks[which] && !tile.is_additional
             ? w.a.columns[which].tensor.at(w.state.batch, w.column_head(tile), token)
             : nullptr;
 }
@@ -34,12 +44,14 @@ template <class K, class Machine>
 NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   using T = typename K::Element;
   if (w.thread() == 0) {
-    std::int64_t index = w.gpu.block() / w.a.blocks_per_head;
-    w.state.rows = row_tile(w.a.grid, w.gpu.block() % w.a.blocks_per_head);
-    w.state.split = static_cast<int>(index % w.a.splits);
-    index /= w.a.splits;
-    w.state.batch = index / w.a.heads;
-    w.state.head = static_cast<int>(index % w.a.heads);
+    const auto block = static_cast<std::uint32_t>(w.gpu.block());
+    const auto per_head = static_cast<std::uint32_t>(w.a.blocks_per_head);
+    w.state.rows = row_tile(w.a.grid, block % per_head);
+    const auto splits = static_cast<std::uint32_t>(w.a.splits);
+    const auto heads = static_cast<std::uint32_t>(w.a.heads);
+    w.state.split = static_cast<int>(block / per_head % splits);
+    w.state.head = static_cast<int>(block / per_head / splits % heads);
+    w.state.batch = block / per_head / splits / heads;
     w.state.first_column_head =
         K::kRowsAreQueries ? w.state.head / w.a.queries_per_kv : w.state.head * w.a.queries_per_kv;
     w.state.tiles.additional = (w.a.additional_columns + K::kColumns - 1) / K::kColumns;
@@ -48,14 +60,17 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   w.gpu.sync();
   const RowTile& rows = w.state.rows;
   if (rows.valid[0] == 0 || rows.valid[1] == 0 || rows.valid[2] == 0) return false;
-  w.spans().compute(w.a.grid, rows, w.thread(), K::kThreads);
+  const Rows kind = K::kRowsAreQueries                  ? Rows::queries
+                    : w.a.grid.rows == Rows::additional ? Rows::additional
+                                                        : Rows::keys;
+  w.spans().compute(w.a.grid, kind, rows, w.thread(), K::kThreads);
   if (w.thread() < K::kColumns) {
     std::int64_t offsets[2] = {0, 0};
     int bias = 0;
     NATTEN_EACH (i, kMaxRank) {
       const int offset = w.a.grid.column_tile.offset(w.thread(), i);
       NATTEN_EACH (which, 2)
-        offsets[which] += w.a.columns[which].tensor.grid[i] * w.a.grid.axes[i].dilation * offset;
+        offsets[which] += w.a.columns[which].tensor.grid[i] * w.a.grid.places[i].dilation * offset;
       bias += (K::kRowsAreQueries ? 1 : -1) * offset * static_cast<int>(w.a.rpb.grid[i]);
     }
     NATTEN_EACH (which, 2)
@@ -70,6 +85,12 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   clear_padding(w, {K::Layout::kColumns1}, K::kStages * K::kColumns, w.a.dims[0]);
   clear_padding(w, {K::Layout::kColumns2}, K::kColumns, w.a.dims[1]);
   w.gpu.sync();
+  if constexpr (K::kAddsQueries) {
+    for (int row = w.thread(); row < K::kRows; row += K::kThreads) {
+      Coordinate token;
+      w.live()[row] = w.token_of_row(row, token) && !w.is_hidden(row, token);
+    }
+  }
   if (w.warp() == 0) {
     NATTEN_EACH (i, kMaxRank) {
       if (w.lane() % 4 != i) continue;

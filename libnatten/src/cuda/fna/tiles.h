@@ -6,16 +6,15 @@
 // additional tokens) and columns the queries that see them. A block owns a tile of rows, a box of
 // positions of one dilation group, and visits the tiles of columns that cover the union of what its
 // rows see. These start at the union's own first column, wherever that lies. Extents of tiles are
-// powers of two, chosen at run time.
+// powers of two, chosen at run time. Rows and columns go by their places (parts.h).
 
 #include <natten/neighborhood.h>
 #include <natten/problem.h>
 
 #include "../machine.h"
+#include "../parts.h"
 
 namespace natten::detail::cuda {
-
-enum class Rows : std::uint8_t { queries, keys, additional };
 
 /// A box of tokens whose extents are powers of two; token `i` of it in row-major order.
 struct TileShape {
@@ -30,42 +29,43 @@ struct TileShape {
   }
 };
 
-/// Positions [begin, end) along one axis.
+/// Places [begin, end) of columns along one axis.
 struct Span {
   int begin, end;
 };
 
 /// The grid of a pass.
 struct Grid {
-  Axis axes[kMaxRank];  ///< where rows are additional tokens, of the columns: dilation 1
+  Axis axes[kMaxRank];
+  Places places[kMaxRank];
+  int groups[kMaxRank];  ///< that have a row
   Rows rows;
-  int row_lengths[kMaxRank];  ///< tokens
-  int column_lengths[kMaxRank];
   TileShape row_tile, column_tile;
   int row_tiles[kMaxRank];  ///< along each axis, in the largest dilation group
 
   NATTEN_HOST_DEVICE std::int64_t blocks_per_head() const {
     std::int64_t blocks = 1;
-    NATTEN_EACH (a, kMaxRank) blocks *= row_tiles[a] * axes[a].dilation;
+    NATTEN_EACH (a, kMaxRank) blocks *= std::int64_t{row_tiles[a]} * groups[a];
     return blocks;
   }
-  /// Tokens of a dilation group among `length`.
-  NATTEN_HOST_DEVICE int positions(int axis, int length, int group) const {
-    return static_cast<int>((length - group + axes[axis].dilation - 1) / axes[axis].dilation);
+  /// The most rows that a group has.
+  NATTEN_HOST_DEVICE int longest(int axis) const {
+    return places[axis].count(places[axis].row_length, 0);
   }
-  /// What the row at a position of a group sees along an axis.
-  NATTEN_HOST_DEVICE Span seen(int axis, int group, int position) const {
-    Interval seen{0, column_lengths[axis]};
-    if (rows == Rows::queries) seen = window(axes[axis], group, position);
-    if (rows == Rows::keys) seen = inverse_window(axes[axis], group, position);
-    return {static_cast<int>(seen.begin), static_cast<int>(seen.end)};
+  /// What the row at a place of a group sees along an axis. `kind` is that of the rows: a kernel
+  /// that knows it holds less code.
+  NATTEN_HOST_DEVICE Span seen(Rows kind, int axis, const Group& group, int place) const {
+    if (kind == Rows::additional) return {0, places[axis].column_length};
+    const Sight sight = sight_of(axes[axis], kind, group, place);
+    return {sight.begin, sight.end};
   }
 };
 
 /// The rows of one block.
 struct RowTile {
-  int group[kMaxRank];
-  int origin[kMaxRank];  ///< position of the first row
+  Group group[kMaxRank];
+  int origin[kMaxRank];  ///< place of the first row...
+  int own[kMaxRank];     ///< ...and where it is among places of columns
   int valid[kMaxRank];   ///< rows that exist, along each axis; may be 0
 
   NATTEN_HOST_DEVICE bool holds(const TileShape& tile, int row) const {
@@ -75,25 +75,30 @@ struct RowTile {
 };
 
 /// Block `index` of a head. Neighboring blocks take neighboring tiles, which share columns.
-NATTEN_HOST_DEVICE inline RowTile row_tile(const Grid& grid, std::int64_t index) {
+NATTEN_HOST_DEVICE inline RowTile row_tile(const Grid& grid, std::uint32_t index) {
+  const auto take = [&](int count) {
+    const std::uint32_t digit = index % static_cast<std::uint32_t>(count);
+    index /= static_cast<std::uint32_t>(count);
+    return static_cast<int>(digit);
+  };
   RowTile tile;
   NATTEN_UNROLL
-  for (int a = kMaxRank - 1; a >= 0; --a) {
-    tile.origin[a] = static_cast<int>(index % grid.row_tiles[a]) << grid.row_tile.bits[a];
-    index /= grid.row_tiles[a];
-  }
+  for (int a = kMaxRank - 1; a >= 0; --a)
+    tile.origin[a] = take(grid.row_tiles[a]) << grid.row_tile.bits[a];
   NATTEN_UNROLL
   for (int a = kMaxRank - 1; a >= 0; --a) {
-    tile.group[a] = static_cast<int>(index % grid.axes[a].dilation);
-    index /= grid.axes[a].dilation;
-    const int left = grid.positions(a, grid.row_lengths[a], tile.group[a]) - tile.origin[a];
+    const Places& places = grid.places[a];
+    const Group group = places.group(take(grid.groups[a]));
+    tile.group[a] = group;
+    tile.own[a] = tile.origin[a] + static_cast<int>(group.row_position - group.column_position);
+    const int left = places.count(places.row_length, group.first_row) - tile.origin[a];
     const int extent = grid.row_tile.extent(a);
     tile.valid[a] = left < 0 ? 0 : left < extent ? left : extent;
   }
   return tile;
 }
 
-/// What the rows of a tile see, one span for each position along each axis: rows lie on a grid and
+/// What the rows of a tile see, one span for each place along each axis: rows lie on a grid and
 /// see boxes, so no more is needed. Rows that do not exist see nothing.
 struct Spans {
   Span* spans;  ///< at most rows + 2: of axis 0, then axis 1, then axis 2
@@ -103,12 +108,18 @@ struct Spans {
     const int before = axis == 0 ? 0 : axis == 1 ? tile.extent(0) : tile.extent(0) + tile.extent(1);
     return spans[before + offset];
   }
-  /// Computes the part of one of `threads` threads.
-  NATTEN_HOST_DEVICE void compute(const Grid& grid, const RowTile& rows, int thread,
+  /// Computes the part of one of `threads` threads, of all axes at once: a window takes divisions.
+  NATTEN_HOST_DEVICE void compute(const Grid& grid, Rows kind, const RowTile& rows, int thread,
                                   int threads) const {
-    NATTEN_EACH (a, kMaxRank)
-      for (int i = thread; i < grid.row_tile.extent(a); i += threads)
-        at(a, i) = i < rows.valid[a] ? grid.seen(a, rows.group[a], rows.origin[a] + i) : Span{0, 0};
+    const int after[] = {tile.extent(0), tile.extent(0) + tile.extent(1)};
+    const int count = after[1] + tile.extent(2);
+    NATTEN_DO_NOT_UNROLL
+    for (int i = thread; i < count; i += threads) {
+      const int a = i < after[0] ? 0 : i < after[1] ? 1 : 2;
+      const int offset = a == 0 ? i : a == 1 ? i - after[0] : i - after[1];
+      spans[i] = offset < rows.valid[a] ? grid.seen(kind, a, rows.group[a], rows.origin[a] + offset)
+                                        : Span{0, 0};
+    }
   }
 };
 
@@ -182,7 +193,8 @@ struct MaskWords {
 
 /// One tile of columns.
 struct ColumnTile {
-  int origin[kMaxRank];  ///< position of the first column; of additional tokens the last counts
+  int origin[kMaxRank];  ///< place of the first column; of additional tokens the last counts
+  int place[kMaxRank];   ///< the same in the first turn of a circular axis
   int head;
   bool is_additional;
 };
@@ -203,8 +215,9 @@ struct ColumnTiles {
   NATTEN_HOST_DEVICE int per_head() const { return counts[0] * counts[1] * counts[2] + additional; }
   NATTEN_HOST_DEVICE int count() const { return heads * per_head(); }
   /// Tile `index`, less than `count()`.
-  NATTEN_HOST_DEVICE ColumnTile at(int index, const TileShape& shape) const {
-    ColumnTile tile{{0, 0, 0}, index / per_head(), false};
+  NATTEN_HOST_DEVICE ColumnTile at(int index, const Grid& grid) const {
+    const TileShape& shape = grid.column_tile;
+    ColumnTile tile{{0, 0, 0}, {0, 0, 0}, index / per_head(), false};
     index %= per_head();
     const int of_box = per_head() - additional;
     if (index >= of_box) {
@@ -215,6 +228,7 @@ struct ColumnTiles {
     NATTEN_UNROLL
     for (int a = kMaxRank - 1; a >= 0; --a) {
       tile.origin[a] = low[a] + (index % counts[a] << shape.bits[a]);
+      tile.place[a] = grid.places[a].in_turn(tile.origin[a]);
       index /= counts[a];
     }
     return tile;

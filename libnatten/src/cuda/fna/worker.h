@@ -13,8 +13,10 @@ template <class T, int kWarps>
 struct ColumnStop {
   ColumnTile tile;
   Overlap seen[kWarps];  ///< by the rows of each warp
-  /// The first token of B1 and B2 where all of the tile can be copied by chunks, else null.
+  bool is_whole;         ///< all columns are shown, and lie one after another
+  /// The first token of B1 and B2 where they can be copied by chunks, else null.
   const T* first[2];
+  std::uint64_t shown;  ///< a bit for each column: given, and not hidden
 };
 
 /// Where a block is at work, in shared memory: it is read now and then, by all threads.
@@ -88,7 +90,8 @@ struct TileTraits {
     static constexpr int kReferences = kRelative + 2 * kColumns * int(sizeof(int));
     static constexpr int kSpans =
         kReferences + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
-    static constexpr int kBytes = kSpans + (kRows + 2) * int(sizeof(Span));
+    static constexpr int kLive = kSpans + (kRows + 2) * int(sizeof(Span));
+    static constexpr int kBytes = kLive + (kAddsQueries ? kRows : 0);
   };
 };
 
@@ -146,6 +149,17 @@ struct Worker {
   NATTEN_DEVICE int* relative(int which) const {
     return gpu.template shared<int>(K::Layout::kRelative) + which * K::kColumns;
   }
+  /// How far before that a column lies for turns of circular axes.
+  NATTEN_DEVICE int turned_back(int which, const ColumnTile& at, int column) const {
+    int back = 0;
+    NATTEN_EACH (i, kMaxRank) {
+      const int turn = a.grid.places[i].turn;
+      if (turn == 0) continue;
+      int place = at.place[i] + a.grid.column_tile.offset(column, i);
+      for (; place >= turn; place -= turn) back += a.turn_chunks[which][i];
+    }
+    return back;
+  }
   /// And in elements of the bias.
   NATTEN_DEVICE int* relative_bias() const {
     return gpu.template shared<int>(K::Layout::kRelativeBias);
@@ -158,21 +172,51 @@ struct Worker {
     return {gpu.template shared<Span>(K::Layout::kSpans), a.grid.row_tile};
   }
 
-  /// Whether there is such a row, and where.
+  /// Whether rows exist and somebody sees them, where that is asked for each tile of columns.
+  NATTEN_DEVICE bool* live() const { return gpu.template shared<bool>(K::Layout::kLive); }
+
+  /// Whether there is such a row, and its number.
   NATTEN_DEVICE bool token_of_row(int row, Coordinate& token) const {
     NATTEN_EACH (i, kMaxRank)
-      token[i] = token_at(a.grid.axes[i], state.rows.group[i],
-                          state.rows.origin[i] + a.grid.row_tile.offset(row, i));
+      token[i] = a.grid.places[i].number(state.rows.group[i].first_row,
+                                         state.rows.origin[i] + a.grid.row_tile.offset(row, i));
     return state.rows.holds(a.grid.row_tile, row);
+  }
+  /// Whether nobody sees a row, so that its gradients are 0 whatever it holds.
+  NATTEN_DEVICE bool is_hidden(int row, const Coordinate& token) const {
+    if (K::kRowsAreQueries || !a.hides_rows) return false;
+    bool is_hidden = a.row_mask.hides(state.batch, token);
+    NATTEN_EACH (i, kMaxRank) {
+      const Span seen = spans().at(i, a.grid.row_tile.offset(row, i));
+      is_hidden = is_hidden || seen.begin >= seen.end;
+    }
+    return is_hidden;
   }
   NATTEN_DEVICE bool token_of_column(const ColumnTile& at, int column, Coordinate& token) const {
     bool exists = true;
     NATTEN_EACH (i, kMaxRank) {
-      const int position = at.origin[i] + a.grid.column_tile.offset(column, i);
-      token[i] = token_at(a.grid.axes[i], state.rows.group[i], position);
-      exists = exists && token[i] < a.grid.column_lengths[i];
+      const Places& places = a.grid.places[i];
+      int place = at.place[i] + a.grid.column_tile.offset(column, i);
+      if (places.turn > 0)
+        while (place >= places.turn) place -= places.turn;
+      const int number = places.number(state.rows.group[i].first_column, place);
+      token[i] = number;
+      exists = exists && number < places.column_length;
     }
     return exists;
+  }
+  /// Whether all columns of a tile are given, one after another; and the first.
+  NATTEN_DEVICE bool is_whole(const ColumnTile& at, Coordinate& first) const {
+    bool is_whole = true;
+    NATTEN_EACH (i, kMaxRank) {
+      const Places& places = a.grid.places[i];
+      const int of_group = state.rows.group[i].first_column;
+      first[i] = places.number(of_group, at.place[i]);
+      // A turn is no shorter than what is given of it.
+      const int last = at.place[i] + a.grid.column_tile.extent(i) - 1;
+      is_whole = is_whole && places.number(of_group, last) < places.column_length;
+    }
+    return is_whole;
   }
   NATTEN_DEVICE int column_head(const ColumnTile& at) const {
     return state.first_column_head + at.head;
