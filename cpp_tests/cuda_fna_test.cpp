@@ -92,7 +92,13 @@ TEST_P(CudaFna, TileShapes) {
         c.heads = c.kv_heads;
         c.scale.reset();
         c.batch = 1;
-        for (oracle::Axis& axis : c.axes) axis.length += rank == 1 ? 150 : 4;
+        Rng rng(seed);
+        for (oracle::Axis& axis : c.axes) {
+          const bool is_circular = axis.boundary == natten::Boundary::circular;
+          const std::int64_t unit = is_circular ? axis.dilation * axis.stride : 1;
+          axis.length += ((rank == 1 ? 150 : 4) + unit - 1) / unit * unit;
+          if (axis.is_part()) draw_part(rng, axis);
+        }
         std::vector<cuda::TileShape> columns;
         cuda::for_each_tile_shape(rank, 6, [&](const auto& shape) { columns.push_back(shape); });
         const cuda::TileShape& chosen = columns[seed % columns.size()];

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <map>
 #include <random>
 
 #include "../libnatten/src/cuda/simt.h"
@@ -168,7 +169,7 @@ TEST_P(CudaSimt, TilesAndChunksOfBordersPartsAndMasks) {
   std::uint64_t seed = base_seed() + 700;
   for (const std::vector<oracle::Axis>& axes : std::vector<std::vector<oracle::Axis>>{
            {{97, 37, 1, 1, false, Boundary::circular}},
-           {{97, 37, 1, 1, false, Boundary::circular, 11, -20, 60, 96}},
+           {{97, 37, 1, 1, false, Boundary::circular, 11, -7, 60, 96}},
            {{50, 50, 5, 1, false, Boundary::circular, 20, 0, 3, 50}},
            {{90, 29, 3, 2, false, Boundary::circular, 30, 0, 40, 90}},
            {{64, 200, 7, 1, false, Boundary::cut, 40, -5, 24, 80}},
@@ -340,29 +341,36 @@ struct PlainGradients {
 };
 
 /// Where scores are large, logsumexp rounds to some 1e-5 or more, and weights made with it do not
-/// add up to 1. Gradients must not be worse for it than those by normalised weights.
+/// add up to 1. Gradients must not be worse for it than those by normalised weights, over several
+/// problems: in a single one few rows make the whole error.
 TEST(CudaSimtScores, AsGoodAsPlainAttentionAtAnyScale) {
   std::uint64_t seed = base_seed() + 600;
   for (const double scores : {1., 10., 30., 100., 300., 1e3, 3e3, 1e4}) {
-    Case c;
-    c.seed = ++seed;
-    c.axes = {{18, 7, 1, 1, false}, {17, 7, 1, 1, false}};
-    c.heads = c.kv_heads = 2;
-    c.dim = c.value_dim = 16;
-    c.scale = scores / std::sqrt(static_cast<double>(c.dim));
-    FusedProblem problem(c);
-    run_emulated(problem.forward());
-    run_emulated(problem.backward());
-    const oracle::FusedResults exact = problem.expected();
-    const PlainGradients plain(problem.oracle_inputs());
-    Buffers& b = problem.buffers;
-    const auto expect = [&](const char* name, const Dense& got, const Dense& by_plain,
-                            const Dense& reference) {
-      EXPECT_LE(relative_error(got, reference), 10 * relative_error(by_plain, reference))
+    std::map<std::string, std::pair<double, double>> squares;  // of errors, and of those by plain
+    for (int variant = 0; variant < 6; ++variant) {
+      Case c;
+      c.seed = ++seed;
+      c.axes = {{18, 7, 1, 1, false}, {17, 7, 1, 1, false}};
+      c.heads = c.kv_heads = 2;
+      c.dim = c.value_dim = 16;
+      c.scale = scores / std::sqrt(static_cast<double>(c.dim));
+      FusedProblem problem(c);
+      run_emulated(problem.forward());
+      run_emulated(problem.backward());
+      const oracle::FusedResults exact = problem.expected();
+      const PlainGradients plain(problem.oracle_inputs());
+      Buffers& b = problem.buffers;
+      const auto add = [&](const char* name, const Dense& got, const Dense& by_plain,
+                           const Dense& reference) {
+        squares[name].first += std::pow(relative_error(got, reference), 2);
+        squares[name].second += std::pow(relative_error(by_plain, reference), 2);
+      };
+      add("grad_query", b.grad_query.dense(), plain.query, exact.grad_query);
+      add("grad_key", b.grad_key.dense(), plain.key, exact.grad_key);
+    }
+    for (const auto& [name, sums] : squares)
+      EXPECT_LE(std::sqrt(sums.first), 10 * std::sqrt(sums.second))
           << name << ", scores of " << scores;
-    };
-    expect("grad_query", b.grad_query.dense(), plain.query, exact.grad_query);
-    expect("grad_key", b.grad_key.dense(), plain.key, exact.grad_key);
   }
 }
 
