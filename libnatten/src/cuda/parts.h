@@ -54,6 +54,8 @@ struct Places {
   NATTEN_HOST_DEVICE int count(int length, int first) const {
     return first < length ? (length - first - 1) / dilation + 1 : 0;
   }
+  /// The number of a token of the group whose first one is number `first`. Tiles reach some places
+  /// past the last one, which backends leave room for.
   NATTEN_HOST_DEVICE int number(int first, int place) const { return place * dilation + first; }
   /// The place of a column in its first turn.
   NATTEN_HOST_DEVICE int in_turn(int place) const {

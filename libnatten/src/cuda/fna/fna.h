@@ -28,7 +28,7 @@ inline std::string fna_refuse_reason(const Problem& problem) {
     constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
     if (std::max(axis.query_length, axis.key_length) > kMost / 2)
       return "an axis has more than 2^30 tokens";
-    if (axis.dilation > kMost / 2) return "a dilation is more than 2^30";
+    if (axis.dilation > kMost / 256) return "a dilation is more than 2^23 - 1";  // see `number`
     // Places go around a few times.
     if (axis.boundary == Boundary::circular && axis.grid_length > kMost / 8)
       return "a circular axis has more than 2^28 - 1 tokens";
