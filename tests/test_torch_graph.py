@@ -263,7 +263,7 @@ def test_export(rank, fused, tmp_path):
 
 @MAKE
 @KINDS
-def test_decomposed_export(make, part, tmp_path):
+def test_decomposed_export(make, part):
     class Model(torch.nn.Module):
         def forward(self, *inputs):
             return make(2, part)(*inputs)
