@@ -66,7 +66,7 @@ class Backward(torch.autograd.Function):  # without the seconds of a forward pas
     @staticmethod
     def backward(ctx, grad):
         y, config = grad.contiguous(), _args.make_config(1, tokens)
-        absent, wanted = [None] * 3, [True] * 3 + [False] * 3
+        absent, wanted = [None] * 4, [True] * 3 + [False] * 3
         return torch.ops.natten.attention_backward(
             x, x, x, *absent, torch.zeros(x.shape[:-1]), y, None, wanted, config, None, ""
         )[0]
