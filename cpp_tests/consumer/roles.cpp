@@ -19,8 +19,10 @@ int main() {
         dims += std::string(is_grid ? "\\*" : "") + *d;
       }
       std::printf("| %s | `%s` | [%s] | %s | %s%s |\n", operation.c_str(), role.name, dims.c_str(),
-                  role.is_statistic ? "S" : "T", role.is_required ? "" : "optional ",
-                  role.is_output ? "output" : "input");
+                  role.is_mask        ? "bool"
+                  : role.is_statistic ? "S"
+                                      : "T",
+                  role.is_required ? "" : "optional ", role.is_output ? "output" : "input");
       operation.clear();
     }
   }
