@@ -10,48 +10,42 @@ namespace {
 using natten::Boundary;
 using Indices = std::vector<std::vector<std::int64_t>>;
 
-/// The elements of `x` at some indices along some neighboring axes, from `first_axis` on; NaN where
-/// an index is -1.
+/// Where element `i` of a tensor of a shape lies in one of shape `whole`, of which the first has
+/// some indices along some neighboring axes, from `first_axis` on; -1 where an index is.
+std::int64_t place_in(const Shape& whole, const Shape& shape, std::size_t first_axis,
+                      const Indices& indices, std::int64_t i) {
+  std::int64_t place = 0, stride = 1;
+  for (std::size_t axis = shape.size(); axis-- > 0;) {
+    std::int64_t at = i % shape[axis];
+    i /= shape[axis];
+    if (axis >= first_axis && axis < first_axis + indices.size())
+      at = indices[axis - first_axis][index(at)];
+    if (at < 0) return -1;
+    place += at * stride;
+    stride *= whole[axis];
+  }
+  return place;
+}
+
+/// The elements of `x` at some indices; NaN where an index is -1.
 Dense take(const Dense& x, std::size_t first_axis, const Indices& indices) {
-  if (!x.is_given()) return x;
   Shape shape = x.shape;
   for (std::size_t i = 0; i < indices.size(); ++i)
     shape[first_axis + i] = static_cast<std::int64_t>(indices[i].size());
   Dense taken(shape);
   for (std::int64_t i = 0; i < taken.size(); ++i) {
-    std::int64_t rest = i, from = 0, stride = 1;
-    bool is_there = true;
-    for (std::size_t axis = shape.size(); axis-- > 0;) {
-      std::int64_t at = rest % shape[axis];
-      rest /= shape[axis];
-      if (axis >= first_axis && axis < first_axis + indices.size())
-        at = indices[axis - first_axis][index(at)];
-      is_there = is_there && at >= 0;
-      from += at * stride;
-      stride *= x.shape[axis];
-    }
-    taken[i] = is_there ? x[from] : std::nan("");
+    const std::int64_t from = place_in(x.shape, shape, first_axis, indices, i);
+    taken[i] = from >= 0 ? x[from] : std::nan("");
   }
   return taken;
 }
 
 /// Adds elements to where `take` takes them from.
 void add_at(Dense& to, std::size_t first_axis, const Indices& indices, const Dense& from) {
-  if (!to.is_given()) return;
   for (std::int64_t i = 0; i < from.size(); ++i) {
-    std::int64_t rest = i, at_to = 0, stride = 1;
-    bool is_there = true;
-    for (std::size_t axis = from.shape.size(); axis-- > 0;) {
-      std::int64_t at = rest % from.shape[axis];
-      rest /= from.shape[axis];
-      if (axis >= first_axis && axis < first_axis + indices.size())
-        at = indices[axis - first_axis][index(at)];
-      is_there = is_there && at >= 0;
-      at_to += at * stride;
-      stride *= to.shape[axis];
-    }
-    if (is_there) {
-      to[at_to] += from[i];
+    const std::int64_t at = place_in(to.shape, from.shape, first_axis, indices, i);
+    if (at >= 0) {
+      to[at] += from[i];
     } else {
       EXPECT_EQ(from[i], 0) << "the gradient of padding";
     }

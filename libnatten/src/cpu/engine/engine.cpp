@@ -75,7 +75,8 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
   packed_.forget();
   seen_by_row_.resize(work.row_count);
   first_slot_by_row_.assign(work.row_count, 0);
-  const bool has_empty_slots = p_.axes[2].boundary == Boundary::cut && !rows_are_keys(plan_.kind());
+  const bool has_empty_slots =
+      p_.axes[2].boundary == Boundary::cut && rows_have_slots(plan_.kind());
   for (std::int64_t r = 0; r < work.row_count; ++r) {
     const std::int64_t position = work.first[2] + r;
     seen_by_row_[r] = grid.columns(2, work.group[2], position);

@@ -24,6 +24,8 @@ inline bool rows_are_keys(PassKind kind) {
   return kind == PassKind::backward_key || kind == PassKind::av_transpose;
 }
 inline bool is_fused(PassKind kind) { return kind < PassKind::qk; }
+/// Whether rows write or read weights by slot.
+inline bool rows_have_slots(PassKind kind) { return kind == PassKind::qk || kind == PassKind::av; }
 
 /// The pass that an operation begins with.
 PassKind first_pass(Op);

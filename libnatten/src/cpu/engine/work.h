@@ -51,7 +51,7 @@ struct LinesSeen {
   Interval axis0;                      // by all
   Interval axis1[simd::kMostVectors];  // by each line of rows; the rest repeats the last
   Interval any1;                       // by any
-  // Where rows are queries, the position of slot 0 of their windows.
+  // Where rows have slots, the position of slot 0 of their windows.
   std::int64_t first_slot0 = 0;
   std::int64_t first_slot1[simd::kMostVectors] = {};
 
@@ -62,7 +62,7 @@ struct LinesSeen {
                                      : axis1[n - 1];
     // Of neighboring lines each begins and ends no earlier than the one before.
     any1 = {axis1[0].begin, axis1[work.line_count - 1].end};
-    if (rows_are_keys(plan.kind())) return;
+    if (!rows_have_slots(plan.kind())) return;
     const Axis* axes = plan.problem().axes;
     first_slot0 = first_slot(axes[0], work.group[0], work.first[0]);
     for (std::int64_t n = 0; n < simd::kMostVectors; ++n)
