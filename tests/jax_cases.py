@@ -106,6 +106,30 @@ FAMILIES = {
 ALL_FAMILIES = pytest.mark.parametrize("family", list(FAMILIES))
 
 
+def fused_with(rank, **options):
+    """(output, logsumexp) of the fused function, of its tensors in the order of FUSED_NAMES."""
+
+    def attention(*x):
+        named = dict(zip(FUSED_NAMES, x, strict=True))
+        return FUSED[rank](**named, return_lse=True, **options)
+
+    return attention
+
+
+def unfused_with(rank, **options):
+    """The same by qk and av."""
+
+    def attention(q, k, v, rpb, ak, av):
+        group = q.shape[-2] // k.shape[-2]
+        k, v, ak, av = (jnp.moveaxis(jnp.repeat(x, group, -2), -2, 1) for x in (k, v, ak, av))
+        q = jnp.moveaxis(q, -2, 1) * q.shape[-1] ** -0.5
+        scores = QK[rank](q, k, rpb=rpb, additional_keys=ak, **options)
+        output = AV[rank](jax.nn.softmax(scores), v, additional_values=av, **options)
+        return jnp.moveaxis(output, 1, -2), jnp.moveaxis(jax.nn.logsumexp(scores, -1), 1, -1)
+
+    return attention
+
+
 def weighted_sum(function):
     """A scalar with a different gradient for every element of every result."""
 

@@ -17,7 +17,6 @@ from cases import long_unless  # noqa: E402
 from jax.test_util import check_grads  # noqa: E402
 from jax_cases import (  # noqa: E402
     AV,
-    FUSED,
     FUSED_NAMES,
     GRIDS,
     MIXED,
@@ -26,8 +25,10 @@ from jax_cases import (  # noqa: E402
     av_shapes,
     float64,  # noqa: F401, a fixture
     fused_shapes,
+    fused_with,
     qk_shapes,
     randn,
+    unfused_with,
 )
 from jax_cases import dense_attention as dense_attention_to_all  # noqa: E402
 
@@ -81,25 +82,11 @@ def dense_on(grid, key_mask=None):
 
 
 def fused(rank, autodiff):
-    def attention(*x):
-        named = dict(zip(FUSED_NAMES, x, strict=True))
-        return FUSED[rank](**named, **MIXED[rank], return_lse=True, autodiff=autodiff)
-
-    return attention
+    return fused_with(rank, **MIXED[rank], autodiff=autodiff)
 
 
 def unfused(rank, autodiff):
-    options = MIXED[rank] | {"autodiff": autodiff}
-
-    def attention(q, k, v, rpb, ak, av):
-        group = q.shape[-2] // k.shape[-2]
-        k, v, ak, av = (jnp.moveaxis(jnp.repeat(x, group, -2), -2, 1) for x in (k, v, ak, av))
-        q = jnp.moveaxis(q, -2, 1) * q.shape[-1] ** -0.5
-        scores = QK[rank](q, k, rpb=rpb, additional_keys=ak, **options)
-        output = AV[rank](jax.nn.softmax(scores), v, additional_values=av, **options)
-        return jnp.moveaxis(output, 1, -2), jnp.moveaxis(jax.nn.logsumexp(scores, -1), 1, -1)
-
-    return attention
+    return unfused_with(rank, **MIXED[rank], autodiff=autodiff)
 
 
 LIBRARY = {"fused": fused, "unfused": unfused}

@@ -18,15 +18,15 @@ import oracle  # noqa: E402
 from jax import export  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from jax_cases import (  # noqa: E402
-    AV,
     FUSED,
     FUSED_NAMES,
-    QK,
     RANKS,
     arrays_of,
     assert_same,
     float64,  # noqa: F401, a fixture
+    fused_with,
     randn,
+    unfused_with,
 )
 from test_jax_derivatives import (  # noqa: E402
     DERIVATIVES,
@@ -96,25 +96,11 @@ def dense(rank, mask):
 
 
 def fused(rank, autodiff, mask, offsets=None):
-    def attention(*x):
-        named = dict(zip(FUSED_NAMES, x, strict=True)) | options(rank, offsets)
-        return FUSED[rank](**named, key_mask=mask, return_lse=True, autodiff=autodiff)
-
-    return attention
+    return fused_with(rank, **options(rank, offsets), key_mask=mask, autodiff=autodiff)
 
 
 def unfused(rank, autodiff, mask, offsets=None):
-    more = options(rank, offsets) | {"autodiff": autodiff, "key_mask": mask}
-
-    def attention(q, k, v, rpb, ak, av):
-        group = q.shape[-2] // k.shape[-2]
-        k, v, ak, av = (jnp.moveaxis(jnp.repeat(x, group, -2), -2, 1) for x in (k, v, ak, av))
-        q = jnp.moveaxis(q, -2, 1) * q.shape[-1] ** -0.5
-        scores = QK[rank](q, k, rpb=rpb, additional_keys=ak, **more)
-        output = AV[rank](jax.nn.softmax(scores), v, additional_values=av, **more)
-        return jnp.moveaxis(output, 1, -2), jnp.moveaxis(jax.nn.logsumexp(scores, -1), 1, -1)
-
-    return attention
+    return unfused_with(rank, **options(rank, offsets), key_mask=mask, autodiff=autodiff)
 
 
 LIBRARY = {"fused": fused, "unfused": unfused}
