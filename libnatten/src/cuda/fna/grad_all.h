@@ -7,14 +7,16 @@
 namespace natten::detail::cuda {
 
 /// Puts the warp's dS where all warps find them: keys by queries, in the element type. Rows
-/// that do not exist or are hidden have anything, infinity included.
+/// that do not exist or are hidden have anything, infinity included, and so has all of a tile that
+/// the warp does not see.
 template <class K, class Machine>
-NATTEN_DEVICE void store_grad_scores(const Worker<K, Machine>& w, const typename K::Weights& x) {
+NATTEN_DEVICE void store_grad_scores(const Worker<K, Machine>& w, const typename K::Weights& x,
+                                     Overlap seen) {
   using T = typename K::Element;
   constexpr SharedTile<T, K::kColumns> to{K::Layout::kGradScores};
   NATTEN_EACH (m, K::kM)
     NATTEN_EACH (half, 2) {
-      const bool is_live = w.live()[w.row_of(m, half)];
+      const bool is_live = seen != Overlap::none && w.live()[w.row_of(m, half)];
       NATTEN_EACH (n, K::kN)
         *w.gpu.template shared<std::uint32_t>(to.at(w.row_of(m, half), n) + 4 * (w.lane() % 4)) =
             is_live ? x[m][n / 2][n % 2 * 2 + half] : 0;

@@ -19,24 +19,26 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
   QueryStatistics<K> of_rows{};
   if constexpr (K::kRowsAreQueries && K::kPass != Pass::forward) of_rows = row_statistics(w);
 
+  bool has_next = w.state.count > 0;
   NATTEN_DO_NOT_UNROLL
-  for (int i = 0; i < w.state.count; ++i) {
+  for (int i = 0; has_next; ++i) {
     const int stage = K::kStages == 2 ? i & 1 : 0;
-    const bool has_next = i + 1 < w.state.count;
-    const typename K::Stop &stop = w.stop_of(i), &next = w.stop_of(i + 1);
+    const typename K::Stop& next = w.stop_of(i + 1);
     w.gpu.template wait<0>();
     if constexpr (!K::kRowsAreQueries) scale_statistics(w, stage);
     w.gpu.sync();  // B1 is there, and all warps are done with B2
-    load_columns(w, 1, columns2, stop);
+    load_columns(w, 1, columns2, w.stop_of(i));
     w.gpu.commit();
     if constexpr (K::kStages == 2) {
-      if (has_next) load_first_columns(w, 1 - stage, next);
+      if (!w.stop_of(i).is_last) load_first_columns(w, 1 - stage, next);
       w.gpu.commit();
     }
     if (i % K::State::kBatch == 0 && w.warp() == i / K::State::kBatch % K::kWarps)
       locate(w, i + K::State::kBatch);
     w.gpu.sync_warp();  // products need whole warps
 
+    // Opaque, as in Worker::thread: products need the registers.
+    const typename K::Stop& stop = w.stop_of(w.gpu.opaque(i));
     const Overlap seen = stop.seen[w.warp()];
     typename K::Scores scores;
     typename K::Weights weights;
@@ -53,6 +55,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
 
     w.gpu.template wait<K::kStages - 1>();
     w.gpu.sync();  // B2 is there, and all warps are done with the scores
+    has_next = !stop.is_last;
     if constexpr (K::kStages == 1 && !K::kSumsFirst) {
       if (has_next) load_first_columns(w, 0, next);
       w.gpu.commit();
@@ -74,8 +77,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
       }
     }
     if constexpr (K::kAddsQueries) {
-      if (seen == Overlap::none) clear(weights);
-      store_grad_scores(w, weights);
+      store_grad_scores(w, weights, stop.seen[w.warp()]);
       w.gpu.sync();
       add_to_queries(w, stop.tile);
     }

@@ -90,8 +90,7 @@ NATTEN_DEVICE void finish_scores(const Worker<K, Machine>& w, typename K::Scores
   const int first_row = w.row_of(0, 0), own = w.lane() % (2 * K::kM);
   std::uint64_t word = ~std::uint64_t{0};
   if (overlap == Overlap::some) {
-    word = seen_by(w, first_row + 8 * own, at);
-    if (w.a.hides_columns) word &= stop.shown;
+    word = seen_by(w, first_row + 8 * own, at) & stop.shown;
   }
   NATTEN_EACH (m, K::kM)
     NATTEN_EACH (half, 2) {

@@ -32,6 +32,7 @@ NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
   stop.tile = tile;
   stop.shown = shown;
   stop.is_whole = is_whole && shown == kAll;
+  stop.is_last = i + 1 == w.state.count;
   NATTEN_EACH (which, 2)
     stop.first[which] =
         w.a.copies_chunks[which] && !tile.is_additional

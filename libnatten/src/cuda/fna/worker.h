@@ -14,6 +14,7 @@ struct ColumnStop {
   ColumnTile tile;
   Overlap seen[kWarps];  ///< by the rows of each warp
   bool is_whole;         ///< all columns are shown, and lie one after another
+  bool is_last;          ///< of the block's
   /// The first token of B1 and B2 where they can be copied by chunks, else null.
   const T* first[2];
   std::uint64_t shown;  ///< a bit for each column: given, and not hidden
