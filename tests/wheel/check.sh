@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # check.sh WHEEL [CHECK...]: installs a wheel with one framework at a time and runs that framework's
-# tests. Without names of checks: those that suit the Python that most of the tests run on.
+# tests but the long ones. Without names of checks: those that suit the Python that most of the tests run on.
 set -euo pipefail
 wheel=$(realpath "$1")
 shift
@@ -21,7 +21,7 @@ check() {
   "$environments/$name/bin/python" -c "import importlib.util, sys
 sys.exit(any(importlib.util.find_spec(name) for name in '$forbidden'.split()))"
   # shellcheck disable=SC2086
-  "$environments/$name/bin/python" -m pytest -q -p no:cacheprovider $tests
+  "$environments/$name/bin/python" -m pytest -q -m "not long" -p no:cacheprovider $tests
 }
 
 # The oldest JAX that there is for this Python, as pinned for the build.
