@@ -3,9 +3,9 @@
 // Along the innermost axis what a row sees is contiguous (within its dilation group), so the
 // columns of one line serve all rows of a strip, and most of the lines that one line of rows sees
 // serve its neighbors too. Lines are packed once, converted to the type of sums and transposed,
-// into a ring that slides along the middle axis with the rows. The kernels (simd/) work on blocks
-// of a few vectors of rows: at the same place of neighboring lines, or one after the other on a
-// line.
+// into a ring that slides along the middle axis with the rows, and along the first one where it has
+// room for what a sweep sees. The kernels (simd/) work on blocks of a few vectors of rows: at the
+// same place of neighboring lines, or one after the other on a line.
 
 namespace natten::detail::cpu::engine {
 
@@ -38,6 +38,7 @@ template <class E>
 void Engine<E>::run(std::int64_t first, std::int64_t last) {
   ThreadMemory memory;
   take_memory(memory.bytes());
+  std::int64_t columns_of = -1;  // which items the packed columns serve
   for (std::int64_t unit = first; unit < last; ++unit) {
     Work work;
     work.unit = unit % plan_.units;
@@ -47,20 +48,25 @@ void Engine<E>::run(std::int64_t first, std::int64_t last) {
     work.head_count = std::min(plan_.row_heads, plan_.grid.heads() - work.first_head);
     pass_.begin_unit(work);
     for (std::int64_t item = plan_.items * work.unit / plan_.units;
-         item < plan_.items * (work.unit + 1) / plan_.units; ++item)
+         item < plan_.items * (work.unit + 1) / plan_.units; ++item) {
+      // Items that are neighbors along axis 0 alone see columns in common.
+      const std::int64_t serves = unit / plan_.units * plan_.items + item / plan_.grid.most_rows(0);
+      if (serves != columns_of) packed_.forget();
+      columns_of = serves;
       run_item(work, item);
+    }
   }
 }
 
 template <class E>
 void Engine<E>::run_item(Work work, std::int64_t item) {
   const RowGrid& grid = plan_.grid;
+  const std::int64_t row0 = item % grid.most_rows(0);
+  item /= grid.most_rows(0);
   const std::int64_t strip = item % plan_.strips;
   item /= plan_.strips;
   const std::int64_t sweep = item % plan_.sweeps;
   item /= plan_.sweeps;
-  const std::int64_t row0 = item % grid.most_rows(0);
-  item /= grid.most_rows(0);
   const Coordinate group = unravel(item, {grid.groups(0), grid.groups(1), grid.groups(2)});
   Interval rows[kMaxRank];
   for (int axis = 0; axis < kMaxRank; ++axis) {
@@ -72,7 +78,6 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
   work.row_count = std::min(plan_.strip, rows[2].end - work.first[2]);
   // Items are counted for the longest group.
   if (work.first[0] >= rows[0].end || work.row_count <= 0) return;
-  packed_.forget();
   seen_by_row_.resize(work.row_count);
   first_slot_by_row_.assign(work.row_count, 0);
   const bool has_empty_slots =

@@ -48,7 +48,7 @@ class PackedLines {
     const auto take_plain = [&](std::int64_t padded) {
       return padded == 0 ? nullptr : arena.take<T>(plan.piece_columns * padded);
     };
-    entries_.resize(plan.piece_lines);
+    entries_.resize(plan.in_pieces ? plan.piece_lines : plan.ring0 * plan.ring1);
     const ColumnShape& column = plan.column;
     const std::int64_t before = arena.used<T>();
     for (std::int64_t head = 0; head < plan.column_heads; ++head) {
@@ -80,11 +80,12 @@ class PackedLines {
   /// Whether a line has to be packed into its entry; if so, takes it to be there from now on.
   bool admit(const Plan& plan, std::int64_t number, const Coordinate& line) {
     Entry& entry = entries_[entry_of(plan, number, line)];
-    if (!plan.in_pieces && entry.is_packed && entry.line0 == line[0] && entry.line1 == line[1])
+    const Coordinate held = plan.line_in_ring(line);
+    if (!plan.in_pieces && entry.is_packed && entry.line0 == held[0] && entry.line1 == held[1])
       return false;
     entry.is_packed = true;
-    entry.line0 = line[0];
-    entry.line1 = line[1];
+    entry.line0 = held[0];
+    entry.line1 = held[1];
     return true;
   }
   /// Columns first[2] to first[2] + count of a line, for packing.

@@ -78,9 +78,8 @@ void set_fewer_heads(Plan& plan) { set_heads(plan, (plan.row_heads + 1) / 2); }
 /// Cuts the columns of a few rows into pieces, of as many heads as are packed together.
 bool fit_stream(Plan& plan) {
   const std::int64_t rows = plan.grid.most_rows(2);
-  const std::int64_t lines = plan.ring0 * plan.ring1;
   if (plan.kind() != PassKind::forward || plan.grid.most_rows(1) > 1 || rows > kFewRows ||
-      lines * plan.ring2 <= kLongWindow)
+      plan.lines * plan.ring2 <= kLongWindow)
     return false;
   set_heads(plan, std::clamp<std::int64_t>(plan.grid.heads(), 1, simd::kMostHeads));
   const std::int64_t most_columns =
@@ -91,7 +90,7 @@ bool fit_stream(Plan& plan) {
   plan.piece_columns =
       std::min(plan.grid.most_columns(2, plan.strip),
                std::max(round_up(most_columns, plan.width) - plan.width, plan.width));
-  plan.piece_lines = std::clamp<std::int64_t>(most_columns / plan.piece_columns, 1, lines);
+  plan.piece_lines = std::clamp<std::int64_t>(most_columns / plan.piece_columns, 1, plan.lines);
   return true;
 }
 
@@ -111,7 +110,7 @@ void fit_cache(Plan& plan) {
   plan.strip = round_up(std::min(longest, kLongestStrip), plan.width);
   while (plan.strip > least_strip && packed_bytes(plan, plan.strip) > kMostBytes)
     plan.strip = std::max(least_strip, round_up(plan.strip / 2, plan.width));
-  plan.piece_lines = plan.ring0 * plan.ring1;
+  plan.piece_lines = plan.lines;
   plan.in_pieces = packed_bytes(plan, plan.strip) > kMostBytes;
   if (!plan.in_pieces) {
     plan.piece_columns = plan.grid.most_columns(2, plan.strip);
@@ -126,21 +125,57 @@ void fit_cache(Plan& plan) {
                                     (column_elements(plan) * plan.piece_columns));
 }
 
+/// Lines of axis 1 that neighboring rows see at most.
+std::int64_t lines_at_hand(const Plan& plan) { return plan.grid.most_columns(1, plan.stack); }
+
+/// Sets how many lines of axes 0 and 1 are packed together; tells whether they fit.
+bool fits_ring(Plan& plan, std::int64_t lines0, std::int64_t lines1) {
+  plan.ring0 = lines0;
+  plan.ring1 = lines1;
+  return packed_bytes(plan, plan.strip) <= kMostBytes;
+}
+
+/// Widens the ring to all lines that a sweep sees, if these fit: they are there then for the next
+/// row of axis 0, which sees most of them too. Circular axes are held whole, if they fit. Returns
+/// the longest sweep.
+std::int64_t keep_planes(Plan& plan) {
+  const RowGrid& grid = plan.grid;
+  const std::int64_t lines = grid.most_rows(1);
+  if (plan.in_pieces) return lines;
+  const std::int64_t lines0 = plan.ring0, lines1 = plan.ring1;
+  const bool goes_around = grid.turn(0) < grid.most_columns(0, grid.most_rows(0));
+  const auto fits = [&](std::int64_t sweep) {
+    const std::int64_t seen = std::min(grid.turn(1), grid.most_columns(1, sweep));
+    return (goes_around && fits_ring(plan, grid.turn(0), seen)) || fits_ring(plan, lines0, seen);
+  };
+  if (grid.most_rows(0) > 1 && lines0 > 1)
+    // The shorter sweeps are, the more lines are packed for two of them.
+    for (std::int64_t sweep = lines; 2 * sweep > lines1; sweep = round_up(sweep / 2, plan.stack)) {
+      if (fits(sweep)) return sweep;
+      if (sweep == plan.stack) break;
+    }
+  else if (grid.turn(1) < grid.most_columns(1, lines) && fits(lines))
+    return lines;
+  fits_ring(plan, lines0, lines1);
+  return lines;
+}
+
 /// Makes items for all threads: by shorter sweeps as long as few lines are packed twice, then by
 /// fewer heads, which reads memory in pieces, then by even shorter sweeps.
 void cut_into_items(Plan& plan, int threads) {
   const std::int64_t longest = plan.grid.most_rows(2), lines = plan.grid.most_rows(1);
+  const std::int64_t longest_sweep = keep_planes(plan);
   plan.strips = (longest + plan.strip - 1) / plan.strip;
   const auto set_sweep = [&](std::int64_t length) {
     plan.sweep = std::min(lines, round_up(length, plan.stack));
     plan.sweeps = (lines + plan.sweep - 1) / plan.sweep;
     plan.items = plan.groups() * plan.grid.most_rows(0) * plan.sweeps * plan.strips;
   };
-  set_sweep(lines);
+  set_sweep(longest_sweep);
   const auto too_few = [&] {
     return plan.items * plan.problem().batch * plan.head_groups() < kItemsPerThread * threads;
   };
-  while (too_few() && plan.sweep > 2 * plan.ring1) set_sweep(plan.sweep / 2);
+  while (too_few() && plan.sweep > 2 * lines_at_hand(plan)) set_sweep(plan.sweep / 2);
   while (too_few() && plan.row_heads > 1) set_fewer_heads(plan);
   while (too_few() && plan.sweep > plan.stack) set_sweep(plan.sweep / 2);
 }
@@ -188,8 +223,9 @@ Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::siz
   const RowGrid& grid = plan.grid;
   plan.stack = grid.most_rows(1) > 1 && grid.most_columns(1, 1) > 1 ? kMostVectors : 1;
   plan.ring0 = std::max<std::int64_t>(1, grid.most_columns(0, 1));
-  plan.ring1 = std::max<std::int64_t>(1, grid.most_columns(1, plan.stack));
+  plan.ring1 = std::max<std::int64_t>(1, lines_at_hand(plan));
   plan.ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));
+  plan.lines = plan.ring0 * plan.ring1;
   fit_cache(plan);
   const bool sums_up =
       kind == PassKind::backward_query && (problem.wants_grad_rpb || problem.wants_grad_additional);

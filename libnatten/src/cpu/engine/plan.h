@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "../../dispatch.h"
 #include "../../operand.h"
@@ -70,6 +71,12 @@ struct RowGrid {
     const Axis& a = problem.axes[axis];
     return rows_are_keys(kind) ? query_index(a, token) : key_index(a, token);
   }
+  /// Positions after which a circular axis begins again; of other axes more than there are.
+  std::int64_t turn(int axis) const {
+    const Axis& a = problem.axes[axis];
+    return a.boundary == Boundary::circular ? a.grid_length / a.dilation
+                                            : std::numeric_limits<std::int64_t>::max();
+  }
   /// Dilation groups that have rows, and the one that is number `i` of them.
   std::int64_t groups(int axis) const {
     return std::min(problem.axes[axis].dilation, row_length(axis));
@@ -126,7 +133,8 @@ struct Plan {
   std::int64_t row_heads = 0;                 // heads of rows that are handled together
   std::int64_t column_heads = 0;              // and the heads of columns that these see
   std::int64_t stack = 0;                     // lines of rows that are handled together
-  std::int64_t ring0 = 0, ring1 = 0;          // lines of axes 0 and 1 that these see at most
+  std::int64_t lines = 0;                     // of columns, that these see at most
+  std::int64_t ring0 = 0, ring1 = 0;          // lines of axes 0 and 1 that are packed together
   std::int64_t ring2 = 0;                     // columns of a line that a row sees at most
   std::int64_t strip = 0;                     // rows of a line that share packed columns
   std::int64_t sweep = 0;                     // lines of axis 1 that one item handles in turn
@@ -146,6 +154,13 @@ struct Plan {
   std::int64_t groups() const { return grid.groups(0) * grid.groups(1) * grid.groups(2); }
   /// Rows that a thread has at hand.
   std::int64_t rows() const { return row_heads * head_rows; }
+  /// Which of the lines at one position of axis 2 a line is: where the ring holds a circular axis
+  /// whole, each turn has the same.
+  Coordinate line_in_ring(Coordinate line) const {
+    if (ring0 == grid.turn(0)) line[0] = floor_mod(line[0], ring0);
+    if (ring1 == grid.turn(1)) line[1] = floor_mod(line[1], ring1);
+    return line;
+  }
   std::int64_t total_units() const { return grid.problem.batch * head_groups() * units; }
 };
 

@@ -225,7 +225,7 @@ class AvTranspose final : public WeightedSums<E> {
       : WeightedSums<E>(job, PassKind::av_transpose, threads, &Tensors::query, &Tensors::key) {}
 
   void take_memory(Arena& arena) override {
-    this->take_rows_and_weights(arena, plan.ring0 * plan.ring1 * plan.ring2);
+    this->take_rows_and_weights(arena, plan.lines * plan.ring2);
   }
 
   void locate_weights(simd::Line<T>& line, std::int64_t number, const Coordinate&,
