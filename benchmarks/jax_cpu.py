@@ -135,7 +135,14 @@ def ours(case: Case) -> Attention:
 
     def run(query: Array, key: Array, value: Array, bias: Array | None = None) -> jax.Array:
         return function(
-            query, key, value, case.kernel, case.dilation, case.is_causal, bias, stride=case.stride
+            query,
+            key,
+            value,
+            case.kernel,
+            stride=case.stride,
+            dilation=case.dilation,
+            is_causal=case.is_causal,
+            rpb=bias,
         )
 
     return run

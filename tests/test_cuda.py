@@ -348,6 +348,37 @@ def test_tile_shapes():
         F.na2d(q, k, v, 5, q_tile_shape=(0, 1))
 
 
+@RANKS
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_tile_shapes_that_are_listed(rank, dtype):
+    """Each shape runs, in one pair at least, and gives what the default gives."""
+    x = torch.randn(1, *(20, 9, 8)[:rank], 2, 32, dtype=dtype, device="cuda", requires_grad=True)
+    function = getattr(F, f"na{rank}d")
+
+    def results(**tiles):
+        output = function(x, x, x, 5, **tiles)
+        return output, *torch.autograd.grad(output.square().sum(), x)
+
+    forward = natten.get_configs_for_cutlass_fna(x, x, x)
+    backward = natten.get_bwd_configs_for_cutlass_fna(x, x, x)
+    assert forward and backward
+    bound = 2 * cases.GRADIENT_BOUND[str(dtype).removeprefix("torch.")]  # both are rounded
+    want = results()
+    for i in range(max(len(forward), len(backward)) if rank == 1 else 12):
+        q, kv = forward[i * 7 % len(forward)]
+        grad_q, grad_kv = backward[i * 5 % len(backward)]
+        got = results(
+            q_tile_shape=q, kv_tile_shape=kv,
+            backward_q_tile_shape=grad_q, backward_kv_tile_shape=grad_kv,
+        )  # fmt: skip
+        for g, w in zip(got, want, strict=True):
+            assert relative_error(g, w) <= bound
+    if rank == 1:
+        for q, kv in natten.get_configs_for_cutlass_fmha(x, x, x):
+            got = natten.attention(x, x, x, q_tile_size=q, kv_tile_size=kv)
+            assert relative_error(got, natten.attention(x, x, x)) <= bound
+
+
 def test_mixed_devices():
     q, k, v = tensors(1, 20, 20, 2, 32)
     with pytest.raises(ValueError, match="key: is on cpu:0; must be on the device of query, cuda:"):

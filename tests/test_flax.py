@@ -535,11 +535,11 @@ def test_refusals(kind):
         ((12, 3, (3, 3)), ValueError, "kernel_size"),
         ((12, 3, 2.5), TypeError, "kernel_size"),
         ((12, 3, 0), ValueError, "kernel_size"),
-        ((12, 3, 3, (1, 2)), ValueError, "dilation"),
     ):
         with pytest.raises(error, match=f"^{name}: "):
             CLASSES[kind][1](*arguments, **rngs)
     for options, error, name in (
+        (dict(dilation=(1, 2)), ValueError, "dilation"),
         (dict(stride=4), ValueError, "stride"),
         (dict(boundary="wrap"), ValueError, "boundary"),
         (dict(boundary=2), TypeError, "boundary"),

@@ -500,7 +500,7 @@ def test_messages_are_the_cores():
         'head_dim]), unless its border cuts windows (boundary "cut")'
     )
     with pytest.raises(ValueError) as caught:
-        jax.jit(lambda q: nj.na1d(q, q, q, 3, 2))(q)
+        jax.jit(lambda q: nj.na1d(q, q, q, 3, dilation=2))(q)
     assert str(caught.value) == message
 
 

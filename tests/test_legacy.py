@@ -96,15 +96,15 @@ def test_generic(rank):
     k, s, d = KERNEL_SIZE[:rank], STRIDE[:rank], DILATION[:rank]
     causal = (True, False, True)[:rank]
     fused, generic = function("na{rank}d", rank), F.neighborhood_attention_generic
-    expected = fused(query, key, value, k, d, causal, None, 0.3, stride=s, return_lse=True)
-    # 0.21's positional order: stride before dilation, no bias
-    got = generic(query, key, value, k, s, d, causal, 0.3, return_lse=True)
+    window = dict(stride=s, dilation=d, is_causal=causal, scale=0.3)
+    expected = fused(query, key, value, k, **window, return_lse=True)
+    got = generic(query, key, value, k, **window, return_lse=True)
     for a, b in zip(got, expected, strict=True):
         assert torch.equal(a, b)
     assert torch.equal(generic(query, key, value, k), fused(query, key, value, k))
+    window |= dict(additional_keys=more_keys, additional_values=more_values)
     assert torch.equal(
-        generic(query, key, value, k, s, d, causal, 0.3, more_keys, more_values),
-        fused(query, key, value, k, d, causal, None, 0.3, more_keys, more_values, stride=s),
+        generic(query, key, value, k, **window), fused(query, key, value, k, **window)
     )
 
 
@@ -141,7 +141,7 @@ def test_generic_accepts_the_options_of_0_21():
     ("options", "message"),
     [
         ({"kernel_schedule": "fast"}, "kernel_schedule: got 'fast'; must be None, \"non\""),
-        ({"backend": "cutlass-fna"}, 'backend: got "cutlass-fna"; must be one of'),
+        ({"backend": "triton-fna"}, 'backend: got "triton-fna"; must be one of'),
         ({"q_tile_shape": (4,)}, "q_tile_shape"),
         ({"stride": 4}, "stride"),
     ],

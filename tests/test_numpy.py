@@ -438,7 +438,10 @@ def test_same_bits_as_pytorch():
 
     for dtype in ("float64", "float32", "float16"):
         x, q, t = (a.astype(dtype) for a in (X, Q, T))
-        check(na.na2d, x, x, x, 3, (2, 1), (False, True), scale=0.2, stride=2, return_lse=True)
+        check(
+            na.na2d, x, x, x, 3,
+            stride=2, dilation=(2, 1), is_causal=(False, True), scale=0.2, return_lse=True,
+        )  # fmt: skip
         check(na.na2d_qk, q, q, 5, is_causal=True)
         check(na.na2d_av, na.na2d_qk(q, q, 5), q, 5)
         check(na.attention, t, t, t, True, return_lse=True)

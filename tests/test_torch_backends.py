@@ -153,7 +153,16 @@ def test_explain():
 def test_explain_takes_everything():
     q, extra = query(), torch.randn(1, 5000, 2, 4)
     explanation = natten.explain(
-        q, q, q, 3, 1, True, torch.randn(2, 5), 0.5, extra, extra, q_tile_shape=4
+        q,
+        q,
+        q,
+        3,
+        is_causal=True,
+        rpb=torch.randn(2, 5),
+        scale=0.5,
+        additional_keys=extra,
+        additional_values=extra,
+        q_tile_shape=4,
     )
     assert [v.backend for v in explanation.verdicts if v.chosen] == ["vectorized", "vectorized"]
     with pytest.raises(ValueError, match=r"^kernel_size: "):

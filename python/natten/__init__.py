@@ -11,12 +11,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from natten import _core
+from natten._clash import warn_of_clash
 from natten._kernel import na_kernel
 from natten._key_range import key_range
 from natten._show_config import show_config
 from natten.context import (
+    allow_flex_compile,
+    allow_flex_compile_backprop,
     are_deterministic_algorithms_enabled,
     disable_autotuner,
+    disable_flex_compile,
+    disable_flex_compile_backprop,
     disable_fused_na,
     disable_gemm_na,
     disable_tf32,
@@ -40,6 +45,8 @@ from natten.context import (
     is_autotuner_enabled_for_forward,
     is_autotuner_thorough_for_backward,
     is_autotuner_thorough_for_forward,
+    is_flex_compile_allowed,
+    is_flex_compile_backprop_allowed,
     is_fna_enabled,
     is_fused_na_enabled,
     is_gemm_na_enabled,
@@ -61,6 +68,22 @@ from natten.context import (
 )
 
 if TYPE_CHECKING:
+    from natten.backends import (
+        get_bwd_configs_for_cutlass_blackwell_fmha,
+        get_bwd_configs_for_cutlass_blackwell_fna,
+        get_bwd_configs_for_cutlass_fmha,
+        get_bwd_configs_for_cutlass_fna,
+        get_bwd_configs_for_cutlass_hopper_fmha,
+        get_bwd_configs_for_cutlass_hopper_fna,
+        get_configs_for_cutlass_blackwell_fmha,
+        get_configs_for_cutlass_blackwell_fna,
+        get_configs_for_cutlass_fmha,
+        get_configs_for_cutlass_fna,
+        get_configs_for_cutlass_hopper_fmha,
+        get_configs_for_cutlass_hopper_fna,
+        get_configs_for_flex_fmha,
+        get_configs_for_flex_fna,
+    )
     from natten.torch import (
         NeighborhoodAttention1D,
         NeighborhoodAttention2D,
@@ -75,46 +98,75 @@ if TYPE_CHECKING:
 
 __version__: str = _core.version
 
-_TORCH_NAMES = (
-    "NeighborhoodAttention1D",
-    "NeighborhoodAttention2D",
-    "NeighborhoodAttention3D",
-    "attention",
-    "explain",
-    "merge_attentions",
-    "na1d",
-    "na2d",
-    "na3d",
-)
+# NATTEN can be without its libnatten, which is for CUDA alone. Here that is a part of the package,
+# for CPUs too. `has_cuda` tells whether a CUDA device can be used.
+HAS_LIBNATTEN = True
+
+warn_of_clash(__path__[0], __version__)
+
+# Names that load PyTorch, by the module that has them.
+_TORCH_NAMES = {
+    "natten.torch": (
+        "NeighborhoodAttention1D",
+        "NeighborhoodAttention2D",
+        "NeighborhoodAttention3D",
+        "attention",
+        "explain",
+        "merge_attentions",
+        "na1d",
+        "na2d",
+        "na3d",
+    ),
+    "natten.backends": (
+        "get_bwd_configs_for_cutlass_blackwell_fmha",
+        "get_bwd_configs_for_cutlass_blackwell_fna",
+        "get_bwd_configs_for_cutlass_fmha",
+        "get_bwd_configs_for_cutlass_fna",
+        "get_bwd_configs_for_cutlass_hopper_fmha",
+        "get_bwd_configs_for_cutlass_hopper_fna",
+        "get_configs_for_cutlass_blackwell_fmha",
+        "get_configs_for_cutlass_blackwell_fna",
+        "get_configs_for_cutlass_fmha",
+        "get_configs_for_cutlass_fna",
+        "get_configs_for_cutlass_hopper_fmha",
+        "get_configs_for_cutlass_hopper_fna",
+        "get_configs_for_flex_fmha",
+        "get_configs_for_flex_fna",
+    ),
+}
+_MODULE_OF = {name: module for module, names in _TORCH_NAMES.items() for name in names}
 
 
-_SUBMODULES = ("flops", "functional", "types", "utils")
+_SUBMODULES = ("backends", "flops", "functional", "modules", "token_permute", "types", "utils")
 
 
 def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return import_module(f"natten.{name}")
-    if name not in _TORCH_NAMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'natten' has no attribute {name!r}")
-    import natten.torch
-
-    value = getattr(natten.torch, name)
+    value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_SUBMODULES, *_TORCH_NAMES})
+    return sorted({*globals(), *_SUBMODULES, *_MODULE_OF})
 
 
 __all__ = [
+    "HAS_LIBNATTEN",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "__version__",
+    "allow_flex_compile",
+    "allow_flex_compile_backprop",
     "are_deterministic_algorithms_enabled",
     "attention",
     "disable_autotuner",
+    "disable_flex_compile",
+    "disable_flex_compile_backprop",
     "disable_fused_na",
     "disable_gemm_na",
     "disable_tf32",
@@ -124,6 +176,20 @@ __all__ = [
     "enable_tf32",
     "enable_tiled_na",
     "explain",
+    "get_bwd_configs_for_cutlass_blackwell_fmha",
+    "get_bwd_configs_for_cutlass_blackwell_fna",
+    "get_bwd_configs_for_cutlass_fmha",
+    "get_bwd_configs_for_cutlass_fna",
+    "get_bwd_configs_for_cutlass_hopper_fmha",
+    "get_bwd_configs_for_cutlass_hopper_fna",
+    "get_configs_for_cutlass_blackwell_fmha",
+    "get_configs_for_cutlass_blackwell_fna",
+    "get_configs_for_cutlass_fmha",
+    "get_configs_for_cutlass_fna",
+    "get_configs_for_cutlass_hopper_fmha",
+    "get_configs_for_cutlass_hopper_fna",
+    "get_configs_for_flex_fmha",
+    "get_configs_for_flex_fna",
     "get_memory_usage_preference",
     "has_bfloat",
     "has_cuda",
@@ -139,6 +205,8 @@ __all__ = [
     "is_autotuner_enabled_for_forward",
     "is_autotuner_thorough_for_backward",
     "is_autotuner_thorough_for_forward",
+    "is_flex_compile_allowed",
+    "is_flex_compile_backprop_allowed",
     "is_fna_enabled",
     "is_fused_na_enabled",
     "is_gemm_na_enabled",

@@ -6,19 +6,32 @@ per spatial axis. All else is checked by libnatten.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import (
+    Any,
+    NamedTuple,
+    NoReturn,
+    ParamSpec,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+)
 
 from natten import _core, context
+from natten.types import KernelSchedule
 
 Ints: TypeAlias = int | Sequence[int]
 Bools: TypeAlias = bool | Sequence[bool]
 Boundaries: TypeAlias = str | Sequence[str]
 Config: TypeAlias = tuple[int, ...]
+P = ParamSpec("P")
+F = TypeVar("F", bound=Callable[..., Any])
 
 # Bits of the last integer of a config; mirrors natten::bindings::Flag.
 HAS_SCALE = 1
@@ -382,6 +395,101 @@ def check_merge(
                 raise TypeError(f"{name}: got dtypes {tensors[0][1]} and {dtype}; must be one")
 
 
+class UpstreamKeywords(TypedDict, total=False):
+    """Keywords of NATTEN's functions for PyTorch that have no effect here: they set up its own
+    kernels. What they hold is checked where NATTEN checks it."""
+
+    attention_kwargs: Mapping[str, Any] | None  # for the part of additional tokens, 0.20 and newer
+    backward_use_pt_reduction: bool
+    run_persistent_kernel: bool
+    kernel_schedule: str | KernelSchedule | None
+    torch_compile: bool
+    try_fuse_additional_kv: bool  # 0.20
+    xformers_kwargs: Mapping[str, Any] | None  # 0.17
+
+
+_UPSTREAM_DEFAULTS: UpstreamKeywords = {
+    "attention_kwargs": None,
+    "backward_use_pt_reduction": False,
+    "run_persistent_kernel": True,
+    "kernel_schedule": None,
+    "torch_compile": False,
+    "try_fuse_additional_kv": False,
+    "xformers_kwargs": None,
+}
+_SCHEDULES = (None, "non", "coop", "pp", *KernelSchedule)
+
+
+def check_extra(name: str, by_position: Sequence[Any], upstream: Mapping[str, Any] = {}) -> None:
+    """Raises on what a function or module takes beside its named arguments: anything by position,
+    and keywords that are none of UpstreamKeywords."""
+    if by_position:
+        _refuse_positional(name, len(by_position))
+    for keyword, value in upstream.items():
+        if keyword not in _UPSTREAM_DEFAULTS:
+            raise TypeError(f"{name}() got an unexpected keyword argument '{keyword}'")
+        if keyword == "kernel_schedule" and value not in _SCHEDULES:
+            raise ValueError(
+                f'kernel_schedule: got {value!r}; must be None, "non", "coop", "pp" or a '
+                "natten.types.KernelSchedule"
+            )
+        if keyword.endswith("_kwargs") and not isinstance(value, Mapping | None):
+            raise TypeError(f"{keyword}: got {value!r}; must be a dictionary or None")
+
+
+def _refuse_positional(name: str, count: int) -> NoReturn:
+    raise TypeError(
+        f"{name}: got {count} argument{'s' * (count > 1)} by position after kernel_size; must be "
+        "passed by name, such as dilation=2: NATTEN before 0.20 has the order (kernel_size, "
+        "dilation, is_causal), and 0.20 and newer have (kernel_size, stride, dilation, is_causal)"
+    )
+
+
+def by_name(function: F) -> F:
+    """For a function with `*by_position` and maybe `**upstream`, which `check_extra` checks: shows
+    the signature that it has for its callers. A call costs no more than without."""
+    signature = inspect.signature(function)
+    shown = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            shown += [
+                inspect.Parameter(
+                    name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    # As annotations of functions here are: the text.
+                    annotation=UpstreamKeywords.__annotations__[name].__forward_arg__,
+                )
+                for name, default in _UPSTREAM_DEFAULTS.items()
+            ]
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            shown.append(parameter)
+    function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+    return function
+
+
+def module_init(init: Callable[P, None]) -> Callable[P, None]:
+    """For the `__init__` of a module: `embed_dim` is another name of `dim`, and what comes by
+    position after the third argument is refused."""
+
+    @functools.wraps(init)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        if len(args) > 4:  # with self
+            _refuse_positional(type(args[0]).__name__, len(args) - 4)
+        if "embed_dim" in kwargs:
+            embed_dim = kwargs.pop("embed_dim")
+            if len(args) > 1 or "dim" in kwargs:
+                dim = kwargs.get("dim", args[1] if len(args) > 1 else None)
+                raise TypeError(
+                    f"embed_dim: got {embed_dim!r} besides dim, {dim!r}; must be given once, as "
+                    "they are two names of one argument"
+                )
+            kwargs["dim"] = embed_dim
+        init(*args, **kwargs)
+
+    return checked
+
+
 def named(name: str, rank: int, module: str) -> Callable[[Callable], Callable]:
     """Names the function that a factory made for one rank, and fills the rank into its doc."""
 
@@ -389,6 +497,6 @@ def named(name: str, rank: int, module: str) -> Callable[[Callable], Callable]:
         function.__name__ = function.__qualname__ = name.format(rank=rank)
         function.__module__ = module
         function.__doc__ = (function.__doc__ or "").replace("{rank}", str(rank))
-        return function
+        return by_name(function)
 
     return apply

@@ -6,13 +6,46 @@ import threading
 from types import TracebackType
 
 from natten import _core
+from natten._log import logger
 
 _NAMES = sorted({"fused", *_core.backends("cpu"), *_core.backends("cuda")})
+
+# What NATTEN calls its backends, and what that means here. Each pins kernels for GPUs of one maker
+# or generation, all of which compute the same; so does the fused backend of any device.
+_MEANINGS = {
+    f"{kernels}-{operation}": "fused"
+    for kernels in ("cutlass", "hopper", "blackwell", "flex")
+    for operation in ("fna", "fmha")
+}
+_told: set[str] = set()
+
+
+def taken_as(backend: str) -> str:
+    """The name of a backend of this library that a name stands for."""
+    return _MEANINGS.get(backend, backend)
+
+
+def meaning(backend: str | None) -> str:
+    """What a name of NATTEN's backends means, as a sentence; nothing for all other names."""
+    if not isinstance(backend, str) or backend not in _MEANINGS:
+        return ""
+    return (
+        f'backend "{backend}" is a name of NATTEN\'s kernels; it is taken as '
+        f'"{_MEANINGS[backend]}", the fused backend of the device'
+    )
+
+
+def tell_meaning(backend: str | None) -> None:
+    """Logs `meaning`, once for each name."""
+    told = meaning(backend)
+    if told and told not in _told:
+        _told.add(told)
+        logger.info("%s", told)
 
 
 def check_name(backend: str) -> None:
     _check_type(backend)
-    if backend not in _NAMES:
+    if backend not in _NAMES and backend not in _MEANINGS:
         raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(_NAMES)}')
 
 
@@ -40,6 +73,7 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
 
     Args:
         backend: a name that `natten.explain` shows, or "fused" for any but the reference, "naive".
+            NATTEN's own names, such as "cutlass-fna", mean "fused".
 
     Raises:
         ValueError: an unknown name.
@@ -48,7 +82,8 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
 
     def __init__(self, backend: str) -> None:
         check_name(backend)
-        self._backend = backend
+        tell_meaning(backend)
+        self._backend = taken_as(backend)
         self._outer: list[str] = []
 
     def __enter__(self) -> None:
@@ -68,4 +103,5 @@ def chosen_backend(backend: str | None) -> str:
     """`backend`, or else what the innermost `na_kernel` block says; "" leaves the choice."""
     if backend is not None:
         _check_type(backend)
+        backend = taken_as(backend)
     return backend or _chosen.backend

@@ -54,6 +54,8 @@ class _Switches:
     gemm: bool = True
     tiled: bool = True
     tf32: bool = False
+    flex_compile: bool = False
+    flex_compile_backprop: bool = False
 
 
 _switches = _Switches()
@@ -308,6 +310,37 @@ def disable_tf32() -> bool:
 
 def is_tf32_in_gemm_na_enabled() -> bool:
     return _switches.tf32
+
+
+def allow_flex_compile(mode: bool = True, backprop: bool = False) -> None:
+    """Remembers whether FlexAttention may be compiled, and with `backprop` for derivatives too. No
+    effect here: nothing is computed by FlexAttention."""
+    _switches.flex_compile = bool(mode)
+    _switches.flex_compile_backprop = bool(mode and backprop)
+    _say_unused("flex_compile")
+
+
+def allow_flex_compile_backprop(mode: bool = True) -> None:
+    """The second switch of `allow_flex_compile` alone, which stays off while the first is off."""
+    allow_flex_compile(_switches.flex_compile, mode)
+
+
+def disable_flex_compile() -> None:
+    """`allow_flex_compile(False)`."""
+    allow_flex_compile(False)
+
+
+def disable_flex_compile_backprop() -> None:
+    """`allow_flex_compile_backprop(False)`."""
+    allow_flex_compile_backprop(False)
+
+
+def is_flex_compile_allowed() -> bool:
+    return _switches.flex_compile
+
+
+def is_flex_compile_backprop_allowed() -> bool:
+    return _switches.flex_compile_backprop
 
 
 def get_device_cc(device_index: Any = None) -> int:

@@ -2,9 +2,12 @@
 
 from natten.context import (
     disable_gemm_na,
+    disable_tf32,
     disable_tiled_na,
     enable_gemm_na,
+    enable_tf32,
     enable_tiled_na,
+    get_device_cc,
     has_bfloat,
     has_cuda,
     has_fna,
@@ -45,9 +48,12 @@ from natten.torch import (
 __all__ = [
     "attention",
     "disable_gemm_na",
+    "disable_tf32",
     "disable_tiled_na",
     "enable_gemm_na",
+    "enable_tf32",
     "enable_tiled_na",
+    "get_device_cc",
     "has_bfloat",
     "has_cuda",
     "has_fna",

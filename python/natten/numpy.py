@@ -7,7 +7,7 @@ Functions for 1, 2 and 3 spatial axes: `na1d`, ... (fused), `na1d_qk`, `na1d_av`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Never, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -20,6 +20,7 @@ from natten._args import (
     Boundaries,
     Config,
     Ints,
+    check_extra,
     check_merge,
     listed,
     make_config,
@@ -28,7 +29,7 @@ from natten._args import (
     with_flags,
 )
 from natten._choices import tell
-from natten._kernel import chosen_backend
+from natten._kernel import chosen_backend, tell_meaning
 from natten._log import TELLS_CHOICES
 from natten._merge import merge
 from natten._roles import roles_of
@@ -91,6 +92,8 @@ def _run(
         None if x is None and not role.is_required else _as_array(role.name, x)
         for role, x in zip(_INPUTS[op], arrays, strict=True)
     ]
+    if backend is not None:
+        tell_meaning(backend)
     backend = chosen_backend(backend)
     outputs = _core.run(op, config, scale, backend, inputs, wanted, None, np.empty)
     if TELLS_CHOICES:
@@ -121,16 +124,16 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         key: ArrayLike,
         value: ArrayLike,
         kernel_size: Ints,
+        *by_position: Never,
+        stride: Ints = 1,
         dilation: Ints = 1,
         is_causal: Bools | None = False,
+        boundary: Boundaries = "shift",
         rpb: ArrayLike | None = None,
+        key_mask: ArrayLike | None = None,
         scale: float | None = None,
         additional_keys: ArrayLike | None = None,
         additional_values: ArrayLike | None = None,
-        *,
-        stride: Ints = 1,
-        boundary: Boundaries = "shift",
-        key_mask: ArrayLike | None = None,
         query_offset: Ints | None = None,
         key_offset: Ints | None = None,
         grid_size: Ints | None = None,
@@ -150,21 +153,22 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
-                not exceed the axis, unless its boundary is "cut".
+                not exceed the axis, unless its boundary is "cut". All that follow are passed by
+                name: NATTEN before 0.20 had dilation next, and newer ones have stride.
+            stride: that many neighboring queries share one window; 1 to kernel_size.
             dilation: distance between neighbors.
             is_causal: whether a token sees only itself and those before it, a bool for all axes or
                 one per axis (None is False).
-            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
-            scale: factor on the scores; head_dim ** -0.5 by default.
-            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
-            additional_values: [batch, n, kv_heads, value_head_dim].
-            stride: that many neighboring queries share one window; 1 to kernel_size.
             boundary: what becomes of a window at the border of the grid, one name for all axes or
                 one per axis: "shift" moves it inwards, "cut" leaves the slots outside empty, and
                 "circular" lets it go on at the other end (dilation, and stride in steps of it, must
                 divide such an axis, which cannot be causal).
+            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
             key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. A query that
                 sees no key gets output 0 and logsumexp -inf.
+            scale: factor on the scores; head_dim ** -0.5 by default.
+            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
+            additional_values: [batch, n, kv_heads, value_head_dim].
             query_offset, key_offset, grid_size: say that queries and keys are parts of a larger
                 grid, whose tokens per axis are grid_size: their first tokens there. Where one of
                 the three is given, keys may have another grid than queries; else there is one grid
@@ -184,6 +188,8 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             ValueError: a shape or value that does not fit; the message says which and why.
             TypeError: an argument of another type; an unsupported or mismatched dtype.
         """
+        if by_position:
+            check_extra(f"na{rank}d", by_position)
         config = make_config(
             rank,
             kernel_size,

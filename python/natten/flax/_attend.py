@@ -61,11 +61,16 @@ class SelfAttention:
     neighborhood attention, a linear map.
 
     Args:
-        dim: channels; a multiple of num_heads.
+        dim: channels; a multiple of num_heads. `embed_dim` is another name of it.
         num_heads: number of heads.
-        kernel_size: window size, one for all axes or one per axis.
+        kernel_size: window size, one for all axes or one per axis. All that follow are passed by
+            name: NATTEN before 0.20 had dilation next, and newer ones have stride.
+        stride: that many neighboring queries share one window.
         dilation: distance between neighbors.
         is_causal: whether a token sees only itself and those before it, per axis.
+        boundary: what becomes of a window at the border of the grid, one for all axes or one per
+            axis: "shift", it is moved inwards; "cut", what is outside is left out; "circular", it
+            goes on at the other end.
         rel_pos_bias: learn a bias by relative position, the parameter `rpb`
             [num_heads, 2 * kernel_size[0] - 1, ...].
         qkv_bias: whether the first linear map has a bias.
@@ -73,10 +78,6 @@ class SelfAttention:
         attn_drop: dropout on attention weights. The fused operation has none, so a module with
             attn_drop > 0 uses the unfused ones unless it is deterministic.
         proj_drop: dropout on the result.
-        stride: that many neighboring queries share one window.
-        boundary: what becomes of a window at the border of the grid, one for all axes or one per
-            axis: "shift", it is moved inwards; "cut", what is outside is left out; "circular", it
-            goes on at the other end.
         dtype: what to compute in; by default what the input and the parameters promote to.
         param_dtype: of the parameters.
         qkv_kernel_init: of `qkv.kernel` [dim, 3, dim]. It is called with shape [dim, 3 * dim], and
@@ -125,6 +126,10 @@ class SelfAttention:
             self.qk_scale = module_scale(self.qk_scale, head_dim)
         for name, value in checked_window(self.rank, **window_of(self)).items():
             setattr(self, name, value)
+
+    @property
+    def embed_dim(self) -> int:
+        return self.dim
 
     @property
     def head_dim(self) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike, DTypeLike
 
-from natten._args import Bools, Boundaries, Ints
+from natten._args import Bools, Boundaries, Ints, module_init
 from natten.flax import _attend, _convert
 from natten.flax._attend import Initializer
 
@@ -23,21 +23,22 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         rngs: for the parameters, and for dropout where there is any.
     """
 
+    @module_init
     def __init__(
         self,
         dim: int,
         num_heads: int,
         kernel_size: Ints,
+        *,
+        stride: Ints = 1,
         dilation: Ints = 1,
         is_causal: Bools | None = False,
+        boundary: Boundaries = "shift",
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
-        stride: Ints = 1,
-        *,
-        boundary: Boundaries = "shift",
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         qkv_kernel_init: Initializer = _attend.kernel_init,

@@ -7,6 +7,8 @@ Their parameters have the names and shapes of those of the `nnx` modules in `nat
 from __future__ import annotations
 
 import functools
+from dataclasses import KW_ONLY
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ from flax import linen as nn
 from flax.linen.dtypes import promote_dtype
 from jax.typing import ArrayLike, DTypeLike
 
-from natten._args import Bools, Boundaries, Ints
+from natten._args import Bools, Boundaries, Ints, module_init
 from natten.flax import _attend
 from natten.flax._attend import Initializer
 
@@ -68,14 +70,16 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
     dim: int
     num_heads: int
     kernel_size: Ints
+    _: KW_ONLY
+    stride: Ints = 1
     dilation: Ints = 1
     is_causal: Bools | None = False
+    boundary: Boundaries = "shift"
     rel_pos_bias: bool = False
     qkv_bias: bool = True
     qk_scale: float | None = None
     attn_drop: float = 0.0
     proj_drop: float = 0.0
-    stride: Ints = 1
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
     qkv_kernel_init: Initializer = _attend.kernel_init
@@ -84,7 +88,12 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
     proj_bias_init: Initializer = _attend.bias_init
     rpb_init: Initializer = _attend.rpb_init
     deterministic: bool | None = None
-    boundary: Boundaries = "shift"
+
+    def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
+        has_own = "__init__" in vars(cls)
+        super().__init_subclass__(*args, **kwargs)
+        if not has_own:  # it was generated from the fields
+            cls.__init__ = module_init(cls.__init__)  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
         self._check_arguments(self.attn_drop, self.proj_drop)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Never, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from natten._args import (
     Config,
     Ints,
     attention_flags,
+    check_extra,
     check_merge,
     listed,
     make_config,
@@ -27,7 +28,7 @@ from natten._args import (
     real_scale,
     with_flags,
 )
-from natten._kernel import check_name
+from natten._kernel import check_name, taken_as, tell_meaning
 from natten._merge import merge
 from natten.jax import _derivatives, _primitives
 from natten.jax._partitioning import vary_alike
@@ -212,7 +213,8 @@ def _call(functions: Mapping[str, Callable[..., Any]], autodiff: str, *args: Any
 def _setup(config: Any, scale: float | None, backend: str | None) -> Setup:
     if backend not in (None, ""):
         check_name(backend)
-    return Setup(config, scale, backend or "")
+        tell_meaning(backend)
+    return Setup(config, scale, taken_as(backend or ""))
 
 
 def _call_fused(
@@ -242,16 +244,16 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         key: ArrayLike,
         value: ArrayLike,
         kernel_size: Ints,
+        *by_position: Never,
+        stride: Ints = 1,
         dilation: Ints = 1,
         is_causal: Bools | None = False,
+        boundary: Boundaries = "shift",
         rpb: ArrayLike | None = None,
+        key_mask: ArrayLike | None = None,
         scale: float | None = None,
         additional_keys: ArrayLike | None = None,
         additional_values: ArrayLike | None = None,
-        *,
-        stride: Ints = 1,
-        boundary: Boundaries = "shift",
-        key_mask: ArrayLike | None = None,
         query_offset: Offsets | None = None,
         key_offset: Offsets | None = None,
         grid_size: Ints | None = None,
@@ -274,21 +276,22 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
                 not exceed the axis, unless its boundary is "cut". This and all that follow, except
-                arrays, are static: Python values, not traced ones.
+                arrays, are static: Python values, not traced ones. All that follow are passed by
+                name: NATTEN before 0.20 had dilation next, and newer ones have stride.
+            stride: that many neighboring queries share one window; 1 to kernel_size.
             dilation: distance between neighbors.
             is_causal: whether a token sees only itself and those before it, a bool for all axes or
                 one per axis (None is False).
-            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
-            scale: factor on the scores; head_dim ** -0.5 by default.
-            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
-            additional_values: [batch, n, kv_heads, value_head_dim].
-            stride: that many neighboring queries share one window; 1 to kernel_size.
             boundary: what becomes of a window at the border of the grid, one for all axes or one
                 per axis: "shift", it is moved inwards; "cut", what is outside is left out;
                 "circular", it goes on at the other end.
+            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
             key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. Hidden keys
                 have no weight and no gradients, whatever they hold. A query that sees nothing has
                 output 0 and logsumexp -inf.
+            scale: factor on the scores; head_dim ** -0.5 by default.
+            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
+            additional_values: [batch, n, kv_heads, value_head_dim].
             query_offset: where query is a part of a larger grid: its first token, one number for
                 all axes or one per axis. An array of integers, or a list that holds such, is
                 read when the program runs, so that one serves all parts; what is wrong with it is
@@ -311,6 +314,8 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             TypeError: an argument of another type; an unsupported or mismatched dtype.
                 Both are raised when traced.
         """
+        if by_position:
+            check_extra(f"na{rank}d", by_position)
         tensors = _as_arrays(
             query=query,
             key=key,

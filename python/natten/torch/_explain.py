@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Never, Unpack
 
 from torch import Tensor
 
 from natten import _core
-from natten._args import Bools, Boundaries, Ints, attention_flags, make_config, real_scale
-from natten._kernel import check_name, chosen_backend
+from natten._args import (
+    Bools,
+    Boundaries,
+    Ints,
+    UpstreamKeywords,
+    attention_flags,
+    by_name,
+    check_extra,
+    make_config,
+    real_scale,
+)
+from natten._kernel import check_name, chosen_backend, meaning
 from natten.torch import _ops
 
 
@@ -27,6 +38,7 @@ class Explanation:
     """The backends for a call, best first; prints as a table."""
 
     verdicts: tuple[Verdict, ...]
+    note: str = ""  # where the name of a backend that was given stands for another
 
     def __str__(self) -> str:
         rows = [("pass", "backend", "answer")]
@@ -34,26 +46,28 @@ class Explanation:
             answer = "chosen" if v.chosen else "accepts" if not v.refusal else f"no: {v.refusal}"
             rows.append((v.operation, v.backend, answer))
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
-        return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows)
+        lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
+        return "\n".join([*lines, self.note] if self.note else lines)
 
     __repr__ = __str__
 
 
+@by_name
 def explain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     kernel_size: Ints,
+    *by_position: Never,
+    stride: Ints = 1,
     dilation: Ints = 1,
     is_causal: Bools | None = False,
+    boundary: Boundaries = "shift",
     rpb: Tensor | None = None,
+    key_mask: Tensor | None = None,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
-    *,
-    stride: Ints = 1,
-    boundary: Boundaries = "shift",
-    key_mask: Tensor | None = None,
     query_offset: Ints | None = None,
     key_offset: Ints | None = None,
     grid_size: Ints | None = None,
@@ -63,6 +77,7 @@ def explain(
     backward_q_tile_shape: Ints | None = None,
     backward_kv_tile_shape: Ints | None = None,
     backward_kv_splits: Ints | None = None,
+    **upstream: Unpack[UpstreamKeywords],
 ) -> Explanation:
     """Which backend would run `na1d`, `na2d` or `na3d` with these arguments, forward and backward.
 
@@ -71,17 +86,21 @@ def explain(
         print(natten.explain(query, key, value, kernel_size=7))
 
     Returns:
-        A table: text when printed, its rows in `verdicts`.
+        A table: text when printed, its rows in `verdicts`. Its `note` says what a name of NATTEN's
+        backends stands for.
 
     Raises:
         ValueError, TypeError: as those functions do.
     """
+    if by_position or upstream:
+        check_extra("explain", by_position, upstream)
     inputs = [query, key, value, rpb, additional_keys, additional_values, key_mask]
     for role, x in zip(_ops.attention_forward.inputs, inputs, strict=True):
         if isinstance(x, Tensor) and x.is_nested:
             raise ValueError(f"{role.name}: got a nested tensor; explain one of its examples")
         if x is not None or role.is_required:
             _ops.check_tensor(role.name, x)
+    note = meaning(backend)
     backend = chosen_backend(backend)
     if backend:
         check_name(backend)
@@ -120,5 +139,6 @@ def explain(
             Verdict(name, *row)
             for name, (operator, tensors) in calls.items()
             for row in _core.explain(operator.name, config, scale, backend, tensors)
-        )
+        ),
+        note,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Never, Unpack
 
 import torch
 from torch import Tensor
@@ -13,7 +13,10 @@ from natten._args import (
     Bools,
     Boundaries,
     Ints,
+    UpstreamKeywords,
     attention_flags,
+    by_name,
+    check_extra,
     check_merge,
     listed,
     make_config,
@@ -21,7 +24,7 @@ from natten._args import (
     real_scale,
     spelled_is_causal,
 )
-from natten._kernel import chosen_backend
+from natten._kernel import chosen_backend, tell_meaning
 from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _nested, _ops
@@ -55,6 +58,17 @@ def _scale(scale: float | None) -> float | None:
     return real_scale(scale)
 
 
+# Dynamo cannot follow logging; it runs such a function while it traces.
+tell_meaning = torch.compiler.assume_constant_result(tell_meaning)
+
+
+def _backend(backend: str | None) -> str:
+    """The name of the backend that operators get."""
+    if backend is not None:
+        tell_meaning(backend)
+    return chosen_backend(backend)
+
+
 def _is_nested(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_nested
 
@@ -80,16 +94,16 @@ def _make_fused(rank: int):
         key: Tensor,
         value: Tensor,
         kernel_size: Ints,
+        *by_position: Never,
+        stride: Ints = 1,
         dilation: Ints = 1,
         is_causal: Bools | None = False,
+        boundary: Boundaries = "shift",
         rpb: Tensor | None = None,
+        key_mask: Tensor | None = None,
         scale: float | None = None,
         additional_keys: Tensor | None = None,
         additional_values: Tensor | None = None,
-        *,
-        stride: Ints = 1,
-        boundary: Boundaries = "shift",
-        key_mask: Tensor | None = None,
         query_offset: Ints | None = None,
         key_offset: Ints | None = None,
         grid_size: Ints | None = None,
@@ -101,6 +115,7 @@ def _make_fused(rank: int):
         backward_kv_tile_shape: Ints | None = None,
         backward_kv_splits: Ints | None = None,
         is_casual: Bools | None = None,
+        **upstream: Unpack[UpstreamKeywords],
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Fused {rank}-D neighborhood attention, heads-last.
 
@@ -115,22 +130,23 @@ def _make_fused(rank: int):
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
-                not exceed the axis, unless its boundary is "cut".
+                not exceed the axis, unless its boundary is "cut". All that follow are passed by
+                name: NATTEN before 0.20 had dilation next, and newer ones have stride.
+            stride: that many neighboring queries share one window; 1 to kernel_size.
             dilation: distance between neighbors.
             is_causal: whether a token sees only itself and those before it, a bool for all axes or
                 one per axis (None is False).
-            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
-            scale: factor on the scores; head_dim ** -0.5 by default.
-            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
-            additional_values: [batch, n, kv_heads, value_head_dim].
-            stride: that many neighboring queries share one window; 1 to kernel_size.
             boundary: what becomes of a window at the border of the grid, one name for all axes or
                 one per axis: "shift" moves it inwards, "cut" leaves the slots outside empty, and
                 "circular" lets it go on at the other end (dilation, and stride in steps of it, must
                 divide such an axis, which cannot be causal).
+            rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
             key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. A query that
                 sees no key gets output 0 and logsumexp -inf. It has no gradient, and the keys and
                 values that it hides have gradient 0.
+            scale: factor on the scores; head_dim ** -0.5 by default.
+            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
+            additional_values: [batch, n, kv_heads, value_head_dim].
             query_offset, key_offset, grid_size: say that queries and keys are parts of a larger
                 grid, whose tokens per axis are grid_size: their first tokens there. Where one of
                 the three is given, keys may have another grid than queries; else there is one grid
@@ -139,10 +155,14 @@ def _make_fused(rank: int):
                 the grid, whose other end comes there on a circular axis, else padding that nobody
                 sees.
             return_lse: also return logsumexp.
-            backend: name of the implementation to use; by default the first that can.
+            backend: name of the implementation to use; by default the first that can. NATTEN's own
+                names, such as "cutlass-fna", mean "fused".
             q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
             backward_kv_splits: for CUDA backends that work on tiles; where one refuses a shape, its
             message names those that it takes. CPU backends only check them.
+            attention_kwargs, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule,
+            torch_compile, try_fuse_additional_kv, xformers_kwargs: of NATTEN's own kernels; they
+            have no effect here.
 
         Returns:
             output [batch, *spatial, heads, value_head_dim]; with return_lse also logsumexp
@@ -153,6 +173,8 @@ def _make_fused(rank: int):
             ValueError: a shape or value that does not fit; the message says which and why.
             TypeError: an argument of another type; an unsupported or mismatched dtype.
         """
+        if by_position or upstream:
+            check_extra(f"na{rank}d", by_position, upstream)
         config = make_config(
             rank,
             kernel_size,
@@ -173,7 +195,7 @@ def _make_fused(rank: int):
         output, logsumexp = _call(
             _ops.attention_forward,
             query, key, value, rpb, additional_keys, additional_values, key_mask,
-            config, _scale(scale), chosen_backend(backend),
+            config, _scale(scale), _backend(backend),
         )  # fmt: skip
         return (output, logsumexp) if return_lse else output
 
@@ -199,6 +221,7 @@ def _make_qk(rank: int):
         grid_size: Ints | None = None,
         backend: str | None = None,
         is_casual: Bools | None = None,
+        **upstream: Unpack[UpstreamKeywords],
     ) -> Tensor:
         """Scores of {rank}-D neighborhood attention, heads-first. No scale is applied.
 
@@ -209,7 +232,7 @@ def _make_qk(rank: int):
             additional_keys: [batch, heads, n, head_dim]; their n scores follow the window's.
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position.
             kernel_size, dilation, is_causal, stride, boundary, key_mask, query_offset, key_offset,
-            grid_size, backend: as in `na{rank}d`.
+            grid_size, backend, and the names of NATTEN's kernels: as in `na{rank}d`.
 
         Returns:
             attn [batch, heads, *spatial, slots], slots = product of kernel_size, in row-major
@@ -219,6 +242,8 @@ def _make_qk(rank: int):
         Raises:
             ValueError, TypeError: as `na{rank}d`.
         """
+        if upstream:
+            check_extra(f"na{rank}d_qk", (), upstream)
         config = make_config(
             rank,
             kernel_size,
@@ -230,9 +255,7 @@ def _make_qk(rank: int):
             key_offset=key_offset,
             grid_size=grid_size,
         )
-        return _call(
-            _ops.qk, query, key, rpb, additional_keys, key_mask, config, chosen_backend(backend)
-        )
+        return _call(_ops.qk, query, key, rpb, additional_keys, key_mask, config, _backend(backend))
 
     return qk
 
@@ -255,6 +278,7 @@ def _make_av(rank: int):
         grid_size: Ints | None = None,
         backend: str | None = None,
         is_casual: Bools | None = None,
+        **upstream: Unpack[UpstreamKeywords],
     ) -> Tensor:
         """Values weighted by {rank}-D neighborhood attention weights, heads-first.
 
@@ -266,7 +290,7 @@ def _make_av(rank: int):
             value: [batch, heads, *spatial, head_dim].
             additional_values: [batch, heads, n, head_dim], for the last n slots.
             kernel_size, dilation, is_causal, stride, boundary, key_mask, query_offset, key_offset,
-            grid_size, backend: as in `na{rank}d`.
+            grid_size, backend, and the names of NATTEN's kernels: as in `na{rank}d`.
 
         Returns:
             [batch, heads, *spatial, head_dim].
@@ -274,6 +298,8 @@ def _make_av(rank: int):
         Raises:
             ValueError, TypeError: as `na{rank}d`.
         """
+        if upstream:
+            check_extra(f"na{rank}d_av", (), upstream)
         config = make_config(
             rank,
             kernel_size,
@@ -285,9 +311,7 @@ def _make_av(rank: int):
             key_offset=key_offset,
             grid_size=grid_size,
         )
-        return _call(
-            _ops.av, attn, value, additional_values, key_mask, config, chosen_backend(backend)
-        )
+        return _call(_ops.av, attn, value, additional_values, key_mask, config, _backend(backend))
 
     return av
 
@@ -297,6 +321,7 @@ na1d_qk, na2d_qk, na3d_qk = (_make_qk(rank) for rank in (1, 2, 3))
 na1d_av, na2d_av, na3d_av = (_make_av(rank) for rank in (1, 2, 3))
 
 
+@by_name
 def attention(
     query: Tensor,
     key: Tensor,
@@ -306,8 +331,14 @@ def attention(
     return_lse: bool = False,
     *,
     backend: str | None = None,
+    q_tile_size: int | None = None,
+    kv_tile_size: int | None = None,
+    backward_q_tile_size: int | None = None,
+    backward_kv_tile_size: int | None = None,
+    backward_kv_splits: int | None = None,
     attn_mask: None = None,
     dropout_p: float = 0.0,
+    **upstream: Unpack[UpstreamKeywords],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over all keys, heads-last. Takes no mask and no dropout.
 
@@ -320,6 +351,8 @@ def attention(
         scale: factor on the scores; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
         backend: name of the implementation to use; by default the first that can.
+        q_tile_size, kv_tile_size, backward_q_tile_size, backward_kv_tile_size, backward_kv_splits:
+            the tile shapes of `na1d`, and the other names of NATTEN's kernels: as there.
         attn_mask, dropout_p: only for calls written for scaled_dot_product_attention; None and 0.
 
     Returns:
@@ -337,17 +370,32 @@ def attention(
             "torch.nn.functional.scaled_dot_product_attention, or merge_attentions over parts of "
             "the keys"
         )
-    flags = SEPARATE_KEY_GRID | attention_flags(scale)
-    config = make_config(1, 1, is_causal=is_causal, flags=flags)
+    if upstream:
+        check_extra("attention", (), upstream)
+    config = make_config(
+        1,
+        1,
+        is_causal=is_causal,
+        flags=SEPARATE_KEY_GRID | attention_flags(scale),
+        q_tile_shape=q_tile_size,
+        kv_tile_shape=kv_tile_size,
+        backward_q_tile_shape=backward_q_tile_size,
+        backward_kv_tile_shape=backward_kv_tile_size,
+        backward_kv_splits=backward_kv_splits,
+    )
     output, logsumexp = _call(
         _ops.attention_forward, query, key, value, None, None, None, None,
-        config, _scale(scale), chosen_backend(backend),
+        config, _scale(scale), _backend(backend),
     )  # fmt: skip
     return (output, logsumexp) if return_lse else output
 
 
 def merge_attentions(
-    outputs: Sequence[Tensor], lse_tensors: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    lse_tensors: Sequence[Tensor],
+    *,
+    torch_compile: bool = True,
+    use_autograd_fix: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Combines attention over disjoint sets of keys into attention over their union, exactly.
 
@@ -357,6 +405,7 @@ def merge_attentions(
         outputs: tensors [..., heads, value_head_dim], all of one shape, dtype and device.
         lse_tensors: their logsumexps [..., heads], all float32 or float64; -inf where a set holds
             no keys, whose output is ignored.
+        torch_compile, use_autograd_fix: of NATTEN; no effect here, where gradients are exact.
 
     Returns:
         (output, lse), of the shapes and dtypes of the inputs. Differentiable. Where all sets are

@@ -5,12 +5,11 @@ The migration page (docs/migration.md) says what to write in new code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from typing import Never, Unpack
 
 from torch import Tensor
 
-from natten._args import Bools, Ints, named
+from natten._args import Bools, Ints, UpstreamKeywords, by_name, check_extra, named
 from natten.torch import _ops
 from natten.torch._functional import (
     na1d,
@@ -26,7 +25,6 @@ from natten.torch._functional import (
 
 _FUSED = {1: na1d, 2: na2d, 3: na3d}
 _QK = {1: na1d_qk, 2: na2d_qk, 3: na3d_qk}
-_KERNEL_SCHEDULES = (None, "non", "coop", "pp")
 
 
 def _make_qk_with_bias(rank: int):
@@ -65,68 +63,57 @@ natten1dqk, natten2dqk, natten3dqk = na1d_qk, na2d_qk, na3d_qk
 natten1dav, natten2dav, natten3dav = na1d_av, na2d_av, na3d_av
 
 
+@by_name
 def neighborhood_attention_generic(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     kernel_size: Ints,
+    *by_position: Never,
     stride: Ints = 1,
     dilation: Ints = 1,
     is_causal: Bools | None = False,
     scale: float | None = None,
     additional_keys: Tensor | None = None,
     additional_values: Tensor | None = None,
-    attention_kwargs: Mapping[str, Any] | None = None,
     backend: str | None = None,
     q_tile_shape: Ints | None = None,
     kv_tile_shape: Ints | None = None,
     backward_q_tile_shape: Ints | None = None,
     backward_kv_tile_shape: Ints | None = None,
     backward_kv_splits: Ints | None = None,
-    backward_use_pt_reduction: bool = False,
-    run_persistent_kernel: bool = True,
-    kernel_schedule: str | None = None,
-    torch_compile: bool = False,
     return_lse: bool = False,
+    **upstream: Unpack[UpstreamKeywords],
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`na1d`, `na2d` or `na3d`, by the rank of `query`. Heads-last.
-
-    The positional order is that of NATTEN 0.20 and later, stride before dilation, unlike the order
-    of `na1d`, `na2d` and `na3d` here.
 
     Args:
         query: [batch, *spatial, heads, head_dim] with one to three spatial axes.
         key, value, kernel_size, stride, dilation, is_causal, scale, additional_keys,
-        additional_values, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
-        backward_kv_tile_shape, backward_kv_splits, return_lse: as in `na2d`; None for is_causal
-            means False.
-        backend: name of an implementation of this library; by default the first that can.
-        attention_kwargs, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule,
-        torch_compile: settings of NATTEN's CUDA and Flex kernels, which have no effect here.
+        additional_values, backend, q_tile_shape, kv_tile_shape, backward_q_tile_shape,
+        backward_kv_tile_shape, backward_kv_splits, return_lse, and the names of NATTEN's kernels:
+            as in `na2d`, by name after kernel_size.
 
     Returns:
         output [batch, *spatial, heads, value_head_dim]; with return_lse also logsumexp
         [batch, *spatial, heads].
 
     Raises:
-        ValueError, TypeError: as `na2d`, and ValueError for an unknown kernel_schedule.
+        ValueError, TypeError: as `na2d`.
     """
-    fused = _FUSED[_ops.rank_of(query)]
-    if kernel_schedule not in _KERNEL_SCHEDULES:
-        raise ValueError(
-            f'kernel_schedule: got {kernel_schedule!r}; must be None, "non", "coop" or "pp"'
-        )
-    return fused(
+    if by_position:
+        check_extra("neighborhood_attention_generic", by_position)
+    return _FUSED[_ops.rank_of(query)](
         query,
         key,
         value,
         kernel_size,
-        dilation,
-        is_causal,
+        stride=stride,
+        dilation=dilation,
+        is_causal=is_causal,
         scale=scale,
         additional_keys=additional_keys,
         additional_values=additional_values,
-        stride=stride,
         return_lse=return_lse,
         backend=backend,
         q_tile_shape=q_tile_shape,
@@ -134,4 +121,5 @@ def neighborhood_attention_generic(
         backward_q_tile_shape=backward_q_tile_shape,
         backward_kv_tile_shape=backward_kv_tile_shape,
         backward_kv_splits=backward_kv_splits,
+        **upstream,
     )

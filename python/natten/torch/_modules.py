@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
@@ -10,8 +12,12 @@ from natten._args import (
     Bools,
     Boundaries,
     Ints,
+    UpstreamKeywords,
+    by_name,
+    check_extra,
     checked_window,
     head_dim_of,
+    module_init,
     module_scale,
     probability,
     window_of,
@@ -29,11 +35,16 @@ class _NeighborhoodAttention(nn.Module):
     `natten.use_fused_na()` is on; both give the same result up to rounding.
 
     Args:
-        dim: channels; a multiple of num_heads.
+        dim: channels; a multiple of num_heads. `embed_dim` is another name of it.
         num_heads: number of heads.
-        kernel_size: window size, one for all axes or one per axis.
+        kernel_size: window size, one for all axes or one per axis. All that follow are passed by
+            name: NATTEN before 0.20 had dilation next, and newer ones have stride.
+        stride: that many neighboring queries share one window.
         dilation: distance between neighbors; None is 1.
         is_causal: whether a token sees only itself and those before it, per axis; None is False.
+        boundary: what becomes of a window at the border of the grid, per axis: "shift" moves it
+            inwards, "cut" leaves the slots outside empty, "circular" lets it go on at the other
+            end (see `natten.na{rank}d`).
         rel_pos_bias: learn a bias by relative position, the parameter `rpb`
             [num_heads, 2 * kernel_size[0] - 1, ...].
         qkv_bias: whether the first linear map has a bias.
@@ -42,11 +53,10 @@ class _NeighborhoodAttention(nn.Module):
             attn_drop > 0 uses the unfused ones while it is training.
         proj_drop: dropout on the result.
         use_experimental_ops: accepted for compatibility; has no effect.
-        stride: that many neighboring queries share one window.
-        boundary: what becomes of a window at the border of the grid, per axis: "shift" moves it
-            inwards, "cut" leaves the slots outside empty, "circular" lets it go on at the other
-            end (see `natten.na{rank}d`).
         device, dtype: of the parameters, as in PyTorch's own modules.
+        attention_kwargs, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule,
+        torch_compile, try_fuse_additional_kv, xformers_kwargs: of NATTEN's own kernels; they have
+            no effect here.
 
     Raises:
         ValueError: an argument that does not fit.
@@ -64,27 +74,32 @@ class _NeighborhoodAttention(nn.Module):
         cls.__module__ = "natten"  # where users import it from, and pickle too
         cls.__doc__ = (_NeighborhoodAttention.__doc__ or "").replace("{rank}", str(cls.rank))
 
+    @module_init
+    @by_name
     def __init__(
         self,
         dim: int,
         num_heads: int,
         kernel_size: Ints,
+        *,
+        stride: Ints = 1,
         dilation: Ints | None = 1,
         is_causal: Bools | None = False,
+        boundary: Boundaries = "shift",
         rel_pos_bias: bool = False,
         qkv_bias: bool = True,
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
         use_experimental_ops: bool = False,
-        stride: Ints = 1,
-        *,
-        boundary: Boundaries = "shift",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **upstream: Unpack[UpstreamKeywords],
     ) -> None:
         super().__init__()
+        check_extra(type(self).__name__, (), upstream)
         self.head_dim = head_dim_of(dim, num_heads)
+        self.dim = self.embed_dim = dim
         self.num_heads = num_heads
         self.scale = module_scale(qk_scale, self.head_dim)
         window = checked_window(
