@@ -227,7 +227,7 @@ class Checker {
   void check_stride() const {
     const Tuple& stride = call_.neighborhood.stride;
     for (int i = 0; i < stride.size; ++i)
-      if (stride[i] > window_[i])
+      if (stride[i] > std::max<std::int64_t>(window_[i], 1))  // 0 where there are no keys
         bad_value("stride: got ", to_string(stride), "; must not exceed kernel_size, ",
                   to_string(window_), ", on any axis");
   }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natten._args import (
+    ALLOW_NO_KEYS,
     SEPARATE_KEY_GRID,
     Bools,
     Boundaries,
@@ -24,7 +25,7 @@ from natten._args import (
 from natten._kernel import chosen_backend
 from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
-from natten.torch import _nested, _ops
+from natten.torch import _nested, _ops, _packing
 from natten.torch._private import (
     is_any_autocast_enabled,
 )
@@ -305,11 +306,22 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     *,
+    seqlens_Q: Tensor | None = None,
+    seqlens_KV: Tensor | None = None,
+    cumulative_seqlen_Q: Tensor | None = None,
+    cumulative_seqlen_KV: Tensor | None = None,
+    max_seqlen_Q: int | None = None,
+    max_seqlen_KV: int | None = None,
     backend: str | None = None,
     attn_mask: None = None,
     dropout_p: float = 0.0,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over all keys, heads-last. Takes no mask and no dropout.
+
+    Examples of different lengths may lie one after another in tensors of batch 1, each of which
+    then attends to its own keys. Their lengths are given as `seqlens_Q` and `seqlens_KV`, or as
+    `natten.utils.varlen.generate_varlen_parameters` makes of these. An example may have no queries;
+    those of one without keys get output 0 and logsumexp -inf.
 
     Args:
         query: [batch, length, heads, head_dim], float64, float32, bfloat16 or float16.
@@ -319,6 +331,11 @@ def attention(
             `torch.nn.functional.scaled_dot_product_attention`.
         scale: factor on the scores; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
+        seqlens_Q, seqlens_KV: how many tokens of query, and of key and value, are each example's,
+            int32 or int64 [examples] on the device of query.
+        cumulative_seqlen_Q, cumulative_seqlen_KV: instead, 0 and the sums of lengths up to each
+            example, int32 or int64 [examples + 1].
+        max_seqlen_Q, max_seqlen_KV: with these, the largest length, or more.
         backend: name of the implementation to use; by default the first that can.
         attn_mask, dropout_p: only for calls written for scaled_dot_product_attention; None and 0.
 
@@ -338,10 +355,16 @@ def attention(
             "the keys"
         )
     flags = SEPARATE_KEY_GRID | attention_flags(scale)
+    operator, packing = _ops.attention_forward, _packing.given(
+        query, key, value, seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV,
+        max_seqlen_Q, max_seqlen_KV,
+    )  # fmt: skip
+    if packing:
+        operator, flags = _ops.packed_attention_forward, flags | ALLOW_NO_KEYS
     config = make_config(1, 1, is_causal=is_causal, flags=flags)
     output, logsumexp = _call(
-        _ops.attention_forward, query, key, value, None, None, None, None,
-        config, _scale(scale), chosen_backend(backend),
+        operator, query, key, value, None, None, None, None,
+        *packing, config, _scale(scale), chosen_backend(backend),
     )  # fmt: skip
     return (output, logsumexp) if return_lse else output
 
