@@ -192,15 +192,15 @@ class Operation:
         shapes: Sequence[tuple[int, ...]],
     ) -> Sequence[Any]:
         """The call on what one device has of the inputs, for results of these shapes."""
-        rest = iter(shapes)
-        sizes = [w is not False and next(rest) for w in wanted]
-        asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
-        results, workspace = self._plan(arrays, setup, given, tuple(asked), platform)
         if setup.config[-1] & ALLOW_NO_KEYS and platform != "cpu":
             raise NotImplementedError(
                 "attention: lengths of examples are read on the CPU only; on CUDA call it for each "
                 "example, or pad them and hide the padding by the key_mask of na1d"
             )
+        rest = iter(shapes)
+        sizes = [w is not False and next(rest) for w in wanted]
+        asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
+        results, workspace = self._plan(arrays, setup, given, tuple(asked), platform)
         if platform == "cpu" and setup.config[-1] & (UNKNOWN_OFFSETS | ALLOW_NO_KEYS):
             workspace = 0  # it depends on what is not known yet; libnatten allocates it
         if workspace:

@@ -380,7 +380,7 @@ class PackedAttention(Attention):
 
     @classmethod
     def in_forward_mode(cls, *args: Any) -> tuple[Tensor, Tensor]:
-        examples = [_composed(*example) for example in _examples(cls.operator, args)]
+        examples = [_composed(*example) for example in examples_of(cls.operator, args)]
         output, logsumexp = (torch.cat(x, 1) for x in zip(*examples, strict=True))
         return output, logsumexp
 
@@ -390,11 +390,11 @@ class PackedAttentionBackward(AttentionBackward):
 
     @classmethod
     def in_forward_mode(cls, *args: Any) -> list[Tensor]:
-        examples = [_composed_backward(*example) for example in _examples(cls.operator, args)]
+        examples = [_composed_backward(*example) for example in examples_of(cls.operator, args)]
         return [torch.cat(x, 1) for x in zip(*examples, strict=True)]
 
 
-def _examples(operator: _ops.Operator, args: Sequence[Any]) -> list[list[Any]]:
+def examples_of(operator: _ops.Operator, args: Sequence[Any]) -> list[list[Any]]:
     """The arguments of an operator on many examples for each of them, without their lengths."""
     inputs, extras, *options = operator.split(args)
     *before, queries, keys, _, _ = extras.values()
