@@ -200,7 +200,8 @@ class _NeighborhoodAttention(nn.Module):
             parts = zip(tokens.split(counts), grids, strict=True)
             return _nested.joined([part.unflatten(0, grid) for part, grid in parts], x)
 
-        out = self._attend(*(nested(qkv[:, i]) for i in range(3)), key_mask)
+        query, key, value = (nested(qkv[:, i]) for i in range(3))
+        out = self._attend(query, key, value, key_mask)
         tokens = torch.cat([example.flatten(0, rank - 1) for example in out.unbind()])
         return nested(self.proj_drop(self.proj(tokens.flatten(-2))))
 

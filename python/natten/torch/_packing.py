@@ -52,12 +52,11 @@ def given(
             "seqlens_Q, seqlens_KV: given together with cumulative_seqlen_Q, cumulative_seqlen_KV, "
             "max_seqlen_Q or max_seqlen_KV; must be the ones or the others"
         )
-    tensors = lengths if has_lengths else ends
-    _check_tensors(query, key, value, tensors)
+    first, second = _checked(query, key, value, lengths if has_lengths else ends)
     if has_lengths:
-        return *(_ends_of(x) for x in (seqlens_Q, seqlens_KV)), None, None
-    numbers = [None if x is None else _number(name, x) for name, x in most.items()]
-    return cumulative_seqlen_Q, cumulative_seqlen_KV, *numbers  # type: ignore[return-value]
+        return _ends_of(first), _ends_of(second), None, None
+    longest = [None if x is None else _number(name, x) for name, x in most.items()]
+    return first, second, longest[0], longest[1]
 
 
 def _number(name: str, value: Any) -> int:
@@ -70,7 +69,10 @@ def _ends_of(lengths: Any) -> Tensor:
     return torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=lengths.dtype)])
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor, lengths: dict[str, Any]) -> None:
+def _checked(
+    query: Tensor, key: Tensor, value: Tensor, lengths: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """The two tensors of `lengths`."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         _ops.check_tensor(name, x)
         if x.dim() != 4 or x.shape[0] != 1:
@@ -100,6 +102,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, lengths: dict[str,
             f"{second}: got {lengths[second].shape[0]} numbers; must be "
             f"{lengths[first].shape[0]}, as many as in {first}"
         )
+    return lengths[first], lengths[second]
 
 
 def generate_varlen_parameters(
@@ -136,13 +139,13 @@ def generate_varlen_parameters(
         )
     if seqlens_Q is None and seqlens_KV is None:
         return None, None, 0, 0
-    _check_tensors(query, key, value, {"seqlens_Q": seqlens_Q, "seqlens_KV": seqlens_KV})
-    assert seqlens_Q is not None and seqlens_KV is not None
-    ends = _ends_of(seqlens_Q), _ends_of(seqlens_KV)
+    lengths = {"seqlens_Q": seqlens_Q, "seqlens_KV": seqlens_KV}
+    queries, keys = _checked(query, key, value, lengths)
+    ends = _ends_of(queries), _ends_of(keys)
     inputs = [(tuple(x.shape), _ops.dtype_name(x)) for x in (query, key, value)]
     config = make_config(1, 1, flags=SEPARATE_KEY_GRID | ALLOW_NO_KEYS)
     _core.plan(
         "attention_forward", config, None, "", [*inputs, *[None] * 4], [True, None], None,
-        (*(x.tolist() for x in ends), None, None),
+        (ends[0].tolist(), ends[1].tolist(), None, None),
     )  # fmt: skip
-    return *ends, *(int(x.max()) for x in (seqlens_Q, seqlens_KV))  # type: ignore[return-value]
+    return *ends, int(queries.max()), int(keys.max())
