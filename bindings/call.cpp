@@ -42,6 +42,7 @@ Call decode_call(std::string_view op, const std::int64_t* config, std::size_t co
   o.deterministic = !(flags & nondeterministic);
   o.allow_tf32 = flags & allow_tf32;
   o.unknown_offsets = flags & unknown_offsets;
+  o.allow_no_keys = flags & allow_no_keys;
   return call;
 }
 

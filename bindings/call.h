@@ -19,8 +19,9 @@ enum Flag : std::int64_t {
   nondeterministic = 8,
   allow_tf32 = 16,
   unknown_offsets = 32,
+  allow_no_keys = 64,
 };
-constexpr std::int64_t kAllFlags = 63;
+constexpr std::int64_t kAllFlags = 127;
 
 /// Throws Error.
 Op op_named(std::string_view name);

@@ -36,6 +36,9 @@ using Scale = std::optional<double>;
 using Spec = std::tuple<std::vector<std::int64_t>, std::string>;
 using Stream = std::optional<std::uintptr_t>;
 using Allocate = std::optional<nb::callable>;
+using Cumulative = std::vector<std::int64_t>;
+using PackingOf = std::optional<
+    std::tuple<Cumulative, Cumulative, std::optional<std::int64_t>, std::optional<std::int64_t>>>;
 
 /// Binds the inputs or the outputs of a call, one entry per role in table order.
 template <class Bind>
@@ -82,10 +85,15 @@ Call call_of(Views& views, const std::string& op, const Config& config, Scale sc
   return call;
 }
 
+std::vector<Call> examples_of(const Call& packed, const PackingOf& packing) {
+  return natten::examples_of(
+      packed, std::apply([](const auto&... lengths) { return Packing{lengths...}; }, *packing));
+}
+
 std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(
     const std::string& op, const Config& config, Scale scale, const std::string& backend,
     const nb::sequence& inputs, const nb::sequence& outputs,
-    const std::optional<std::string>& device) {
+    const std::optional<std::string>& device, const PackingOf& packing) {
   HoldsLock lock;
   Views views(device_named(device.value_or("cpu")));
   Call call = call_of(views, op, config, scale, inputs);
@@ -108,8 +116,9 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(
     specs.emplace_back();
     if (v) specs.back() = Spec{{v.shape.begin(), v.shape.begin() + v.ndim}, name_of(v.dtype)};
   }
+  if (packing) examples_of(call, packing);  // for its checks
   if (!device) {
-    describe(call);  // for its checks
+    describe(call);  // likewise
     return {std::move(specs), 0};
   }
   Context context;
@@ -145,7 +154,7 @@ void run_unlocked(HoldsLock& lock, const std::string& backend, std::optional<int
 nb::list run_call(const std::string& op, const Config& config, Scale scale,
                   const std::string& backend, const nb::sequence& inputs,
                   const nb::sequence& outputs, std::optional<int> openmp_threads,
-                  const Allocate& allocate, Stream stream) {
+                  const Allocate& allocate, Stream stream, const PackingOf& packing) {
   HoldsLock lock;
   Views views;
   Call call = call_of(views, op, config, scale, inputs);
@@ -163,7 +172,11 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
     call.tensors.*role.tensor = views.view(result, role.name, true);
     results.append(result);
   });
-  run_unlocked(lock, backend, openmp_threads, stream, allocate, views, call);
+  if (packing)
+    run_unlocked(lock, backend, openmp_threads, stream, allocate, views,
+                 examples_of(call, packing));
+  else
+    run_unlocked(lock, backend, openmp_threads, stream, allocate, views, call);
   return results;
 }
 
@@ -288,20 +301,25 @@ NB_MODULE(_core, m) {
 
   m.def(
       "plan", &plan, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a, "outputs"_a,
-      "device"_a.none() = "cpu",
+      "device"_a.none() = "cpu", "packing"_a = nb::none(),
       "Checks a call and returns (outputs, workspace bytes). inputs: arrays, (shape, dtype name)\n"
       "tuples or None; outputs: True (wanted, described in the result), None, or as inputs. Each\n"
       "described output is (shape, dtype name), or None where it is not wanted.\n"
       "device: where tuples are: \"cpu\", \"cuda:1\", or \"cuda\" for one that is not known yet.\n"
-      "None: nothing is known; no backend is chosen, and the workspace is 0.");
+      "None: nothing is known; no backend is chosen, and the workspace is 0.\n"
+      "packing: as in run, only checked; the workspace is that of one example.");
   m.def(
       "run", &run_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a, "outputs"_a,
       "openmp_threads"_a = nb::none(), "allocate"_a = nb::none(), "stream"_a = nb::none(),
+      "packing"_a = nb::none(),
       "Checks a call, runs it and returns its outputs. outputs: arrays to write to, None (not\n"
       "wanted), or, given allocate(shape, dtype name), True or a (shape, dtype name) tuple.\n"
       "openmp_threads: runs on so many threads of the process's OpenMP runtime where it has one;\n"
       "None: on the library's pool. stream: address of the CUDA stream; None: the default one. On\n"
-      "CUDA allocate also makes the memory to work in.");
+      "CUDA allocate also makes the memory to work in. packing: (cumulative_seqlen_Q,\n"
+      "cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV) of tensors that hold many examples, "
+      "which\n"
+      "run in one parallel region.");
   m.def(
       "run_all", &run_calls, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "tensors"_a,
       "openmp_threads"_a = nb::none(), "allocate"_a = nb::none(), "stream"_a = nb::none(),

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -69,18 +70,16 @@ void copy_to_host(void* to, const void* from, std::size_t bytes, Device device, 
   if (status == cudaSuccess) status = cudaStreamSynchronize(of);
   if (status != cudaSuccess)
     throw Error(ErrorKind::runtime,
-                std::string("CUDA: reading offsets: ") + cudaGetErrorString(status));
+                std::string("CUDA: reading integers: ") + cudaGetErrorString(status));
 #else
   static_cast<void>(stream);
 #endif
 }
 
-/// Offsets that are known at run time only: those of queries, then those of keys, one per axis.
-void set_offsets(Call& call, const ffi::AnyBuffer& buffer, Device device, void* stream) {
-  const int rank = call.neighborhood.kernel_size.size;
-  std::vector<std::int64_t> values(2 * static_cast<std::size_t>(rank));
-  if (buffer.element_count() != values.size())
-    throw Error(ErrorKind::invalid_value, "offsets: must have two rows, one number per axis each");
+/// The integers of a buffer.
+std::vector<std::int64_t> read(const char* name, const ffi::AnyBuffer& buffer, Device device,
+                               void* stream) {
+  std::vector<std::int64_t> values(buffer.element_count());
   if (buffer.element_type() == ffi::S64) {
     copy_to_host(values.data(), buffer.untyped_data(), buffer.size_bytes(), device, stream);
   } else if (buffer.element_type() == ffi::S32) {
@@ -88,16 +87,34 @@ void set_offsets(Call& call, const ffi::AnyBuffer& buffer, Device device, void* 
     copy_to_host(narrow.data(), buffer.untyped_data(), buffer.size_bytes(), device, stream);
     values.assign(narrow.begin(), narrow.end());
   } else {
-    throw Error(ErrorKind::invalid_type, "offsets: dtype must be int32 or int64");
+    throw Error(ErrorKind::invalid_type, std::string(name) + ": dtype must be int32 or int64");
   }
+  return values;
+}
+
+/// Offsets that are known at run time only: those of queries, then those of keys, one per axis.
+void set_offsets(Call& call, const ffi::AnyBuffer& buffer, Device device, void* stream) {
+  const int rank = call.neighborhood.kernel_size.size;
+  const std::vector<std::int64_t> values = read("offsets", buffer, device, stream);
+  if (values.size() != 2 * static_cast<std::size_t>(rank))
+    throw Error(ErrorKind::invalid_value, "offsets: must have two rows, one number per axis each");
   call.neighborhood.query_offset = Tuple(values.begin(), rank);
   call.neighborhood.key_offset = Tuple(values.begin() + rank, rank);
   call.options.unknown_offsets = false;
 }
 
+/// Lengths of examples: a row of cumulative_seqlen_Q and max_seqlen_Q, then one of keys'.
+Packing packing_of(const ffi::AnyBuffer& buffer, Device device, void* stream) {
+  const std::vector<std::int64_t> values = read("lengths", buffer, device, stream);
+  if (values.size() < 2 || values.size() % 2 != 0)
+    throw Error(ErrorKind::invalid_value, "lengths: must have two rows");
+  const auto middle = values.begin() + static_cast<std::ptrdiff_t>(values.size() / 2);
+  return {{values.begin(), middle - 1}, {middle, values.end() - 1}, *(middle - 1), values.back()};
+}
+
 /// What the handlers of all platforms do. `context` says where it runs. `inputs` and `outputs` have
-/// one bit per role, in table order, set where a buffer is passed; after that of the key mask comes
-/// one of offsets. Where `has_workspace`, the last result is scratch.
+/// one bit per role, in table order, set where a buffer is passed; after that of the key mask come
+/// one of offsets and one of lengths. Where `has_workspace`, the last result is scratch.
 ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
                   ffi::RemainingRets results, std::string_view op,
                   ffi::Span<const std::int64_t> config, double scale, std::string_view backend,
@@ -105,6 +122,7 @@ ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
   // Nothing may be thrown across XLA's boundary.
   try {
     Call call = decode_call(op, config.begin(), config.size(), scale);
+    std::optional<Packing> packing;
     std::size_t next_arg = 0, next_result = 0;
     const auto is_given = [](std::int64_t& bits) {
       const bool bit = bits & 1;
@@ -128,6 +146,11 @@ ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
         if (buffer.has_error()) return buffer.error();
         set_offsets(call, buffer.value(), device, context.stream);
       }
+      if (role.is_mask && is_given(inputs)) {
+        auto buffer = args.get<ffi::AnyBuffer>(next_arg++);
+        if (buffer.has_error()) return buffer.error();
+        packing = packing_of(buffer.value(), device, context.stream);
+      }
     }
     const std::string backend_name(backend);
     context.backend = backend_name.c_str();
@@ -137,7 +160,10 @@ ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
       context.workspace = buffer.value()->untyped_data();
       context.workspace_size = buffer.value()->size_bytes();
     }
-    run(call, context);
+    if (packing)
+      run(examples_of(call, *packing), context);
+    else
+      run(call, context);
     return ffi::Error::Success();
   } catch (const Error& e) {
     return e.kind() == ErrorKind::runtime ? ffi::Error::Internal(e.what())

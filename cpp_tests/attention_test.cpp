@@ -110,6 +110,141 @@ TEST_P(General, QueriesThatSeeNothing) {
     }
 }
 
+/// Examples that lie one after another, some of them without queries or without keys.
+TEST_P(General, ExamplesOfDifferentLengths) {
+  int accepted = 0;
+  const int cases = 15;
+  for (int i = 0; i < cases; ++i) {
+    const std::uint64_t seed = base_seed() * 53 + static_cast<std::uint64_t>(i);
+    Rng rng(seed);
+    Case c = general_case(seed, dtype());
+    c.additional.reset();
+    c.key_mask = false;
+    c.logsumexp = c.grad_logsumexp = true;
+    c.batch = 1;
+    natten::Packing packing{{0}, {0}, {}, {}};
+    const std::int64_t count = uniform(rng, 1, 5);
+    for (auto* ends : {&packing.cumulative_seqlen_Q, &packing.cumulative_seqlen_KV})
+      for (std::int64_t j = 0; j < count; ++j)
+        ends->push_back(ends->back() + (chance(rng, 0.25) ? 0 : uniform(rng, 1, 9)));
+    c.axes[0].length = packing.cumulative_seqlen_Q.back();
+    c.keys = packing.cumulative_seqlen_KV.back();
+    SCOPED_TRACE(testing::Message()
+                 << c << " (NATTEN_TEST_SEED=" << base_seed() << ", case " << i << ")");
+    FusedProblem packed(c);
+    Buffers& b = packed.buffers;
+    std::vector<natten::Call> passes[2];
+    bool is_accepted = true;
+    for (int pass = 0; pass < 2; ++pass) {
+      natten::Call call = natten::attention_call(b.views(), c.axes[0].is_causal, c.scale);
+      if (pass == 1) call.op = natten::Op::attention_backward;
+      call.options.allow_tf32 = c.allow_tf32;
+      passes[pass] = natten::examples_of(call, packing);
+      ASSERT_EQ(passes[pass].size(), static_cast<std::size_t>(count));
+      for (const natten::Call& example : passes[pass])
+        is_accepted = is_accepted && accepts(example);
+    }
+    if (!is_accepted) continue;
+    ++accepted;
+    for (const std::vector<natten::Call>& calls : passes) {
+      if (!provided()) {
+        ASSERT_NO_THROW(natten::run(calls, context()));
+      } else {
+        for (const natten::Call& call : calls) ASSERT_NO_THROW(run(call));
+      }
+    }
+    b.expect_gaps_intact();
+
+    for (std::size_t j = 0; j < passes[0].size(); ++j) {
+      const std::int64_t query = packing.cumulative_seqlen_Q[j];
+      const std::int64_t key = packing.cumulative_seqlen_KV[j];
+      Case of_example = c;
+      of_example.axes[0].length = packing.cumulative_seqlen_Q[j + 1] - query;
+      of_example.keys = packing.cumulative_seqlen_KV[j + 1] - key;
+      // The elements of a tensor that are the example's, of which `row` are each token's.
+      const auto part = [](Buffer& whole, Buffer& like, std::int64_t first, std::int64_t row) {
+        Dense x = like.dense();
+        for (std::int64_t e = 0; e < x.size(); ++e) x[e] = whole.get(first * row + e);
+        return x;
+      };
+      FusedProblem example(of_example);
+      Buffers& to = example.buffers;
+      struct Side {
+        Buffer Buffers::*tensor;
+        std::int64_t first, row;
+      };
+      const Side sides[] = {
+          {&Buffers::query, query, c.heads * c.dim},
+          {&Buffers::key, key, c.kv_heads * c.dim},
+          {&Buffers::value, key, c.kv_heads * c.value_dim},
+          {&Buffers::grad_output, query, c.heads * c.value_dim},
+          {&Buffers::grad_logsumexp, query, c.heads},
+      };
+      for (const Side& side : sides) {
+        Buffer& into = to.*side.tensor;
+        into = Buffer(into.view().dtype, part(b.*side.tensor, into, side.first, side.row));
+      }
+      const Dense output = part(b.output, to.output, query, c.heads * c.value_dim);
+      const Dense logsumexp = part(b.logsumexp, to.logsumexp, query, c.heads);
+      if (*of_example.keys == 0) {
+        for (std::int64_t e = 0; e < output.size(); ++e) ASSERT_EQ(output[e], 0);
+        for (std::int64_t e = 0; e < logsumexp.size(); ++e) ASSERT_EQ(logsumexp[e], -HUGE_VAL);
+        const Dense gradient = part(b.grad_query, to.grad_query, query, c.heads * c.dim);
+        for (std::int64_t e = 0; e < gradient.size(); ++e) ASSERT_EQ(gradient[e], 0);
+        continue;
+      }
+      const oracle::FusedResults expected = example.expected();
+      errors_.expect("output", dtype(), 1, relative_error(output, expected.output));
+      errors_.expect("logsumexp", dtype(), 1, logsumexp_error(logsumexp, expected.logsumexp));
+      errors_.expect("grad_query", dtype(), 1,
+                     relative_error(part(b.grad_query, to.grad_query, query, c.heads * c.dim),
+                                    expected.grad_query, example.incoming_gradient()));
+      errors_.expect("grad_key", dtype(), 1,
+                     relative_error(part(b.grad_key, to.grad_key, key, c.kv_heads * c.dim),
+                                    expected.grad_key, example.incoming_gradient()));
+      errors_.expect(
+          "grad_value", dtype(), 1,
+          relative_error(part(b.grad_value, to.grad_value, key, c.kv_heads * c.value_dim),
+                         expected.grad_value, example.incoming_gradient()));
+    }
+  }
+  expect_accepted(accepted, cases);
+}
+
+TEST(Examples, OfBadLengthsAreRefused) {
+  float x[64] = {};
+  natten::Tensors tensors;
+  tensors.query = natten::view(x, {1, 7, 1, 2});
+  tensors.key = tensors.value = natten::view(x, {1, 6, 1, 2});
+  const natten::Call packed = natten::attention_call(tensors);
+  EXPECT_EQ(natten::examples_of(packed, {{0, 2, 7}, {0, 0, 6}, 5, 6}).size(), 2u);
+  const auto message = [&](const natten::Call& call, const natten::Packing& packing) {
+    try {
+      natten::examples_of(call, packing);
+    } catch (const natten::Error& e) {
+      return std::string(e.kind() == natten::ErrorKind::invalid_value ? e.what() : "");
+    }
+    return std::string("accepted");
+  };
+  const std::pair<natten::Packing, const char*> bad[] = {
+      {{{}, {}, {}, {}}, "cumulative_seqlen_Q: got 0 numbers"},
+      {{{0}, {0}, {}, {}}, "cumulative_seqlen_Q: got 1 numbers"},
+      {{{0, 7}, {0, 3, 6}, {}, {}}, "cumulative_seqlen_KV: got 3 numbers; must be 2"},
+      {{{1, 7}, {0, 6}, {}, {}}, "cumulative_seqlen_Q: got 1 as its first number"},
+      {{{0, 9, 7}, {0, 3, 6}, {}, {}}, "cumulative_seqlen_Q: got 7 after 9 for example 1"},
+      {{{0, 7}, {0, 5}, {}, {}}, "cumulative_seqlen_KV: got 5 as its last number"},
+      {{{0, 3, 7}, {0, 3, 6}, 3, {}}, "max_seqlen_Q: got 3; must be at least 4"},
+      {{{0, 3, 7}, {0, 3, 6}, {}, 2}, "max_seqlen_KV: got 2; must be at least 3"},
+  };
+  for (const auto& [packing, text] : bad)
+    EXPECT_EQ(message(packed, packing).rfind(text, 0), 0u) << message(packed, packing);
+  natten::Call neighborhood = packed;
+  neighborhood.options.separate_key_grid = false;
+  neighborhood.tensors.key = neighborhood.tensors.value = tensors.query;
+  EXPECT_EQ(message(neighborhood, {{0, 7}, {0, 7}, {}, {}}).rfind("packed: got a neighborhood", 0),
+            0u);
+}
+
 INSTANTIATE_TEST_SUITE_P(Registry, General,
                          testing::Combine(testing::ValuesIn(tested_backends()),
                                           testing::ValuesIn(kDTypes), testing::Values(1)),

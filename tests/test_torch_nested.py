@@ -224,6 +224,139 @@ def test_attention(layout, causal):
     assert_parts(output, want)
 
 
+def loss_of(examples):
+    """A sum of all of them that weighs each element differently."""
+    weights = (torch.arange(1.0, x.numel() + 1, dtype=x.dtype).view_as(x).sin() for x in examples)
+    return sum((x.masked_fill(x.isinf(), 0) * w).sum() for x, w in zip(examples, weights))  # noqa: B905
+
+
+def assert_gradients(got, want, leaves, parts):
+    """Of losses, with respect to nested or dense leaves and to lists of their examples."""
+    got = torch.autograd.grad(loss_of(got), leaves)
+    want = torch.autograd.grad(loss_of(want), [x for part in parts for x in part])
+    for x, part in zip(got, parts, strict=True):
+        of_part, want = want[: len(part)], want[len(part) :]
+        assert x.is_nested == (len(part) > 1)
+        for a, b in zip(x.unbind() if x.is_nested else [x], of_part, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def leaf(parts, layout, like=None):
+    whole = nested([x.detach() for x in parts], layout, like)
+    return whole.requires_grad_()
+
+
+def required(parts):
+    return [x.requires_grad_() for x in parts]
+
+
+@pytest.mark.parametrize(("rank", "layout"), CASES)
+@pytest.mark.parametrize("masked", [False, True])
+@torch.enable_grad()
+def test_gradients_of_fused(rank, layout, masked):
+    options = dict(NEIGHBORHOOD, return_lse=True)
+    q, k, v = (required(examples(rank, *s)) for s in ((4, 6), (2, 6), (2, 3)))
+    rpb = torch.randn(4, *(9,) * rank, dtype=torch.float64, requires_grad=True)
+    query = leaf(q, layout)
+    key, value = leaf(k, layout, query), leaf(v, layout, query)
+    masks = masks_of(rank) if masked else [None] * 3
+    mask = nested(masks, layout, query) if masked else None
+    output, lse = FUSED[rank](query, key, value, rpb=rpb, key_mask=mask, **options)
+    assert output.layout == lse.layout == layout
+    want = [
+        FUSED[rank](
+            *(x[i][None] for x in (q, k, v)), rpb=rpb, **options,
+            key_mask=None if masks[i] is None else masks[i][None],
+        )
+        for i in range(3)
+    ]  # fmt: skip
+    assert_parts(output, [o[0] for o, _ in want])
+    assert_gradients(
+        [*output.unbind(), *lse.unbind()],
+        [x[0] for xs in zip(*want, strict=True) for x in xs],
+        (query, key, value, rpb),
+        (q, k, v, [rpb]),
+    )
+
+
+@pytest.mark.parametrize(("rank", "layout"), CASES)
+@torch.enable_grad()
+def test_gradients_of_unfused(rank, layout):
+    if layout == torch.jagged:
+        q, v = (required(examples(1, 2, 6)) for _ in range(2))
+        query = leaf(q, layout)
+        value = leaf(v, layout, query)
+        views = query.transpose(1, 2), value.transpose(1, 2)
+        firsts = [[x.movedim(-2, 0)[None] for x in xs] for xs in (q, v)]
+    else:
+        q, v = (required(examples(rank, 6, before=(2,))) for _ in range(2))
+        views = query, value = leaf(q, layout), leaf(v, layout)
+        firsts = [[x[None] for x in xs] for xs in (q, v)]
+    rpb = torch.randn(2, *(9,) * rank, dtype=torch.float64, requires_grad=True)
+    attn = QK[rank](views[0], views[0], rpb=rpb, **NEIGHBORHOOD)
+    output = AV[rank](attn, views[1], **NEIGHBORHOOD)
+    wants = []
+    for x, y in zip(*firsts, strict=True):
+        scores = QK[rank](x, x, rpb=rpb, **NEIGHBORHOOD)
+        wants += [AV[rank](scores, y, **NEIGHBORHOOD)[0]]
+    assert_gradients(output.unbind(), wants, (query, value, rpb), (q, v, [rpb]))
+
+
+@torch.enable_grad()
+def test_second_derivatives():
+    """Of the strided layout: PyTorch cannot differentiate `unbind` of the other twice."""
+    q = required([torch.randn(n, 1, 2, dtype=torch.float64) for n in (3, 5)])
+
+    def function(*parts):
+        x = torch.nested.as_nested_tensor(list(parts))
+        return tuple(F.na1d(x, x, x, 3).unbind())
+
+    assert torch.autograd.gradcheck(function, q)
+    assert torch.autograd.gradgradcheck(function, q)
+
+
+@torch.enable_grad()
+def test_gradients_of_narrowed_sequences():
+    padded = torch.randn(3, 12, 2, 4, dtype=torch.float64, requires_grad=True)
+    starts, lengths = torch.tensor([1, 2, 1]), torch.tensor([5, 10, 7])
+    q = torch.nested.narrow(padded, 1, starts, lengths, layout=torch.jagged)
+    output = F.na1d(q, q, q, 3)
+    want = [
+        F.na1d(*[padded[i, s : s + n][None]] * 3, 3)[0]
+        for i, (s, n) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True))
+    ]
+    assert_parts(output, want)
+    assert_gradients(output.unbind(), want, [padded], [[padded]])
+    assert_parts(output + q, [a + b for a, b in zip(want, q.unbind(), strict=True)])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("rank", "layout"), CASES)
+@torch.enable_grad()
+def test_modules_and_their_gradients(rank, layout, masked, fused):
+    natten.use_fused_na(fused)
+    classes = (
+        natten.NeighborhoodAttention1D,
+        natten.NeighborhoodAttention2D,
+        natten.NeighborhoodAttention3D,
+    )
+    module = classes[rank - 1](4, 2, 5, rel_pos_bias=True, is_causal=True).double()
+    x = required(examples(rank, 4))
+    whole = leaf(x, layout)
+    masks = masks_of(rank) if masked else [None] * 3
+    mask = nested(masks, layout, whole) if masked else None
+    output = module(whole, mask)
+    assert output.layout == layout
+    want = [
+        module(e[None], None if m is None else m[None])[0] for e, m in zip(x, masks, strict=True)
+    ]
+    for a, b in zip(output.unbind(), want, strict=True):
+        torch.testing.assert_close(a, b)
+    parameters = list(module.parameters())
+    assert_gradients(output.unbind(), want, [whole, *parameters], [x, *([p] for p in parameters)])
+
+
 def test_all_examples_run_in_one_call(monkeypatch):
     calls = []
     run_all = natten._core.run_all
@@ -248,8 +381,6 @@ def test_narrowed_sequences():
 def test_refusals():
     q = nested(examples(2, 2, 4))
     dense = torch.randn(3, 6, 6, 2, 4, dtype=torch.float64)
-    with torch.enable_grad(), pytest.raises(NotImplementedError, match="no derivatives"):
-        F.na2d(q.detach().requires_grad_(), q, q, 3)
     with pytest.raises(ValueError, match=r"^value: got a dense tensor; must be nested"):
         F.na2d(q, q, dense, 3)
     with pytest.raises(ValueError, match=r"^query: got a dense tensor; must be nested"):
@@ -277,5 +408,11 @@ def test_refusals():
         natten.merge_attentions([q], [q])
     with pytest.raises(ValueError, match="explain one of its examples"):
         natten.explain(q, q, q, 3)
-    with pytest.raises(ValueError, match=r"^x: got a nested tensor; only the module of rank 1"):
+    with pytest.raises(
+        ValueError, match=r"^x: got shape \[5, 8\] for example 0; must be \[\*spatial"
+    ):
         natten.NeighborhoodAttention2D(8, 2, 3)(nested([torch.randn(5, 8), torch.randn(6, 8)]))
+    with pytest.raises(ValueError, match=r"^x: got shape \[6, 5, 7\] for example 1"):
+        natten.NeighborhoodAttention2D(8, 2, 3)(
+            nested([torch.randn(5, 5, 8), torch.randn(6, 5, 7)])
+        )

@@ -95,6 +95,15 @@ void run_all(const Call* calls, std::size_t count, const Context& context) {
   }
 }
 
+/// Leaves the part from `begin` to `end` of an axis.
+void narrow(TensorView& view, int axis, std::int64_t begin, std::int64_t end) {
+  const auto at = static_cast<std::size_t>(axis);
+  if (view.data)
+    view.data = static_cast<char*>(view.data) +
+                begin * view.strides[at] * static_cast<std::int64_t>(size_of(view.dtype));
+  view.shape[at] = end - begin;
+}
+
 }  // namespace
 
 Problem describe(const Call& call) { return detail::check(call, false); }
@@ -143,6 +152,29 @@ Call attention_call(const Tensors& tensors, bool is_causal, std::optional<double
   call.options.separate_key_grid = true;
   call.options.scale = scale;
   return call;
+}
+
+std::vector<Call> examples_of(const Call& packed, const Packing& packing) {
+  Call whole = packed;
+  whole.options.allow_no_keys = true;
+  const Problem problem = describe(whole);
+  if (!whole.options.separate_key_grid || problem.rank != 1)
+    throw Error(ErrorKind::invalid_value,
+                "packed: got a neighborhood; must be attention over all keys of an example "
+                "(attention_call), or its backward pass");
+  detail::check_packing(packing, problem.queries(), problem.keys());
+  const std::size_t count = packing.cumulative_seqlen_Q.size() - 1;
+  std::vector<Call> examples(count, whole);
+  for (const Role& role : roles_of(whole.op))
+    for (int axis = 0; role.dims[axis]; ++axis) {
+      const bool is_of_keys = role.dims[axis] == 'K';
+      if (!(whole.tensors.*role.tensor) || (!is_of_keys && role.dims[axis] != 'Q')) continue;
+      const std::vector<std::int64_t>& ends =
+          is_of_keys ? packing.cumulative_seqlen_KV : packing.cumulative_seqlen_Q;
+      for (std::size_t i = 0; i < count; ++i)
+        narrow(examples[i].tensors.*role.tensor, axis, ends[i], ends[i + 1]);
+    }
+  return examples;
 }
 
 void detail::run_of_rank(int rank, const Call* calls, int count, const Context& context) {

@@ -227,7 +227,7 @@ class Checker {
   void check_stride() const {
     const Tuple& stride = call_.neighborhood.stride;
     for (int i = 0; i < stride.size; ++i)
-      if (stride[i] > window_[i])
+      if (stride[i] > std::max<std::int64_t>(window_[i], 1))  // 0 where there are no keys
         bad_value("stride: got ", to_string(stride), "; must not exceed kernel_size, ",
                   to_string(window_), ", on any axis");
   }
@@ -324,7 +324,8 @@ class Checker {
     if (!extent(dim).source) {
       if (role.is_mask && dim != 'K') return;  // it says nothing of queries
       const bool may_be_zero =
-          dim == 'B' || dim == 'N' || (dim == 'Q' && call_.options.separate_key_grid);
+          dim == 'B' || dim == 'N' || (dim == 'Q' && call_.options.separate_key_grid) ||
+          (dim == 'K' && call_.options.separate_key_grid && call_.options.allow_no_keys);
       for (int i = 0; i < values.size; ++i)
         if (values[i] < (may_be_zero ? 0 : 1))
           bad_value(role.name, ": got shape ", shape_text(v), "; ", names_of(dim).meaning,
@@ -558,6 +559,37 @@ void check_view(const char* name, const TensorView& v) {
   if (reach > kMostBytes)
     bad_value(name, ": got strides ", detail::to_string(v.strides.data(), v.ndim), " for shape ",
               shape_text(v), "; must not reach further than memory does");
+}
+
+void check_packing(const Packing& packing, std::int64_t queries, std::int64_t keys) {
+  const auto& ends_of_queries = packing.cumulative_seqlen_Q;
+  const auto check = [&](const char* side, const std::vector<std::int64_t>& ends,
+                         const std::optional<std::int64_t>& most, std::int64_t tokens,
+                         const char* tensor) {
+    const std::string name = std::string("cumulative_seqlen_") + side;
+    if (ends.size() < 2)
+      bad_value(name, ": got ", ends.size(), " numbers; must be a 0, and for each of one example ",
+                "or more where it ends");
+    if (ends.size() != ends_of_queries.size())
+      bad_value(name, ": got ", ends.size(), " numbers; must be ", ends_of_queries.size(),
+                ", as many as in cumulative_seqlen_Q");
+    if (ends[0] != 0) bad_value(name, ": got ", ends[0], " as its first number; must be 0");
+    std::int64_t longest = 0;
+    for (std::size_t i = 1; i < ends.size(); ++i) {
+      if (ends[i] < ends[i - 1])
+        bad_value(name, ": got ", ends[i], " after ", ends[i - 1], " for example ", i - 1,
+                  "; must not decrease, as no length in seqlens_", side, " may be negative");
+      longest = std::max(longest, ends[i] - ends[i - 1]);
+    }
+    if (ends.back() != tokens)
+      bad_value(name, ": got ", ends.back(), " as its last number, the sum of seqlens_", side,
+                "; must be ", tokens, ", the number of tokens in ", tensor);
+    if (most && *most < longest)
+      bad_value("max_seqlen_", side, ": got ", *most, "; must be at least ", longest,
+                ", the largest length in seqlens_", side);
+  };
+  check("Q", ends_of_queries, packing.max_seqlen_Q, queries, "query");
+  check("KV", packing.cumulative_seqlen_KV, packing.max_seqlen_KV, keys, "key");
 }
 
 std::vector<Axis> axes_of(const Tuple& query_offset, const Tuple& query_length,

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <natten/attention.h>
 #include <natten/problem.h>
 
 #include <string>
@@ -14,6 +15,9 @@ Problem check(const Call& call, bool for_execution);
 /// Checks queries of a part of a grid, and returns its axes. Throws Error.
 std::vector<Axis> axes_of(const Tuple& query_offset, const Tuple& query_length,
                           const Tuple& grid_size, const Neighborhood& neighborhood);
+
+/// Checks where examples lie among the tokens of the tensors that hold them. Throws Error.
+void check_packing(const Packing& packing, std::int64_t queries, std::int64_t keys);
 
 /// What must hold of any view that is given, whatever its part: dimensions, type and device that
 /// exist, a size and strides that memory can have. Throws Error. Nothing else may be asked of a

@@ -40,6 +40,7 @@ SEPARATE_KEY_GRID = 4  # the window is all of the keys' grid; kernel_size only c
 NONDETERMINISTIC = 8
 ALLOW_TF32 = 16
 UNKNOWN_OFFSETS = 32  # query_offset and key_offset are read at run time
+ALLOW_NO_KEYS = 64  # a key grid of its own may be empty
 
 _TOO_LARGE = 2**63  # for the integers that C++ takes
 _MOST_ELEMENTS = 2**57  # of a tensor; libnatten refuses larger ones

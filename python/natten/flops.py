@@ -131,6 +131,25 @@ def register_torch_formulas() -> None:
     for name, macs in _MACS.items():
         register_flop_formula(getattr(torch.ops.natten, name))(flops(macs))
 
+    from natten.torch import _autograd, _ops
+
+    def packed_flops(operator: _ops.Operator, macs: Callable[..., int]) -> Callable[..., int]:
+        """Of examples that lie one after another, each with its own keys."""
+
+        def of(*args: Any, out_val: Any = None) -> int:
+            examples = _autograd.examples_of(operator, args)
+            shapes = [
+                [x.shape if isinstance(x, torch.Tensor) else x for x in example]
+                for example in examples
+            ]
+            return 2 * sum(macs(*example) for example in shapes)
+
+        return of
+
+    for operator in (_ops.packed_attention_forward, _ops.packed_attention_backward):
+        formula = packed_flops(operator, _MACS[operator.name])
+        register_flop_formula(operator.overload.overloadpacket, get_raw=True)(formula)
+
 
 def fna_flop_count(
     q_shape: Shape,

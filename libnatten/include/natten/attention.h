@@ -5,6 +5,8 @@
 #include <natten/problem.h>
 
 #include <cstddef>
+#include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace natten {
@@ -50,6 +52,20 @@ NATTEN_EXPORT std::vector<Interval> key_range(const Tuple& query_offset, const T
 /// lets query i see keys 0..i, as PyTorch's scaled_dot_product_attention aligns it.
 NATTEN_EXPORT Call attention_call(const Tensors& tensors, bool is_causal = false,
                                   std::optional<double> scale = {});
+
+/// Where examples of different lengths lie in tensors that hold them one after another along their
+/// only axis, without padding. Names as in NATTEN.
+struct Packing {
+  /// 0, then for each example where it ends: the sum of the lengths up to it. Lengths may be 0.
+  std::vector<std::int64_t> cumulative_seqlen_Q, cumulative_seqlen_KV;
+  /// Where given: no length is larger.
+  std::optional<std::int64_t> max_seqlen_Q, max_seqlen_KV;
+};
+
+/// The call of each example, for `run`. `packed` is an attention over all keys (`attention_call`)
+/// or its backward pass, on tensors [B, sum of lengths, ...]; memory is not copied. Queries of an
+/// example without keys get output 0 and logsumexp -inf. Throws Error.
+NATTEN_EXPORT std::vector<Call> examples_of(const Call& packed, const Packing& packing);
 
 /// Combines results of attention over disjoint sets of keys into the result over their union:
 /// logsumexp = log sum_i exp(logsumexps[i]), output = sum_i exp(logsumexps[i] - logsumexp) *

@@ -81,6 +81,8 @@ struct Options {
   /// query's. The window is all of that grid: of kernel_size only the number of axes counts. There
   /// are no relative positions then, so neither rpb nor its gradient.
   bool separate_key_grid = false;
+  /// Such a grid may be empty, as that of an example in a batch may be: its queries see nothing.
+  bool allow_no_keys = false;
   /// query_offset and key_offset are said later, so those of the call are ignored: `describe` and
   /// `workspace_bytes` check all that does not depend on them, `run` refuses the call.
   bool unknown_offsets = false;

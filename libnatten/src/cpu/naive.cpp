@@ -525,14 +525,16 @@ std::size_t workspace_bytes(const Problem& p) {
 void run(const std::vector<Job>& jobs, const Context& context) {
   std::vector<std::vector<Phase>> phases;
   phases.reserve(jobs.size());
-  for (const Job& job : jobs)
-    phases.push_back(dispatch_dtype(job.problem.dtype, [&](auto type) {
-      return phases_of<typename decltype(type)::type>(job);
-    }));
+  for (const Job& job : jobs) phases.push_back(naive_phases(job));
   run_phases(phases, context.executor, context.interrupted);
 }
 
 }  // namespace
+
+std::vector<Phase> naive_phases(const Job& job) {
+  return dispatch_dtype(job.problem.dtype,
+                        [&](auto type) { return phases_of<typename decltype(type)::type>(job); });
+}
 
 Phase additional_keys_phase(const Job& job) {
   return dispatch_dtype(job.problem.dtype, [&](auto type) {

@@ -22,6 +22,9 @@ using engine::Plan;
 // Multiply-adds, below which waking other threads takes longer than they save: some 30 us of work.
 constexpr double kLeastSharedWork = 1 << 19;
 
+/// There are no sums to compute, only zeros to write.
+bool is_empty(const Problem& p) { return p.queries() == 0 || p.keys() == 0; }
+
 template <class E>
 std::vector<Phase> backward_phases(const Job& job, int threads) {
   const Problem& p = job.problem;
@@ -40,6 +43,7 @@ std::vector<Phase> backward_phases(const Job& job, int threads) {
 
 template <class E>
 std::vector<Phase> phases_of(const Job& job, int threads) {
+  if (is_empty(job.problem)) return naive_phases(job);
   switch (job.problem.op) {
     case Op::attention_forward: return {engine::forward<E>(job, threads)};
     case Op::attention_backward: return backward_phases<E>(job, threads);
@@ -55,7 +59,7 @@ std::vector<Phase> phases_of(const Job& job, int threads) {
 }
 
 std::string refuse_reason(const Problem& p) {
-  if (p.queries() == 0) return "there are no queries";
+  if (is_empty(p)) return {};
   if (p.op != Op::qk && p.op != Op::av && p.op != Op::av_transpose) return {};
   const bool in_pieces = dispatch_dtype(p.dtype, [&](auto type) {
     using E = typename decltype(type)::type;
@@ -68,6 +72,7 @@ std::string refuse_reason(const Problem& p) {
 
 std::size_t workspace_bytes(const Problem& p) {
   if (p.op != Op::attention_backward) return 0;
+  if (is_empty(p)) return naive.workspace_bytes(p);
   return dispatch_dtype(p.dtype, [&](auto type) {
     using E = typename decltype(type)::type;
     using T = StatisticOf<E>;

@@ -69,7 +69,8 @@ struct Places {
 /// than the axis, beyond which each token is a group anyway.
 inline Problem simplified(Problem p) {
   for (Axis& axis : p.axes) {
-    axis.dilation = std::min(axis.dilation, axis.grid_length);
+    // There may be no keys at all.
+    axis.dilation = std::min(axis.dilation, std::max<std::int64_t>(axis.grid_length, 1));
     if (axis.boundary == Boundary::circular)
       axis.key_offset = detail::floor_mod(axis.key_offset, axis.grid_length);
   }

@@ -9,8 +9,8 @@ of the others, so they can be differentiated any number of times:
     rpb_scatter(a)      da = rpb_gather(g)
     rpb_gather(rpb)     drpb = rpb_scatter(g)
 
-Inside derivatives empty slots hold 0, which keeps them linear. The key mask and the offsets of
-parts, the *context* of a call, have no derivatives and are passed on.
+Inside derivatives empty slots hold 0, which keeps them linear. The key mask, the offsets of
+parts and the lengths of examples, the *context* of a call, have no derivatives and are passed on.
 
 The tangent of fused attention is a primitive of its own, `attention_tangent`. It is linear in the
 tangents, and its transpose is fused: `attention_backward`. So reverse mode, which transposes it,
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natten._args import EMPTY_SLOTS_ZERO, scale_or_default, with_flags
+from natten._args import EMPTY_SLOTS_ZERO, options_of, scale_or_default, with_flags
 from natten.jax._primitives import (
     Operation,
     Setup,
@@ -58,6 +58,7 @@ Tensors: TypeAlias = Sequence[Any]  # None where there is none
 # follows that.
 TENSORS = 6
 COUNT = len(attention_forward.inputs)
+CONTEXT = COUNT - TENSORS
 
 
 def _linear(setup: Setup) -> Setup:
@@ -76,7 +77,7 @@ def _bias_of(setup: Setup, rpb: Any, scores: Any, context: Tensors) -> Array:
     """The bias of every slot of scores, of which only the type is used. All of the batch has the
     same, unless each of it has a mask of its own."""
     aval = scores.aval if is_undefined_primal(scores) else jax.typeof(scores)
-    mask, _ = context
+    mask = context[0]
     batch = 1 if mask is None else mask.shape[0]
     (bias,) = rpb_gather(_linear(setup), (rpb, *context), ((batch, *aval.shape[1:]),))
     assert bias is not None
@@ -186,7 +187,7 @@ def _define_linear(
                 ]
                 terms.append(_present(operation(_linear(setup), inputs, wanted), wanted))
         if _moves(bias):
-            terms.append([_bias_of(setup, bias, results[0], primals[-2:])])
+            terms.append([_bias_of(setup, bias, results[0], primals[-CONTEXT:])])
         return results, [functools.reduce(jnp.add, parts) for parts in zip(*terms, strict=True)]
 
     def rule(
@@ -243,6 +244,8 @@ _define_linear(rpb_scatter, _rpb_scatter_reverse, (0,))
 def _composed(setup: Setup, wanted: Sequence[Wanted], *tensors: Any) -> list[Array]:
     """What attention_forward computes, by unfused operations in float32 at least."""
     query, key, value, rpb, additional_keys, additional_values, *context = tensors
+    if context[-1] is not None:
+        return _composed_of_examples(setup, wanted, query, key, value, context[-1])
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     group = query.shape[-2] // key.shape[-2]
     scale = scale_or_default(setup.scale, query.shape[-1])
@@ -274,6 +277,43 @@ def _composed(setup: Setup, wanted: Sequence[Wanted], *tensors: Any) -> list[Arr
     results = (
         jnp.moveaxis(output, 1, -2).astype(query.dtype),
         jnp.moveaxis(logsumexp, 1, -1),
+    )
+    return _present(results, wanted)
+
+
+def _composed_of_examples(
+    setup: Setup, wanted: Sequence[Wanted], query: Array, key: Array, value: Array, lengths: Array
+) -> list[Array]:
+    """`_composed` of examples that follow each other. Their lengths are not known, so the weights
+    that are stored are those of all queries and all keys."""
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    queries, heads, dim = query.shape[1:]
+    if key.shape[1] == 0:  # one that nobody sees
+        key, value = (jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype) for x in (key, value))
+    group = heads // key.shape[2]
+
+    def place(row: Array, count: int) -> tuple[Array, Array]:
+        """(the example, the place in it) of each token."""
+        ends, tokens = row[:-1], jnp.arange(count)
+        example = jnp.searchsorted(ends, tokens, side="right") - 1
+        return example, tokens - ends[example]
+
+    of_query, of_key = place(lengths[0], queries), place(lengths[1], key.shape[1])
+    sees = of_query[0][:, None] == of_key[0]
+    if any(options_of(setup.config).get("is_causal", ())):
+        sees &= of_key[1] <= of_query[1][:, None]
+    q = query.astype(dtype).reshape(-1, queries, heads // group, group, dim)
+    scale = scale_or_default(setup.scale, dim)
+    exact: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}
+    scores = jnp.einsum("bqhgd,bkhd->bhgqk", q * scale, key.astype(dtype), **exact)
+    is_empty = ~sees.any(axis=-1, keepdims=True)
+    scores = jnp.where(sees, scores, jnp.where(is_empty, 0.0, -jnp.inf))
+    weights = jnp.where(is_empty, 0.0, jax.nn.softmax(scores, axis=-1))
+    output = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value.astype(dtype), **exact)
+    logsumexp = jnp.where(is_empty[:, 0], -jnp.inf, jax.nn.logsumexp(scores, axis=-1))
+    results = (
+        output.reshape(*query.shape[:-1], -1).astype(query.dtype),
+        jnp.moveaxis(logsumexp, -1, 1).reshape(query.shape[:-1]),
     )
     return _present(results, wanted)
 

@@ -11,7 +11,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from natten import _core
 from natten._args import (
+    ALLOW_NO_KEYS,
     SEPARATE_KEY_GRID,
     UNKNOWN_OFFSETS,
     Bools,
@@ -21,6 +23,7 @@ from natten._args import (
     attention_flags,
     check_extra,
     check_merge,
+    integer,
     listed,
     make_config,
     named,
@@ -42,6 +45,9 @@ Tensors: TypeAlias = tuple[Array | None, ...]
 # Where a part of a grid begins: Python's integers are fixed when a function is traced, arrays of
 # integers are read when it runs.
 Offsets: TypeAlias = Ints | Array | Sequence[int | Array]
+
+# Of examples, one integer for each, fixed or read likewise.
+Lengths: TypeAlias = Sequence[int] | np.ndarray | Array
 
 # With autodiff="any" users get the primitives, whose rules (`_derivatives.py`) hold in every mode;
 # with "reverse" the same under a custom_vjp, which bars forward mode. Its rules call primitives, so
@@ -328,7 +334,7 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
         config, offsets = _config(rank, window, parts, tensors[1], 1)
-        return _call_fused((*tensors, offsets), config, scale, return_lse, backend, autodiff)
+        return _call_fused((*tensors, offsets, None), config, scale, return_lse, backend, autodiff)
 
     return fused
 
@@ -385,7 +391,7 @@ def _make_qk(rank: int) -> Callable[..., Array]:
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
         config, offsets = _config(rank, window, parts, tensors[1], 2)
-        return _call_unfused(_primitives.qk, (*tensors, offsets), config, backend, autodiff)
+        return _call_unfused(_primitives.qk, (*tensors, offsets, None), config, backend, autodiff)
 
     return qk
 
@@ -439,7 +445,7 @@ def _make_av(rank: int) -> Callable[..., Array]:
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
         config, offsets = _config(rank, window, parts, tensors[1], 2)
-        return _call_unfused(_primitives.av, (*tensors, offsets), config, backend, autodiff)
+        return _call_unfused(_primitives.av, (*tensors, offsets, None), config, backend, autodiff)
 
     return av
 
@@ -457,12 +463,23 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     *,
+    seqlens_Q: Lengths | None = None,
+    seqlens_KV: Lengths | None = None,
+    cumulative_seqlen_Q: Lengths | None = None,
+    cumulative_seqlen_KV: Lengths | None = None,
+    max_seqlen_Q: int | None = None,
+    max_seqlen_KV: int | None = None,
     backend: str | None = None,
     autodiff: str = "reverse",
 ) -> FusedResult:
     """Attention of every query to all keys. There is no mask and no dropout.
 
     Works under jit, vmap and grad of any order, as `na1d` does.
+
+    Examples of different lengths may lie one after another in arrays of batch 1, each of which then
+    attends to its own keys. An example may have no queries; those of one without keys get output 0
+    and logsumexp -inf. This runs on the CPU only. Forward mode, and second derivatives, store
+    weights of all queries and all keys.
 
     Args:
         query: [batch, tokens, heads, head_dim], float64, float32, bfloat16 or float16.
@@ -471,6 +488,13 @@ def attention(
         is_causal: whether query i sees only keys 0 to i (also where the lengths differ).
         scale: factor on the scores, a Python number; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
+        seqlens_Q, seqlens_KV: how many tokens of query, and of key and value, are each example's. A
+            sequence of integers, or a numpy array, is fixed when a function is traced; a JAX array
+            [examples] is read when it runs, so that one program serves all lengths of as many
+            examples, and what is wrong with it is then raised as a runtime error of JAX.
+        cumulative_seqlen_Q, cumulative_seqlen_KV: instead, 0 and the sums of lengths up to each
+            example, likewise.
+        max_seqlen_Q, max_seqlen_KV: with these, the largest length, or more; Python integers.
         backend: name of the implementation to use; by default the first that can.
         autodiff: as in `na1d`.
 
@@ -484,9 +508,96 @@ def attention(
     query, key, value = (
         as_array(name, x) for name, x in (("query", query), ("key", key), ("value", value))
     )
-    config = make_config(1, 1, is_causal=is_causal, flags=SEPARATE_KEY_GRID)
-    tensors = (query, key, value, None, None, None, None, None)
+    given = {
+        "seqlens_Q": seqlens_Q,
+        "seqlens_KV": seqlens_KV,
+        "cumulative_seqlen_Q": cumulative_seqlen_Q,
+        "cumulative_seqlen_KV": cumulative_seqlen_KV,
+    }
+    lengths = _lengths((query, key, value), given, max_seqlen_Q, max_seqlen_KV)
+    flags = SEPARATE_KEY_GRID if lengths is None else SEPARATE_KEY_GRID | ALLOW_NO_KEYS
+    config = make_config(1, 1, is_causal=is_causal, flags=flags)
+    tensors = (query, key, value, None, None, None, None, None, lengths)
     return _call_fused(tensors, config, scale, return_lse, backend, autodiff)
+
+
+def _lengths(
+    tensors: Sequence[Array],
+    given: Mapping[str, Lengths | None],
+    max_seqlen_Q: int | None,
+    max_seqlen_KV: int | None,
+) -> Array | None:
+    """What the arguments of `attention` say of its examples, as `_primitives.LENGTHS`."""
+    # 0 is what natten.utils.varlen returns where there are no lengths.
+    most = {"max_seqlen_Q": max_seqlen_Q or None, "max_seqlen_KV": max_seqlen_KV or None}
+    names = [name for name, value in given.items() if value is not None]
+    if not names:
+        for name, number in most.items():
+            if number is not None:
+                raise ValueError(
+                    f"{name}: got {number} without cumulative_seqlen_Q and cumulative_seqlen_KV; "
+                    "must be given with both"
+                )
+        return None
+    is_cumulative = names[0].startswith("cumulative")
+    if not is_cumulative and (
+        any(name.startswith("cumulative") for name in names) or any(most.values())
+    ):
+        raise ValueError(
+            "seqlens_Q, seqlens_KV: given together with cumulative_seqlen_Q, cumulative_seqlen_KV, "
+            "max_seqlen_Q or max_seqlen_KV; must be the ones or the others"
+        )
+    sides = list(given)[2:] if is_cumulative else list(given)[:2]
+    for name in sides:
+        if given[name] is None:
+            raise ValueError(f"{name}: missing; {sides[0]} and {sides[1]} must be given together")
+    for name, x in zip(("query", "key", "value"), tensors, strict=True):
+        if x.ndim != 4 or x.shape[0] != 1:
+            raise ValueError(
+                f"{name}: got shape {list(x.shape)}; with lengths of examples it must be "
+                "[1, sum of lengths, heads, dim]"
+            )
+    values = [_row_of_lengths(name, given[name], is_cumulative) for name in sides]
+    if values[0].shape != values[1].shape:
+        raise ValueError(
+            f"{sides[1]}: got {values[1].shape[0]} numbers; must be {values[0].shape[0]}, as many "
+            f"as in {sides[0]}"
+        )
+    numbers = [None if x is None else integer(name, x, 1) for name, x in most.items()]
+    ends = values
+    if not is_cumulative:
+        ends = [
+            (np if isinstance(x, np.ndarray) else jnp).concatenate([x[:1] * 0, x.cumsum()])
+            for x in values
+        ]
+    if all(isinstance(x, np.ndarray) for x in ends):  # known now: so are errors
+        inputs = [(x.shape, x.dtype.name) for x in tensors]
+        config = make_config(1, 1, flags=SEPARATE_KEY_GRID | ALLOW_NO_KEYS)
+        packing = (*(x.tolist() for x in ends), *numbers)
+        _core.plan(
+            "attention_forward", config, None, "", [*inputs, *[None] * 4], [True, None], None,
+            packing,
+        )  # fmt: skip
+    dtype = jax.dtypes.canonicalize_dtype(np.int64)
+    last = [np.iinfo(dtype).max if n is None else n for n in numbers]
+    return jnp.stack(
+        [
+            jnp.append(jnp.asarray(x).astype(dtype), np.array(n, dtype))
+            for x, n in zip(ends, last, strict=True)
+        ]
+    )
+
+
+def _row_of_lengths(name: str, value: Any, is_cumulative: bool) -> Any:
+    """Integers as a JAX array, or as one of numpy where they are known."""
+    must = "integers [examples + 1]" if is_cumulative else "integers [examples], one or more"
+    if not isinstance(value, (Array, np.ndarray)):
+        value = np.array([integer(name, x) for x in listed(name, value)], np.int64)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{name}: got an array of {value.dtype.name}; must be {must}")
+    if value.ndim != 1 or value.shape[0] == 0:
+        raise ValueError(f"{name}: got shape {list(value.shape)}; must be {must}")
+    return value.astype(np.int64) if isinstance(value, np.ndarray) else value
 
 
 def merge_attentions(

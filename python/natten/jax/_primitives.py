@@ -5,7 +5,8 @@ with libnatten's own message. Backends are chosen when a call is lowered, as onl
 is known. Derivatives are made of these operations in `_derivatives.py`.
 
 Where offsets of parts are arrays, so that one program serves all parts, every operation has them as
-one more input, which the handler reads at run time. All that depends on them is checked then.
+one more input, which the handler reads at run time. All that depends on them is checked then. So it
+is with the lengths of examples that follow each other.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from natten import _core
-from natten._args import UNKNOWN_OFFSETS, Config
+from natten._args import ALLOW_NO_KEYS, UNKNOWN_OFFSETS, Config
 from natten._choices import tell
 from natten._log import TELLS_CHOICES
 from natten._roles import Role, roles_of
@@ -41,6 +42,11 @@ from natten.jax._private import (
 # query_offset and key_offset, in two rows of one number per axis. It follows the key mask.
 OFFSETS = Role(
     "offsets", "PA", is_output=False, is_required=False, is_statistic=False, is_mask=False
+)
+# Where examples lie that follow each other in arrays of batch 1: a row of cumulative_seqlen_Q and
+# max_seqlen_Q, then one of keys'. It follows the offsets; only fused operations are given any.
+LENGTHS = Role(
+    "lengths", "PE", is_output=False, is_required=False, is_statistic=False, is_mask=False
 )
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
@@ -107,7 +113,11 @@ class Operation:
         does not know the platform; without one no backend is chosen, and there is no workspace."""
         shapes = iter([(a.shape, a.dtype.name) for a in avals])
         every = [next(shapes) if g else None for g in given]
-        inputs = [x for role, x in zip(self.inputs, every, strict=True) if role is not OFFSETS]
+        inputs = [
+            x
+            for role, x in zip(self.inputs, every, strict=True)
+            if role is not OFFSETS and role is not LENGTHS
+        ]
         outputs = [
             (w, avals[0].dtype.name) if isinstance(w, tuple) else (True if w else None)
             for w in wanted
@@ -182,12 +192,17 @@ class Operation:
         shapes: Sequence[tuple[int, ...]],
     ) -> Sequence[Any]:
         """The call on what one device has of the inputs, for results of these shapes."""
+        if setup.config[-1] & ALLOW_NO_KEYS and platform != "cpu":
+            raise NotImplementedError(
+                "attention: lengths of examples are read on the CPU only; on CUDA call it for each "
+                "example, or pad them and hide the padding by the key_mask of na1d"
+            )
         rest = iter(shapes)
         sizes = [w is not False and next(rest) for w in wanted]
         asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
         results, workspace = self._plan(arrays, setup, given, tuple(asked), platform)
-        if platform == "cpu" and setup.config[-1] & UNKNOWN_OFFSETS:
-            workspace = 0  # it depends on them; libnatten allocates it
+        if platform == "cpu" and setup.config[-1] & (UNKNOWN_OFFSETS | ALLOW_NO_KEYS):
+            workspace = 0  # it depends on what is not known yet; libnatten allocates it
         if workspace:
             results.append(((workspace,), "uint8"))
         call = jax.ffi.ffi_call(
@@ -295,7 +310,7 @@ def _operation(name: str) -> Operation:
     roles, outputs = roles_of(name)
     inputs: list[Role] = []
     for role in roles:
-        inputs += [role, OFFSETS] if role.is_mask else [role]
+        inputs += [role, OFFSETS, LENGTHS] if role.is_mask else [role]
     return Operation(name, inputs, outputs)
 
 

@@ -56,7 +56,7 @@ class Rule(SingleLevelFunction):
     apply: ClassVar[Callable[..., Any]]  # PyTorch's
 
     def __init_subclass__(cls) -> None:
-        _ops.library.impl(cls.operator.name, cls.differentiate, "Autograd")
+        _ops.library.impl(cls.operator.schema_name, cls.differentiate, "Autograd")
         cls.operator.differentiate = cls.differentiate
 
     @classmethod
@@ -306,6 +306,7 @@ class RpbScatter(Rule):
 
 class Attention(Rule):
     operator = _ops.attention_forward
+    backward_operator: ClassVar[_ops.Operator] = _ops.attention_backward
 
     @classmethod
     def in_forward_mode(cls, *args: Any) -> tuple[Tensor, Tensor]:
@@ -315,9 +316,9 @@ class Attention(Rule):
     def save(ctx: Any, inputs: Sequence[Tensor | None], outputs: Any) -> None:
         ctx.save_for_backward(*inputs, outputs[1])
 
-    @staticmethod
+    @classmethod
     def reverse(
-        ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None
+        cls, ctx: Any, grad_output: Tensor | None, grad_logsumexp: Tensor | None
     ) -> Sequence[Tensor | None]:
         *inputs, logsumexp = ctx.saved_tensors
         query, value = inputs[0], inputs[2]
@@ -326,7 +327,7 @@ class Attention(Rule):
         *inputs, mask = inputs
         wanted = [bool(need) for need in ctx.needs_input_grad[: len(inputs)]]
         gradients = iter(
-            _ops.attention_backward(
+            cls.backward_operator(
                 *inputs, mask, logsumexp, grad_output, grad_logsumexp, wanted, *ctx.options
             )
         )
@@ -352,18 +353,18 @@ class AttentionBackward(Rule):
         ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(True)
 
-    @staticmethod
-    def reverse(ctx: Any, *grads: Tensor) -> Sequence[Tensor | None]:
+    @classmethod
+    def reverse(cls, ctx: Any, *grads: Tensor) -> Sequence[Tensor | None]:
         saved = ctx.saved_tensors
         takes = [
             x is not None and not role.is_mask
-            for role, x in zip(AttentionBackward.operator.inputs, saved, strict=True)
+            for role, x in zip(cls.operator.inputs, saved, strict=True)
         ]
 
         def function(*tensors: Tensor) -> list[Tensor]:
             given = iter(tensors)
             inputs = [next(given) if take else x for take, x in zip(takes, saved, strict=True)]
-            return _composed_backward(*inputs, *ctx.options)
+            return cls.in_forward_mode(*inputs, *ctx.options)
 
         tensors = (x for take, x in zip(takes, saved, strict=True) if take)
         pull_back = torch.func.vjp(function, *tensors)[1]
@@ -371,6 +372,38 @@ class AttentionBackward(Rule):
         results = [next(gradients) if take else None for take in takes]
         results[len(Attention.operator.inputs)] = None  # logsumexp
         return results
+
+
+class PackedAttention(Attention):
+    operator = _ops.packed_attention_forward
+    backward_operator = _ops.packed_attention_backward
+
+    @classmethod
+    def in_forward_mode(cls, *args: Any) -> tuple[Tensor, Tensor]:
+        examples = [_composed(*example) for example in examples_of(cls.operator, args)]
+        output, logsumexp = (torch.cat(x, 1) for x in zip(*examples, strict=True))
+        return output, logsumexp
+
+
+class PackedAttentionBackward(AttentionBackward):
+    operator = _ops.packed_attention_backward
+
+    @classmethod
+    def in_forward_mode(cls, *args: Any) -> list[Tensor]:
+        examples = [_composed_backward(*example) for example in examples_of(cls.operator, args)]
+        return [torch.cat(x, 1) for x in zip(*examples, strict=True)]
+
+
+def examples_of(operator: _ops.Operator, args: Sequence[Any]) -> list[list[Any]]:
+    """The arguments of an operator on many examples for each of them, without their lengths."""
+    inputs, extras, *options = operator.split(args)
+    *before, queries, keys, _, _ = extras.values()
+    lengths = {"Q": queries.diff().tolist(), "K": keys.diff().tolist()}
+    columns: list[Sequence[Any]] = []
+    for role, x in zip(operator.inputs, inputs, strict=True):
+        side = "Q" if "Q" in role.dims else "K"  # each is of queries or of keys
+        columns.append([None] * len(lengths[side]) if x is None else x.split(lengths[side], 1))
+    return [[*example, *before, *options] for example in zip(*columns, strict=True)]
 
 
 class _Composed:
@@ -405,6 +438,8 @@ class _Composed:
 def without_empty_rows(scores: Tensor) -> tuple[Tensor, Tensor]:
     """(scores with 0 where all of a query's are -inf, where that is): it has no weights; softmax
     would make NaN of them, in derivatives too."""
+    if scores.shape[-1] == 0:  # there are no keys
+        return scores, scores.new_ones((*scores.shape[:-1], 1), dtype=torch.bool)
     is_empty = scores.detach().amax(-1, keepdim=True) == -torch.inf
     return scores.masked_fill(is_empty, 0.0), is_empty
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from natten._args import (
+    ALLOW_NO_KEYS,
     SEPARATE_KEY_GRID,
     Bools,
     Boundaries,
@@ -27,7 +28,7 @@ from natten._args import (
 from natten._kernel import chosen_backend, tell_meaning
 from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
-from natten.torch import _nested, _ops
+from natten.torch import _nested, _ops, _packing
 from natten.torch._private import (
     is_any_autocast_enabled,
 )
@@ -330,6 +331,12 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     *,
+    seqlens_Q: Tensor | None = None,
+    seqlens_KV: Tensor | None = None,
+    cumulative_seqlen_Q: Tensor | None = None,
+    cumulative_seqlen_KV: Tensor | None = None,
+    max_seqlen_Q: int | None = None,
+    max_seqlen_KV: int | None = None,
     backend: str | None = None,
     q_tile_size: int | None = None,
     kv_tile_size: int | None = None,
@@ -342,6 +349,11 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over all keys, heads-last. Takes no mask and no dropout.
 
+    Examples of different lengths may lie one after another in tensors of batch 1, each of which
+    then attends to its own keys. Their lengths are given as `seqlens_Q` and `seqlens_KV`, or as
+    `natten.utils.varlen.generate_varlen_parameters` makes of these. An example may have no queries;
+    those of one without keys get output 0 and logsumexp -inf.
+
     Args:
         query: [batch, length, heads, head_dim], float64, float32, bfloat16 or float16.
         key: [batch, kv_length, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
@@ -350,6 +362,11 @@ def attention(
             `torch.nn.functional.scaled_dot_product_attention`.
         scale: factor on the scores; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
+        seqlens_Q, seqlens_KV: how many tokens of query, and of key and value, are each example's,
+            int32 or int64 [examples] on the device of query.
+        cumulative_seqlen_Q, cumulative_seqlen_KV: instead, 0 and the sums of lengths up to each
+            example, int32 or int64 [examples + 1].
+        max_seqlen_Q, max_seqlen_KV: with these, the largest length, or more.
         backend: name of the implementation to use; by default the first that can.
         q_tile_size, kv_tile_size, backward_q_tile_size, backward_kv_tile_size, backward_kv_splits:
             the tile shapes of `na1d`, and the other names of NATTEN's kernels: as there.
@@ -372,11 +389,18 @@ def attention(
         )
     if upstream:
         check_extra("attention", (), upstream)
+    flags = SEPARATE_KEY_GRID | attention_flags(scale)
+    operator, packing = _ops.attention_forward, _packing.given(
+        query, key, value, seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV,
+        max_seqlen_Q, max_seqlen_KV,
+    )  # fmt: skip
+    if packing:
+        operator, flags = _ops.packed_attention_forward, flags | ALLOW_NO_KEYS
     config = make_config(
         1,
         1,
         is_causal=is_causal,
-        flags=SEPARATE_KEY_GRID | attention_flags(scale),
+        flags=flags,
         q_tile_shape=q_tile_size,
         kv_tile_shape=kv_tile_size,
         backward_q_tile_shape=backward_q_tile_size,
@@ -384,8 +408,8 @@ def attention(
         backward_kv_splits=backward_kv_splits,
     )
     output, logsumexp = _call(
-        _ops.attention_forward, query, key, value, None, None, None, None,
-        config, _scale(scale), _backend(backend),
+        operator, query, key, value, None, None, None, None,
+        *packing, config, _scale(scale), _backend(backend),
     )  # fmt: skip
     return (output, logsumexp) if return_lse else output
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Unpack
 
 import torch
@@ -23,7 +24,7 @@ from natten._args import (
     window_of,
 )
 from natten._log import logger
-from natten.torch import _functional, _ops
+from natten.torch import _functional, _nested, _ops
 from natten.torch._autograd import without_empty_rows
 
 
@@ -141,8 +142,8 @@ class _NeighborhoodAttention(nn.Module):
         `key_mask` is bool [batch or 1, *spatial], True where a token may be seen. For a token that
         sees none, attention gives 0.
 
-        Of rank 1 also a nested tensor of sequences [length, dim], without gradients; `key_mask` is
-        then nested likewise, of [length].
+        Also a nested tensor of examples [*spatial, dim], in the strided layout or, of rank 1, the
+        jagged one; `key_mask` is then nested likewise, of [*spatial].
 
         Raises:
             ValueError: x does not have the dimensions above, or is too small for the windows.
@@ -151,13 +152,8 @@ class _NeighborhoodAttention(nn.Module):
         rank = self.rank
         if not isinstance(x, Tensor):
             _ops.check_tensor("x", x)
-        if x.is_nested and rank != 1:
-            raise ValueError("x: got a nested tensor; only the module of rank 1 takes them")
-        if x.is_nested and x.layout != torch.jagged:
-            jagged = _jagged(x)
-            if isinstance(key_mask, Tensor) and key_mask.is_nested:
-                key_mask = _jagged(key_mask)
-            return torch.nested.as_nested_tensor(list(self(jagged, key_mask).unbind()))
+        if x.is_nested:
+            return self._of_examples(x, key_mask)
         # Another map may have taken the place of the linear one.
         dim = getattr(self.qkv, "in_features", 0) or (x.shape[-1] if x.dim() else "dim")
         if x.dim() != rank + 2 or x.shape[-1] != dim:
@@ -167,24 +163,61 @@ class _NeighborhoodAttention(nn.Module):
             )
         qkv = self._map_to_qkv(x)
         query, key, value = (qkv.select(rank + 1, i) for i in range(3))
+        out = self._attend(query, key, value, key_mask)
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
+        """Attention, heads-last; of dense tensors or of nested ones."""
+        rank = self.rank
         if self._uses_fused():
-            out = _FUSED[rank](
+            return _FUSED[rank](
                 query, key, value, rpb=self.rpb, key_mask=key_mask, scale=self.scale,
                 **window_of(self),
-            )  # fmt: skip
-        else:
-            query, key, value = (x.movedim(rank + 1, 1) for x in (query, key, value))
-            window = dict(**window_of(self), key_mask=key_mask)
+            )  # type: ignore[return-value]  # fmt: skip
+        window = dict(**window_of(self), key_mask=key_mask)
+        if query.is_nested:
+            like = query
+            query, key, value = (_heads_moved(x, -2, 0) for x in (query, key, value))
             attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **window)
-            if key_mask is None or attn.is_nested:
-                attn = attn.softmax(dim=-1)
-            else:
-                attn, is_empty = without_empty_rows(attn)
-                attn = attn.softmax(dim=-1).masked_fill(is_empty, 0.0)
-            if self._drops_attention():
-                attn = self.attn_drop(attn)
-            out = _AV[rank](attn, value, **window).movedim(1, rank + 1)
-        return self.proj_drop(self.proj(out.flatten(-2)))
+            weights = [self._weights(x, key_mask) for x in attn.unbind()]
+            out = _AV[rank](_nested.joined(weights, query), value, **window)
+            return _nested.joined([x.movedim(0, -2) for x in out.unbind()], like)
+        query, key, value = (x.movedim(rank + 1, 1) for x in (query, key, value))
+        attn = _QK[rank](query * self.scale, key, rpb=self.rpb, **window)
+        return _AV[rank](self._weights(attn, key_mask), value, **window).movedim(1, rank + 1)
+
+    def _weights(self, scores: Tensor, key_mask: Tensor | None) -> Tensor:
+        if key_mask is None:
+            weights = scores.softmax(dim=-1)
+        else:
+            scores, is_empty = without_empty_rows(scores)
+            weights = scores.softmax(dim=-1).masked_fill(is_empty, 0.0)
+        return self.attn_drop(weights) if self._drops_attention() else weights
+
+    def _of_examples(self, x: Tensor, key_mask: Tensor | None) -> Tensor:
+        """`forward` of a nested tensor. Maps are applied to the tokens of all examples at once."""
+        rank = self.rank
+        dim = getattr(self.qkv, "in_features", 0)
+        examples = x.unbind()
+        for i, example in enumerate(examples):
+            if example.dim() != rank + 1 or (dim and example.shape[-1] != dim):
+                raise ValueError(
+                    f"x: got shape {list(example.shape)} for example {i}; must be "
+                    f"[*spatial, {dim or 'dim'}], channels last, with {rank} spatial "
+                    f"{'axis' if rank == 1 else 'axes'}"
+                )
+        grids = [example.shape[:-1] for example in examples]
+        counts = [math.prod(grid) for grid in grids]
+        qkv = self._map_to_qkv(torch.cat([example.flatten(0, -2) for example in examples]))
+
+        def nested(tokens: Tensor) -> Tensor:
+            parts = zip(tokens.split(counts), grids, strict=True)
+            return _nested.joined([part.unflatten(0, grid) for part, grid in parts], x)
+
+        query, key, value = (nested(qkv[:, i]) for i in range(3))
+        out = self._attend(query, key, value, key_mask)
+        tokens = torch.cat([example.flatten(0, rank - 1) for example in out.unbind()])
+        return nested(self.proj_drop(self.proj(tokens.flatten(-2))))
 
     def _map_to_qkv(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., 3, num_heads, head_dim]."""
@@ -215,8 +248,11 @@ class _NeighborhoodAttention(nn.Module):
         )
 
 
-def _jagged(x: Tensor) -> Tensor:
-    return torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged)
+def _heads_moved(x: Tensor, source: int, destination: int) -> Tensor:
+    """A nested tensor whose heads are elsewhere in its examples."""
+    if x.layout == torch.jagged:
+        return x.transpose(1, 2)
+    return _nested.joined([part.movedim(source, destination) for part in x.unbind()], x)
 
 
 _FUSED = {1: _functional.na1d, 2: _functional.na2d, 3: _functional.na3d}

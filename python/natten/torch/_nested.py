@@ -1,8 +1,13 @@
-"""Nested tensors: a batch of examples that differ in size, in one parallel region. Forward only."""
+"""Nested tensors: a batch of examples that differ in size.
+
+They run in one parallel region, unless a gradient is wanted: then each is a call of its own, which
+PyTorch differentiates.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,11 +35,6 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
                 f"{option.name}: got {list(given)} for nested tensors, of which each example has a "
                 "grid of its own; must be None"
             )
-    if torch.is_grad_enabled() and any_requires_grad(*inputs):
-        raise NotImplementedError(
-            "nested tensors: there are no derivatives; call under torch.no_grad(), or pad the "
-            "examples to one size"
-        )
     first = inputs[0]
     has_own_batch = first.dim() == 1 + operator.inputs[0].ndim(config[0])
     columns = [
@@ -42,6 +42,16 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
         for role, x in zip(operator.inputs, inputs, strict=True)
     ]
     examples = list(zip(*columns, strict=True))
+    if torch.is_grad_enabled() and any_requires_grad(*inputs):
+        options = args[len(inputs) :]
+        results = [operator(*example, *options) for example in examples]
+        if len(operator.outputs) == 1:
+            results = [(x,) for x in results]
+        wholes = tuple(
+            joined([x if has_own_batch else x.squeeze(0) for x in parts], first)
+            for parts in zip(*results, strict=True)
+        )
+        return wholes if len(wholes) > 1 else wholes[0]
     sizes = [operator.sizes(x, {}, config) for x in examples]
     results = []
     for role in operator.outputs:
@@ -93,14 +103,37 @@ def _examples(
     return [_ops.readable(part if has_own_batch else part.unsqueeze(0)) for part in x.unbind()]
 
 
+def joined(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+    """A nested tensor of these parts, laid out as another one; PyTorch differentiates it."""
+    if like.layout != torch.jagged:
+        return torch.nested.as_nested_tensor(list(parts))
+    axis, offsets, lengths = _ragged_axis(like), like.offsets(), like.lengths()  # type: ignore[attr-defined]
+    pieces = list(parts)
+    if lengths is not None:  # there may be gaps
+        shape, end, pieces = list(parts[0].shape), 0, []
+        for part, start in zip(parts, offsets.tolist(), strict=False):
+            shape[axis] = start - end
+            pieces += [part.new_zeros(shape), part]
+            end = start + part.shape[axis]
+        shape[axis] = like.values().shape[axis] - end
+        pieces.append(parts[0].new_zeros(shape))
+    return torch.nested.nested_tensor_from_jagged(
+        torch.cat(pieces, axis), offsets=offsets, lengths=lengths, jagged_dim=axis + 1
+    )
+
+
+def _ragged_axis(x: Tensor) -> int:
+    """The axis that differs from example to example, counted without that of the examples."""
+    return next(i for i, n in enumerate(x.shape) if isinstance(n, torch.SymInt)) - 1
+
+
 def _empty(
     first: Tensor, shapes: list[tuple[int, ...]], dtype: torch.dtype
 ) -> tuple[Tensor, list[Tensor]]:
     """(a nested tensor laid out like `first`, its parts)."""
     if first.layout != torch.jagged:
         return _empty_strided(shapes, dtype, first.device)
-    # The axis that differs from example to example, counted without that of the examples.
-    axis = next(i for i, n in enumerate(first.shape) if isinstance(n, torch.SymInt)) - 1
+    axis = _ragged_axis(first)
     shape = list(shapes[0])
     shape[axis] = first.values().shape[axis]
     whole = torch.nested.nested_tensor_from_jagged(

@@ -46,16 +46,28 @@ def readable(x: Tensor | None) -> Tensor | None:
     return x.contiguous()
 
 
+# Extras of an operator on examples of different lengths, which lie one after another.
+PACKING = {
+    "cumulative_seqlen_Q": "Tensor cumulative_seqlen_Q",
+    "cumulative_seqlen_KV": "Tensor cumulative_seqlen_KV",
+    "max_seqlen_Q": "SymInt? max_seqlen_Q",
+    "max_seqlen_KV": "SymInt? max_seqlen_KV",
+}
+
+
 class Operator:
     """`torch.ops.natten.<name>(inputs..., extras..., config, scale (fused only), backend)`.
 
     `extras` are the arguments that say what the inputs do not: sizes of outputs, by the letter that
-    stands for them in `Role.dims`, or, where there is "wanted", which outputs to compute.
+    stands for them in `Role.dims`; where there is "wanted", which outputs to compute; and PACKING.
     """
 
     differentiate: Callable[..., Any]  # the kernel at the key Autograd, from `_autograd.py`
 
-    def __init__(self, name: str, returns: str, extras: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, name: str, returns: str, extras: dict[str, str] | None = None, prefix: str = ""
+    ) -> None:
+        """`name`: of libnatten's operation; with `prefix` that of the operator."""
         self.name = name
         self.inputs, self.outputs = roles_of(name)
         self.extras = extras or {}
@@ -66,7 +78,9 @@ class Operator:
         arguments += ["SymInt[] config", "float? scale", "str backend"]
         if not self.is_fused:
             arguments.remove("float? scale")
+        name = prefix + name
         library.define(f"{name}({', '.join(arguments)}) -> {returns}")
+        self.schema_name = name
         self.overload = getattr(torch.ops.natten, name).default
         for key in ("CPU", "CUDA"):
             library.impl(name, self._run, key)
@@ -114,7 +128,7 @@ class Operator:
                 sizes[dim] = tuple(x.shape[at : at + count])
                 at += count
         for dim, value in extras.items():
-            if dim != "wanted":
+            if len(dim) == 1:
                 sizes[dim] = tuple(value) if dim in GRIDS else (value,)
         sizes["W"] = sizes["X"] = (window_size(config, sizes.get("K", ())) + sizes["N"][0],)
         return sizes
@@ -130,9 +144,10 @@ class Operator:
             return first.new_empty(shape, dtype=_DTYPES[dtype])
 
         outputs: list[Any] = [True] * len(self.outputs)
+        packing = _packing_of(extras) if extras else None
         if "wanted" in extras:
             outputs = [True if want else None for want in extras["wanted"]]
-        elif extras:
+        elif extras and not packing:
             sizes = self.sizes(inputs, extras, config)
             dtype = _DTYPE_NAMES[first.dtype]
             outputs = [(shape_of(role, sizes), dtype) for role in self.outputs]
@@ -146,6 +161,7 @@ class Operator:
             torch.get_num_threads(),
             allocate,
             stream_of(first) if first.is_cuda else None,
+            packing,
         )
         if TELLS_CHOICES:
             tell(self.name, config, scale, backend, inputs, results, str(first.device))
@@ -237,6 +253,11 @@ class Operator:
         rank = config[0]
         wanted = extras.get("wanted", [True] * len(self.outputs))
         roles = [role for role, want in zip(self.outputs, wanted, strict=True) if want]
+        if any(
+            isinstance(x, Tensor) and dim is not None
+            for x, dim in zip(args[len(inputs) :], in_dims[len(inputs) :], strict=False)
+        ):  # lengths
+            return self._batch_one_by_one(size, in_dims, args)
         mapped_roles = [r for r, d in zip(self.inputs, in_dims, strict=False) if d is not None]
         dims = fold_dims(mapped_roles, roles)
         if dims != "B" and any(role.is_mask for role in mapped_roles):
@@ -277,19 +298,26 @@ class Operator:
         self, size: int, in_dims: Sequence[int | None], args: Sequence[Any]
     ) -> tuple[Any, Any]:
         """`_batch` by a call for each example: where they have both masks and biases, or gradients
-        of biases, of their own, no dimension can take the mapped axis."""
-        count = len(self.inputs)
+        of biases, or lengths, of their own, no dimension can take the mapped axis."""
         each = []
         for i in range(size):
             example = [
-                x if dim is None else x.select(dim, i)
-                for x, dim in zip(args[:count], in_dims, strict=False)
+                x.select(dim, i) if isinstance(x, Tensor) and dim is not None else x
+                for x, dim in zip(args, in_dims, strict=False)
             ]
-            each.append(self.overload(*example, *args[count:]))
+            each.append(self.overload(*example))
         if isinstance(each[0], Tensor):
             return torch.stack(each), 0
         kind = type(each[0])
         return kind(map(torch.stack, zip(*each, strict=True))), kind([0] * len(each[0]))
+
+
+def _packing_of(extras: dict[str, Any]) -> tuple | None:
+    """Those of an operator on many examples, as libnatten takes them."""
+    if "cumulative_seqlen_Q" not in extras:
+        return None
+    packing = [extras[name] for name in PACKING]
+    return *(x.tolist() for x in packing[:2]), *packing[2:]
 
 
 def stream_of(x: Tensor) -> int:
@@ -340,6 +368,12 @@ def shape_of(role: Role, sizes: dict[str, tuple]) -> tuple:
 
 attention_forward = Operator("attention_forward", "(Tensor output, Tensor logsumexp)")
 attention_backward = Operator("attention_backward", "Tensor[]", {"wanted": "bool[] wanted"})
+packed_attention_forward = Operator(
+    "attention_forward", "(Tensor output, Tensor logsumexp)", PACKING, "packed_"
+)
+packed_attention_backward = Operator(
+    "attention_backward", "Tensor[]", {"wanted": "bool[] wanted", **PACKING}, "packed_"
+)
 qk = Operator("qk", "Tensor")
 av = Operator("av", "Tensor")
 av_transpose = Operator(

@@ -20,6 +20,7 @@ inline std::string fna_refuse_reason(const Problem& problem) {
   if (p.dtype == DType::float64) return "does not compute float64";
   if (p.dtype == DType::float32 && !p.allow_tf32)
     return "computes float32 in TF32 only, which the call does not allow";
+  if (p.keys() == 0) return "there are no keys";
   const int most = most_dims(size_of(p.dtype));
   if (p.head_dim > most || p.value_dim > most)
     return "head dims " + std::to_string(p.head_dim) + " and " + std::to_string(p.value_dim) +
