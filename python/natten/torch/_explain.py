@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from natten import _core
-from natten._args import Bools, Boundaries, Ints, attention_flags, make_config, real_scale
-from natten._kernel import check_name, chosen_backend
+from natten._args import (
+    Bools,
+    Boundaries,
+    Config,
+    Ints,
+    attention_flags,
+    make_config,
+    real_scale,
+)
+from natten._kernel import COMPOSED, check_name, chosen_backend
 from natten.torch import _ops
+from natten.torch._composed import lacks_kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +121,8 @@ def explain(
         query.new_empty(_ops.shape_of(role, sizes), dtype=_ops.dtype_of(role, query.dtype))
         for role in _ops.attention_forward.outputs
     )
+    if lacks_kernels(query.device) and backend in ("", "fused"):
+        backend = COMPOSED
     calls = {
         "forward": (_ops.attention_forward, inputs),
         "backward": (_ops.attention_backward, [*inputs, logsumexp, output, None]),
@@ -119,6 +131,25 @@ def explain(
         tuple(
             Verdict(name, *row)
             for name, (operator, tensors) in calls.items()
-            for row in _core.explain(operator.name, config, scale, backend, tensors)
+            for row in _rows(operator, config, scale, backend, tensors)
         )
     )
+
+
+def _rows(
+    operator: _ops.Operator,
+    config: Config,
+    scale: float | None,
+    backend: str,
+    tensors: Sequence[Tensor | None],
+) -> list[tuple[str, str, bool]]:
+    """What libnatten's backends say, and `composed`, which takes every call but is never the first
+    choice where there are others."""
+    is_composed = backend == COMPOSED
+    rows = []
+    if tensors[0] is not None and not lacks_kernels(tensors[0].device):
+        # Whatever stands in is not chosen either; "" would leave the choice to NATTEN_BACKEND.
+        known = _core.backends(tensors[0].device.type)[-1] if is_composed else backend
+        rows = _core.explain(operator.name, config, scale, known, tensors)
+    rows = [(name, refusal, chosen and not is_composed) for name, refusal, chosen in rows]
+    return [*rows, (COMPOSED, "", is_composed)]
