@@ -15,6 +15,7 @@ reported, not timed, and makes the exit status 1.
 
     ours          the backend that natten chooses
     naive         natten's readable reference backend
+    composed      natten's backend made of PyTorch's own operations
     gather        keys gathered into [.., tokens, window, head_dim], einsum, softmax, einsum
     flex          FlexAttention, compiled before it is timed, tokens in row-major order; no backward
     sdpa_mask     scaled_dot_product_attention with the neighborhood as a boolean mask, built before

@@ -169,6 +169,7 @@ class Way:
 WAYS = {
     "ours": Way(lambda case, inputs: ours(case)),
     "naive": Way(lambda case, inputs: ours(case, "naive")),
+    "composed": Way(lambda case, inputs: ours(case, "composed")),
     "gather": Way(gather),
     "flex": Way(flex, ["forward"]),
     "sdpa_mask": Way(masked),

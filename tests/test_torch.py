@@ -404,9 +404,13 @@ def test_modules_refuse_impossible_neighborhoods(rank, bad, bias):
 
 def test_device_without_kernels():
     if not torch.cuda.is_available() or natten.has_cuda():
-        pytest.skip("needs a CUDA device and no kernels for it; test_cuda_build.py needs neither")
+        pytest.skip(
+            "needs a CUDA device and no kernels for it; test_torch_composed.py needs neither"
+        )
+    qkv = torch.randn(3, 1, 6, 1, 2)
+    torch.testing.assert_close(F.na1d(*qkv.cuda(), 3).cpu(), F.na1d(*qkv, 3))
     with pytest.raises(ValueError, match="NATTEN_WITH_CUDA=ON"):
-        F.na1d(*(torch.empty(1, 6, 1, 2, device="cuda") for _ in range(3)), 3)
+        F.na1d(*qkv.cuda(), 3, backend="simt")
 
 
 # ---- modules ----

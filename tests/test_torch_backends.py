@@ -132,6 +132,7 @@ print(*(v.backend for v in natten.explain(q, q, q, 3).verdicts if v.chosen))
 """
     assert run_python(code, NATTEN_BACKEND="fused").split() == ["vectorized"] * 2
     assert run_python(code, NATTEN_BACKEND="naive").split() == ["naive"] * 2
+    assert run_python(code, NATTEN_BACKEND="composed").split() == ["composed"] * 2
 
 
 def test_explain():
@@ -141,8 +142,10 @@ def test_explain():
     assert rows == [
         ("forward", "vectorized", "", True),
         ("forward", "naive", "", False),
+        ("forward", "composed", "", False),
         ("backward", "vectorized", "", True),
         ("backward", "naive", "", False),
+        ("backward", "composed", "", False),
     ]
     with natten.na_kernel("naive"):
         chosen = [v.backend for v in natten.explain(q, q, q, 3).verdicts if v.chosen]

@@ -11,6 +11,7 @@ from typing import Any
 
 from natten import _core
 from natten._args import options_of
+from natten._kernel import COMPOSED
 from natten._log import logger
 from natten._roles import roles_of
 
@@ -29,7 +30,15 @@ def tell(
 ) -> None:
     """Logs the choice, once for each problem. Tensors are arrays, (shape, dtype name) or None."""
     rows = _core.explain(op, config, scale, backend, inputs, device, outputs)
-    message = f"{_problem(op, config, inputs, device)}: {_choice(rows, backend)}"
+    _tell_once(f"{_problem(op, config, inputs, device)}: {_choice(rows, backend)}")
+
+
+def tell_composed(op: str, config: Sequence[int], inputs: Sequence[Any], device: str) -> None:
+    """Logs that the adapter computes a problem itself. Tensors are (shape, dtype name) or None."""
+    _tell_once(f"{_problem(op, config, inputs, device)}: {COMPOSED} runs it")
+
+
+def _tell_once(message: str) -> None:
     if message in _told:
         return
     if len(_told) >= _MOST_TOLD:

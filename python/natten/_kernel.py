@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import TracebackType
 
 from natten import _core
 from natten._log import logger
 
-_NAMES = sorted({"fused", *_core.backends("cpu"), *_core.backends("cuda")})
+# The backend that adapters make of their framework's own operations. libnatten knows nothing of it.
+COMPOSED = "composed"
+
+_NAMES = sorted({"fused", COMPOSED, *_core.backends("cpu"), *_core.backends("cuda")})
 
 # What NATTEN calls its backends, and what that means here. Each pins kernels for GPUs of one maker
 # or generation, all of which compute the same; so does the fused backend of any device.
@@ -54,9 +58,13 @@ def _check_type(backend: str) -> None:
         raise TypeError(f"backend: got {backend!r}; must be a name (a string) or None")
 
 
+# NATTEN_BACKEND is libnatten's to read, but for this name.
+_DEFAULT = COMPOSED if os.environ.get("NATTEN_BACKEND") == COMPOSED else ""
+
+
 class _Chosen(threading.local):
     def __init__(self) -> None:
-        self.backend = ""
+        self.backend = _DEFAULT
 
 
 _chosen = _Chosen()

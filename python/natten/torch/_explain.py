@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Never, Unpack
 
 from torch import Tensor
@@ -11,6 +12,7 @@ from natten import _core
 from natten._args import (
     Bools,
     Boundaries,
+    Config,
     Ints,
     UpstreamKeywords,
     attention_flags,
@@ -19,8 +21,9 @@ from natten._args import (
     make_config,
     real_scale,
 )
-from natten._kernel import check_name, chosen_backend, meaning
+from natten._kernel import COMPOSED, check_name, chosen_backend, meaning
 from natten.torch import _ops
+from natten.torch._composed import lacks_kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +133,8 @@ def explain(
         query.new_empty(_ops.shape_of(role, sizes), dtype=_ops.dtype_of(role, query.dtype))
         for role in _ops.attention_forward.outputs
     )
+    if lacks_kernels(query.device) and backend in ("", "fused"):
+        backend = COMPOSED
     calls = {
         "forward": (_ops.attention_forward, inputs),
         "backward": (_ops.attention_backward, [*inputs, logsumexp, output, None]),
@@ -138,7 +143,26 @@ def explain(
         tuple(
             Verdict(name, *row)
             for name, (operator, tensors) in calls.items()
-            for row in _core.explain(operator.name, config, scale, backend, tensors)
+            for row in _rows(operator, config, scale, backend, tensors)
         ),
         note,
     )
+
+
+def _rows(
+    operator: _ops.Operator,
+    config: Config,
+    scale: float | None,
+    backend: str,
+    tensors: Sequence[Tensor | None],
+) -> list[tuple[str, str, bool]]:
+    """What libnatten's backends say, and `composed`, which takes every call but is never the first
+    choice where there are others."""
+    is_composed = backend == COMPOSED
+    rows = []
+    if tensors[0] is not None and not lacks_kernels(tensors[0].device):
+        # Whatever stands in is not chosen either; "" would leave the choice to NATTEN_BACKEND.
+        known = _core.backends(tensors[0].device.type)[-1] if is_composed else backend
+        rows = _core.explain(operator.name, config, scale, known, tensors)
+    rows = [(name, refusal, chosen and not is_composed) for name, refusal, chosen in rows]
+    return [*rows, (COMPOSED, "", is_composed)]

@@ -25,22 +25,39 @@ from natten._args import (
     real_scale,
     spelled_is_causal,
 )
-from natten._kernel import chosen_backend, tell_meaning
+from natten._kernel import COMPOSED, chosen_backend, tell_meaning
 from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
-from natten.torch import _nested, _ops, _packing
+from natten.torch import _composed, _nested, _ops, _packing
 from natten.torch._private import (
     is_any_autocast_enabled,
 )
 
 
-def _call(operator: _ops.Operator, *args: Any) -> Any:
-    """Calls an operator on dense or nested tensors."""
+def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
+    """Calls an operator on dense or nested tensors. `statistic`: whether logsumexp is wanted."""
     try:
         if is_any_autocast_enabled():
             args = _autocast(args)
-        if args[0].is_nested or args[1].is_nested:
+        is_nested = args[0].is_nested or args[1].is_nested
+        is_composed = args[-1] == COMPOSED or (
+            not args[0].is_cpu and _composed.serves(args[0], args[-1])
+        )
+        if is_nested and is_composed:
+            raise NotImplementedError(
+                f"nested tensors: got them for the backend {COMPOSED}; must be dense there, one "
+                "call for each example"
+            )
+        if is_nested:
             return _nested.call(operator, *args)
+        if is_composed and operator is _ops.packed_attention_forward:
+            examples = [
+                _composed.call(_ops.attention_forward, *example)
+                for example in _autograd.examples_of(operator, args)
+            ]
+            return [torch.cat(x, 1) for x in zip(*examples, strict=True)]
+        if is_composed:
+            return _composed.call(operator, *args, statistic=statistic)
         if torch.compiler.is_compiling():  # Dynamo cannot follow questions about dispatch keys
             return operator.overload(*args)
         return operator(*args)
@@ -196,7 +213,7 @@ def _make_fused(rank: int):
         output, logsumexp = _call(
             _ops.attention_forward,
             query, key, value, rpb, additional_keys, additional_values, key_mask,
-            config, _scale(scale), _backend(backend),
+            config, _scale(scale), _backend(backend), statistic=return_lse,
         )  # fmt: skip
         return (output, logsumexp) if return_lse else output
 
@@ -409,7 +426,7 @@ def attention(
     )
     output, logsumexp = _call(
         operator, query, key, value, None, None, None, None,
-        *packing, config, _scale(scale), _backend(backend),
+        *packing, config, _scale(scale), _backend(backend), statistic=return_lse,
     )  # fmt: skip
     return (output, logsumexp) if return_lse else output
 

@@ -167,6 +167,16 @@ class Operator:
             tell(self.name, config, scale, backend, inputs, results, str(first.device))
         return self._returned(results)
 
+    def check_devices(self, inputs: Sequence[Tensor | None]) -> None:
+        """Raises unless all inputs are on one device."""
+        first = inputs[0]
+        for role, x in zip(self.inputs, inputs, strict=True):
+            if x is not None and x.device != first.device:
+                raise ValueError(
+                    f"{role.name}: is on {x.device}; must be on the device of "
+                    f"{self.inputs[0].name}, {first.device}"
+                )
+
     def _returned(self, results: list[Tensor | None]) -> Any:
         """`results` in the form that the schema has: absent outputs are left out of lists."""
         if "wanted" in self.extras:
@@ -179,12 +189,7 @@ class Operator:
         sizes = self.sizes(inputs, extras, config)
         shapes = [shape_of(role, sizes) for role in self.outputs]
         first = inputs[0]
-        for role, x in zip(self.inputs, inputs, strict=True):
-            if x is not None and x.device != first.device:
-                raise ValueError(
-                    f"{role.name}: is on {x.device}; must be on the device of "
-                    f"{self.inputs[0].name}, {first.device}"
-                )
+        self.check_devices(inputs)
         numbers = itertools.chain(config, *(x.shape for x in inputs if x is not None))
         if not any(type(n) is torch.SymInt for n in numbers):
             _core.plan(  # raises libnatten's own errors while a graph is traced
