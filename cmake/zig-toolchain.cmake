@@ -5,7 +5,7 @@
 set(NATTEN_ZIG_TARGET "" CACHE STRING "What zig compiles for")
 set(NATTEN_ZIG_PYTHON python3 CACHE STRING "The Python that has ziglang")
 list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES NATTEN_ZIG_TARGET NATTEN_ZIG_PYTHON)
-if(NOT NATTEN_ZIG_TARGET MATCHES "^([a-z0-9_]+)-(linux|macos|windows)(-|$)")
+if(NOT NATTEN_ZIG_TARGET MATCHES "^([a-z0-9_]+)-(linux|macos|windows)([.-]|$)")
   message(FATAL_ERROR "NATTEN_ZIG_TARGET: got \"${NATTEN_ZIG_TARGET}\"; must be a processor and linux, "
     "macos or windows, such as aarch64-macos")
 endif()
