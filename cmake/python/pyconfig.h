@@ -4,6 +4,8 @@
 #ifndef Py_PYCONFIG_H
 #define Py_PYCONFIG_H
 
+#include <stdio.h> /* Python.h leaves it out for the stable ABI, and nanobind uses it */
+
 #define SIZEOF_SHORT 2
 #define SIZEOF_INT 4
 #define SIZEOF_LONG_LONG 8
