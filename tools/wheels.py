@@ -68,12 +68,9 @@ SYSTEMS = {
 HERE = f"manylinux_2_28_{platform.machine()}"  # whose modules run on this machine
 
 
-def run(command: Sequence[str | Path], **more: str) -> None:
-    """Runs a command, with changes to the environment; ends this program where it fails."""
-    # zig has a cache of its own.
-    env = {k: v for k, v in os.environ.items() if not re.match("CMAKE_.*_LAUNCHER$", k)}
-    done = subprocess.run([str(word) for word in command], cwd=ROOT, env=env | more)
-    if done.returncode:
+def run(command: Sequence[str | Path]) -> None:
+    """Runs a command, and ends this program where it fails."""
+    if subprocess.run([str(word) for word in command], cwd=ROOT).returncode:
         sys.exit(f"failed: {' '.join(map(str, command))}")
 
 
@@ -267,6 +264,9 @@ def main() -> None:
         names = [HERE, *names]  # it makes the stub of all
     names.sort(key=lambda name: name != HERE)
 
+    if not arguments.cuda:  # zig has a cache of its own
+        for variable in [v for v in os.environ if re.fullmatch("CMAKE_.*_LAUNCHER", v)]:
+            del os.environ[variable]
     BUILD.mkdir(parents=True, exist_ok=True)
     folders = {python: headers(python, given) for python in PYTHONS}
     if arguments.cuda:
