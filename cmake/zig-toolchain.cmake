@@ -29,8 +29,19 @@ endforeach()
 set(CMAKE_INSTALL_NAME_TOOL true)
 set(CMAKE_RC_COMPILER true)
 
-# CMake's tries only compile: zig makes a system's libraries when it first links for it.
+# CMake's tries only compile, and what it would find out by linking is said here: zig makes a system's
+# libraries, in minutes, when it first links for it.
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+execute_process(COMMAND ${NATTEN_ZIG_PYTHON} -m ziglang c++ --version OUTPUT_VARIABLE version)
+string(REGEX MATCH "[0-9]+\\.[0-9.]+" version "${version}")
+foreach(language C CXX)
+  set(CMAKE_${language}_COMPILER_ID_RUN TRUE)
+  set(CMAKE_${language}_COMPILER_ID Clang)
+  set(CMAKE_${language}_COMPILER_VERSION ${version})
+  set(CMAKE_${language}_COMPILER_FRONTEND_VARIANT GNU)
+  set(CMAKE_${language}_STANDARD_COMPUTED_DEFAULT 17)
+  set(CMAKE_${language}_EXTENSIONS_COMPUTED_DEFAULT ON)
+endforeach()
 
 # Nothing that is installed here is for that system.
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)

@@ -59,7 +59,7 @@ def add(wheel: Path, out: Path, backend: str = "cpu", archs: list[str] | None = 
         path.write_bytes(data)
     shutil.copy2(HUB / "kernel.py", variant / "__init__.py")
     kind = "cuda" if backend.startswith("cu") else backend
-    description = {
+    description: dict[str, object] = {
         "id": f"_natten_{kind}_{re.sub(r'[^0-9a-z]', '_', metadata['Version'])}",
         "name": "natten",
         "version": KERNEL_VERSION,

@@ -207,7 +207,7 @@ def with_cuda(folders: dict[Python, Path], out: Path) -> list[Path]:
     """Wheels for this system, whose tags auditwheel chooses by what they need."""
     options = ["-DNATTEN_WITH_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={CUDA_ARCHITECTURES}"]
     plain = f"linux_{platform.machine()}"
-    wheels = []
+    wheels: list[Path] = []
     for python, folder in folders.items():
         module = build("cuda", python, folder, options)
         if runs_here(python):
@@ -233,6 +233,10 @@ def crossed(name: str, folders: dict[Python, Path], out: Path) -> list[Path]:
         f"-DNATTEN_ZIG_PYTHON={sys.executable}",
         "-DNATTEN_WARNINGS_AS_ERRORS=ON",
     ]
+    if name.startswith("macosx"):
+        # Or what a module instantiates of the C++ library's templates is exported; on Linux a list
+        # of exports says otherwise, and Windows exports what it is told to only.
+        options.append("-DCMAKE_CXX_FLAGS=-D_LIBCPP_DISABLE_VISIBILITY_ANNOTATIONS")
     modules = {python: build(name, python, folder, options) for python, folder in folders.items()}
     for python, module in modules.items():
         if name == HERE and runs_here(python):

@@ -8,6 +8,10 @@
 # NATTEN_PYTHON_STABLE_ABI   whether the module is for the stable ABI
 # NATTEN_PYTHON_LIBRARY      import library of Python's DLL, on Windows
 
+if(APPLE) # zig makes no bundles. Python's names are found when the module is loaded.
+  set(CMAKE_SHARED_MODULE_CREATE_CXX_FLAGS "-shared -undefined dynamic_lookup")
+endif()
+
 set(Python_FOUND TRUE)
 set(Python_VERSION ${NATTEN_PYTHON_VERSION})
 set(Python_EXECUTABLE ${NATTEN_PYTHON_INTERPRETER})
