@@ -127,10 +127,13 @@ def headers(python: Python, given: dict[str, Path]) -> Path:
     source = source or debian_headers(python.headers_of[-1])
     if not (source / "Python.h").exists():
         sys.exit(f"headers of Python {python.version}: there is no Python.h in {source}")
-    # A copy, since Python.h takes the pyconfig.h beside it. Equal files keep their times.
+    # A copy, since Python.h takes the pyconfig.h beside it.
     copy = BUILD / f"python{python.version}"
-    shutil.copytree(source, copy, dirs_exist_ok=True, symlinks=False)
-    shutil.copy2(ROOT / "cmake/python/pyconfig.h", copy)
+    if not (copy / "Python.h").exists():
+        shutil.copytree(source, copy)
+    config = (ROOT / "cmake/python/pyconfig.h").read_text()
+    if (copy / "pyconfig.h").read_text() != config:  # or all that includes it is compiled again
+        (copy / "pyconfig.h").write_text(config)
     return copy
 
 
