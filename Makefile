@@ -24,7 +24,7 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python 
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo example-weather test test-all test-cpp test-cpp-rest test-sanitize test-clang test-cross test-cross-one \
-  test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz docs format consumer cuda wheel test-wheel test-pythons ci-full clean gtest
+  test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz docs format consumer cuda wheel wheels hub test-wheel test-pythons ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
 	$(BIN)/python examples/demo.py
@@ -147,7 +147,17 @@ wheel: $(VENV)/wheel
 	rm -rf dist && mkdir -p build/tmp
 	TMPDIR=$(CURDIR)/build/tmp $(BIN)/python -m build --outdir dist
 	$(BIN)/auditwheel repair --wheel-dir dist/manylinux dist/*.whl
-	$(BIN)/python tools/check_wheel.py dist/manylinux/*.whl
+	$(BIN)/python tools/check_wheel.py --built-here dist/manylinux/*.whl
+
+# Wheels for other systems too, in dist/wheels, by PyPI's ziglang (tools/wheels.py); those of PLATFORMS
+# only, or with CUDA=1 those with CUDA kernels for this system, by nvcc.
+wheels: $(VENV)/build $(VENV)/xla-headers $(VENV)/cross $(VENV)/wheel
+	$(BIN)/python tools/wheels.py $(if $(CUDA),--cuda) $(PLATFORMS)
+
+# A kernel repository for the Hugging Face Hub, in build/hub, of the wheels for CPUs in dist/wheels.
+hub:
+	rm -rf build/hub
+	$(PYTHON) hub/assemble.py $(wildcard dist/wheels/*manylinux_2_28* dist/wheels/*macosx* dist/wheels/*win_amd64*)
 
 # The wheel in environments that hold one framework only, and the oldest that is supported.
 test-wheel: wheel
@@ -168,7 +178,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # One stamp for each list of requirements.
-$(addprefix $(VENV)/,build cross cuda demo docs test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
+$(addprefix $(VENV)/,build xla-headers cross cuda demo docs test models lint wheel): $(VENV)/%: requirements/%.txt | $(BIN)/python
 	$(INSTALL) -r $<
 	@touch $@
 

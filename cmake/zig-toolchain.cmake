@@ -5,7 +5,7 @@
 set(NATTEN_ZIG_TARGET "" CACHE STRING "What zig compiles for")
 set(NATTEN_ZIG_PYTHON python3 CACHE STRING "The Python that has ziglang")
 list(APPEND CMAKE_TRY_COMPILE_PLATFORM_VARIABLES NATTEN_ZIG_TARGET NATTEN_ZIG_PYTHON)
-if(NOT NATTEN_ZIG_TARGET MATCHES "^([a-z0-9_]+)-(linux|macos|windows)(-|$)")
+if(NOT NATTEN_ZIG_TARGET MATCHES "^([a-z0-9_]+)-(linux|macos|windows)([.-]|$)")
   message(FATAL_ERROR "NATTEN_ZIG_TARGET: got \"${NATTEN_ZIG_TARGET}\"; must be a processor and linux, "
     "macos or windows, such as aarch64-macos")
 endif()
@@ -29,8 +29,19 @@ endforeach()
 set(CMAKE_INSTALL_NAME_TOOL true)
 set(CMAKE_RC_COMPILER true)
 
-# CMake's tries only compile: zig makes a system's libraries when it first links for it.
+# CMake's tries only compile, and what it would find out by linking is said here: zig makes a system's
+# libraries, in minutes, when it first links for it.
 set(CMAKE_TRY_COMPILE_TARGET_TYPE STATIC_LIBRARY)
+execute_process(COMMAND ${NATTEN_ZIG_PYTHON} -m ziglang c++ --version OUTPUT_VARIABLE version)
+string(REGEX MATCH "[0-9]+\\.[0-9.]+" version "${version}")
+foreach(language C CXX)
+  set(CMAKE_${language}_COMPILER_ID_RUN TRUE)
+  set(CMAKE_${language}_COMPILER_ID Clang)
+  set(CMAKE_${language}_COMPILER_VERSION ${version})
+  set(CMAKE_${language}_COMPILER_FRONTEND_VARIANT GNU)
+  set(CMAKE_${language}_STANDARD_COMPUTED_DEFAULT 17)
+  set(CMAKE_${language}_EXTENSIONS_COMPUTED_DEFAULT ON)
+endforeach()
 
 # Nothing that is installed here is for that system.
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)

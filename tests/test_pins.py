@@ -38,6 +38,22 @@ def test_build_requirements():
     assert required - pins <= lines("build.txt")
 
 
+def test_headers_for_wheels_without_a_jaxlib():
+    """cibuildwheel takes them from a wheel of jaxlib for another system: of the same version."""
+    (override,) = PROJECT["tool"]["cibuildwheel"]["overrides"]
+    pins = re.findall(r"jaxlib==([\d.]+)", " ".join(override["before-build"]))
+    oldest = [re.search(r"==([\d.]+); python_version <", line) for line in lines("xla-headers.txt")]
+    assert pins == [found[1] for found in oldest if found]
+
+
+def test_the_table_of_wheels():
+    """README has a row for each platform that `make wheels` knows."""
+    text = (ROOT / "tools/wheels.py").read_text()
+    systems = re.findall(r'^    "([\w]+)": System', text, re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert systems and sorted(set(rows)) == sorted(systems)
+
+
 def test_jaxlib_is_pinned_once_for_each_python():
     """A range would take the newest, whose headers older versions of JAX cannot run."""
     pins = [re.fullmatch(r"jaxlib==([\d.]+); python_version (<|>=) '3.(\d+)'", pin)

@@ -273,3 +273,35 @@ call()
 assert threads() == before
 """
     )
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+@pytest.mark.parametrize("library", ["", "libgomp.so.1", "libomp.so.5", "libiomp5.so"])
+def test_openmp_runtimes(library):
+    """GCC's, LLVM's and Intel's serve: with one thread allowed, none starts, unlike our pool."""
+    printed = run_python(
+        f"""
+import ctypes, os
+os.environ.update(OMP_THREAD_LIMIT="1", OPENBLAS_NUM_THREADS="1")
+try:
+    if {library!r}:
+        ctypes.CDLL({library!r}, ctypes.RTLD_GLOBAL)
+except OSError:
+    print("missing")
+    raise SystemExit
+import numpy as np
+import natten.numpy as na
+run = na._core.run
+class TwoThreads:
+    @staticmethod
+    def run(op, config, scale, backend, inputs, outputs, threads, allocate):
+        return run(op, config, scale, backend, inputs, outputs, 2, allocate)
+na._core = TwoThreads
+x = np.ones((1, 32, 32, 4, 32), np.float32)
+before = len(os.listdir("/proc/self/task"))
+assert (na.na2d(x, x, x, 7) == 1).all()
+assert len(os.listdir("/proc/self/task")) == before + {int(not library)}
+"""
+    )
+    if printed.strip() == "missing":
+        pytest.skip(f"needs {library}")

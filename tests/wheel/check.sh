@@ -32,7 +32,7 @@ print(*(v for v, sign, minor in pins if (sys.version_info < (3, int(minor))) == 
 
 check plain "torch jax" \
   "test_package.py test_bad_arguments.py test_binding.py test_config.py test_context.py test_processes.py test_utils.py test_numpy.py" "$wheel"
-check torch "jax" "test_package.py test_private_names.py test_torch.py test_torch_nested.py" "torch==2.13.0" "$wheel[torch]"
+check torch "jax" "test_package.py test_private_names.py test_torch.py test_torch_nested.py test_hub.py" "torch==2.13.0" kernels "$wheel[torch]"
 # Here with all of XLA's optimisations, which the tests leave out elsewhere.
 JAX_DISABLE_MOST_OPTIMIZATIONS=0 check jax "torch flax" "test_package.py test_private_names.py test_jax.py" flatbuffers "$wheel[jax]"
 check oldest-jax "torch" "test_private_names.py test_jax.py test_jax_sharding.py test_jax_transformations.py::test_exported_programs_run_in_a_fresh_process test_flax.py" "jax==$oldest" "flax==0.10.7" flatbuffers "$wheel[flax]"

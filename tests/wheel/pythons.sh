@@ -60,7 +60,7 @@ inside trixie python3 -m venv --clear /venv
 inside trixie /venv/bin/python -m pip install -q -r requirements/wheel.txt
 inside trixie /venv/bin/python -m build
 inside trixie sh -c 'PATH=/venv/bin:$PATH auditwheel repair --wheel-dir dist/manylinux dist/*.whl'
-inside trixie sh -c '/venv/bin/python tools/check_wheel.py dist/manylinux/*.whl'
+inside trixie sh -c '/venv/bin/python tools/check_wheel.py --built-here dist/manylinux/*.whl'
 cp -r $systems/trixie/natten/dist $systems/sid/natten/
 for suite in trixie sid; do
   echo "--- Debian $suite: $(inside $suite python3 --version)"

