@@ -7,6 +7,7 @@
 #include <nanobind/stl/vector.h>
 #include <natten/natten.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <map>
@@ -243,6 +244,56 @@ std::vector<std::pair<std::int64_t, std::int64_t>> key_range_of(const Config& co
   return ranges;
 }
 
+/// What one axis of a grid is made of: of each given query its (dilation group, position, position
+/// of slot 0, first and past the last position that it sees), and of each dilation group that has
+/// queries (group, a first position, the numbers of the keys from there on to the last that is
+/// seen).
+using AxisWindows = std::pair<
+    std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>>,
+    std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int64_t>>>>;
+
+AxisWindows windows_of(const Axis& axis) {
+  AxisWindows result;
+  std::map<std::int64_t, Interval> seen_by_group;
+  for (std::int64_t i = 0; i < axis.query_length; ++i) {
+    const std::int64_t token = axis.query_offset + i;
+    const std::int64_t group = group_of(axis, token), position = position_of(axis, token);
+    const Interval seen = window(axis, group, position);
+    result.first.emplace_back(group, position, first_slot(axis, group, position), seen.begin,
+                              seen.end);
+    const auto [found, is_new] = seen_by_group.try_emplace(group, seen);
+    if (!is_new)
+      found->second = {std::min(found->second.begin, seen.begin),
+                       std::max(found->second.end, seen.end)};
+  }
+  for (const auto& [group, seen] : seen_by_group) {
+    std::vector<std::int64_t> keys;
+    for (std::int64_t i = seen.begin; i < seen.end; ++i)
+      keys.push_back(key_index(axis, token_at(axis, group, i)));
+    result.second.emplace_back(group, seen.begin, std::move(keys));
+  }
+  return result;
+}
+
+std::vector<AxisWindows> all_windows(const Config& config, const Config& query_grid,
+                                     const Config& key_grid) {
+  Call call = decode_call(name_of(Op::attention_forward), config.data(), config.size(), 0.0);
+  const auto heads_last = [](const Config& grid) {
+    std::vector<std::int64_t> shape{1};
+    shape.insert(shape.end(), grid.begin(), grid.end());
+    shape.insert(shape.end(), {1, 1});
+    return contiguous_view(nullptr, DType::float32, {}, shape.data(),
+                           static_cast<int>(shape.size()));
+  };
+  call.tensors.query = heads_last(query_grid);
+  call.tensors.key = call.tensors.value = heads_last(key_grid);
+  const Problem problem = describe(call);
+  std::vector<AxisWindows> result;
+  for (std::size_t i = kMaxRank - query_grid.size(); i < kMaxRank; ++i)
+    result.push_back(windows_of(problem.axes[i]));
+  return result;
+}
+
 std::map<std::string, std::string> build_facts() {
   const BuildInfo info = build_info();
   return {{"compiler", info.compiler},
@@ -323,6 +374,14 @@ NB_MODULE(_core, m) {
       "key_range", &key_range_of, "config"_a, "query_length"_a,
       "The tokens that a part of the queries sees, as (begin, end) of each axis. The config says\n"
       "the window, where the part begins and how large the grid is.");
+  m.def(
+      "windows", &all_windows, "config"_a, "query_grid"_a, "key_grid"_a,
+      "The windows of each axis, as (queries, groups). Of each query that is given queries has\n"
+      "(dilation group, position in it, position of slot 0 of its window, first position that it\n"
+      "sees, past the last); positions may count on beyond the grid's ends. Of each dilation "
+      "group\n"
+      "that has queries groups has (group, first position that one sees, numbers of the keys from\n"
+      "there on, among those that are given, to the last that one sees).");
   m.def(
       "backends",
       [](const std::string& device) { return natten::backends(device_named(device).type); },
