@@ -7,7 +7,10 @@ from types import TracebackType
 
 from natten import _core
 
-_NAMES = sorted({"fused", *_core.backends("cpu"), *_core.backends("cuda")})
+# What the adapters make of operations of their framework.
+COMPOSED = "composed"
+
+_NAMES = sorted({"fused", COMPOSED, *_core.backends("cpu"), *_core.backends("cuda")})
 
 
 def check_name(backend: str) -> None:

@@ -85,6 +85,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
     rpb_init: Initializer = _attend.rpb_init
     deterministic: bool | None = None
     boundary: Boundaries = "shift"
+    backend: str | None = None
 
     def __post_init__(self) -> None:
         self._check_arguments(self.attn_drop, self.proj_drop)
