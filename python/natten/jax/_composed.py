@@ -13,6 +13,7 @@ neighboring tokens as such a run can see wherever it lies.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -154,6 +155,8 @@ class _Tile(NamedTuple):
     biases: Array  # likewise, its bias
     places: Array  # [queries, slots]: which of the tile's keys is in a slot
     slot_biases: Array  # likewise, its bias
+    bias_places: Array  # [queries, biases]: which of the tile's keys has a bias
+    bias_slots: Array  # likewise, its slot
     is_lost: Array | None  # [queries]: where offsets are read at run time, does not see all keys
 
 
@@ -194,24 +197,28 @@ class _Tiles:
         self._at_once = max(i for i in range(1, most + 1) if self.count % i == 0)
 
     def _tile(self, number: Any, offsets: Array | None) -> _Tile:
-        rank = len(self.axes)
+        rank, numbers = len(self.axes), functools.partial(jnp.arange, dtype=np.int32)
         query_offset, key_offset = [None] * rank, [None] * rank
         if offsets is not None:
             query_offset, key_offset = (list(row) for row in offsets.astype(np.int32))
         parts, slots, biases, places, slot_biases = [], [], [], [], []
+        bias_places, bias_slots = [], []
         for i, (axis, stride) in enumerate(zip(self.axes, self._strides, strict=True)):
             part = axis.part(number // stride % axis.count, query_offset[i], key_offset[i])
             parts.append(part)
             first, shift = part.first[:, None], part.shift[:, None]
             seen = _is_seen(part, axis.step)
-            slot = (jnp.arange(axis.keys_per_tile, dtype=np.int32) - first) // axis.step
+            slot = (numbers(axis.keys_per_tile) - first) // axis.step
             slots.append(jnp.where(seen, slot, -1))
             biases.append(jnp.where(seen, slot + shift, -1))
-            slot = jnp.arange(axis.kernel_size, dtype=np.int32)
-            place = first + slot * axis.step
-            is_full = (place >= part.begin[:, None]) & (place < part.end[:, None])
-            places.append(jnp.where(is_full, place, -1))
-            slot_biases.append(jnp.where(is_full, slot + shift, -1))
+            for slot, of_place, other, of_other in (
+                (numbers(axis.kernel_size), places, shift, slot_biases),
+                (numbers(2 * axis.kernel_size - 1) - shift, bias_places, 0, bias_slots),
+            ):
+                place = first + slot * axis.step
+                is_full = (place >= part.begin[:, None]) & (place < part.end[:, None])
+                of_place.append(jnp.where(is_full, place, -1))
+                of_other.append(jnp.where(is_full, slot + other, -1))
         return _Tile(
             _numbers([part.queries for part in parts], self.query_grid),
             _numbers([part.keys for part in parts], self.key_grid),
@@ -219,6 +226,8 @@ class _Tiles:
             _numbers(biases, self.bias_grid),
             _numbers(places, [axis.keys_per_tile for axis in self.axes]),
             _numbers(slot_biases, self.bias_grid),
+            _numbers(bias_places, [axis.keys_per_tile for axis in self.axes]),
+            _numbers(bias_slots, self.kernel_size),
             # Any number of lost queries along an axis is as good as another: 0, or -1.
             None
             if parts[0].is_lost is None
@@ -299,9 +308,9 @@ def _take(x: Array, numbers: Array, axis: int) -> Array:
 
 
 def _along_last(x: Array, numbers: Array) -> Array:
-    """Elements [rows, ..., numbers] of an array [rows, ..., n], where there are any: numbers are
+    """Elements [..., rows, numbers] of an array [..., rows, n], where there are any: numbers are
     [rows, numbers]."""
-    numbers = numbers.reshape(len(numbers), *[1] * (x.ndim - 2), -1)
+    numbers = numbers.reshape(*[1] * (x.ndim - 2), *numbers.shape)
     return jnp.take_along_axis(x, jnp.maximum(numbers, 0), -1, mode="clip")
 
 
@@ -333,45 +342,38 @@ def zeros(shape: Sequence[int], dtype: Any, like: Array) -> Array:
 
 
 class _Seen:
-    """What the queries of one tile see."""
+    """What the queries of one tile see. Tensors are [batch, heads, tokens, ...]."""
 
     def __init__(self, tile: _Tile, mask: Array | None) -> None:
         """mask: [batch or 1, keys of the grid]."""
         self.tile = tile
         self.shown = None if mask is None else _take(mask, tile.keys, 1)
 
-    def rows(self, x: Array, axis: int) -> Array:
-        """The tile's rows of an array, first. Those of queries that do not see all they should are
-        NaN, and so are results: nothing else can tell of it at run time."""
-        rows = jnp.moveaxis(_take(x, self.tile.queries, axis), axis, 0)
-        if self.tile.is_lost is None:
+    def rows(self, x: Array) -> Array:
+        """The tile's rows. Those of queries that do not see all they should are NaN, and so are
+        results: nothing else can tell of it at run time."""
+        rows, is_lost = _take(x, self.tile.queries, 2), self.tile.is_lost
+        if is_lost is None:
             return rows
-        return jnp.where(self.tile.is_lost.reshape(-1, *[1] * (rows.ndim - 1)), jnp.nan, rows)
+        return jnp.where(is_lost.reshape(-1, *[1] * (rows.ndim - 3)), jnp.nan, rows)
 
-    def columns(self, x: Array, axis: int) -> Array:
-        """The tile's keys or values, 0 where the mask hides them: [batch, keys, ...] where the grid
-        is axis 1, [batch, heads, keys, ...] where it is 2."""
-        return self.cleared(_take(x, self.tile.keys, axis), axis)
+    def columns(self, x: Array) -> Array:
+        """The tile's keys or values, 0 where the mask hides them."""
+        return self.cleared(_take(x, self.tile.keys, 2))
 
-    def cleared(self, x: Array, axis: int) -> Array:
-        if self.shown is None:
-            return x
-        shape = [1] * x.ndim
-        shape[0], shape[axis] = self.shown.shape
-        return jnp.where(self.shown.reshape(shape), x, 0)
+    def cleared(self, x: Array) -> Array:
+        return x if self.shown is None else jnp.where(self.shown[:, None, :, None], x, 0)
 
     def pairs(self) -> Array:
-        """[queries, batch or 1, keys]: what is seen."""
-        seen = self.tile.slots[:, None] >= 0
-        return seen if self.shown is None else seen & self.shown
+        """[batch or 1, 1, queries, keys]: what is seen."""
+        seen = self.tile.slots[None, None] >= 0
+        return seen if self.shown is None else seen & self.shown[:, None, None]
 
     def slots(self) -> Array:
-        """[queries, batch or 1, slots]: which slots hold a key that may be seen."""
-        full = self.tile.places[:, None] >= 0
-        if self.shown is None:
-            return full
-        shown = jnp.broadcast_to(self.shown, (len(full), *self.shown.shape))
-        return full & _along_last(shown, self.tile.places)
+        """[batch or 1, 1, queries, slots]: which slots hold a key that may be seen."""
+        places = self.tile.places
+        full = places[None, None] >= 0
+        return full if self.shown is None else full & _take(self.shown, places, 1)[:, None]
 
 
 # The operations: functions of (setup, shapes or flags of the wanted results, inputs or None).
@@ -393,46 +395,53 @@ class _Attention:
         self.tiles = _Tiles(setup.config, tuple(grid), key_grid, self.additional)
         self.scale = scale_or_default(setup.scale, head_dim)
         self.dtype, self.sums = query.dtype, _sums_of(query.dtype)
-        self.query, self.key, self.value = (_flat(x, 1, rank) for x in (query, key, value))
-        self.more = keys, values
+        self.query, self.key, self.value = map(self.heads_first, (query, key, value))
+        self.more = [x if x is None else jnp.moveaxis(x, 2, 1) for x in (keys, values)]
         self.mask = None if mask is None else _flat(mask, 1, rank)
         self.rpb = None if rpb is None else _flat(rpb, 1, rank).astype(self.sums)
 
-    def rows(self, seen: _Seen, x: Array) -> Array:
-        """[queries, batch, key-value heads, heads of each, ...], from heads last."""
-        rows = seen.rows(x, 1)
-        group = self.heads // self.kv_heads
-        return rows.reshape(*rows.shape[:2], self.kv_heads, group, *rows.shape[3:])
+    def heads_first(self, x: Array) -> Array:
+        """[batch, heads, queries or keys, ...] from [batch, *grid, heads, ...]."""
+        return jnp.moveaxis(_flat(x, 1, self.rank), 2, 1)
 
-    def tensors(self, seen: _Seen) -> tuple[Array, Array, Array]:
-        """Of a tile: query as `rows`, key and value [batch, keys, key-value heads, dim]."""
-        columns = [seen.columns(x, 1) for x in (self.key, self.value)]
-        if self.more[0] is not None:
-            columns = [jnp.concatenate(parts, 1) for parts in zip(columns, self.more, strict=True)]
-        return self.rows(seen, self.query), columns[0], columns[1]
-
-    def heads_together(self, rows: Array) -> Array:
-        """The inverse of `rows`, as far as heads go."""
-        return rows.reshape(*rows.shape[:2], self.heads, *rows.shape[4:])
-
-    def unflat(self, x: Array) -> Array:
+    def heads_last(self, x: Array) -> Array:
         """[batch, *grid, heads, ...] from results [queries, batch, heads, ...]."""
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(self.batch, *self.tiles.query_grid, *x.shape[2:])
 
+    def rows(self, seen: _Seen, x: Array) -> Array:
+        """[batch, key-value heads, heads of each, queries, ...]."""
+        rows = seen.rows(x)
+        group = self.heads // self.kv_heads
+        return rows.reshape(self.batch, self.kv_heads, group, *rows.shape[2:])
+
+    def result(self, rows: Array) -> Array:
+        """The inverse, but queries are first."""
+        rows = rows.reshape(self.batch, self.heads, *rows.shape[3:])
+        return jnp.moveaxis(rows, 2, 0)
+
+    def tensors(self, seen: _Seen) -> tuple[Array, Array, Array]:
+        """Of a tile: query as `rows`, key and value [batch, key-value heads, keys, dim]."""
+        key, value = map(seen.columns, (self.key, self.value))
+        if self.additional:
+            key, value = (
+                jnp.concatenate(parts, 2) for parts in zip((key, value), self.more, strict=True)
+            )
+        return self.rows(seen, self.query), key, value
+
     def scores(self, seen: _Seen, query: Array, key: Array) -> Array:
-        """[queries, batch, key-value heads, heads of each, keys], -inf where they are not seen."""
-        scores = self.scale * _product("qbgrd,bugd->qbgru", query, key)
-        pairs = seen.pairs()[:, :, None, None]
+        """[batch, key-value heads, heads of each, queries, keys], -inf where they are not seen."""
+        scores = self.scale * _product("bgrqd,bgud->bgrqu", query, key)
         if self.rpb is not None:
-            bias = jnp.moveaxis(_take(self.rpb, seen.tile.biases, 1), 0, 1)
-            bias = bias.reshape(len(bias), 1, *scores.shape[2:4], -1)
-            scores = scores + self._with_more(bias, 0)
-        return jnp.where(self._with_more(pairs, True), scores, -jnp.inf)
+            bias = self._with_more(_take(self.rpb, seen.tile.biases, 1), 0)
+            scores = scores + bias.reshape(1, self.kv_heads, -1, *bias.shape[1:])
+        pairs = self._with_more(seen.pairs(), True)
+        return jnp.where(pairs[:, :, None], scores, -jnp.inf)
 
     def _with_more(self, x: Array, value: Any) -> Array:
         """With columns for the additional keys."""
-        return jnp.pad(x, [(0, 0)] * 4 + [(0, self.additional)], constant_values=value)
+        padding = [(0, 0)] * (x.ndim - 1) + [(0, self.additional)]
+        return jnp.pad(x, padding, constant_values=value)
 
     def softmax(self, scores: Array) -> tuple[Array, Array, Array]:
         """(weights, their sums, what was subtracted from scores)."""
@@ -451,22 +460,22 @@ def attention_forward(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Res
         weights, total, largest = call.softmax(call.scores(seen, query, key))
         sees_nothing = total == 0
         total = jnp.where(sees_nothing, 1, total)
-        output = _product("qbgru,bugv->qbgrv", weights.astype(call.dtype), value) / total
+        output = _product("bgrqu,bguv->bgrqv", weights.astype(call.dtype), value) / total
         logsumexp = jnp.where(sees_nothing, -jnp.inf, largest + jnp.log(total))
-        return (call.heads_together(output.astype(call.dtype)), call.heads_together(logsumexp)), ()
+        return (call.result(output.astype(call.dtype)), call.result(logsumexp)), ()
 
-    (output, logsumexp), _ = call.tiles.run(of_tile, call.offsets)
-    return _wanted((call.unflat(output), call.unflat(logsumexp)[..., 0]), wanted)
+    results, _ = call.tiles.run(of_tile, call.offsets)
+    output, logsumexp = map(call.heads_last, results)
+    return _wanted((output, logsumexp[..., 0]), wanted)
 
 
 def attention_backward(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
     *tensors, _, grad_output, grad_logsumexp = inputs  # all but logsumexp, which is computed again
     call = _Attention(setup, tensors)
     needs = [w is not False for w in wanted]
-    key, value = call.key, call.value
-    grad_output = _flat(grad_output, 1, call.rank)
+    grad_output = call.heads_first(grad_output)
     if grad_logsumexp is not None:
-        grad_logsumexp = _flat(grad_logsumexp, 1, call.rank)
+        grad_logsumexp = call.heads_first(grad_logsumexp)
 
     def of_tile(tile: _Tile) -> Any:
         seen = _Seen(tile, call.mask)
@@ -475,7 +484,7 @@ def attention_backward(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Re
         scores = call.scores(seen, query, key)
         weights, total, _ = call.softmax(scores)
         weights = weights / jnp.where(total == 0, 1, total)
-        grads = _product("qbgrv,bugv->qbgru", incoming, value)
+        grads = _product("bgrqv,bguv->bgrqu", incoming, value)
         row = (weights * grads).sum(-1, keepdims=True)
         if grad_logsumexp is not None:
             row = row - call.rows(seen, grad_logsumexp)[..., None]
@@ -484,42 +493,40 @@ def attention_backward(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Re
         of_scores, weights = grads.astype(call.dtype), weights.astype(call.dtype)
         results, terms = [], []
         if needs[0]:
-            grad_query = call.scale * _product("qbgru,bugd->qbgrd", of_scores, key)
-            results.append(call.heads_together(grad_query.astype(call.dtype)))
+            grad_query = call.scale * _product("bgrqu,bgud->bgrqd", of_scores, key)
+            results.append(call.result(grad_query.astype(call.dtype)))
         of_columns = {}
         if needs[1] or needs[4]:
-            of_columns[1] = call.scale * _product("qbgru,qbgrd->bugd", of_scores, query)
+            of_columns[1] = call.scale * _product("bgrqu,bgrqd->bgud", of_scores, query)
         if needs[2] or needs[5]:
-            of_columns[2] = _product("qbgru,qbgrv->bugv", weights, incoming)
+            of_columns[2] = _product("bgrqu,bgrqv->bguv", weights, incoming)
         keys = len(tile.keys)
         for i, x in of_columns.items():
             if needs[i]:
-                grad = seen.cleared(x[:, :keys], 1)
-                terms.append((tile.keys, jnp.moveaxis(grad, 1, 0)))
+                terms.append((tile.keys, jnp.moveaxis(seen.cleared(x[:, :, :keys]), 2, 0)))
             if needs[3 + i]:
-                terms.append((None, x[:, keys:]))
+                terms.append((None, jnp.moveaxis(x[:, :, keys:], 2, 1)))
         if needs[3]:
-            grad_rpb = grads[..., :keys].sum(1)  # [queries, key-value heads, heads of each, keys]
-            grad_rpb = grad_rpb.reshape(len(grad_rpb), call.heads, keys)
-            terms.append((tile.biases.reshape(-1), _heads_last(grad_rpb)))
+            grad_rpb = grads[..., :keys].sum(0).reshape(call.heads, -1, keys)
+            terms.append((None, _of_biases(grad_rpb, tile.bias_places)))
         return results, terms
 
     def zeros_for(x: Array) -> Array:
         return zeros(x.shape, call.sums, grad_output)
 
     sums = []
-    for i, x in ((1, key), (2, value)):
+    for i, x in ((1, call.key), (2, call.value)):
         if needs[i]:
-            sums.append(zeros_for(jnp.moveaxis(x, 1, 0)))
+            sums.append(zeros_for(jnp.moveaxis(x, 2, 0)))
         if needs[3 + i]:
             sums.append(zeros_for(inputs[3 + i]))
     if needs[3]:
         assert call.rpb is not None
-        sums.append(zeros_for(call.rpb.T))
+        sums.append(zeros_for(call.rpb))
     results, sums = call.tiles.run(of_tile, call.offsets, sums)
     grads: Results = [None] * 6
     if needs[0]:
-        grads[0] = call.unflat(results[0])
+        grads[0] = call.heads_last(results[0])
     rest = iter(sums)
     for i in (1, 2):
         if needs[i]:
@@ -527,7 +534,7 @@ def attention_backward(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Re
         if needs[3 + i]:
             grads[3 + i] = next(rest)
     if needs[3]:
-        grads[3] = next(rest).T
+        grads[3] = next(rest)
     return [
         None if g is None else g.reshape(x.shape).astype(x.dtype)
         for g, x in zip(grads, inputs, strict=False)
@@ -561,10 +568,10 @@ class _Unfused:
         return x.reshape(*x.shape[:2], *self.tiles.query_grid, *x.shape[3:])
 
     def weights(self, seen: _Seen, attn: Array) -> Array:
-        """[queries, batch, heads, keys], from rows [queries, batch, heads, slots]. What slots
+        """[batch, heads, queries, keys], from rows [batch, heads, queries, slots]. What slots
         without a key hold is ignored."""
         weights = _along_last(attn[..., : self.window], seen.tile.slots)
-        return jnp.where(seen.pairs()[:, :, None], weights, 0)
+        return jnp.where(seen.pairs(), weights, 0)
 
 
 def _with_all_keys(config: Config, queries: Shape) -> tuple[Config, Shape]:
@@ -590,17 +597,16 @@ def qk(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
     empty = 0 if setup.config[-1] & EMPTY_SLOTS_ZERO else -jnp.inf
 
     def of_tile(seen: _Seen) -> Any:
-        rows = seen.rows(query, 2)
-        scores = _product("qbhd,bhud->qbhu", rows, seen.columns(key, 2))
+        rows = seen.rows(query)
+        scores = _product("bhqd,bhud->bhqu", rows, seen.columns(key))
         scores = _along_last(scores, seen.tile.places)
         if rpb is not None:
-            bias = _take(rpb, seen.tile.slot_biases, 1)
-            scores = scores + jnp.moveaxis(bias, 0, 1)[:, None]
-        scores = jnp.where(seen.slots()[:, :, None], scores, empty)
+            scores = scores + _take(rpb, seen.tile.slot_biases, 1)
+        scores = jnp.where(seen.slots(), scores, empty)
         if keys is not None:
-            more = _product("qbhd,bhnd->qbhn", rows, keys)
+            more = _product("bhqd,bhnd->bhqn", rows, keys)
             scores = jnp.concatenate([scores, more], -1)
-        return (scores.astype(dtype),), ()
+        return (jnp.moveaxis(scores.astype(dtype), 2, 0),), ()
 
     (attn,), _ = call.run(of_tile)
     return [call.heads_first(attn)]
@@ -613,11 +619,11 @@ def av(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
     attn, value = (_flat(x, 2, rank) for x in (attn, value))
 
     def of_tile(seen: _Seen) -> Any:
-        rows = seen.rows(attn, 2)
-        output = _product("qbhu,bhud->qbhd", call.weights(seen, rows), seen.columns(value, 2))
+        rows = seen.rows(attn)
+        output = _product("bhqu,bhud->bhqd", call.weights(seen, rows), seen.columns(value))
         if values is not None:
-            output = output + _product("qbhn,bhnd->qbhd", rows[..., call.window :], values)
-        return (output.astype(value.dtype),), ()
+            output = output + _product("bhqn,bhnd->bhqd", rows[..., call.window :], values)
+        return (jnp.moveaxis(output.astype(value.dtype), 2, 0),), ()
 
     (output,), _ = call.run(of_tile)
     return [call.heads_first(output)]
@@ -632,11 +638,11 @@ def av_transpose(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
     attn, query = (_flat(x, 2, rank) for x in (attn, query))
 
     def of_tile(seen: _Seen) -> Any:
-        rows, of_rows = seen.rows(attn, 2), seen.rows(query, 2)
-        keys = _product("qbhu,qbhd->bhud", call.weights(seen, rows), of_rows)
-        terms = [(seen.tile.keys, jnp.moveaxis(seen.cleared(keys, 2), 2, 0))]
+        rows, of_rows = seen.rows(attn), seen.rows(query)
+        keys = _product("bhqu,bhqd->bhud", call.weights(seen, rows), of_rows)
+        terms = [(seen.tile.keys, jnp.moveaxis(seen.cleared(keys), 2, 0))]
         if shape_of_more:
-            more = _product("qbhn,qbhd->bhnd", rows[..., call.window :], of_rows)
+            more = _product("bhqn,bhqd->bhnd", rows[..., call.window :], of_rows)
             terms.append((None, more))
         return (), terms
 
@@ -656,10 +662,10 @@ def rpb_gather(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
     rpb = _flat(rpb, 1, setup.config[0])
 
     def of_tile(seen: _Seen) -> Any:
-        bias = jnp.moveaxis(_take(rpb, seen.tile.slot_biases, 1), 0, 1)  # [queries, heads, slots]
-        bias = jnp.where(seen.slots()[:, :, None], bias[:, None], 0)
-        bias = jnp.broadcast_to(bias, (len(bias), shape[0], *bias.shape[2:]))
-        return (jnp.pad(bias, [(0, 0)] * 3 + [(0, shape[-1] - call.window)]),), ()
+        bias = jnp.where(seen.slots(), _take(rpb, seen.tile.slot_biases, 1), 0)
+        bias = jnp.broadcast_to(bias, (shape[0], *bias.shape[1:]))
+        bias = jnp.pad(bias, [(0, 0)] * 3 + [(0, shape[-1] - call.window)])
+        return (jnp.moveaxis(bias, 2, 0),), ()
 
     (attn,), _ = call.run(of_tile)
     return [call.heads_first(attn)]
@@ -673,18 +679,19 @@ def rpb_scatter(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
     dtype, attn = attn.dtype, _flat(attn, 2, rank)
 
     def of_tile(seen: _Seen) -> Any:
-        rows = seen.rows(attn, 2)[..., : call.window].astype(sums)
-        rows = jnp.where(seen.slots()[:, :, None], rows, 0).sum(1)
-        return (), [(seen.tile.slot_biases.reshape(-1), _heads_last(rows))]
+        rows = seen.rows(attn)[..., : call.window].astype(sums)
+        rows = jnp.where(seen.slots(), rows, 0).sum(0)
+        return (), [(None, _of_biases(rows, seen.tile.bias_slots))]
 
-    total = zeros((math.prod(call.tiles.bias_grid), heads), sums, attn)
+    total = zeros((heads, math.prod(call.tiles.bias_grid)), sums, attn)
     _, (total,) = call.run(of_tile, [total])
-    return [total.T.reshape(heads, *call.tiles.bias_grid).astype(dtype)]
+    return [total.reshape(heads, *call.tiles.bias_grid).astype(dtype)]
 
 
-def _heads_last(x: Array) -> Array:
-    """[queries * n, heads] from [queries, heads, n]."""
-    return jnp.moveaxis(x, 1, 2).reshape(-1, x.shape[1])
+def _of_biases(x: Array, numbers: Array) -> Array:
+    """[heads, biases]: the sums of what a tile has of each bias, in [heads, queries, n]. It is
+    looked up, not scattered, as GPUs scatter in any order. numbers: [queries, biases]."""
+    return jnp.where(numbers >= 0, _along_last(x, numbers), 0).sum(1)
 
 
 def _wanted(results: Sequence[Array], wanted: Sequence[Any]) -> Results:
