@@ -38,23 +38,6 @@ def tell(
     logger.debug("%s", message)
 
 
-_told_composed: set[str] = set()
-
-
-def tell_composed(devices: Sequence[str]) -> None:
-    """Logs, once for each, that devices are served by the backend `composed` unasked."""
-    for device in devices:
-        if device not in _told_composed:
-            _told_composed.add(device)
-            build = " (they need a build with -DNATTEN_WITH_CUDA=ON)" if device == "cuda" else ""
-            logger.warning(
-                "no kernels for %s here%s: the backend composed runs, which is made of the "
-                "framework's own operations",
-                device,
-                build,
-            )
-
-
 def _problem(op: str, config: Sequence[int], inputs: Sequence[Any], device: str) -> str:
     tensors, dtype = [], ""
     for role, x in zip(roles_of(op)[0], inputs, strict=True):

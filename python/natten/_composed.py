@@ -1,10 +1,10 @@
 """How the backend `composed` cuts a problem into tiles: plain integers, for any framework.
 
-`composed` is neighborhood attention made of a framework's own operations. A tile is some queries and
-the keys that any of them sees. Each axis is cut by itself, its dilation groups apart, into tiles of one
-size, and a tile of the grid is a product of one tile per axis. So a framework gathers the keys of
-many tiles into one array [..., tiles, keys of a tile, dim] and multiplies all tiles at once. What a
-query sees of its tile is an interval of keys per axis.
+`composed` is neighborhood attention made of a framework's own operations. A tile is some queries
+and the keys that any of them sees. Each axis is cut by itself, its dilation groups apart, into
+tiles of one size, and a tile of the grid is a product of one tile per axis. So a framework gathers
+the keys of many tiles into one array [..., tiles, keys of a tile, dim] and multiplies all tiles at
+once. What a query sees of its tile is an interval of keys per axis.
 
 All tables are per axis and grow with the axis, never with the product of axes or with the window.
 Windows are libnatten's (`_core.windows`).
@@ -23,10 +23,10 @@ from natten._args import SEPARATE_KEY_GRID, Config
 
 Row = tuple[int, ...]
 
-# What a tile costs besides its pairs of query and key, in pairs: each query and key that is gathered,
-# and the tile itself.
-_TOKEN_COST = 12
-_TILE_COST = 500
+# What a tile costs besides its pairs of query and key, in pairs: each query and key that is
+# gathered, and the tile itself.
+_TOKEN_COST = 24
+_TILE_COST = 1000
 
 _LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 
@@ -121,10 +121,7 @@ def _tiles_of(
     config: Config, query_grid: Row, key_grid: Row, additional: int, most_pairs: int
 ) -> Tiles:
     axes = [_Axis(*windows) for windows in _core.windows(config, query_grid, key_grid)]
-    if config[-1] & SEPARATE_KEY_GRID:
-        kernel = key_grid
-    else:
-        kernel = config[1 : 1 + config[0]]
+    kernel = key_grid if config[-1] & SEPARATE_KEY_GRID else config[1 : 1 + config[0]]
     lengths = _best_lengths(axes, additional, most_pairs)
     cut = [axis.cut(n, k) for axis, n, k in zip(axes, lengths, kernel, strict=True)]
     return Tiles(tuple(cut), query_grid, key_grid)
@@ -163,7 +160,11 @@ class _Axis:
     def lengths(self) -> list[int]:
         """Of tiles, those that are worth a try."""
         longest = max(map(len, self.members))
-        return sorted({-(-longest // -(-longest // n)) for n in _LENGTHS if n < longest} | {longest})
+        members = max(self.members, key=len)
+        of_middle = self.queries[members[longest // 2]][2]
+        shared = sum(self.queries[i][2] == of_middle for i in members)  # by how many, a window
+        lengths = {-(-longest // -(-longest // n)) for n in _LENGTHS if n < longest} | {longest}
+        return sorted(lengths | {n * shared for n in _LENGTHS if n * shared < longest})
 
     def _parts(self, length: int) -> list[list[int]]:
         """The queries of each tile. Those that share a window stay together where they can."""

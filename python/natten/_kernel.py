@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from types import TracebackType
 
 from natten import _core
 
-# What the adapters make of operations of their framework.
+# The backend that adapters make of their framework's own operations. libnatten knows nothing of it.
 COMPOSED = "composed"
 
 _NAMES = sorted({"fused", COMPOSED, *_core.backends("cpu"), *_core.backends("cuda")})
@@ -24,9 +25,13 @@ def _check_type(backend: str) -> None:
         raise TypeError(f"backend: got {backend!r}; must be a name (a string) or None")
 
 
+# NATTEN_BACKEND is libnatten's to read, but for this name.
+_DEFAULT = COMPOSED if os.environ.get("NATTEN_BACKEND") == COMPOSED else ""
+
+
 class _Chosen(threading.local):
     def __init__(self) -> None:
-        self.backend = ""
+        self.backend = _DEFAULT
 
 
 _chosen = _Chosen()

@@ -27,7 +27,7 @@ from natten._args import (
     real_scale,
     with_flags,
 )
-from natten._kernel import COMPOSED, check_name
+from natten._kernel import _DEFAULT, COMPOSED, check_name
 from natten._merge import merge
 from natten.jax import _derivatives, _primitives
 from natten.jax._partitioning import vary_alike
@@ -216,7 +216,7 @@ def _call(
 def _setup(config: Any, scale: float | None, backend: str | None) -> Setup:
     if backend not in (None, ""):
         check_name(backend)
-    return Setup(config, scale, backend or "")
+    return Setup(config, scale, backend or _DEFAULT)
 
 
 def _call_fused(
@@ -237,7 +237,7 @@ def _call_unfused(
     operation: Operation, tensors: Tensors, config: Any, backend: str | None, autodiff: str
 ) -> Array:
     setup = _setup(config, None, backend)
-    return _call(_UNFUSED, autodiff, backend, operation, setup, vary_alike(tensors))
+    return _call(_UNFUSED, autodiff, setup.backend, operation, setup, vary_alike(tensors))
 
 
 def _make_fused(rank: int) -> Callable[..., FusedResult]:

@@ -24,9 +24,9 @@ from jax.sharding import NamedSharding
 
 from natten import _core
 from natten._args import UNKNOWN_OFFSETS, Config
-from natten._choices import tell, tell_composed
+from natten._choices import tell
 from natten._kernel import COMPOSED
-from natten._log import TELLS_CHOICES
+from natten._log import TELLS_CHOICES, logger
 from natten._roles import Role, roles_of
 from natten.jax import _composed, _ffi
 from natten.jax._folding import Fold
@@ -49,6 +49,10 @@ OFFSETS = Role(
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
 Wanted: TypeAlias = bool | tuple[int, ...]
+
+
+# Platforms that are known to be served by the backend `composed` though nobody asked for it.
+_told: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,15 +186,21 @@ class Operation:
 
     def _lower_elsewhere(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
         """For platforms that libnatten has no kernels for."""
-        backend = params["setup"].backend
-        platforms = platforms_of(ctx)
+        backend, platforms = params["setup"].backend, platforms_of(ctx)
         if backend not in ("", "fused", COMPOSED):
+            if "cuda" in platforms:
+                self._plan(ctx.avals_in, **params, platform="cuda")  # raises, and says how to build
             raise ValueError(
-                f'backend: got "{backend}" for {", ".join(platforms)}, which libnatten has no '
-                f'kernels for here; must be "{COMPOSED}" or None'
+                f'backend: got "{backend}"; must be "{COMPOSED}" or None for '
+                f"{', '.join(platforms)}, which libnatten has no kernels for here"
             )
-        if backend != COMPOSED:
-            tell_composed(platforms)
+        for platform in platforms if backend != COMPOSED else ():
+            if platform not in _told:
+                _told.add(platform)
+                logger.warning(
+                    "libnatten has no kernels for %s here: calls are made of JAX's own operations "
+                    'there (backend "%s")', platform, COMPOSED,
+                )  # fmt: skip
         return self._lower_composed(ctx, *operands, **params)
 
     def _lower_composed(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
