@@ -45,7 +45,6 @@ from test_jax_random import (  # noqa: E402
 )
 
 import natten.jax as nj  # noqa: E402
-from natten import _composed as planner  # noqa: E402
 from natten.jax import _composed, _primitives  # noqa: E402
 
 P = PartitionSpec
@@ -61,9 +60,10 @@ FAMILIES = {
 
 def set_small_tiles(patch: pytest.MonkeyPatch) -> None:
     """So that small problems have many tiles, and several steps of several tiles."""
+    patch.setattr(_composed, "_LEAST_PAIRS", 60)
+    patch.setattr(_composed, "_MOST_PAIRS", 60)
     patch.setattr(_composed, "_PAIRS_AT_ONCE", 200)
     patch.setattr(_composed, "_LONGEST_RUN", {1: 5, 2: 3, 3: 2})
-    patch.setattr(_composed, "tiles_of", functools.partial(planner.tiles_of, most_pairs=60))
 
 
 def function_of(family: str, rank: int, **options: Any) -> Any:

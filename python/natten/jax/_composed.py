@@ -33,6 +33,7 @@ from natten._args import (
     make_config,
     options_of,
     scale_or_default,
+    window_size,
     with_flags,
 )
 from natten._composed import AxisTiles, strides_of, tiles_of
@@ -40,7 +41,10 @@ from natten.jax._private import made_varying, varying_axes
 
 Shape: TypeAlias = tuple[int, ...]
 
-_PAIRS_AT_ONCE = 2**17  # of query and key. Tiles with fewer are computed together
+# Pairs of query and key. A tile has at most the first of these, or where windows are large up to
+# the second, as tiles of few queries read each key often. Tiles with fewer are computed together.
+_LEAST_PAIRS, _MOST_PAIRS = 2**16, 2**20
+_PAIRS_AT_ONCE = 2**17
 _LONGEST_RUN = {1: 128, 2: 16, 3: 8}  # of queries per axis, by rank, where offsets are not known
 
 
@@ -74,31 +78,52 @@ class _Axis:
         return len(self.queries)
 
 
-def _of_known_offsets(tiles: AxisTiles) -> _Axis:
-    numbers, keys, begin, end, first, bias = (
+def _keys(
+    first: Any, count: int, dilation: int, boundary: str, grid_length: int, key_length: int
+) -> Array:
+    """The numbers of keys that are `dilation` apart. Programs hold no table of them, which would
+    grow with the number of tiles times that of keys."""
+    keys = first + dilation * jnp.arange(count, dtype=np.int32)
+    if boundary == "circular":
+        keys = keys % grid_length
+    return jnp.where((keys >= 0) & (keys < key_length), keys, -1)
+
+
+def _of_known_offsets(
+    tiles: AxisTiles, dilation: int, boundary: str, grid_length: int, key_length: int
+) -> _Axis:
+    numbers, begin, end, first, bias = (
         np.array(table, np.int32)
-        for table in (tiles.queries, tiles.keys, tiles.begin, tiles.end, tiles.slot, tiles.bias)
+        for table in (tiles.queries, tiles.begin, tiles.end, tiles.slot, tiles.bias)
     )
+    first_keys = np.array([keys[0] for keys in tiles.keys], np.int32)
     # Where a tile has fewer queries than others, the last one is repeated.
     is_real = np.array(tiles.row)[numbers] == np.arange(tiles.queries_per_tile)
     queries, end = np.where(is_real, numbers, -1), np.where(is_real, end, begin)
+    tables = begin, end, first, first + bias
+    count = tiles.keys_per_tile
 
     def part(tile: Any, query_offset: Any, key_offset: Any) -> _Part:
-        tables = queries, keys, begin, end, first, first + bias
-        return _Part(*(jnp.asarray(table)[tile] for table in tables), None)
+        first_key = jnp.asarray(first_keys)[tile]
+        return _Part(
+            jnp.asarray(queries)[tile],
+            _keys(first_key, count, dilation, boundary, grid_length, key_length),
+            *(jnp.asarray(table)[tile] for table in tables),
+            None,
+        )
 
-    return _Axis(queries, tiles.keys_per_tile, tiles.kernel_size, 1, part)
+    return _Axis(queries, count, tiles.kernel_size, 1, part)
 
 
 def _of_unknown_offsets(
     windows: Any,
-    longest: int,
+    query_length: int,
     kernel_size: int,
     dilation: int,
     boundary: str,
     grid_length: int,
-    query_length: int,
     key_length: int,
+    longest: int,
 ) -> _Axis:
     """`windows`: of the whole axis (`_core.windows`). `longest`: queries of a tile. Places are
     tokens, from the first one on that the tile sees."""
@@ -124,10 +149,7 @@ def _of_unknown_offsets(
         token = jnp.clip(token, 0, grid_length - 1)
         b, e, f, s = (jnp.asarray(table)[token] for table in (begin, end, first, shift))
         start = jnp.min(jnp.where(is_real, b, grid_length))
-        keys = start + jnp.arange(keys_per_tile, dtype=np.int32) - key_offset
-        if boundary == "circular":
-            keys = keys % grid_length
-        keys = jnp.where((keys >= 0) & (keys < key_length), keys, -1)
+        keys = _keys(start - key_offset, keys_per_tile, 1, boundary, grid_length, key_length)
         seen = _Part(of_tile, keys, b - start, jnp.where(is_real, e, b) - start, f - start, s, None)
         is_lost = is_outside | (_is_seen(seen, dilation) & (keys < 0)).any(-1)
         return seen._replace(is_lost=is_real & is_lost)
@@ -166,26 +188,32 @@ class _Tiles:
     def __init__(self, config: Config, queries: Shape, keys: Shape, additional: int) -> None:
         rank = config[0]
         self.query_grid, self.key_grid = queries, keys
+        options = options_of(config)
+        grid = options.get("grid_size", keys)
+        window = {o.name: o.per_axis(options.get(o.name), rank) for o in WINDOW_OPTIONS}
         if config[-1] & UNKNOWN_OFFSETS:
-            options = options_of(config)
-            grid = options.get("grid_size", keys)
-            window = {o.name: o.per_axis(options.get(o.name), rank) for o in WINDOW_OPTIONS}
             self.axes = [
-                _of_unknown_offsets(windows, _LONGEST_RUN[rank], *of_axis)
-                for windows, *of_axis in zip(
+                _of_unknown_offsets(*of_axis, longest=_LONGEST_RUN[rank])
+                for of_axis in zip(
                     _core.windows(make_config(rank, **window), grid, grid),
+                    queries,
                     window["kernel_size"],
                     window["dilation"],
                     window["boundary"],
                     grid,
-                    queries,
                     keys,
                     strict=True,
                 )
             ]
         else:
-            tiles = tiles_of(config, queries, keys, additional)
-            self.axes = [_of_known_offsets(axis) for axis in tiles.axes]
+            most_pairs = min(max(32 * window_size(config, keys), _LEAST_PAIRS), _MOST_PAIRS)
+            tiles = tiles_of(config, queries, keys, additional, most_pairs)
+            self.axes = [
+                _of_known_offsets(*of_axis)
+                for of_axis in zip(
+                    tiles.axes, window["dilation"], window["boundary"], grid, keys, strict=True
+                )
+            ]
         counts = [axis.count for axis in self.axes]
         self.count, self._strides = math.prod(counts), strides_of(counts)
         self.kernel_size = [axis.kernel_size for axis in self.axes]
