@@ -291,7 +291,7 @@ def test_jax_without_kernels():
     assert lowered(("cpu", "cuda")).count("@natten.jax.custom_call_targets") == 2
     assert export.export(gradient(), platforms=("cuda",))(array()).platforms == ("cuda",)
     with pytest.raises(ValueError, match=r"are on cuda.*-DNATTEN_WITH_CUDA=ON"):
-        lowered(("cuda",), "simt")
+        lowered(("cuda",), "naive")
 
 
 @needs_jax
