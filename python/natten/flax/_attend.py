@@ -23,6 +23,7 @@ from natten._args import (
     scale_or_default,
     window_of,
 )
+from natten._kernel import check_name
 from natten.jax._functions import as_array
 
 # (key, shape, dtype) -> array, or an array in the box that the framework's with_partitioning makes
@@ -78,6 +79,7 @@ class SelfAttention:
         attn_drop: dropout on attention weights. The fused operation has none, so a module with
             attn_drop > 0 uses the unfused ones unless it is deterministic.
         proj_drop: dropout on the result.
+        backend: name of the implementation to use; by default the first that can.
         dtype: what to compute in; by default what the input and the parameters promote to.
         param_dtype: of the parameters.
         qkv_kernel_init: of `qkv.kernel` [dim, 3, dim]. It is called with shape [dim, 3 * dim], and
@@ -107,6 +109,7 @@ class SelfAttention:
     is_causal: Bools | None
     stride: Ints
     boundary: Boundaries
+    backend: str | None
     qk_scale: float | None
 
     def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
@@ -124,6 +127,8 @@ class SelfAttention:
         head_dim = head_dim_of(self.dim, self.num_heads)
         if self.qk_scale is not None:
             self.qk_scale = module_scale(self.qk_scale, head_dim)
+        if self.backend is not None:
+            check_name(self.backend)
         for name, value in checked_window(self.rank, **window_of(self)).items():
             setattr(self, name, value)
 
@@ -169,7 +174,7 @@ class SelfAttention:
             drop: dropout of attention weights, if there is any.
         """
         rank = self.rank
-        options = window_of(self) | {"key_mask": key_mask}
+        options = window_of(self) | {"key_mask": key_mask, "backend": self.backend}
         heads = qkv.reshape(*qkv.shape[:-1], self.num_heads, self.head_dim)
         query, key, value = (heads[..., i, :, :] for i in range(3))
         if rpb is not None:

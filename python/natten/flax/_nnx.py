@@ -39,6 +39,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         qk_scale: float | None = None,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        backend: str | None = None,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         qkv_kernel_init: Initializer = _attend.kernel_init,
@@ -51,6 +52,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         self.dim, self.num_heads, self.qk_scale = dim, num_heads, qk_scale
         self.kernel_size, self.dilation = kernel_size, dilation
         self.is_causal, self.stride, self.boundary = is_causal, stride, boundary
+        self.backend = backend
         self._check_arguments(attn_drop, proj_drop)
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         # Query, key and value have an axis of their own: devices that share the last one hold whole

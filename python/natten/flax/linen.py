@@ -88,6 +88,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
     proj_bias_init: Initializer = _attend.bias_init
     rpb_init: Initializer = _attend.rpb_init
     deterministic: bool | None = None
+    backend: str | None = None
 
     def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
         has_own = "__init__" in vars(cls)

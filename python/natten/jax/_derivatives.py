@@ -30,6 +30,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from natten._args import EMPTY_SLOTS_ZERO, options_of, scale_or_default, with_flags
+from natten._kernel import COMPOSED
 from natten.jax._primitives import (
     Operation,
     Setup,
@@ -81,7 +82,7 @@ def _bias_of(setup: Setup, rpb: Any, scores: Any, context: Tensors) -> Array:
     batch = 1 if mask is None else mask.shape[0]
     (bias,) = rpb_gather(_linear(setup), (rpb, *context), ((batch, *aval.shape[1:]),))
     assert bias is not None
-    if batch > 1:
+    if batch != 1:
         return bias
     is_split = any(axes is not None for axes in aval.sharding.spec)
     return jax.lax.broadcast(
@@ -379,7 +380,26 @@ class _AttentionTangent(Operation):
         return attention_forward._plan(avals[: sum(tensors)], setup, tensors, wanted, platform)
 
     def _lower(self, platform: str, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        if params["setup"].backend == COMPOSED:
+            return self._lower_composed(ctx, *operands, **params)
         return lower_fun(_composed_tangent, multiple_results=True)(ctx, *operands, **params)
+
+    def _composed(
+        self,
+        *arrays: Any,
+        setup: Setup,
+        given: tuple[bool, ...],
+        wanted: tuple[Wanted, ...],
+    ) -> list[Array]:
+        """By tiles, which store no weights."""
+        inputs = _slots(arrays, given)
+
+        def forward(*tensors: Any) -> list[Array]:
+            given = tuple(x is not None for x in tensors)
+            params: dict[str, Any] = {"setup": setup, "given": given, "wanted": wanted}
+            return attention_forward._composed(*(x for x in tensors if x is not None), **params)
+
+        return _tangent(forward, inputs[:COUNT], inputs[COUNT + 1 :])
 
 
 attention_tangent = _AttentionTangent()

@@ -14,9 +14,6 @@ from natten import _core
 # that did not import this module. So it is the name of what helps in both.
 TARGET = "natten.jax.custom_call_targets"
 
-# What calls are lowered for. Where the library was built without kernels for it, libnatten says so.
-PLATFORMS = ("cpu", "cuda")
-
 
 def _offered_api_version() -> tuple[int, int] | None:
     """(major, minor) of the FFI that the installed jaxlib offers; None where it does not say."""
@@ -57,6 +54,9 @@ def _register() -> None:
 
 
 _register()
+
+# What the library was built for.
+PLATFORMS = tuple(_core.xla_ffi_handlers())
 
 
 def custom_call_targets() -> list[str]:

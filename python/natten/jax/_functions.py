@@ -31,7 +31,7 @@ from natten._args import (
     real_scale,
     with_flags,
 )
-from natten._kernel import check_name, taken_as, tell_meaning
+from natten._kernel import _DEFAULT, COMPOSED, check_name, taken_as, tell_meaning
 from natten._merge import merge
 from natten.jax import _derivatives, _primitives
 from natten.jax._partitioning import vary_alike
@@ -201,9 +201,13 @@ def _check_integers(
         raise ValueError(f"{name}: got an array of shape {value.shape}; must be {must}")
 
 
-def _call(functions: Mapping[str, Callable[..., Any]], autodiff: str, *args: Any) -> Any:
+def _call(
+    functions: Mapping[str, Callable[..., Any]], autodiff: str, backend: str | None, *args: Any
+) -> Any:
     if not isinstance(autodiff, str) or autodiff not in functions:
         raise ValueError(f'autodiff: got {autodiff!r}; must be "reverse" or "any"')
+    if backend == COMPOSED:  # what is made of JAX's operations works as they do
+        autodiff = "any"
     try:
         return functions[autodiff](*args)
     except TypeError as error:
@@ -220,7 +224,7 @@ def _setup(config: Any, scale: float | None, backend: str | None) -> Setup:
     if backend not in (None, ""):
         check_name(backend)
         tell_meaning(backend)
-    return Setup(config, scale, taken_as(backend or ""))
+    return Setup(config, scale, taken_as(backend) if backend else _DEFAULT)
 
 
 def _call_fused(
@@ -232,7 +236,8 @@ def _call_fused(
     autodiff: str,
 ) -> FusedResult:
     setup = _setup(with_flags(config, attention_flags(scale)), real_scale(scale), backend)
-    output, logsumexp = _call(_ATTENTION, autodiff, setup, bool(return_lse), vary_alike(tensors))
+    arguments = setup, bool(return_lse), vary_alike(tensors)
+    output, logsumexp = _call(_ATTENTION, autodiff, setup.backend, *arguments)
     return (output, logsumexp) if return_lse else output
 
 
@@ -240,7 +245,7 @@ def _call_unfused(
     operation: Operation, tensors: Tensors, config: Any, backend: str | None, autodiff: str
 ) -> Array:
     setup = _setup(config, None, backend)
-    return _call(_UNFUSED, autodiff, operation, setup, vary_alike(tensors))
+    return _call(_UNFUSED, autodiff, setup.backend, operation, setup, vary_alike(tensors))
 
 
 def _make_fused(rank: int) -> Callable[..., FusedResult]:

@@ -2,7 +2,9 @@
 
 Shapes, dtypes and errors come from `natten._core.plan`, so a bad call raises while it is traced,
 with libnatten's own message. Backends are chosen when a call is lowered, as only then its platform
-is known. Derivatives are made of these operations in `_derivatives.py`.
+is known. Derivatives are made of these operations in `_derivatives.py`. For platforms that
+libnatten has no kernels for, and where the backend `composed` is asked for, calls are lowered to
+JAX's own operations (`_composed.py`).
 
 Where offsets of parts are arrays, so that one program serves all parts, every operation has them as
 one more input, which the handler reads at run time. All that depends on them is checked then. So it
@@ -24,9 +26,10 @@ from jax.sharding import NamedSharding
 from natten import _core
 from natten._args import ALLOW_NO_KEYS, UNKNOWN_OFFSETS, Config
 from natten._choices import tell
-from natten._log import TELLS_CHOICES
+from natten._kernel import COMPOSED
+from natten._log import TELLS_CHOICES, logger
 from natten._roles import Role, roles_of
-from natten.jax import _ffi
+from natten.jax import _composed, _ffi
 from natten.jax._folding import Fold
 from natten.jax._partitioning import partitionable, spec_of, split_of_types
 from natten.jax._private import (
@@ -35,6 +38,7 @@ from natten.jax._private import (
     asks_for_devices,
     define_dead_code_elimination,
     lower_fun,
+    platforms_of,
     primitive_batchers,
     register_lowering,
 )
@@ -51,6 +55,10 @@ LENGTHS = Role(
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
 Wanted: TypeAlias = bool | tuple[int, ...]
+
+
+# Platforms that are known to be served by the backend `composed` though nobody asked for it.
+_told: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +83,7 @@ class Operation:
         self.primitive.def_abstract_eval(self._abstract_eval)
         primitive_batchers[self.primitive] = self._batch
         define_dead_code_elimination(self.primitive, self._drop_unused)
+        register_lowering(self.primitive, self._lower_elsewhere)
         for platform in _ffi.PLATFORMS:
             lower = functools.partial(self._lower, platform)
             register_lowering(self.primitive, lower, platform=platform)
@@ -122,8 +131,9 @@ class Operation:
             (w, avals[0].dtype.name) if isinstance(w, tuple) else (True if w else None)
             for w in wanted
         ]
+        backend = "" if setup.backend == COMPOSED else setup.backend
         results, workspace = _core.plan(
-            self.name, setup.config, setup.scale, setup.backend, inputs, outputs, platform
+            self.name, setup.config, setup.scale, backend, inputs, outputs, platform
         )
         specs = [None if r is None else (tuple(r[0]), r[1]) for r in results]
         if TELLS_CHOICES and platform is not None:
@@ -176,11 +186,52 @@ class Operation:
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
     ) -> Any:
+        if setup.backend == COMPOSED:
+            return self._lower_composed(ctx, *operands, setup=setup, given=given, wanted=wanted)
         run = functools.partial(self._call, platform, setup, given, wanted)
         shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
         roles = self._roles(given, wanted)
         function = partitionable(run, *roles, shapes, setup.config[0], ctx)
         return lower_fun(function, multiple_results=True)(ctx, *operands)
+
+    def _lower_elsewhere(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        """For platforms that libnatten has no kernels for."""
+        backend, platforms = params["setup"].backend, platforms_of(ctx)
+        if backend not in ("", "fused", COMPOSED):
+            if "cuda" in platforms:
+                self._plan(ctx.avals_in, **params, platform="cuda")  # raises, and says how to build
+            raise ValueError(
+                f'backend: got "{backend}"; must be "{COMPOSED}" or None for '
+                f"{', '.join(platforms)}, which libnatten has no kernels for here"
+            )
+        for platform in platforms if backend != COMPOSED else ():
+            if platform not in _told:
+                _told.add(platform)
+                logger.warning(
+                    "libnatten has no kernels for %s here: calls are made of JAX's own operations "
+                    'there (backend "%s")', platform, COMPOSED,
+                )  # fmt: skip
+        return self._lower_composed(ctx, *operands, **params)
+
+    def _lower_composed(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
+        return lower_fun(self._composed, multiple_results=True)(ctx, *operands, **params)
+
+    def _composed(
+        self,
+        *arrays: jax.Array,
+        setup: Setup,
+        given: tuple[bool, ...],
+        wanted: tuple[Wanted, ...],
+    ) -> list[jax.Array]:
+        """The operation made of JAX's own."""
+        first, *_ = arrays
+        if first.size == 0:
+            specs, _ = self._plan(arrays, setup, given, wanted)
+            return [_composed.zeros(shape, dtype, first) for shape, dtype in specs]
+        rest = iter(arrays)
+        inputs = [next(rest) if g else None for g in given]
+        results = _composed.OPERATIONS[self.name](setup, wanted, *inputs)
+        return [x for x in results if x is not None]
 
     def _call(
         self,

@@ -67,6 +67,12 @@ def mapped_axes(context: LoweringRuleContext) -> tuple[frozenset[str], tuple[str
     return mapped, tuple(axis_context.mesh.axis_names) if mapped else ()
 
 
+def platforms_of(context: LoweringRuleContext) -> tuple[str, ...]:
+    """What a function is lowered for."""
+    of_rule: Any = getattr(context, "platforms", None)  # some of the module's
+    return tuple(of_rule or context.module_context.platforms)
+
+
 def outside_of_meshes() -> contextlib.AbstractContextManager[Any]:
     """A context in which arrays that are made belong to no mesh, as what one device computes.
 
@@ -100,6 +106,7 @@ __all__ = [
     "made_varying",
     "mapped_axes",
     "outside_of_meshes",
+    "platforms_of",
     "primitive_batchers",
     "primitive_jvps",
     "primitive_transposes",
