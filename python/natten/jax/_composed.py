@@ -100,7 +100,6 @@ def _of_known_offsets(
     # Where a tile has fewer queries than others, the last one is repeated.
     is_real = np.array(tiles.row)[numbers] == np.arange(tiles.queries_per_tile)
     queries, end = np.where(is_real, numbers, -1), np.where(is_real, end, begin)
-    tables = begin, end, first, first + bias
     count = tiles.keys_per_tile
 
     def part(tile: Any, query_offset: Any, key_offset: Any) -> _Part:
@@ -108,7 +107,10 @@ def _of_known_offsets(
         return _Part(
             jnp.asarray(queries)[tile],
             _keys(first_key, count, dilation, boundary, grid_length, key_length),
-            *(jnp.asarray(table)[tile] for table in tables),
+            jnp.asarray(begin)[tile],
+            jnp.asarray(end)[tile],
+            jnp.asarray(first)[tile],
+            jnp.asarray(first + bias)[tile],
             None,
         )
 
@@ -190,10 +192,12 @@ class _Tiles:
         self.query_grid, self.key_grid = queries, keys
         options = options_of(config)
         grid = options.get("grid_size", keys)
-        window = {o.name: o.per_axis(options.get(o.name), rank) for o in WINDOW_OPTIONS}
+        window: dict[str, Any] = {
+            o.name: o.per_axis(options.get(o.name), rank) for o in WINDOW_OPTIONS
+        }
         if config[-1] & UNKNOWN_OFFSETS:
             self.axes = [
-                _of_unknown_offsets(*of_axis, longest=_LONGEST_RUN[rank])
+                _of_unknown_offsets(*of_axis)
                 for of_axis in zip(
                     _core.windows(make_config(rank, **window), grid, grid),
                     queries,
@@ -202,6 +206,7 @@ class _Tiles:
                     window["boundary"],
                     grid,
                     keys,
+                    [_LONGEST_RUN[rank]] * rank,
                     strict=True,
                 )
             ]
@@ -229,8 +234,13 @@ class _Tiles:
         query_offset, key_offset = [None] * rank, [None] * rank
         if offsets is not None:
             query_offset, key_offset = (list(row) for row in offsets.astype(np.int32))
-        parts, slots, biases, places, slot_biases = [], [], [], [], []
-        bias_places, bias_slots = [], []
+        parts: list[_Part] = []
+        slots: list[Array] = []
+        biases: list[Array] = []
+        places: list[Array] = []
+        slot_biases: list[Array] = []
+        bias_places: list[Array] = []
+        bias_slots: list[Array] = []
         for i, (axis, stride) in enumerate(zip(self.axes, self._strides, strict=True)):
             part = axis.part(number // stride % axis.count, query_offset[i], key_offset[i])
             parts.append(part)
@@ -247,6 +257,8 @@ class _Tiles:
                 is_full = (place >= part.begin[:, None]) & (place < part.end[:, None])
                 of_place.append(jnp.where(is_full, place, -1))
                 of_other.append(jnp.where(is_full, slot + other, -1))
+        # Any number of lost queries along an axis is as good as another: 0, or -1.
+        lost = [jnp.where(p.is_lost, -1, 0) for p in parts if p.is_lost is not None]
         return _Tile(
             _numbers([part.queries for part in parts], self.query_grid),
             _numbers([part.keys for part in parts], self.key_grid),
@@ -256,10 +268,7 @@ class _Tiles:
             _numbers(slot_biases, self.bias_grid),
             _numbers(bias_places, [axis.keys_per_tile for axis in self.axes]),
             _numbers(bias_slots, self.kernel_size),
-            # Any number of lost queries along an axis is as good as another: 0, or -1.
-            None
-            if parts[0].is_lost is None
-            else _numbers([jnp.where(part.is_lost, -1, 0) for part in parts], [1] * rank) < 0,
+            _numbers(lost, [1] * rank) < 0 if lost else None,
         )
 
     def run(
@@ -286,19 +295,19 @@ class _Tiles:
             return added, results
 
         numbers = np.arange(self.count, dtype=np.int32).reshape(-1, self._at_once)
-        sums = list(sums)
+        totals = list(sums)
         if len(numbers) == 1:
-            sums, results = step(sums, jnp.asarray(numbers[0]))
+            totals, results = step(totals, jnp.asarray(numbers[0]))
             flat = [x.reshape(-1, *x.shape[2:]) for x in results]
         else:
-            sums, results = jax.lax.scan(step, sums, jnp.asarray(numbers))
+            totals, results = jax.lax.scan(step, totals, jnp.asarray(numbers))
             flat = [x.reshape(-1, *x.shape[3:]) for x in results]
         rows = self._rows() if flat else None
-        return [x[rows] for x in flat], sums
+        return [x[rows] for x in flat], totals
 
     def _rows(self) -> np.ndarray:
         """Of each query the number of its row, where the rows of all tiles follow each other."""
-        numbers = np.zeros((1, 1), np.int64)
+        numbers: np.ndarray = np.zeros((1, 1), np.int64)
         for axis, length in zip(self.axes, self.query_grid, strict=True):
             a, b = numbers[:, None, :, None], axis.queries[None, :, None, :]
             pairs = np.where((a < 0) | (b < 0), -1, a * length + b)
@@ -424,7 +433,7 @@ class _Attention:
         self.scale = scale_or_default(setup.scale, head_dim)
         self.dtype, self.sums = query.dtype, _sums_of(query.dtype)
         self.query, self.key, self.value = map(self.heads_first, (query, key, value))
-        self.more = [x if x is None else jnp.moveaxis(x, 2, 1) for x in (keys, values)]
+        self.more = [jnp.moveaxis(x, 2, 1) for x in (keys, values) if x is not None]
         self.mask = None if mask is None else _flat(mask, 1, rank)
         self.rpb = None if rpb is None else _flat(rpb, 1, rank).astype(self.sums)
 
@@ -519,7 +528,8 @@ def attention_backward(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Re
         # What is not seen has a gradient of 0, be the incoming one NaN.
         grads = jnp.where(jnp.isneginf(scores), 0, weights * (grads - row))
         of_scores, weights = grads.astype(call.dtype), weights.astype(call.dtype)
-        results, terms = [], []
+        results = []
+        terms: list[tuple[Array | None, Array]] = []
         if needs[0]:
             grad_query = call.scale * _product("bgrqu,bgud->bgrqd", of_scores, key)
             results.append(call.result(grad_query.astype(call.dtype)))
@@ -606,11 +616,11 @@ def _with_all_keys(config: Config, queries: Shape) -> tuple[Config, Shape]:
     """The config of a part of the queries and all keys, and the grid of these."""
     options = options_of(config)
     grid = options.get("grid_size", queries)
-    parts = {o.name: options[o.name] for o in PART_OPTIONS if o.name in options}
+    parts: dict[str, Any] = {o.name: options[o.name] for o in PART_OPTIONS if o.name in options}
     parts.pop("key_offset", None)
     if parts:
         parts["grid_size"] = grid
-    window = {o.name: options.get(o.name) for o in WINDOW_OPTIONS}
+    window: dict[str, Any] = {o.name: options.get(o.name) for o in WINDOW_OPTIONS}
     made = make_config(config[0], **window, **parts)
     return with_flags(made, config[-1]), grid
 
@@ -668,7 +678,9 @@ def av_transpose(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
     def of_tile(seen: _Seen) -> Any:
         rows, of_rows = seen.rows(attn), seen.rows(query)
         keys = _product("bhqu,bhqd->bhud", call.weights(seen, rows), of_rows)
-        terms = [(seen.tile.keys, jnp.moveaxis(seen.cleared(keys), 2, 0))]
+        terms: list[tuple[Array | None, Array]] = [
+            (seen.tile.keys, jnp.moveaxis(seen.cleared(keys), 2, 0))
+        ]
         if shape_of_more:
             more = _product("bhqn,bhqd->bhnd", rows[..., call.window :], of_rows)
             terms.append((None, more))

@@ -170,6 +170,7 @@ class Operator:
     def check_devices(self, inputs: Sequence[Tensor | None]) -> None:
         """Raises unless all inputs are on one device."""
         first = inputs[0]
+        assert first is not None  # of every operator
         for role, x in zip(self.inputs, inputs, strict=True):
             if x is not None and x.device != first.device:
                 raise ValueError(
