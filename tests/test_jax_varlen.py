@@ -177,3 +177,19 @@ def test_other_refusals():
         jax.jit(lambda *x: nj.attention(*x, **good)).trace(q, k, v).lower(
             lowering_platforms=("cuda",)
         )
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_composed(causal):
+    """By JAX's own operations, without a custom call."""
+    lengths = {"seqlens_Q": jnp.array(QUERIES), "seqlens_KV": jnp.array(KEYS)}
+
+    def run(backend, *x):
+        def function(*x):
+            return nj.attention(*x, causal, return_lse=True, backend=backend, **lengths)
+
+        return function(*x), jax.grad(lambda *x: loss(function(*x)), (0, 1, 2))(*x)
+
+    composed = jax.jit(lambda *x: run("composed", *x))
+    assert "custom_call" not in composed.lower(*tensors()).as_text()
+    assert_close(composed(*tensors()), jax.jit(lambda *x: run(None, *x))(*tensors()))

@@ -318,3 +318,22 @@ def test_other_refusals():
         natten.attention(Q, K, K[:, :5], **lengths)
     with pytest.raises(ValueError, match="number of keys must be at least 1"):
         natten.attention(Q, K[:, :0], K[:, :0])
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_composed(causal):
+    rng = np.random.default_rng(cases.SEED + 11)
+    for _ in range(5):
+        *tensors, queries, keys = drawn(rng)
+        got, want = (
+            results_and_gradients(
+                lambda b=backend, x=tensors, n=(queries, keys): natten.attention(
+                    *x, causal, return_lse=True, backend=b, **lengths_of(*n)
+                ),
+                *tensors,
+                np.random.default_rng(1),
+            )
+            for backend in ("composed", None)
+        )
+        for x, y in zip(got, want, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)

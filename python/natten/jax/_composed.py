@@ -419,17 +419,47 @@ Inputs: TypeAlias = Any  # an array, or None
 Results: TypeAlias = list[Any]
 
 
+class Examples:
+    """Which keys the queries of examples see that follow each other. `lengths`: as
+    `_primitives.LENGTHS`."""
+
+    def __init__(self, lengths: Array, queries: int, keys: int, is_causal: bool) -> None:
+        self.of_queries = self._places(lengths[0], queries)
+        self.of_keys = self._places(lengths[1], keys)
+        self.is_causal = is_causal
+
+    @staticmethod
+    def _places(row: Array, count: int) -> tuple[Array, Array]:
+        """(the example, the place in it) of each token."""
+        ends, tokens = row[:-1], jnp.arange(count)
+        example = jnp.searchsorted(ends, tokens, side="right") - 1
+        return example, tokens - ends[example]
+
+    def sees(self, queries: Array, keys: Array) -> Array:
+        """[queries, keys], by their numbers."""
+        (example, query), (of_key, key) = (
+            [x[numbers] for x in places]
+            for places, numbers in ((self.of_queries, queries), (self.of_keys, keys))
+        )
+        sees = example[:, None] == of_key
+        return sees & (key <= query[:, None]) if self.is_causal else sees
+
+
 class _Attention:
     """What the forward and the backward pass of fused attention share."""
 
     def __init__(self, setup: Any, inputs: Sequence[Inputs]) -> None:
-        query, key, value, rpb, keys, values, mask, offsets = inputs
-        rank = setup.config[0]
+        query, key, value, rpb, keys, values, mask, offsets, lengths = inputs
+        rank, config, self.examples = setup.config[0], setup.config, None
+        if lengths is not None:
+            is_causal = any(options_of(config).get("is_causal", ()))
+            self.examples = Examples(lengths, query.shape[1], key.shape[1], is_causal)
+            config = make_config(1, 1, flags=config[-1])  # all see all, but for what `sees` says
         self.setup, self.rank, self.offsets = setup, rank, offsets
         self.batch, *grid, self.heads, head_dim = query.shape
         key_grid, self.kv_heads = key.shape[1 : 1 + rank], key.shape[-2]
         self.additional = 0 if keys is None else keys.shape[1]
-        self.tiles = _Tiles(setup.config, tuple(grid), key_grid, self.additional)
+        self.tiles = _Tiles(config, tuple(grid), key_grid, self.additional)
         self.scale = scale_or_default(setup.scale, head_dim)
         self.dtype, self.sums = query.dtype, _sums_of(query.dtype)
         self.query, self.key, self.value = map(self.heads_first, (query, key, value))
@@ -472,7 +502,10 @@ class _Attention:
         if self.rpb is not None:
             bias = self._with_more(_take(self.rpb, seen.tile.biases, 1), 0)
             scores = scores + bias.reshape(1, self.kv_heads, -1, *bias.shape[1:])
-        pairs = self._with_more(seen.pairs(), True)
+        pairs = seen.pairs()
+        if self.examples:
+            pairs &= self.examples.sees(seen.tile.queries, seen.tile.keys)
+        pairs = self._with_more(pairs, True)
         return jnp.where(pairs[:, :, None], scores, -jnp.inf)
 
     def _with_more(self, x: Array, value: Any) -> Array:

@@ -31,6 +31,7 @@ from jax import Array
 
 from natten._args import EMPTY_SLOTS_ZERO, options_of, scale_or_default, with_flags
 from natten._kernel import COMPOSED
+from natten.jax._composed import Examples
 from natten.jax._primitives import (
     Operation,
     Setup,
@@ -293,16 +294,9 @@ def _composed_of_examples(
         key, value = (jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype) for x in (key, value))
     group = heads // key.shape[2]
 
-    def place(row: Array, count: int) -> tuple[Array, Array]:
-        """(the example, the place in it) of each token."""
-        ends, tokens = row[:-1], jnp.arange(count)
-        example = jnp.searchsorted(ends, tokens, side="right") - 1
-        return example, tokens - ends[example]
-
-    of_query, of_key = place(lengths[0], queries), place(lengths[1], key.shape[1])
-    sees = of_query[0][:, None] == of_key[0]
-    if any(options_of(setup.config).get("is_causal", ())):
-        sees &= of_key[1] <= of_query[1][:, None]
+    is_causal = any(options_of(setup.config).get("is_causal", ()))
+    examples = Examples(lengths, queries, key.shape[1], is_causal)
+    sees = examples.sees(jnp.arange(queries), jnp.arange(key.shape[1]))
     q = query.astype(dtype).reshape(-1, queries, heads // group, group, dim)
     scale = scale_or_default(setup.scale, dim)
     exact: dict[str, Any] = {"precision": jax.lax.Precision.HIGHEST}

@@ -225,9 +225,13 @@ class Operation:
     ) -> list[jax.Array]:
         """The operation made of JAX's own."""
         first, *_ = arrays
-        if first.size == 0:
+        if any(x.size == 0 for x in arrays[:2]):  # no queries, or no keys
             specs, _ = self._plan(arrays, setup, given, wanted)
-            return [_composed.zeros(shape, dtype, first) for shape, dtype in specs]
+            roles = [role for role, w in zip(self.outputs, wanted, strict=True) if w is not False]
+            return [
+                _composed.zeros(*spec, first) - (jnp.inf if role.name == "logsumexp" else 0)
+                for role, spec in zip(roles, specs, strict=True)
+            ]
         rest = iter(arrays)
         inputs = [next(rest) if g else None for g in given]
         results = _composed.OPERATIONS[self.name](setup, wanted, *inputs)

@@ -84,6 +84,25 @@ def call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
     return (*results, None)[:2] if operator.is_fused else results
 
 
+def call_for_each(examples: Sequence[Sequence[Any]]) -> list[Tensor]:
+    """[output, logsumexp] of `attention` for examples that follow each other. Without keys they
+    are 0 and -inf."""
+    results = []
+    for query, key, value, rpb, keys, values, mask, *options in examples:
+        if not key.shape[1]:  # one that nobody sees
+            key, value = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (key, value))
+            mask = torch.zeros(key.shape[:2], dtype=torch.bool, device=key.device)
+        if query.shape[1]:
+            inputs = query, key, value, rpb, keys, values, mask
+            results.append(call(_ops.attention_forward, *inputs, *options))
+            continue
+        shape = query.shape[:-1]
+        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+        none = query.new_zeros(*shape, value.shape[-1]), query.new_zeros(shape, dtype=dtype)
+        results.append(tuple(x + query.sum().to(x.dtype) for x in none))
+    return [torch.cat(x, 1) for x in zip(*results, strict=True)]
+
+
 @torch.compiler.allow_in_graph  # Dynamo need not look inside: what it finds here are operations
 def _run(name: str, *args: Any) -> Any:
     operator = getattr(_ops, name)

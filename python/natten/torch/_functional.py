@@ -51,11 +51,7 @@ def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
         if is_nested:
             return _nested.call(operator, *args)
         if is_composed and operator is _ops.packed_attention_forward:
-            examples = [
-                _composed.call(_ops.attention_forward, *example)
-                for example in _autograd.examples_of(operator, args)
-            ]
-            return [torch.cat(x, 1) for x in zip(*examples, strict=True)]
+            return _composed.call_for_each(_autograd.examples_of(operator, args))
         if is_composed:
             return _composed.call(operator, *args, statistic=statistic)
         if torch.compiler.is_compiling():  # Dynamo cannot follow questions about dispatch keys
