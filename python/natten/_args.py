@@ -442,7 +442,7 @@ def _refuse_positional(name: str, count: int) -> NoReturn:
     raise TypeError(
         f"{name}: got {count} argument{'s' * (count > 1)} by position after kernel_size; must be "
         "passed by name, such as dilation=2: NATTEN before 0.20 has the order (kernel_size, "
-        "dilation, is_causal), and 0.20 and newer have (kernel_size, stride, dilation, is_causal)"
+        "dilation, is_causal), and 0.20 to 0.21 have (kernel_size, stride, dilation, is_causal)"
     )
 
 
