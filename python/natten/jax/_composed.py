@@ -362,14 +362,40 @@ def _sums_of(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+# Terms that are added one after another. Sums of more are summed from sums of so many, since what
+# float32 loses grows with the number of terms.
+_MOST_TERMS = 1024
+
+
+def _in_blocks(total_of: Callable[[slice], Array], terms: int) -> Array:
+    """The total of all terms, from that of a slice of them."""
+    blocks = [slice(i, i + _MOST_TERMS) for i in range(0, terms, _MOST_TERMS)]
+    return functools.reduce(jnp.add, map(total_of, blocks or [slice(0)]))
+
+
 def _product(spec: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(
-        spec,
-        a,
-        b,
-        precision=jax.lax.Precision.HIGHEST,  # else TPUs multiply float32 by parts of it
-        preferred_element_type=_sums_of(b.dtype),
-    )
+    """`einsum` of two arrays."""
+    of_a, of_b, result = spec.replace("->", ",").split(",")
+    *_, summed = (letter for letter in of_a if letter in of_b and letter not in result)
+
+    def of_block(block: slice) -> Array:
+        blocks = (
+            x[tuple(block if letter == summed else slice(None) for letter in letters)]
+            for x, letters in ((a, of_a), (b, of_b))
+        )
+        return jnp.einsum(
+            spec,
+            *blocks,
+            precision=jax.lax.Precision.HIGHEST,  # else TPUs multiply float32 by parts of it
+            preferred_element_type=_sums_of(b.dtype),
+        )
+
+    return _in_blocks(of_block, a.shape[of_a.index(summed)])
+
+
+def _row_sums(x: Array) -> Array:
+    """Over the last axis, which stays."""
+    return _in_blocks(lambda block: x[..., block].sum(-1, keepdims=True), x.shape[-1])
 
 
 def zeros(shape: Sequence[int], dtype: Any, like: Array) -> Array:
@@ -413,7 +439,8 @@ class _Seen:
         return full if self.shown is None else full & _take(self.shown, places, 1)[:, None]
 
 
-# The operations: functions of (setup, shapes or flags of the wanted results, inputs or None).
+# The operations: functions of (setup, shapes or flags of the wanted results, inputs or None). The
+# last input, lengths of examples, is of fused attention alone.
 
 Inputs: TypeAlias = Any  # an array, or None
 Results: TypeAlias = list[Any]
@@ -518,7 +545,7 @@ class _Attention:
         largest = jax.lax.stop_gradient(scores).max(-1, keepdims=True)
         largest = jnp.where(jnp.isfinite(largest), largest, 0)
         weights = jnp.exp(scores - largest)
-        return weights, weights.sum(-1, keepdims=True), largest
+        return weights, _row_sums(weights), largest
 
 
 def attention_forward(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
@@ -555,7 +582,7 @@ def attention_backward(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Re
         weights, total, _ = call.softmax(scores)
         weights = weights / jnp.where(total == 0, 1, total)
         grads = _product("bgrqv,bguv->bgrqu", incoming, value)
-        row = (weights * grads).sum(-1, keepdims=True)
+        row = _row_sums(weights * grads)
         if grad_logsumexp is not None:
             row = row - call.rows(seen, grad_logsumexp)[..., None]
         # What is not seen has a gradient of 0, be the incoming one NaN.
@@ -659,7 +686,7 @@ def _with_all_keys(config: Config, queries: Shape) -> tuple[Config, Shape]:
 
 
 def qk(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
-    query, key, rpb, keys, mask, offsets = inputs
+    query, key, rpb, keys, mask, offsets, _ = inputs
     rank = setup.config[0]
     call = _Unfused(setup, query.shape[2:-1], key.shape[2:-1], mask, offsets)
     dtype, sums = query.dtype, _sums_of(query.dtype)
@@ -684,7 +711,7 @@ def qk(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
 
 
 def av(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
-    attn, value, values, mask, offsets = inputs
+    attn, value, values, mask, offsets, _ = inputs
     rank = setup.config[0]
     call = _Unfused(setup, attn.shape[2:-1], value.shape[2:-1], mask, offsets)
     attn, value = (_flat(x, 2, rank) for x in (attn, value))
@@ -701,7 +728,7 @@ def av(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
 
 
 def av_transpose(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
-    attn, query, mask, offsets = inputs
+    attn, query, mask, offsets, _ = inputs
     rank = setup.config[0]
     shape, shape_of_more = wanted
     call = _Unfused(setup, attn.shape[2:-1], shape[2:-1], mask, offsets)
@@ -729,7 +756,7 @@ def av_transpose(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
 
 
 def rpb_gather(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
-    rpb, mask, offsets = inputs
+    rpb, mask, offsets, _ = inputs
     (shape,) = wanted
     call = _Unfused(setup, shape[2:-1], None, mask, offsets)
     rpb = _flat(rpb, 1, setup.config[0])
@@ -745,7 +772,7 @@ def rpb_gather(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
 
 
 def rpb_scatter(setup: Any, wanted: Sequence[Any], *inputs: Inputs) -> Results:
-    attn, mask, offsets = inputs
+    attn, mask, offsets, _ = inputs
     rank = setup.config[0]
     call = _Unfused(setup, attn.shape[2:-1], None, mask, offsets)
     heads, sums = attn.shape[1], _sums_of(attn.dtype)
