@@ -318,6 +318,20 @@ def operator_calls():
         yield _ops.av_transpose, (without_extra.detach(), query, mask, keys, 0, config, "")
         yield _ops.rpb_gather, (rpb, mask, 2, grid, 1, linear, "")
         yield _ops.rpb_scatter, (attn, mask, config, "")
+    # Examples of different lengths, one after another.
+    flags = _args.SEPARATE_KEY_GRID | _args.ALLOW_NO_KEYS
+    config = _args.make_config(1, 1, is_causal=True, flags=flags)
+    tensors = tuple(randn(1, n, 2, 4) for n in (9, 7, 7))
+    inputs = *tensors, None, None, None, None
+    packing = torch.tensor([0, 4, 4, 9]), torch.tensor([0, 2, 7, 7]), 5, None
+    call = *inputs, *packing, config, None, ""
+    output, logsumexp = (x.detach() for x in _ops.packed_attention_forward(*call))
+    yield _ops.packed_attention_forward, call
+    # Second derivatives go example by example, which a graph of unknown lengths cannot.
+    inputs = *(x.detach() for x in tensors), None, None, None, None
+    saved = *inputs, logsumexp, torch.randn_like(output), None
+    wanted = [True] * 3 + [False] * 3
+    yield _ops.packed_attention_backward, (*saved, wanted, *packing, config, None, "")
 
 
 CALLS = list(operator_calls())
@@ -333,7 +347,8 @@ def test_opcheck(number):
 def test_every_operator_is_checked():
     registered = {name.split("::")[1] for name in torch._C._dispatch_get_all_op_names()
                   if name.startswith("natten::")}  # fmt: skip
-    assert registered == {operator.name for operator, _ in CALLS}
+    checked = {operator.overload._schema.name.split("::")[1] for operator, _ in CALLS}
+    assert registered == checked
 
 
 @RANKS

@@ -163,7 +163,7 @@ def test_examples_with_a_batch_of_their_own(rank):
     assert_parts(
         output,
         [
-            FUSED[rank](x, x, x, 3, 1, False, None, None, e, e)
+            FUSED[rank](x, x, x, 3, additional_keys=e, additional_values=e)
             for x, e in zip(q, extra, strict=True)
         ],
     )

@@ -250,7 +250,7 @@ class Operation:
         if setup.config[-1] & ALLOW_NO_KEYS and platform != "cpu":
             raise NotImplementedError(
                 "attention: lengths of examples are read on the CPU only; on CUDA call it for each "
-                "example, or pad them and hide the padding by the key_mask of na1d"
+                f'example, or with backend="{COMPOSED}"'
             )
         rest = iter(shapes)
         sizes = [w is not False and next(rest) for w in wanted]
