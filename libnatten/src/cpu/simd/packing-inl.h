@@ -72,6 +72,8 @@ void pack(const Packing<typename Type::Sum>& p) {
   using T = typename Type::Sum;
   constexpr int kW = kWidth<T>;
   const auto* from = static_cast<const typename Type::Element*>(p.from);
+  // Then elements that are sums already are read where they lie.
+  const bool transposes_alone = !p.plain && p.scale == T(1);
   for (std::int64_t first = 0; first < p.count; first += kW) {
     const int count = static_cast<int>(min(kW, p.count - first));
     for (std::int64_t d = 0; d < p.dim; d += kPiece<T>) {
@@ -86,6 +88,12 @@ void pack(const Packing<typename Type::Sum>& p) {
         std::int64_t element = index * p.stride + d;
         if (d == 0) fetch<typename Type::Element>(p, first + i + kAhead);
         for (int head = 0; head < p.heads; ++head, element += p.head_stride) {
+          if constexpr (sizeof(typename Type::Element) == sizeof(T)) {
+            if (transposes_alone && !is_zero && length % kW == 0) {
+              converted[head][i] = from + element;
+              continue;
+            }
+          }
           T* to = p.plain && i < count
                       ? p.plain + head * p.plain_stride + (first + i) * p.padded + d
                       : pieces[head][i];
