@@ -289,6 +289,15 @@ def test_configs_are_none_on_the_cpu():
         natten.get_configs_for_cutlass_fna(X[1], None, X[1])
 
 
+def test_a_device_without_kernels(monkeypatch):
+    monkeypatch.setattr(backends, "lacks_kernels", lambda device: device.type == "meta")
+    x = X[1].to("meta")
+    assert backends.get_compatible_backends(x, x, x) == ["composed"]
+    assert backends.get_compatible_fmha_backends(x, x, x) == ["composed"]
+    for function in config_functions().values():
+        assert function(x, x, x) == []
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_configs_are_what_the_backend_takes(backward, monkeypatch):
     """With a backend that takes tiles of 16 queries and 8 or 16 keys."""

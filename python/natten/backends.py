@@ -2,8 +2,8 @@
 NATTEN 0.20 and newer.
 
 NATTEN has a function for each family of its kernels. Those of one pass and kind are the same here:
-they list what the fused backend of the tensors' device takes. All answers are of libnatten itself;
-`natten.explain` also says why a backend does not run a call.
+they list what the fused backend of the tensors' device takes. `natten.explain` also says why a
+backend does not run a call.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from torch import Tensor
 
 from natten import _core
 from natten._args import SEPARATE_KEY_GRID, Config, attention_flags, make_config
+from natten._kernel import COMPOSED
 from natten.torch import _ops
+from natten.torch._composed import lacks_kernels
 from natten.types import DimensionType, KernelSchedule
 
 Tile = DimensionType
@@ -36,7 +38,9 @@ def _answers(backward: bool, config: Config, tensors: tuple[Tensor, ...]) -> dic
     """By name, why a fused backend of the device does not run a pass; nothing where it does."""
     for name, x in zip(("query", "key", "value"), tensors, strict=True):
         _ops.check_tensor(name, x)
-        if x.device.type not in ("cpu", "cuda"):  # of which libnatten knows nothing
+        if lacks_kernels(x.device):
+            return {COMPOSED: ""}
+        if x.device.type not in ("cpu", "cuda"):  # meta, which no kernel runs
             return {}
     inputs: list[Any] = [*tensors, None, None, None, None]
     operator = _ops.attention_forward
@@ -155,7 +159,8 @@ def get_compatible_backends(
     query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False
 ) -> list[str]:
     """Names of the fused backends that run `na1d`, `na2d` or `na3d` with such tensors, best first;
-    there is always the reference, "naive", besides on the CPU. torch_compile has no effect."""
+    there is always the reference, "naive", besides on the CPU. Only "composed" where libnatten has
+    no kernels for the device. torch_compile has no effect."""
     answers = _answers(False, _config(query, is_fmha=False), (query, key, value))
     return [name for name, refusal in answers.items() if not refusal]
 
