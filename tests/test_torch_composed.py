@@ -375,10 +375,20 @@ def test_errors_are_those_of_every_backend():
         assert messages[0] == messages[1]
 
 
-def test_nested_tensors_are_refused():
-    q = torch.nested.nested_tensor([torch.randn(5, 2, 4), torch.randn(7, 2, 4)])
-    with pytest.raises(NotImplementedError, match="nested tensors"):
-        F.na1d(q, q, q, 3)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors(layout):
+    examples = [torch.randn(n, 2, 4, dtype=torch.float64) for n in (5, 7)]
+    results = []
+    for backend in ("composed", "naive"):
+        q = torch.nested.nested_tensor(examples, layout=layout, requires_grad=True)
+        output = F.na1d(q, q, q, 3, backend=backend)
+        assert output.layout == layout
+        parts = list(output.unbind())
+        sum(x.square().sum() for x in parts).backward()
+        results.append([*parts, *q.grad.unbind()])
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_tiles_are_not_much_larger_than_their_windows():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, Never, Unpack
 
@@ -43,13 +44,9 @@ def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
         is_composed = args[-1] == COMPOSED or (
             not args[0].is_cpu and _composed.serves(args[0], args[-1])
         )
-        if is_nested and is_composed:
-            raise NotImplementedError(
-                f"nested tensors: got them for the backend {COMPOSED}; must be dense there, one "
-                "call for each example"
-            )
         if is_nested:
-            return _nested.call(operator, *args)
+            composed = functools.partial(_composed.call, operator) if is_composed else None
+            return _nested.call(operator, *args, composed=composed)
         if is_composed and operator is _ops.packed_attention_forward:
             return _composed.call_for_each(_autograd.examples_of(operator, args))
         if is_composed:

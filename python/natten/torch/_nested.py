@@ -1,13 +1,13 @@
 """Nested tensors: a batch of examples that differ in size.
 
-They run in one parallel region, unless a gradient is wanted: then each is a call of its own, which
-PyTorch differentiates.
+They run in one parallel region, unless a gradient is wanted or the backend is `composed`: then each
+is a call of its own, which PyTorch differentiates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,8 +22,9 @@ from natten.torch import _ops
 from natten.torch._private import any_requires_grad, nested_view_from_buffer
 
 
-def call(operator: _ops.Operator, *args: Any) -> Any:
-    """Calls an operator without extras; every output is nested, laid out like the first input.
+def call(operator: _ops.Operator, *args: Any, composed: Callable[..., Any] | None = None) -> Any:
+    """Calls an operator without extras, or what computes the same; every output is nested, laid out
+    like the first input.
 
     An example has no batch axis, so that a nested tensor has as many dimensions as a dense one, or,
     in the strided layout, a batch axis of its own.
@@ -42,9 +43,9 @@ def call(operator: _ops.Operator, *args: Any) -> Any:
         for role, x in zip(operator.inputs, inputs, strict=True)
     ]
     examples = list(zip(*columns, strict=True))
-    if torch.is_grad_enabled() and any_requires_grad(*inputs):
+    if composed or (torch.is_grad_enabled() and any_requires_grad(*inputs)):
         options = args[len(inputs) :]
-        results = [operator(*example, *options) for example in examples]
+        results = [(composed or operator)(*example, *options) for example in examples]
         if len(operator.outputs) == 1:
             results = [(x,) for x in results]
         wholes = tuple(
