@@ -19,9 +19,10 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
   QueryStatistics<K> of_rows{};
   if constexpr (K::kRowsAreQueries && K::kPass != Pass::forward) of_rows = row_statistics(w);
 
-  bool has_next = w.state.count > 0;
+  constexpr bool kLoadsEarly = K::kStages == 1 && !K::kSumsFirst;  // B1 is done with before B2
+  bool is_over = w.state.count == 0;
   NATTEN_DO_NOT_UNROLL
-  for (int i = 0; has_next; ++i) {
+  for (int i = 0; !is_over; ++i) {
     const int stage = K::kStages == 2 ? i & 1 : 0;
     const typename K::Stop& next = w.stop_of(i + 1);
     w.gpu.template wait<0>();
@@ -55,9 +56,9 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
 
     w.gpu.template wait<K::kStages - 1>();
     w.gpu.sync();  // B2 is there, and all warps are done with the scores
-    has_next = !stop.is_last;
-    if constexpr (K::kStages == 1 && !K::kSumsFirst) {
-      if (has_next) load_first_columns(w, 0, next);
+    if constexpr (kLoadsEarly) {
+      is_over = stop.is_last;
+      if (!is_over) load_first_columns(w, 0, next);
       w.gpu.commit();
       w.gpu.sync_warp();  // copies may have parted lanes
     }
@@ -83,9 +84,10 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
     }
     if constexpr (K::kStages == 1 && K::kSumsFirst) {
       w.gpu.sync();  // all warps are done with B1
-      if (has_next) load_first_columns(w, 0, next);
+      if (!stop.is_last) load_first_columns(w, 0, next);
       w.gpu.commit();
     }
+    if constexpr (!kLoadsEarly) is_over = stop.is_last;
   }
   w.gpu.template wait<0>();
   w.gpu.sync();  // rows are there even where there was no column; their memory is free
