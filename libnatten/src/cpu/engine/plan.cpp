@@ -125,9 +125,6 @@ void fit_cache(Plan& plan) {
                                     (column_elements(plan) * plan.piece_columns));
 }
 
-/// Lines of axis 1 that neighboring rows see at most.
-std::int64_t lines_at_hand(const Plan& plan) { return plan.grid.most_columns(1, plan.stack); }
-
 /// Sets how many lines of axes 0 and 1 are packed together; tells whether they fit.
 bool fits_ring(Plan& plan, std::int64_t lines0, std::int64_t lines1) {
   plan.ring0 = lines0;
@@ -141,20 +138,26 @@ bool fits_ring(Plan& plan, std::int64_t lines0, std::int64_t lines1) {
 std::int64_t keep_planes(Plan& plan) {
   const RowGrid& grid = plan.grid;
   const std::int64_t lines = grid.most_rows(1);
-  if (plan.in_pieces) return lines;
   const std::int64_t lines0 = plan.ring0, lines1 = plan.ring1;
-  const bool goes_around = grid.turn(0) < grid.most_columns(0, grid.most_rows(0));
+  const bool has_next_row = grid.most_rows(0) > 1 && lines0 > 1;
+  // Asked first, as calls are small and columns take long to count.
+  if (plan.in_pieces || !(has_next_row || grid.is_circular(1))) return lines;
+  const auto goes_around = [&](int axis) {
+    return grid.is_circular(axis) &&
+           grid.turn(axis) < grid.most_columns(axis, grid.most_rows(axis));
+  };
+  const bool goes_around0 = goes_around(0);
   const auto fits = [&](std::int64_t sweep) {
     const std::int64_t seen = std::min(grid.turn(1), grid.most_columns(1, sweep));
-    return (goes_around && fits_ring(plan, grid.turn(0), seen)) || fits_ring(plan, lines0, seen);
+    return (goes_around0 && fits_ring(plan, grid.turn(0), seen)) || fits_ring(plan, lines0, seen);
   };
-  if (grid.most_rows(0) > 1 && lines0 > 1)
+  if (has_next_row)
     // The shorter sweeps are, the more lines are packed for two of them.
     for (std::int64_t sweep = lines; 2 * sweep > lines1; sweep = round_up(sweep / 2, plan.stack)) {
       if (fits(sweep)) return sweep;
       if (sweep == plan.stack) break;
     }
-  else if (grid.turn(1) < grid.most_columns(1, lines) && fits(lines))
+  else if (goes_around(1) && fits(lines))
     return lines;
   fits_ring(plan, lines0, lines1);
   return lines;
@@ -164,6 +167,7 @@ std::int64_t keep_planes(Plan& plan) {
 /// fewer heads, which reads memory in pieces, then by even shorter sweeps.
 void cut_into_items(Plan& plan, int threads) {
   const std::int64_t longest = plan.grid.most_rows(2), lines = plan.grid.most_rows(1);
+  const std::int64_t lines_at_hand = plan.ring1;
   const std::int64_t longest_sweep = keep_planes(plan);
   plan.strips = (longest + plan.strip - 1) / plan.strip;
   const auto set_sweep = [&](std::int64_t length) {
@@ -175,7 +179,7 @@ void cut_into_items(Plan& plan, int threads) {
   const auto too_few = [&] {
     return plan.items * plan.problem().batch * plan.head_groups() < kItemsPerThread * threads;
   };
-  while (too_few() && plan.sweep > 2 * lines_at_hand(plan)) set_sweep(plan.sweep / 2);
+  while (too_few() && plan.sweep > 2 * lines_at_hand) set_sweep(plan.sweep / 2);
   while (too_few() && plan.row_heads > 1) set_fewer_heads(plan);
   while (too_few() && plan.sweep > plan.stack) set_sweep(plan.sweep / 2);
 }
@@ -223,7 +227,7 @@ Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::siz
   const RowGrid& grid = plan.grid;
   plan.stack = grid.most_rows(1) > 1 && grid.most_columns(1, 1) > 1 ? kMostVectors : 1;
   plan.ring0 = std::max<std::int64_t>(1, grid.most_columns(0, 1));
-  plan.ring1 = std::max<std::int64_t>(1, lines_at_hand(plan));
+  plan.ring1 = std::max<std::int64_t>(1, grid.most_columns(1, plan.stack));
   plan.ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));
   plan.lines = plan.ring0 * plan.ring1;
   fit_cache(plan);

@@ -71,11 +71,12 @@ struct RowGrid {
     const Axis& a = problem.axes[axis];
     return rows_are_keys(kind) ? query_index(a, token) : key_index(a, token);
   }
+  bool is_circular(int axis) const { return problem.axes[axis].boundary == Boundary::circular; }
   /// Positions after which a circular axis begins again; of other axes more than there are.
   std::int64_t turn(int axis) const {
     const Axis& a = problem.axes[axis];
-    return a.boundary == Boundary::circular ? a.grid_length / a.dilation
-                                            : std::numeric_limits<std::int64_t>::max();
+    return is_circular(axis) ? a.grid_length / a.dilation
+                             : std::numeric_limits<std::int64_t>::max();
   }
   /// Dilation groups that have rows, and the one that is number `i` of them.
   std::int64_t groups(int axis) const {
