@@ -45,7 +45,8 @@ from test_jax_random import (  # noqa: E402
 )
 
 import natten.jax as nj  # noqa: E402
-from natten.jax import _composed, _primitives  # noqa: E402
+from natten import _kernel  # noqa: E402
+from natten.jax import _composed  # noqa: E402
 
 P = PartitionSpec
 COUNT = 12
@@ -318,7 +319,7 @@ def test_exported_programs_run():
 
 
 def test_is_told_once(monkeypatch, caplog):
-    monkeypatch.setattr(_primitives, "_told", set())
+    monkeypatch.setattr(_kernel, "_without_kernels", set())
     x = arrays_of(fused_shapes(1))
     with caplog.at_level(logging.WARNING, "natten"):
         for backend in ("composed", None, None):

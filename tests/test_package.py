@@ -56,6 +56,8 @@ def test_torch_names_load_on_demand():
 def test_names():
     assert natten.__version__ == metadata.version("natten")
     assert set(natten.__all__) <= set(dir(natten))
+    if importlib.util.find_spec("torch"):
+        assert all(hasattr(natten, name) for name in natten.__all__)
     with pytest.raises(AttributeError, match="na4d"):
         _ = natten.na4d
 

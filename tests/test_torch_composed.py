@@ -13,6 +13,7 @@ from torch.autograd import gradcheck, gradgradcheck  # noqa: E402
 
 import natten  # noqa: E402
 import natten.functional as F  # noqa: E402
+from natten import _kernel  # noqa: E402
 from natten._args import make_config  # noqa: E402
 from natten._composed import tiles_of  # noqa: E402
 from natten.torch import _composed  # noqa: E402
@@ -317,7 +318,7 @@ def test_memory_does_not_grow_with_the_window():
 @pytest.mark.parametrize("backend", ["composed", "fused", None])
 def test_devices_without_kernels(backend, caplog, monkeypatch):
     monkeypatch.setattr(_composed, "lacks_kernels", lambda device: device.type == "meta")
-    monkeypatch.setattr(_composed, "_told", set())
+    monkeypatch.setattr(_kernel, "_without_kernels", set())
     with natten.na_kernel("fused"):
         q = torch.randn(1, 5, 5, 2, 4, device="meta")
         for _ in range(2):

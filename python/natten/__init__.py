@@ -104,39 +104,6 @@ HAS_LIBNATTEN = True
 
 warn_of_clash(__path__[0], __version__)
 
-# Names that load PyTorch, by the module that has them.
-_TORCH_NAMES = {
-    "natten.torch": (
-        "NeighborhoodAttention1D",
-        "NeighborhoodAttention2D",
-        "NeighborhoodAttention3D",
-        "attention",
-        "explain",
-        "merge_attentions",
-        "na1d",
-        "na2d",
-        "na3d",
-    ),
-    "natten.backends": (
-        "get_bwd_configs_for_cutlass_blackwell_fmha",
-        "get_bwd_configs_for_cutlass_blackwell_fna",
-        "get_bwd_configs_for_cutlass_fmha",
-        "get_bwd_configs_for_cutlass_fna",
-        "get_bwd_configs_for_cutlass_hopper_fmha",
-        "get_bwd_configs_for_cutlass_hopper_fna",
-        "get_configs_for_cutlass_blackwell_fmha",
-        "get_configs_for_cutlass_blackwell_fna",
-        "get_configs_for_cutlass_fmha",
-        "get_configs_for_cutlass_fna",
-        "get_configs_for_cutlass_hopper_fmha",
-        "get_configs_for_cutlass_hopper_fna",
-        "get_configs_for_flex_fmha",
-        "get_configs_for_flex_fna",
-    ),
-}
-_MODULE_OF = {name: module for module, names in _TORCH_NAMES.items() for name in names}
-
-
 _SUBMODULES = ("backends", "flops", "functional", "modules", "token_permute", "types", "utils")
 
 
@@ -233,3 +200,10 @@ __all__ = [
     "use_tf32_in_gemm_na",
     "use_tiled_na",
 ]
+
+# The names of these that load PyTorch, by the module that has them.
+_MODULE_OF = {
+    name: "natten.backends" if "_configs_for_" in name else "natten.torch"
+    for name in __all__
+    if name not in globals()
+}

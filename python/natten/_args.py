@@ -396,6 +396,44 @@ def check_merge(
                 raise TypeError(f"{name}: got dtypes {tensors[0][1]} and {dtype}; must be one")
 
 
+def check_both(given: Mapping[str, Any], names: tuple[str, str]) -> None:
+    """Raises where one of two arguments is missing."""
+    for name in names:
+        if given[name] is None:
+            raise ValueError(f"{name}: missing; {' and '.join(names)} must be given together")
+
+
+def check_lengths(
+    given: Mapping[str, Any], max_seqlen_Q: int | None, max_seqlen_KV: int | None
+) -> tuple[tuple[str, str], dict[str, int | None]] | None:
+    """Which two arguments of `attention` say where its examples lie, and what is given of the
+    largest lengths, by name; None where it has one example. Raises where arguments do not go
+    together. `given`: seqlens_Q, seqlens_KV, cumulative_seqlen_Q and cumulative_seqlen_KV."""
+    lengths = "seqlens_Q", "seqlens_KV"
+    ends = "cumulative_seqlen_Q", "cumulative_seqlen_KV"
+    has_lengths, has_ends = (
+        any(given[name] is not None for name in names) for names in (lengths, ends)
+    )
+    # 0 is what generate_varlen_parameters returns where there are no lengths.
+    most = {"max_seqlen_Q": max_seqlen_Q or None, "max_seqlen_KV": max_seqlen_KV or None}
+    if not has_lengths and not has_ends:
+        for name, number in most.items():
+            if number is not None:
+                raise ValueError(
+                    f"{name}: got {number} without cumulative_seqlen_Q and cumulative_seqlen_KV; "
+                    "must be given with both"
+                )
+        return None
+    if has_lengths and (has_ends or any(x is not None for x in most.values())):
+        raise ValueError(
+            "seqlens_Q, seqlens_KV: given together with cumulative_seqlen_Q, cumulative_seqlen_KV, "
+            "max_seqlen_Q or max_seqlen_KV; must be the ones or the others"
+        )
+    names = lengths if has_lengths else ends
+    check_both(given, names)
+    return names, most
+
+
 class UpstreamKeywords(TypedDict, total=False):
     """Keywords of NATTEN's functions for PyTorch that have no effect here: they set up its own
     kernels. What they hold is checked where NATTEN checks it."""

@@ -47,6 +47,19 @@ def tell_meaning(backend: str | None) -> None:
         logger.info("%s", told)
 
 
+_without_kernels: set[str] = set()  # devices of which it has been told
+
+
+def tell_without_kernels(device: str, framework: str, advice: str = "") -> None:
+    """Logs, once for each kind of device, that `composed` runs there though nobody asked for it."""
+    if device not in _without_kernels:
+        _without_kernels.add(device)
+        logger.warning(
+            "libnatten has no kernels for %s here%s: calls are made of %s's own operations there "
+            '(backend "%s")', device, advice, framework, COMPOSED,
+        )  # fmt: skip
+
+
 def check_name(backend: str) -> None:
     _check_type(backend)
     if backend not in _NAMES and backend not in _MEANINGS:

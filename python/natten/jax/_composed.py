@@ -450,10 +450,10 @@ class Examples:
     """Which keys the queries of examples see that follow each other. `lengths`: as
     `_primitives.LENGTHS`."""
 
-    def __init__(self, lengths: Array, queries: int, keys: int, is_causal: bool) -> None:
+    def __init__(self, lengths: Array, queries: int, keys: int, config: Config) -> None:
         self.of_queries = self._places(lengths[0], queries)
         self.of_keys = self._places(lengths[1], keys)
-        self.is_causal = is_causal
+        self.is_causal = any(options_of(config).get("is_causal", ()))
 
     @staticmethod
     def _places(row: Array, count: int) -> tuple[Array, Array]:
@@ -479,8 +479,7 @@ class _Attention:
         query, key, value, rpb, keys, values, mask, offsets, lengths = inputs
         rank, config, self.examples = setup.config[0], setup.config, None
         if lengths is not None:
-            is_causal = any(options_of(config).get("is_causal", ()))
-            self.examples = Examples(lengths, query.shape[1], key.shape[1], is_causal)
+            self.examples = Examples(lengths, query.shape[1], key.shape[1], config)
             config = make_config(1, 1, flags=config[-1])  # all see all, but for what `sees` says
         self.setup, self.rank, self.offsets = setup, rank, offsets
         self.batch, *grid, self.heads, head_dim = query.shape

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from natten._args import EMPTY_SLOTS_ZERO, options_of, scale_or_default, with_flags
+from natten._args import EMPTY_SLOTS_ZERO, scale_or_default, with_flags
 from natten._kernel import COMPOSED
 from natten.jax._composed import Examples
 from natten.jax._primitives import (
@@ -294,8 +294,7 @@ def _composed_of_examples(
         key, value = (jnp.zeros((x.shape[0], 1, *x.shape[2:]), x.dtype) for x in (key, value))
     group = heads // key.shape[2]
 
-    is_causal = any(options_of(setup.config).get("is_causal", ()))
-    examples = Examples(lengths, queries, key.shape[1], is_causal)
+    examples = Examples(lengths, queries, key.shape[1], setup.config)
     sees = examples.sees(jnp.arange(queries), jnp.arange(key.shape[1]))
     q = query.astype(dtype).reshape(-1, queries, heads // group, group, dim)
     scale = scale_or_default(setup.scale, dim)

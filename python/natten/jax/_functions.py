@@ -22,6 +22,7 @@ from natten._args import (
     Ints,
     attention_flags,
     check_extra,
+    check_lengths,
     check_merge,
     integer,
     listed,
@@ -483,8 +484,8 @@ def attention(
 
     Examples of different lengths may lie one after another in arrays of batch 1, each of which then
     attends to its own keys. An example may have no queries; those of one without keys get output 0
-    and logsumexp -inf. This runs on the CPU only. Forward mode, and second derivatives, store
-    weights of all queries and all keys.
+    and logsumexp -inf. On CUDA that takes the backend "composed". Forward mode, and second
+    derivatives, store weights of all queries and all keys.
 
     Args:
         query: [batch, tokens, heads, head_dim], float64, float32, bfloat16 or float16.
@@ -533,29 +534,11 @@ def _lengths(
     max_seqlen_KV: int | None,
 ) -> Array | None:
     """What the arguments of `attention` say of its examples, as `_primitives.LENGTHS`."""
-    # 0 is what natten.utils.varlen returns where there are no lengths.
-    most = {"max_seqlen_Q": max_seqlen_Q or None, "max_seqlen_KV": max_seqlen_KV or None}
-    names = [name for name, value in given.items() if value is not None]
-    if not names:
-        for name, number in most.items():
-            if number is not None:
-                raise ValueError(
-                    f"{name}: got {number} without cumulative_seqlen_Q and cumulative_seqlen_KV; "
-                    "must be given with both"
-                )
+    said = check_lengths(given, max_seqlen_Q, max_seqlen_KV)
+    if said is None:
         return None
-    is_cumulative = names[0].startswith("cumulative")
-    if not is_cumulative and (
-        any(name.startswith("cumulative") for name in names) or any(most.values())
-    ):
-        raise ValueError(
-            "seqlens_Q, seqlens_KV: given together with cumulative_seqlen_Q, cumulative_seqlen_KV, "
-            "max_seqlen_Q or max_seqlen_KV; must be the ones or the others"
-        )
-    sides = list(given)[2:] if is_cumulative else list(given)[:2]
-    for name in sides:
-        if given[name] is None:
-            raise ValueError(f"{name}: missing; {sides[0]} and {sides[1]} must be given together")
+    sides, most = said
+    is_cumulative = sides[0] == "cumulative_seqlen_Q"
     for name, x in zip(("query", "key", "value"), tensors, strict=True):
         if x.ndim != 4 or x.shape[0] != 1:
             raise ValueError(

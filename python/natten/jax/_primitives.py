@@ -26,8 +26,8 @@ from jax.sharding import NamedSharding
 from natten import _core
 from natten._args import ALLOW_NO_KEYS, UNKNOWN_OFFSETS, Config
 from natten._choices import tell
-from natten._kernel import COMPOSED
-from natten._log import TELLS_CHOICES, logger
+from natten._kernel import COMPOSED, tell_without_kernels
+from natten._log import TELLS_CHOICES
 from natten._roles import Role, roles_of
 from natten.jax import _composed, _ffi
 from natten.jax._folding import Fold
@@ -55,10 +55,6 @@ LENGTHS = Role(
 
 # What is asked of an output: its shape where only the caller knows it, else whether it is wanted.
 Wanted: TypeAlias = bool | tuple[int, ...]
-
-
-# Platforms that are known to be served by the backend `composed` though nobody asked for it.
-_told: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,12 +201,7 @@ class Operation:
                 f"{', '.join(platforms)}, which libnatten has no kernels for here"
             )
         for platform in platforms if backend != COMPOSED else ():
-            if platform not in _told:
-                _told.add(platform)
-                logger.warning(
-                    "libnatten has no kernels for %s here: calls are made of JAX's own operations "
-                    'there (backend "%s")', platform, COMPOSED,
-                )  # fmt: skip
+            tell_without_kernels(platform, "JAX")
         return self._lower_composed(ctx, *operands, **params)
 
     def _lower_composed(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:

@@ -21,8 +21,8 @@ from natten import _core
 from natten._args import Config, scale_or_default, window_size
 from natten._choices import tell_composed
 from natten._composed import AxisTiles, Tiles, strides_of, tiles_of
-from natten._kernel import COMPOSED
-from natten._log import TELLS_CHOICES, logger
+from natten._kernel import COMPOSED, tell_without_kernels
+from natten._log import TELLS_CHOICES
 from natten.torch import _ops
 from natten.torch._autograd import without_empty_rows
 from natten.torch._private import any_requires_grad, is_any_autocast_enabled, is_in_forward_mode
@@ -37,8 +37,6 @@ _PAIRS_OF_TILE = 2**16
 
 # Whether libnatten has kernels for CUDA tensors of this PyTorch; ROCm calls its devices cuda too.
 _HAS_CUDA = bool(_core.backends("cuda")) and torch.version.hip is None
-
-_told: set[str] = set()  # devices
 
 
 def lacks_kernels(device: torch.device) -> bool:
@@ -62,14 +60,9 @@ def serves(x: Tensor, backend: str) -> bool:
 
 
 def _tell(device: torch.device) -> None:
-    if device.type in _told or not lacks_kernels(device):
-        return
-    _told.add(device.type)
-    advice = "; the README says how to build it with them" if device.type == "cuda" else ""
-    logger.warning(
-        "libnatten has no kernels for %s here%s: calls are made of PyTorch's own operations there "
-        '(backend "%s")', device.type, advice, COMPOSED,
-    )  # fmt: skip
+    if lacks_kernels(device):
+        advice = "; the README says how to build it with them" if device.type == "cuda" else ""
+        tell_without_kernels(device.type, "PyTorch", advice)
 
 
 def call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
@@ -92,14 +85,8 @@ def call_for_each(examples: Sequence[Sequence[Any]]) -> list[Tensor]:
         if not key.shape[1]:  # one that nobody sees
             key, value = (torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 1)) for x in (key, value))
             mask = torch.zeros(key.shape[:2], dtype=torch.bool, device=key.device)
-        if query.shape[1]:
-            inputs = query, key, value, rpb, keys, values, mask
-            results.append(call(_ops.attention_forward, *inputs, *options))
-            continue
-        shape = query.shape[:-1]
-        dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
-        none = query.new_zeros(*shape, value.shape[-1]), query.new_zeros(shape, dtype=dtype)
-        results.append(tuple(x + query.sum().to(x.dtype) for x in none))
+        inputs = query, key, value, rpb, keys, values, mask
+        results.append(call(_ops.attention_forward, *inputs, *options))
     return [torch.cat(x, 1) for x in zip(*results, strict=True)]
 
 
@@ -420,16 +407,26 @@ def _known(n: Any) -> int:
     return n if type(n) is int else 1
 
 
-def _by_tile(problem: _Problem, x: Tensor) -> Sequence[Tensor]:
-    """Of [batch, heads, queries, ...] the rows of each chunk, by tile."""
-    x = x.index_select(2, problem.queries_by_tile())
-    return x.split(problem.tiles_per_chunk * problem.queries, 2)
-
-
-def _by_query(problem: _Problem, parts: Sequence[Tensor]) -> Tensor:
-    """The reverse of `_by_tile`."""
-    x = torch.cat(list(parts), 2) if len(parts) > 1 else parts[0]
-    return x.index_select(2, problem.places_of_queries())
+def _over_tiles(
+    problem: _Problem,
+    run: Callable[..., tuple[Tensor, ...]],
+    x: Tensor,
+    *tensors: Tensor | None,
+) -> list[Tensor]:
+    """Results [batch, heads, queries, ...] of `run(first and past the last tile, tables, rows,
+    *tensors)`, which gets and returns the rows of a chunk's queries. `x`: rows of all of them."""
+    rows = x.index_select(2, problem.queries_by_tile())
+    results = [
+        _recomputed(functools.partial(run, tiles), problem.table, part, *tensors)
+        for tiles, part in zip(
+            problem.chunks(), rows.split(problem.tiles_per_chunk * problem.queries, 2), strict=True
+        )
+    ]
+    places = problem.places_of_queries()
+    return [
+        (torch.cat(parts, 2) if len(parts) > 1 else parts[0]).index_select(2, places)
+        for parts in zip(*results, strict=True)
+    ]
 
 
 def _attention(
@@ -448,9 +445,9 @@ def _attention(
     key_grid, kv_heads = key.shape[1:-2], key.shape[-2]
     group, dtype = heads // kv_heads, _dtype_of(query)
     if math.prod(query_grid) == 0:
-        output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
-        lse = query.new_zeros(query.shape[:-1], dtype=dtype)
-        return (output, lse) if statistic else (output,)
+        none = query.sum(-1, keepdim=True)  # no element, but of the graph
+        output = none.expand(*query.shape[:-1], value.shape[-1])
+        return (output, none.squeeze(-1).to(dtype)) if statistic else (output,)
     additional = _count(additional_keys, 1)
     problem = _Problem(
         config,
@@ -500,13 +497,9 @@ def _attention(
             lse = lse.masked_fill(is_empty.squeeze(-1), -torch.inf)
         return output, lse.flatten(2, 3)
 
-    results = [
-        _recomputed(functools.partial(run, tiles), problem.table, part, k, v, rpb, mask)
-        for tiles, part in zip(problem.chunks(), _by_tile(problem, q), strict=True)
-    ]
     output, *more = (
-        _by_query(problem, parts).transpose(1, 2).flatten(2, 3).unflatten(1, query_grid)
-        for parts in zip(*results, strict=True)
+        x.transpose(1, 2).flatten(2, 3).unflatten(1, query_grid)
+        for x in _over_tiles(problem, run, q, k, v, rpb, mask)
     )
     return (output.to(query.dtype), *more)
 
@@ -552,13 +545,8 @@ def _qk(
         scores = torch.where(filled, scores, -torch.inf)
         return (scores.flatten(2, 3).to(query.dtype),)
 
-    results = [
-        _recomputed(functools.partial(run, tiles), problem.table, part, k, rpb, mask)[0]
-        for tiles, part in zip(
-            problem.chunks(), _by_tile(problem, query.flatten(2, -2)), strict=True
-        )
-    ]
-    return _by_query(problem, results).unflatten(2, query_grid)
+    (attn,) = _over_tiles(problem, run, query.flatten(2, -2), k, rpb, mask)
+    return attn.unflatten(2, query_grid)
 
 
 def _av(
@@ -598,13 +586,8 @@ def _av(
         weights = torch.where(visible, weights, 0.0)
         return ((weights @ v).flatten(2, 3).to(attn.dtype),)
 
-    results = [
-        _recomputed(functools.partial(run, tiles), problem.table, part, v, mask)[0]
-        for tiles, part in zip(
-            problem.chunks(), _by_tile(problem, attn.flatten(2, -2)), strict=True
-        )
-    ]
-    return _by_query(problem, results).unflatten(2, query_grid)
+    (output,) = _over_tiles(problem, run, attn.flatten(2, -2), v, mask)
+    return output.unflatten(2, query_grid)
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from natten import _core
-from natten._args import ALLOW_NO_KEYS, SEPARATE_KEY_GRID, integer, make_config
+from natten._args import (
+    ALLOW_NO_KEYS,
+    SEPARATE_KEY_GRID,
+    check_both,
+    check_lengths,
+    integer,
+    make_config,
+)
 from natten.torch import _ops
 
 # cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV
@@ -31,29 +38,18 @@ def given(
     max_seqlen_KV: int | None,
 ) -> Packing | tuple[()]:
     """What the arguments of `attention` say; () where they say that there is one length."""
-    lengths = {"seqlens_Q": seqlens_Q, "seqlens_KV": seqlens_KV}
-    ends = {
+    lengths = {
+        "seqlens_Q": seqlens_Q,
+        "seqlens_KV": seqlens_KV,
         "cumulative_seqlen_Q": cumulative_seqlen_Q,
         "cumulative_seqlen_KV": cumulative_seqlen_KV,
     }
-    # 0 is what generate_varlen_parameters returns where there are no lengths.
-    most = {"max_seqlen_Q": max_seqlen_Q or None, "max_seqlen_KV": max_seqlen_KV or None}
-    has_lengths, has_ends = (any(x is not None for x in d.values()) for d in (lengths, ends))
-    if not has_lengths and not has_ends:
-        for name, number in most.items():
-            if number is not None:
-                raise ValueError(
-                    f"{name}: got {number} without cumulative_seqlen_Q and cumulative_seqlen_KV; "
-                    "must be given with both"
-                )
+    said = check_lengths(lengths, max_seqlen_Q, max_seqlen_KV)
+    if said is None:
         return ()
-    if has_lengths and (has_ends or any(x is not None for x in most.values())):
-        raise ValueError(
-            "seqlens_Q, seqlens_KV: given together with cumulative_seqlen_Q, cumulative_seqlen_KV, "
-            "max_seqlen_Q or max_seqlen_KV; must be the ones or the others"
-        )
-    first, second = _checked(query, key, value, lengths if has_lengths else ends)
-    if has_lengths:
+    names, most = said
+    first, second = _checked(query, key, value, {name: lengths[name] for name in names})
+    if names[0] == "seqlens_Q":
         return _ends_of(first), _ends_of(second), None, None
     longest = [None if x is None else _number(name, x) for name, x in most.items()]
     return first, second, longest[0], longest[1]
@@ -82,8 +78,6 @@ def _checked(
             )
     (first, _), (second, _) = lengths.items()
     for name, x in lengths.items():
-        if x is None:
-            raise ValueError(f"{name}: missing; {first} and {second} must be given together")
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}; must be a torch.Tensor")
         if x.dtype not in (torch.int32, torch.int64):
@@ -140,6 +134,7 @@ def generate_varlen_parameters(
     if seqlens_Q is None and seqlens_KV is None:
         return None, None, 0, 0
     lengths = {"seqlens_Q": seqlens_Q, "seqlens_KV": seqlens_KV}
+    check_both(lengths, ("seqlens_Q", "seqlens_KV"))
     queries, keys = _checked(query, key, value, lengths)
     ends = _ends_of(queries), _ends_of(keys)
     inputs = [(tuple(x.shape), _ops.dtype_name(x)) for x in (query, key, value)]
