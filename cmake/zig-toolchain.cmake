@@ -42,6 +42,9 @@ foreach(language C CXX)
   set(CMAKE_${language}_STANDARD_COMPUTED_DEFAULT 17)
   set(CMAKE_${language}_EXTENSIONS_COMPUTED_DEFAULT ON)
 endforeach()
+if(CMAKE_SYSTEM_NAME STREQUAL Linux)
+  set(CMAKE_EXECUTABLE_FORMAT ELF) # or installing cannot change where libraries are looked for
+endif()
 
 # Nothing that is installed here is for that system.
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)

@@ -54,6 +54,7 @@ LINUX = {"libc.so.6", "libm.so.6"}
 MACOS = {"/usr/lib/libSystem.B.dylib"}
 WINDOWS = {"python3.dll", "KERNEL32.dll", "api-ms-win-crt-heap-l1-1-0.dll"}
 INIT = {"PyInit__core"}
+ERROR = "_ZTVN8nanobind4abi112python_errorE"  # nanobind's
 
 
 @pytest.mark.parametrize(
@@ -77,6 +78,9 @@ INIT = {"PyInit__core"}
         (Module("x86_64", {*WINDOWS, "python312.dll"}, INIT), "win_amd64", "needs python312.dll"),
         (Module("x86_64", {*WINDOWS, "libc++.dll"}, INIT), "win_amd64", r"needs libc\+\+.dll"),
         (Module("x86_64", {"KERNEL32.dll"}, INIT), "win_amd64", "does not need python3.dll"),
+        (Module("x86_64", WINDOWS, INIT | {ERROR}), "win_amd64", None),
+        (Module("x86_64", WINDOWS, INIT | {ERROR, "x"}), "win_amd64", "exports.*x"),
+        (Module("x86_64", LINUX, INIT | {ERROR}), "manylinux_2_28_x86_64", "must export PyInit"),
     ],
 )  # fmt: skip
 def test_modules(module, platform, want):
