@@ -169,7 +169,7 @@ test-pythons:
 
 # What is slow or depends on a changing distribution, run by hand when something that it covers has
 # changed (CONTRIBUTING.md).
-ci-full: test-pythons test-cross test-wine cuda
+ci-full: test-clang test-pythons test-cross test-wine cuda
 
 clean:
 	rm -rf build dist $(VENV) demo_output
