@@ -215,6 +215,39 @@ std::vector<std::tuple<std::string, std::string, bool>> explain_call(
   return rows;
 }
 
+nb::list work_of_call(const std::string& op, const Config& config, const nb::sequence& inputs,
+                      const nb::sequence& outputs, const std::string& device, int threads,
+                      bool fixed_tiles) {
+  HoldsLock lock;
+  Views views(device_named(device));
+  Call call = call_of(views, op, config, {}, inputs);
+  bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
+    call.tensors.*role.tensor = views.view(object, role.name);
+  });
+  const std::vector<PassWork> passes =
+      fixed_tiles
+          ? std::vector{work_of_fixed_tiles(call, call.options.query_tile, call.options.key_tile)}
+          : work_of(call, threads);
+  nb::list rows;
+  for (const PassWork& p : passes) {
+    nb::dict row;
+    row["name"] = p.name;
+    row["units"] = p.units;
+    row["tiles"] = p.tiles;
+    row["useful"] = p.useful;
+    row["executed"] = p.executed;
+    row["weights"] = p.weights;
+    row["masked"] = p.masked;
+    row["calls"] = p.calls;
+    row["packs"] = p.packs;
+    row["packed"] = p.packed;
+    row["read"] = p.read;
+    row["written"] = p.written;
+    rows.append(row);
+  }
+  return rows;
+}
+
 std::vector<std::tuple<std::string, std::string, bool, bool, bool, bool>> roles(
     const std::string& op) {
   std::vector<std::tuple<std::string, std::string, bool, bool, bool, bool>> rows;
@@ -380,6 +413,12 @@ NB_MODULE(_core, m) {
         "device"_a = "cpu", "outputs"_a = nb::none(),
         "The backends for a call, best first, as (name, why it refuses or \"\", is chosen).\n"
         "outputs: arrays, (shape, dtype name) tuples or None (not wanted) each; None: not said.");
+  m.def("work_of", &work_of_call, "op"_a, "config"_a, "inputs"_a, "outputs"_a, "device"_a = "cpu",
+        "threads"_a = 1, "fixed_tiles"_a = false,
+        "What the passes of fused attention do, counted without running them: a dict each, as\n"
+        "natten::PassWork. Tensors: (shape, dtype name) tuples or None. fixed_tiles: by the "
+        "config's\n"
+        "q_tile_shape and kv_tile_shape, of tiles on a grid of their own.");
   m.def(
       "roles", &roles, "op"_a,
       "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required,\n"

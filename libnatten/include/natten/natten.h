@@ -10,6 +10,7 @@
 #include <natten/operations.h>
 #include <natten/problem.h>
 #include <natten/roles.h>
+#include <natten/simulate.h>
 #include <natten/status.h>
 #include <natten/types.h>
 #include <natten/version.h>

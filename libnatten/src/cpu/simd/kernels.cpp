@@ -7,6 +7,7 @@
 
 #include "backward_key-inl.h"
 #include "backward_query-inl.h"
+#include "count-inl.h"
 #include "forward-inl.h"
 #include "packing-inl.h"
 #include "unfused-inl.h"
@@ -23,6 +24,7 @@ constexpr Kernels<T> kernels() {
   k.backward_key = backward_key<T>;
   k.score = score<T>;
   k.weigh = weigh<T>;
+  k.count = count<T>;
   k.scratch_elements = static_cast<std::size_t>(2 * kMostVectors * kScores<T>);
   k.width = kWidth<T>;
   return k;

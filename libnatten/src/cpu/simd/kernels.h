@@ -120,6 +120,15 @@ struct Weights {
   T* sums = nullptr;        // `weigh` adds to them: [rows][padded]
 };
 
+/// What the kernels of fused passes do with blocks.
+struct StepCount {
+  std::int64_t batches = 0;  // in which the steps are handled
+  std::int64_t visits = 0;   // of vectors at lines
+  std::int64_t steps = 0;    // of vectors; each makes a vector of scores
+  std::int64_t masked = 0;   // of these, in which some row sees nothing
+  std::int64_t sums = 0;     // columns that rows add to their sums
+};
+
 /// How to pack a line: `count` tokens of `dim` elements, `stride` elements apart, of some heads.
 /// Operands of a head follow those of the head before it.
 template <class T>
@@ -163,10 +172,11 @@ struct Kernels {
   void (*finish)(T* largest, T* total, std::int64_t count);
   void (*backward_query)(const BackwardQuery<T>&);
   void (*backward_key)(const BackwardKey<T>&);
-  void (*score)(const Weights<T>&);  // writes weights, as products of rows and columns
-  void (*weigh)(const Weights<T>&);  // reads weights, sums up columns (Line::plain)
-  std::size_t scratch_elements;      // of Block::scratch
-  int width;                         // elements per vector; padded dims are a multiple
+  void (*score)(const Weights<T>&);            // writes weights, as products of rows and columns
+  void (*weigh)(const Weights<T>&);            // reads weights, sums up columns (Line::plain)
+  void (*count)(const Block<T>&, StepCount&);  // reads no data; adds up
+  std::size_t scratch_elements;                // of Block::scratch
+  int width;                                   // elements per vector; padded dims are a multiple
 };
 
 /// Conversion between tensor elements and sums, per element type in the order of DType.

@@ -89,6 +89,8 @@ struct Walk {
   NATTEN_INLINE std::int64_t base(int v, int row) const { return first + index[row] + v * shift; }
   /// Stacked vectors walk alike.
   NATTEN_INLINE int of(int v) const { return block.adjacent ? v : 0; }
+  /// How many steps earlier the next row of adjacent vectors comes to the same column.
+  NATTEN_INLINE std::int64_t earlier() const { return shift ? 1 : 0; }
   NATTEN_INLINE bool sees_all(int v, std::int64_t step) const {
     return step >= all_low[of(v)] && step < all_high[of(v)];
   }
@@ -182,6 +184,27 @@ NATTEN_INLINE void column_products(const Walk<T>& walk, const Batch& batch, cons
   products(walk, batch, rows, operand, dim, padded, out);
 }
 
+struct Steps {
+  std::int64_t low, high;
+};
+/// The steps of a batch that some rows of an adjacent vector sum together, as the first of them
+/// counts: those in which any sees a column.
+template <class T>
+NATTEN_INLINE Steps steps_of_group(const Walk<T>& walk, const Batch& batch, int v, int row,
+                                   int entries) {
+  const std::int64_t earlier = walk.earlier();
+  std::int64_t low = 0, high = 0;
+  for (int g = 0; g < entries; ++g) {
+    const std::int64_t from = max(walk.low[v][row + g], batch.step0);
+    const std::int64_t to = min(walk.high[v][row + g], batch.step1);
+    if (from >= to) continue;  // its columns may not even be packed
+    const bool is_first = low == high;
+    low = is_first ? from + g * earlier : min(low, from + g * earlier);
+    high = is_first ? to + g * earlier : max(high, to + g * earlier);
+  }
+  return {low, high};
+}
+
 /// sums[row] += sum over the batch's columns of weights * operand[column].
 template <class T>
 void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
@@ -215,22 +238,12 @@ void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
           min(walk.high[0][row], batch.step1));
     return;
   }
-  // The next row comes to the same column one step earlier, or at the same step.
-  const std::int64_t earlier = walk.shift ? 1 : 0;
-  p.next_entry = 1 - earlier * kW;
+  p.next_entry = 1 - walk.earlier() * kW;
   p.sums_stride = padded;
   for (int v = 0; v < block.vectors; ++v)
     for (int row = 0; row < walk.rows_of(v); row += kRowGroup) {
       const auto entries = static_cast<int>(min(kRowGroup, walk.rows_of(v) - row));
-      std::int64_t low = 0, high = 0;
-      for (int g = 0; g < entries; ++g) {
-        const std::int64_t from = max(walk.low[v][row + g], batch.step0);
-        const std::int64_t to = min(walk.high[v][row + g], batch.step1);
-        if (from >= to) continue;  // its columns may not even be packed
-        const bool is_first = low == high;
-        low = is_first ? from + g * earlier : min(low, from + g * earlier);
-        high = is_first ? to + g * earlier : max(high, to + g * earlier);
-      }
+      const auto [low, high] = steps_of_group(walk, batch, v, row, entries);
       for (int r = 0; r < run_count; ++r) {
         runs[r].first = 0;
         runs[r].last = entries;

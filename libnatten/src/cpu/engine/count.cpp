@@ -1,0 +1,141 @@
+#include "count.h"
+
+#include "engine.h"
+
+// The engine runs a pass whose functions count where others compute, so what is counted is what is
+// done: the plan, its strips and pieces, the ring of packed lines and the steps of the kernels.
+
+namespace natten::detail::cpu::engine {
+namespace {
+
+constexpr const char* kNames[] = {"forward", "backward_query", "backward_key"};
+
+double as_double(std::int64_t n) { return static_cast<double>(n); }
+
+template <class E>
+class Count final : public Pass<E> {
+ public:
+  using T = StatisticOf<E>;
+  using Pass<E>::plan;
+
+  Count(const Job& job, PassKind kind, int threads, PassWork& to)
+      : Pass<E>(job, kind, threads), to_(to) {}
+
+  void take_memory(Arena&) override {}
+
+  void load_rows(const Work& work, Loader<T>&) override {
+    const Problem& p = plan.problem();
+    rows_ = as_double(work.line_count * work.row_count * work.head_count);
+    std::int64_t elements = p.head_dim, numbers = 0;
+    if (plan.kind() != PassKind::forward) elements += p.value_dim;
+    if (plan.kind() == PassKind::backward_query) numbers = 1;  // logsumexp
+    to_.read += rows_ * bytes_of(elements, numbers);
+    to_.packed += rows_ * as_double(elements) * sizeof(T);
+  }
+
+  int rounds() const override {
+    return plan.kind() == PassKind::backward_query && plan.in_pieces ? 2 : 1;
+  }
+
+  void pack_line(const Work& work, const LineToPack<T>& line, Loader<T>&) override {
+    const Problem& p = plan.problem();
+    const ColumnShape& c = plan.column;
+    for_each_run(plan, work, line.first, line.count,
+                 [&](const Coordinate*, std::int64_t, std::int64_t count) {
+                   const double columns = as_double(count * work.column_head_count);
+                   to_.packs += 1;
+                   to_.read += columns * bytes_of(p.head_dim + p.value_dim, c.statistics ? 2 : 0);
+                   to_.packed += columns *
+                                 as_double(c.transposed + c.transposed_grad + c.plain +
+                                           c.plain_grad + (c.statistics ? 2 : 0)) *
+                                 sizeof(T);
+                 });
+  }
+
+  void run_block(const Work& work, const Columns<T>&, const simd::Block<T>& block) override {
+    const Problem& p = plan.problem();
+    simd::StepCount n;
+    this->kernels().count(block, n);
+    const bool is_first = work.round == 0, is_last = work.round == rounds() - 1;
+    std::int64_t scores = p.head_dim, sums = plan.value_padded;
+    if (plan.kind() == PassKind::backward_query) sums = is_last ? plan.padded : 0;
+    if (plan.kind() == PassKind::backward_key) sums += plan.padded;
+    if (plan.kind() != PassKind::forward) scores += p.value_dim;
+    // Row terms first, where the steps of a row do not fit into one batch.
+    const int times =
+        plan.kind() == PassKind::backward_query && is_first && is_last && n.batches > 1 ? 2 : 1;
+    to_.calls += 1;
+    to_.tiles += as_double(n.visits);
+    to_.weights += as_double(times * n.steps * plan.width);
+    to_.masked += as_double(times * n.masked * plan.width);
+    to_.executed += as_double(times * n.steps * plan.width * scores + n.sums * sums);
+  }
+
+  void store_rows(const Work&) override {
+    const Problem& p = plan.problem();
+    const std::int64_t elements = plan.kind() == PassKind::forward ? p.value_dim
+                                  : plan.kind() == PassKind::backward_query
+                                      ? p.head_dim
+                                      : p.head_dim + p.value_dim;
+    const bool has_number = plan.kind() == PassKind::backward_query || p.has_logsumexp;
+    to_.written += rows_ * bytes_of(elements, plan.kind() != PassKind::backward_key && has_number);
+  }
+
+ private:
+  static double bytes_of(std::int64_t elements, std::int64_t numbers) {
+    return as_double(elements) * sizeof(E) + as_double(numbers) * sizeof(T);
+  }
+
+  PassWork& to_;
+  double rows_ = 0;  // at hand
+};
+
+/// Adds `from`, `times` over.
+void add(PassWork& to, const PassWork& from, double times) {
+  for (double PassWork::*x :
+       {&PassWork::tiles, &PassWork::executed, &PassWork::weights, &PassWork::masked,
+        &PassWork::calls, &PassWork::packs, &PassWork::packed, &PassWork::read, &PassWork::written})
+    to.*x += times * (from.*x);
+}
+
+template <class E>
+PassWork count_pass(const Job& job, PassKind kind, int threads) {
+  PassWork result;
+  const Problem& p = job.problem;
+  const Plan plan = plan_for<E>(p, kind, threads);
+  // Batch entries are alike, and so are groups of heads but the last, which may hold fewer.
+  const std::int64_t groups = plan.head_groups();
+  const auto count_group = [&](std::int64_t group, std::int64_t times) {
+    PassWork one;
+    Count<E> pass(job, kind, threads, one);
+    Engine<E> engine(pass, AdditionalTokens<E>(job), BiasTables<E>(job, plan));
+    engine.run(group * plan.units, (group + 1) * plan.units);
+    add(result, one, as_double(times * p.batch));
+  };
+  const bool is_even = plan.grid.heads() % plan.row_heads == 0;
+  if (is_even || groups > 1) count_group(0, is_even ? groups : groups - 1);
+  if (!is_even) count_group(groups - 1, 1);
+  result.name = kNames[static_cast<int>(kind)];
+  result.units = plan.total_units();
+  return result;
+}
+
+}  // namespace
+
+std::vector<PassWork> count_passes(const Problem& problem, int threads) {
+  const Job job{problem, {}, nullptr};
+  std::vector<PassWork> passes;
+  dispatch_dtype(problem.dtype, [&](auto type) {
+    using E = typename decltype(type)::type;
+    if (problem.op == Op::attention_forward) {
+      passes.push_back(count_pass<E>(job, PassKind::forward, threads));
+      return;
+    }
+    passes.push_back(count_pass<E>(job, PassKind::backward_query, threads));
+    if (problem.wants_grad_key || problem.wants_grad_value)
+      passes.push_back(count_pass<E>(job, PassKind::backward_key, threads));
+  });
+  return passes;
+}
+
+}  // namespace natten::detail::cpu::engine

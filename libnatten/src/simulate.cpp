@@ -1,0 +1,93 @@
+#include <natten/attention.h>
+#include <natten/error.h>
+#include <natten/simulate.h>
+
+#include <algorithm>
+
+#include "cpu/engine/count.h"
+#include "cuda/count.h"
+#include "validate.h"
+
+namespace natten {
+namespace {
+
+/// Checks a call of which the work can be counted.
+Problem countable(const Call& call) {
+  const Problem problem = describe(call);
+  if (!is_fused(problem.op))
+    throw Error(ErrorKind::invalid_value,
+                std::string("op: got ") + name_of(problem.op) + "; must be fused attention");
+  const auto refuse = [](const char* what) {
+    throw Error(ErrorKind::unsupported, std::string(what) + ": their work is not counted");
+  };
+  if (problem.has_rpb || problem.wants_grad_rpb) refuse("rpb");
+  if (problem.has_key_mask) refuse("key_mask");
+  if (problem.additional > 0) refuse("additional_keys, additional_values");
+  return problem;
+}
+
+/// Pairs of a query and a key that it sees, of all heads.
+double pairs_of(const Problem& problem) {
+  auto pairs = static_cast<double>(problem.batch * problem.heads);
+  for (const Axis& axis : problem.axes) {
+    double of_axis = 0;
+    for (std::int64_t i = 0; i < axis.query_length; ++i) {
+      const std::int64_t token = axis.query_offset + i;
+      const Interval seen = window(axis, group_of(axis, token), position_of(axis, token));
+      of_axis += static_cast<double>(seen.size());
+    }
+    pairs *= of_axis;
+  }
+  return pairs;
+}
+
+void check_tile(const char* name, const Tuple& tile, int rank) {
+  bool fits = tile.size == rank;
+  for (int i = 0; fits && i < rank; ++i) fits = tile[i] >= 1 && tile[i] <= (1 << 20);
+  if (!fits)
+    throw Error(ErrorKind::invalid_value,
+                std::string(name) + ": got " +
+                    detail::to_string(tile.values.data(), std::min(tile.size, kMaxDims)) +
+                    "; must be " + std::to_string(rank) + " positive integers up to 2^20");
+}
+
+}  // namespace
+
+std::vector<PassWork> work_of(const Call& call, int threads) {
+  const Problem problem = countable(call);
+  if (threads < 1)
+    throw Error(ErrorKind::invalid_value,
+                "threads: got " + std::to_string(threads) + "; must be at least 1");
+  const bool is_empty = problem.batch == 0 || problem.queries() == 0 || problem.keys() == 0;
+  if (is_empty) return {};
+  std::vector<PassWork> passes = problem.device.type == DeviceType::cuda
+                                     ? detail::cuda::count_passes({problem, call.tensors, nullptr})
+                                     : detail::cpu::engine::count_passes(problem, threads);
+  // What the definition asks for, once: scores and gradients of weights, which each pass that needs
+  // them computes again, belong to the first.
+  const double pairs = pairs_of(problem);
+  const auto d = static_cast<double>(problem.head_dim), dv = static_cast<double>(problem.value_dim);
+  if (problem.op == Op::attention_forward) {
+    passes.front().useful = pairs * (d + dv);
+    return passes;
+  }
+  passes.front().useful = pairs * (d + dv + (problem.wants_grad_query ? d : 0));
+  passes.back().useful +=
+      pairs * ((problem.wants_grad_key ? d : 0) + (problem.wants_grad_value ? dv : 0));
+  return passes;
+}
+
+PassWork work_of_fixed_tiles(const Call& call, const Tuple& query_tile, const Tuple& key_tile) {
+  const Problem problem = countable(call);
+  if (problem.op != Op::attention_forward)
+    throw Error(ErrorKind::invalid_value, "op: got attention_backward; must be attention_forward");
+  check_tile("query_tile", query_tile, problem.rank);
+  check_tile("key_tile", key_tile, problem.rank);
+  if (call.neighborhood.has_parts() || call.options.separate_key_grid)
+    throw Error(ErrorKind::unsupported, "call: queries and keys must be the whole of one grid");
+  PassWork work = detail::cuda::count_fixed_tiles(problem, query_tile, key_tile);
+  work.useful = pairs_of(problem) * static_cast<double>(problem.head_dim + problem.value_dim);
+  return work;
+}
+
+}  // namespace natten
