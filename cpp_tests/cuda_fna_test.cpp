@@ -207,7 +207,53 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
       }
     }
     EXPECT_LE(executed / static_cast<double>(p.queries() * p.window_size()), e.most);
+
+    // natten::work_of multiplies what it counts along each axis.
+    call.tensors.output = natten::expected(p, &natten::Tensors::output);
+    const auto tile_of = [&](const cuda::TileShape& shape) {
+      natten::Tuple tile;
+      for (tile.size = 0; tile.size < rank; ++tile.size)
+        tile.values[index(tile.size)] = shape.extent(natten::kMaxRank - rank + tile.size);
+      return tile;
+    };
+    call.options.query_tile = tile_of(grid.row_tile);
+    call.options.key_tile = tile_of(grid.column_tile);
+    for (natten::TensorView natten::Tensors::*tensor :
+         {&natten::Tensors::query, &natten::Tensors::key, &natten::Tensors::value,
+          &natten::Tensors::output})
+      (call.tensors.*tensor).device = {natten::DeviceType::cuda, -1};
+    const natten::PassWork work = natten::work_of(call).at(0);
+    EXPECT_EQ(work.weights, executed * static_cast<double>(p.heads));
   }
+}
+
+/// What natten::work_of counts is what the kernels multiply.
+TEST_P(CudaFna, WorkIsCounted) {
+  std::uint64_t seed = base_seed() + 6000;
+  for (int rank = 1; rank <= 3; ++rank)
+    for (int i = 0; i < 6; ++i) {
+      Case c = random_case(++seed, dtype(), rank);
+      c.batch = 1;
+      c.rpb = c.key_mask = c.is_contiguous = false;
+      c.additional.reset();
+      c.allow_tf32 = GetParam().allow_tf32;
+      std::ostringstream text;
+      text << c;
+      SCOPED_TRACE(text.str());
+      FusedProblem problem(c);
+      for (const bool backward : {false, true}) {
+        natten::Call call = backward ? problem.backward() : problem.forward();
+        call.options.deterministic = i % 2 == 0;
+        const std::int64_t before = emulated_multiply_adds();
+        ASSERT_NO_THROW(run_emulated(call, 0));
+        const auto done = static_cast<double>(emulated_multiply_adds() - before);
+        for (const natten::Role& role : natten::roles_of(call.op))
+          (call.tensors.*role.tensor).device = {natten::DeviceType::cuda, -1};
+        double counted = 0;
+        for (const natten::PassWork& pass : natten::work_of(call)) counted += pass.executed;
+        EXPECT_EQ(counted, done);
+      }
+    }
 }
 
 /// Words of masks against the definition, bit by bit.

@@ -33,6 +33,12 @@ namespace natten_tests {
 
 class EmulatedBlock;
 
+/// Of matrix products, since the program began.
+inline std::int64_t& emulated_multiply_adds() {
+  static std::int64_t count = 0;
+  return count;
+}
+
 /// One thread of an emulated block, with the interface of natten::detail::cuda::Gpu.
 class EmulatedThread {
  public:
@@ -387,6 +393,7 @@ void EmulatedThread::multiply_add(float (&c)[4], const std::uint32_t (&a)[4],
   with_aligned_warp("multiply_add", args, [](Args*(&lanes)[32]) {
     constexpr int kPacked = 4 / sizeof(T);  // elements in a register
     constexpr int kDepth = 8 * kPacked;
+    emulated_multiply_adds() += 16 * 8 * kDepth;
     const auto element = [](std::uint32_t bits, int which) {
       if constexpr (std::is_same_v<T, float>) {
         if (bits & 0x1fff) throw std::logic_error("multiply_add: not rounded to TF32");

@@ -18,7 +18,7 @@ Problem countable(const Call& call) {
     throw Error(ErrorKind::invalid_value,
                 std::string("op: got ") + name_of(problem.op) + "; must be fused attention");
   const auto refuse = [](const char* what) {
-    throw Error(ErrorKind::unsupported, std::string(what) + ": their work is not counted");
+    throw Error(ErrorKind::unsupported, std::string(what) + ": calls with them are not counted");
   };
   if (problem.has_rpb || problem.wants_grad_rpb) refuse("rpb");
   if (problem.has_key_mask) refuse("key_mask");
@@ -85,6 +85,9 @@ PassWork work_of_fixed_tiles(const Call& call, const Tuple& query_tile, const Tu
   check_tile("key_tile", key_tile, problem.rank);
   if (call.neighborhood.has_parts() || call.options.separate_key_grid)
     throw Error(ErrorKind::unsupported, "call: queries and keys must be the whole of one grid");
+  for (const Axis& axis : problem.axes)
+    if (axis.boundary == Boundary::circular)
+      throw Error(ErrorKind::unsupported, "boundary: got circular, where fixed tiles have a seam");
   PassWork work = detail::cuda::count_fixed_tiles(problem, query_tile, key_tile);
   work.useful = pairs_of(problem) * static_cast<double>(problem.head_dim + problem.value_dim);
   return work;

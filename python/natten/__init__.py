@@ -15,6 +15,7 @@ from natten._clash import warn_of_clash
 from natten._kernel import na_kernel
 from natten._key_range import key_range
 from natten._show_config import show_config
+from natten._simulate import simulate
 from natten.context import (
     allow_flex_compile,
     allow_flex_compile_backprop,
@@ -191,6 +192,7 @@ __all__ = [
     "na_kernel",
     "set_memory_usage_preference",
     "show_config",
+    "simulate",
     "use_autotuner",
     "use_deterministic_algorithms",
     "use_fna",
