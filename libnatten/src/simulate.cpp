@@ -3,6 +3,8 @@
 #include <natten/simulate.h>
 
 #include <algorithm>
+#include <initializer_list>
+#include <string>
 
 #include "cpu/engine/count.h"
 #include "cuda/count.h"
@@ -67,13 +69,17 @@ std::vector<PassWork> work_of(const Call& call, int threads) {
   // them computes again, belong to the first.
   const double pairs = pairs_of(problem);
   const auto d = static_cast<double>(problem.head_dim), dv = static_cast<double>(problem.value_dim);
-  if (problem.op == Op::attention_forward) {
-    passes.front().useful = pairs * (d + dv);
-    return passes;
+  for (PassWork& pass : passes) {
+    const auto is = [&](std::initializer_list<const char*> names) {
+      return std::find(names.begin(), names.end(), pass.name) != names.end();
+    };
+    double dims = is({"forward", "row_term", "backward_query", "grad_all"}) ? d + dv : 0;
+    if (is({"backward_query", "grad_query", "grad_all"}) && problem.wants_grad_query) dims += d;
+    const bool of_keys = is({"backward_key", "grad_key_value", "grad_all"});
+    if ((of_keys || is({"grad_key"})) && problem.wants_grad_key) dims += d;
+    if ((of_keys || is({"grad_value"})) && problem.wants_grad_value) dims += dv;
+    pass.useful = pairs * dims;
   }
-  passes.front().useful = pairs * (d + dv + (problem.wants_grad_query ? d : 0));
-  passes.back().useful +=
-      pairs * ((problem.wants_grad_key ? d : 0) + (problem.wants_grad_value ? dv : 0));
   return passes;
 }
 

@@ -1,0 +1,149 @@
+"""The profiler, on problems of a few tokens."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import random
+
+import pytest
+
+import natten
+from natten import _calibration, profiler
+
+SEED = int(os.environ.get("NATTEN_TEST_SEED", "0"))
+LAYER = [
+    "-i",
+    "6",
+    "8",
+    "-w",
+    "3",
+    "5",
+    "-s",
+    "1",
+    "2",
+    "-c",
+    "False",
+    "True",
+    "-n",
+    "4",
+    "-d",
+    "8",
+]
+QUICK = ["--warmup-steps", "0", "--optimize-warmup-steps", "0", "--steps", "1", "--dtype", "fp32"]
+INSTALLED = [name for name in profiler.FRAMEWORKS if importlib.util.find_spec(name)]
+
+
+@pytest.fixture(autouse=True)
+def same_threads(monkeypatch):
+    """And no measurements of this processor."""
+    before = natten._core.num_threads()
+    row = (1e-9,) * len(_calibration.COUNTS)
+    names = ("forward", "backward_query", "backward_key")
+    measured = lambda *_: _calibration.Prices(dict.fromkeys(names, row), 1)  # noqa: E731
+    _calibration._prices.cache_clear()
+    monkeypatch.delenv("NATTEN_CACHE_DIR", raising=False)
+    monkeypatch.setattr(_calibration, "_measure", measured)
+    yield
+    _calibration._prices.cache_clear()
+    natten._core.set_num_threads(before)
+
+
+def rows_of(tmp_path, *options: str) -> list[dict]:
+    file = tmp_path / "figures.json"
+    assert profiler.main([*LAYER, *QUICK, *options, "--json", str(file)]) == 0
+    return json.loads(file.read_text())["rows"]
+
+
+@pytest.mark.parametrize("framework", INSTALLED)
+def test_times_passes(framework, tmp_path, capsys):
+    rows = rows_of(tmp_path, "--backprop", "--heads-kv", "2", "--framework", framework)
+    assert [(row["pass_name"], row["backend"]) for row in rows] == [
+        ("forward", "vectorized"), ("backward", "vectorized"),
+    ]  # fmt: skip
+    for row in rows:
+        assert (
+            min(row[name] for name in ("seconds", "flops_per_second", "of_product", "predicted"))
+            > 0
+        )
+    assert "of product" in capsys.readouterr().out
+
+
+def test_useful_work_is_counted():
+    layer = natten._simulate.make_layer(
+        (6, 8), (3, 5), 1, 1, (False, True), "shift", 2, 4, 8, "float32"
+    )
+    pairs = 2 * 4 * (6 * 3) * (1 + 2 + 3 + 4 + 5 * 4)
+    flops = profiler.Problem(layer, 0, "cpu").flops
+    assert flops == {"forward": 2 * pairs * 16, "backward": 2 * pairs * 40}
+    more = profiler.Problem(layer, 3, "cpu").flops["forward"] - flops["forward"]
+    assert more == 2 * 2 * 4 * 48 * 3 * 16
+
+
+def test_backends_and_dry_run(tmp_path, capsys):
+    assert rows_of(tmp_path, "--backend", "naive", "--no-prediction")[0]["backend"] == "naive"
+    # NATTEN's name of a fused backend.
+    assert rows_of(tmp_path, "--backend", "cutlass-fna")[0]["backend"] == "vectorized"
+    assert profiler.main([*LAYER, *QUICK, "--dry-run", "--backprop"]) == 0
+    out = capsys.readouterr().out
+    assert "forward pass, vectorized: the default" in out and "backward pass, naive: yes" in out
+    rows_of(tmp_path, "--optimize", "--backprop")
+    assert "forward pass: nothing to choose from; vectorized" in capsys.readouterr().out
+
+
+def test_refuses(capsys):
+    def refusal(*options):
+        assert profiler.main([*LAYER, *QUICK, *options]) == 1
+        return capsys.readouterr().err
+
+    assert "kernel_size" in refusal("-w", "9", "9")
+    assert "backend" in refusal("--backend", "nonsense")
+    assert "needs PyTorch and a CUDA device" in refusal("--backend", "cudnn")
+    assert "--add-kv" in refusal("--add-kv", "-1")
+    assert "bfloat16" in refusal("--framework", "numpy", "--dtype", "bf16")
+    assert "only PyTorch's tensors" in refusal("--framework", "numpy", "--device", "cuda")
+    with pytest.raises(SystemExit):
+        profiler.main(["-w", "3"])
+
+
+def test_additional_tokens_and_pictures(tmp_path):
+    pytest.importorskip("torch")
+    rows = rows_of(tmp_path, "--add-kv", "3", "--backprop", "--framework", "torch", "--peers")
+    assert rows[0]["predicted"] is None and rows[0]["seconds"] > 0
+    assert "additional tokens" in rows[2]["refusal"]
+    pytest.importorskip("matplotlib")
+    rows_of(tmp_path, "--plot", str(tmp_path / "bars.png"))
+    assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
+def test_peers_compute_the_same():
+    torch = pytest.importorskip("torch")
+    from natten import _peers
+    from natten.functional import na1d, na2d, na3d
+
+    rng = random.Random(SEED)
+    for number in range(12):
+        rank = rng.randint(1, 3)
+        window = {
+            "kernel_size": tuple(rng.randint(1, 3) for _ in range(rank)),
+            "dilation": tuple(rng.randint(1, 2) for _ in range(rank)),
+            "boundary": tuple(rng.choice(("shift", "cut", "circular")) for _ in range(rank)),
+        }
+        grid = tuple(2 * rng.randint(3, 5) for _ in range(rank))
+        layer = natten._simulate.make_layer(
+            grid, window["kernel_size"], 1, window["dilation"], False, window["boundary"], 2, 4, 8,
+            "float64", 2, 6,
+        )  # fmt: skip
+        q, k, v = (
+            torch.randn(2, *grid, heads, dim, dtype=torch.float64)
+            for heads, dim in ((4, 8), (2, 8), (2, 6))
+        )
+        found = []
+        ways = _peers.ways(layer, "cpu", lambda call, _: found.append(call(q, k, v)))  # noqa: B023
+        ways["sdpa, mask"](False)
+        kernel_size = window.pop("kernel_size")
+        want = (na1d, na2d, na3d)[rank - 1](q, k, v, kernel_size, **window)
+        assert torch.allclose(found[0], want), (
+            f"seed {SEED}, problem {number}: {grid} {layer.window}"
+        )
