@@ -37,7 +37,7 @@ INSTALLED = [name for name in profiler.FRAMEWORKS if importlib.util.find_spec(na
 
 @pytest.fixture(autouse=True)
 def same_threads(monkeypatch):
-    """And no measurements of this processor."""
+    """And no measurements of this processor, nor a large product."""
     before = natten._core.num_threads()
     row = (1e-9,) * len(_calibration.COUNTS)
     names = ("forward", "backward_query", "backward_key")
@@ -45,6 +45,7 @@ def same_threads(monkeypatch):
     _calibration._prices.cache_clear()
     monkeypatch.delenv("NATTEN_CACHE_DIR", raising=False)
     monkeypatch.setattr(_calibration, "_measure", measured)
+    monkeypatch.setattr(profiler, "PRODUCT", 64)
     yield
     _calibration._prices.cache_clear()
     natten._core.set_num_threads(before)

@@ -105,7 +105,17 @@ HAS_LIBNATTEN = True
 
 warn_of_clash(__path__[0], __version__)
 
-_SUBMODULES = ("backends", "flops", "functional", "modules", "token_permute", "types", "utils")
+_SUBMODULES = (
+    "backends",
+    "flops",
+    "functional",
+    "modules",
+    "profiler",
+    "simulator",
+    "token_permute",
+    "types",
+    "utils",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -34,6 +34,8 @@ FRAMEWORKS = ("torch", "jax", "numpy")
 SDPA = {"cudnn": "CUDNN_ATTENTION", "fav2": "FLASH_ATTENTION", "xformers": "EFFICIENT_ATTENTION"}
 PEERS = ("flex", "sdpa, mask", "sdpa, all tokens")
 OPS = {"forward": "attention_forward", "backward": "attention_backward"}
+# The side of the matrices of the product that is timed beside.
+PRODUCT, PRODUCT_ON_GPU = 2048, 8192
 SECONDS = 1.0  # after which a row is not timed again, nor warmed up further
 MOST_BYTES = 4e9  # of a mask
 Run = Callable[[], Any]
@@ -168,7 +170,7 @@ def _torch(problem: Problem) -> Framework:
 
     peers = {} if problem.additional else _peers.ways(layer, problem.device, passes)
     on_gpu = problem.device.startswith("cuda")
-    side = 8192 if on_gpu else 2048
+    side = PRODUCT_ON_GPU if on_gpu else PRODUCT
     kind = dtype if on_gpu else torch.float32
     square = torch.randn(side, side, dtype=kind, device=problem.device)
     return Framework(
@@ -229,9 +231,11 @@ def _jax(problem: Problem) -> Framework:
             runs["backward"] = lambda: jax.block_until_ready(back(pull, gradient))
         return runs
 
-    square = jax.random.normal(key, (2048, 2048), dtype=jnp.float32)
+    square = jax.random.normal(key, (PRODUCT, PRODUCT), dtype=jnp.float32)
     multiply = jax.jit(lambda x: x @ x)
-    return Framework("jax", attend, lambda: jax.block_until_ready(multiply(square)), 2.0 * 2048**3)
+    return Framework(
+        "jax", attend, lambda: jax.block_until_ready(multiply(square)), 2.0 * PRODUCT**3
+    )
 
 
 def _numpy(problem: Problem) -> Framework:
@@ -259,8 +263,8 @@ def _numpy(problem: Problem) -> Framework:
 
     if problem.additional:
         raise Refused("--add-kv: needs PyTorch or JAX")
-    square = rng.standard_normal((2048, 2048)).astype("float32")
-    return Framework("numpy", attend, lambda: square @ square, 2.0 * 2048**3)
+    square = rng.standard_normal((PRODUCT, PRODUCT)).astype("float32")
+    return Framework("numpy", attend, lambda: square @ square, 2.0 * PRODUCT**3)
 
 
 _MAKERS = {"torch": _torch, "jax": _jax, "numpy": _numpy}
