@@ -49,8 +49,9 @@ def _sees(layer: Layer, device: str) -> Callable[[Tensor, Tensor], Tensor]:
     return sees
 
 
-def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    return [x.flatten(1, -3).transpose(1, 2) for x in tensors]
+def _first(x: Tensor) -> Tensor:
+    """Heads first, and all tokens along one axis."""
+    return x.flatten(1, -3).transpose(1, 2)
 
 
 def ways(layer: Layer, device: str, passes: Passes) -> dict[str, Callable[[bool], dict[str, Any]]]:
@@ -76,7 +77,7 @@ def ways(layer: Layer, device: str, passes: Passes) -> dict[str, Callable[[bool]
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if on_cpu:
                 q, k, v = q.detach(), k.detach(), v.detach()
-            output = compiled(*_heads_first(q, k, v), block_mask=mask, enable_gqa=gqa)
+            output = compiled(_first(q), _first(k), _first(v), block_mask=mask, enable_gqa=gqa)
             return last(output)  # type: ignore[arg-type]
 
         return passes(call, backward)
@@ -89,7 +90,9 @@ def ways(layer: Layer, device: str, passes: Passes) -> dict[str, Callable[[bool]
 
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return last(
-                scaled_dot_product_attention(*_heads_first(q, k, v), attn_mask=mask, enable_gqa=gqa)
+                scaled_dot_product_attention(
+                    _first(q), _first(k), _first(v), attn_mask=mask, enable_gqa=gqa
+                )
             )
 
         return passes(call, backward)
@@ -97,7 +100,9 @@ def ways(layer: Layer, device: str, passes: Passes) -> dict[str, Callable[[bool]
     def everything(backward: bool, kernel: SDPBackend | None = None) -> dict[str, Any]:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             def attend() -> Tensor:
-                return last(scaled_dot_product_attention(*_heads_first(q, k, v), enable_gqa=gqa))
+                return last(
+                    scaled_dot_product_attention(_first(q), _first(k), _first(v), enable_gqa=gqa)
+                )
 
             if kernel is None:
                 return attend()

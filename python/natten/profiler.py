@@ -12,6 +12,7 @@ docs/profiling.md says how to read what it prints.
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import json
@@ -247,7 +248,7 @@ def _numpy(problem: Problem) -> Framework:
     rng = np.random.default_rng(0)
 
     def attend(choices: dict[str, Choice], backward: bool) -> dict[str, Run]:
-        runs = {}
+        runs: dict[str, Run] = {}
         for name in list(OPS)[: 2 if backward else 1]:
             lists = layer.tensors(OPS[name], layer.grid, layer.grid, ("grad_logsumexp",))
             inputs, outputs = (
@@ -255,9 +256,8 @@ def _numpy(problem: Problem) -> Framework:
                 for given in lists
             )
             config = layer.config(**choices[name].options(name))
-            backend = choices[name].backend
-            runs[name] = lambda op=OPS[name], c=config, b=backend, i=inputs, o=outputs: _core.run(
-                op, c, None, b, i, o
+            runs[name] = functools.partial(
+                _core.run, OPS[name], config, None, choices[name].backend, inputs, outputs
             )
         return runs
 
@@ -289,7 +289,8 @@ def time_pass(run: Run, framework: Framework, warmup: int, steps: int) -> tuple[
     """Seconds of a run, and those of the matrix product in turn with it; medians."""
     if warmup:
         repeat(run, framework, warmup)
-    products, times = [], []
+    products: list[float] = []
+    times: list[float] = []
     while len(times) < steps and (len(times) < 3 or sum(times) < SECONDS):
         products.append(seconds_of(framework.product, framework.wait))
         times.append(seconds_of(run, framework.wait))
@@ -355,10 +356,10 @@ def prediction(problem: Problem, choice: Choice, pass_name: str) -> float | None
             device = None
     if device is None or problem.additional:
         return None
-    tiles = (
+    tiles: dict[str, Any] = (
         {} if device == "cpu" else {"q_tile_shape": choice.q_tile, "kv_tile_shape": choice.kv_tile}
     )
-    window = dict(layer.window)
+    window: dict[str, Any] = dict(layer.window)
     result = simulate(
         layer.grid, window.pop("kernel_size"), **window, batch=layer.batch, heads=layer.heads,
         kv_heads=layer.kv_heads, head_dim=layer.head_dim, value_dim=layer.value_dim,
