@@ -80,7 +80,7 @@ def random_layer(rng: random.Random, dtype: str, most_flops: float) -> Layer:
             )
 
 
-def runner(layer: Layer, op: str, skip: Sequence[str]) -> Callable[[], None]:
+def runner(layer: Layer, op: str, skip: Sequence[str]) -> Callable[[], object]:
     """Runs an operation on random numbers, on the library's own threads."""
     import numpy as np
 
@@ -94,7 +94,7 @@ def runner(layer: Layer, op: str, skip: Sequence[str]) -> Callable[[], None]:
     return lambda: _core.run(op, config, None, "vectorized", inputs, outputs)
 
 
-def time_of(run: Callable[[], None]) -> float:
+def time_of(run: Callable[[], object]) -> float:
     """Of one thread what it computes, which takes no longer on a busy machine."""
     clock = time.thread_time if _core.num_threads() == 1 else time.perf_counter
     start = clock()
@@ -140,9 +140,11 @@ def _measure(dtype: str, op: str) -> Prices:
     end = time.perf_counter() + SECONDS
     # Of the backward pass also queries' gradients alone, which tells its passes apart.
     no_keys = ("grad_logsumexp", "grad_key", "grad_value")
-    kinds = [("grad_logsumexp",)] if op == "attention_forward" else [("grad_logsumexp",), no_keys]
+    kinds: list[Sequence[str]] = [("grad_logsumexp",)]
+    if op == "attention_backward":
+        kinds.append(no_keys)
     names: dict[str, int] = {}
-    cases = []
+    cases: list[tuple[list[dict[str, Any]], Layer, Sequence[str], list[float]]] = []
     for number in range(PROBLEMS):
         # From problems that fit a cache to those that do not.
         layer = random_layer(rng, dtype, (3e7, 1e8, 4e8)[number % 3])

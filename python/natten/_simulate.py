@@ -310,7 +310,7 @@ def _parts_of(layer: Layer, mesh: tuple[int, ...]) -> list[_Part]:
     along = []
     for axis, (length, devices) in enumerate(zip(layer.grid, mesh, strict=True)):
         share = -(-length // devices)
-        window = {name: (values[axis],) for name, values in layer.window.items()}
+        window: dict[str, Any] = {name: (values[axis],) for name, values in layer.window.items()}
         cuts = []
         for begin in range(0, length, share):
             own = min(share, length - begin)
@@ -377,7 +377,7 @@ def simulate(
     if device != "cpu" and device not in GPUS:
         raise ValueError(f"device: got {device!r}; must be one of cpu, {', '.join(GPUS)}")
     rank = layer.rank
-    tiles = {
+    tiles: dict[str, Any] = {
         name: None if value is None else per_axis(name, value, rank)
         for name, value in (("q_tile_shape", q_tile_shape), ("kv_tile_shape", kv_tile_shape))
     }
