@@ -101,16 +101,16 @@ class Counter {
     const double heads = static_cast<double>(p_.batch) * a.heads;
     const double column_heads = K::kRowsAreQueries ? heads : heads * a.queries_per_kv;
     const double of_part = static_cast<double>(K::kRows / K::kWarps) * K::kColumns;
-    // Products of this kernel, see kernel.h.
-    const int products =
-        1 + K::kNeedsGradWeights + K::kSumsFirst + K::kSumsSecond + K::kAddsQueries;
+    // Products of this kernel, see kernel.h. That for queries is of whole blocks of rows.
+    const int products = 1 + K::kNeedsGradWeights + K::kSumsFirst + K::kSumsSecond;
+    const double of_block = K::kAddsQueries ? static_cast<double>(K::kRows) * K::kColumns : 0;
     PassWork work;
     work.name = pass_name(kPass);
     work.units = blocks;
     work.tiles = column_heads * tiles;
     work.weights = column_heads * parts * of_part;
     work.masked = column_heads * (parts - wholes) * of_part;
-    work.executed = work.weights * kDims * products;
+    work.executed = (work.weights * products + work.tiles * of_block) * kDims;
     double rows = 1;
     for (int axis = 0; axis < kMaxRank; ++axis)
       rows *= static_cast<double>(grid.places[axis].row_length);
