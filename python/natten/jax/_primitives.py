@@ -24,14 +24,21 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from natten import _core
-from natten._args import ALLOW_NO_KEYS, UNKNOWN_OFFSETS, Config
+from natten._args import (
+    ALLOW_NO_KEYS,
+    UNKNOWN_OFFSETS,
+    Config,
+    as_part,
+    is_whole_grid,
+    options_of,
+)
 from natten._choices import tell
 from natten._kernel import COMPOSED, tell_without_kernels
 from natten._log import TELLS_CHOICES
 from natten._roles import Role, roles_of
 from natten.jax import _composed, _ffi
 from natten.jax._folding import Fold
-from natten.jax._partitioning import partitionable, spec_of, split_of_types
+from natten.jax._partitioning import Part, partitionable, spec_of, split_of_types
 from natten.jax._private import (
     LoweringRuleContext,
     Primitive,
@@ -161,7 +168,7 @@ class Operation:
                     "is traced. Export one program for each shape"
                 )
         results, _ = self._plan(avals, setup, given, wanted)
-        split = split_of_types(inputs, avals, rank)
+        split = split_of_types(inputs, avals, rank, is_whole_grid(setup.config))
         first = avals[0]
         return [
             first.update(  # a type holds more than what is replaced here
@@ -187,7 +194,8 @@ class Operation:
         run = functools.partial(self._call, platform, setup, given, wanted)
         shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
         roles = self._roles(given, wanted)
-        function = partitionable(run, *roles, shapes, setup.config[0], ctx)
+        window = options_of(setup.config) if is_whole_grid(setup.config) else None
+        function = partitionable(run, *roles, shapes, setup.config[0], window, ctx)
         return lower_fun(function, multiple_results=True)(ctx, *operands)
 
     def _lower_elsewhere(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
@@ -236,8 +244,17 @@ class Operation:
         wanted: tuple[Wanted, ...],
         arrays: Sequence[Any],
         shapes: Sequence[tuple[int, ...]],
+        part: Part | None,
     ) -> Sequence[Any]:
-        """The call on what one device has of the inputs, for results of these shapes."""
+        """The call on what one device has of the inputs, for results of these shapes. `part`:
+        offsets and the size of the grid, where a device has a part of it."""
+        if part is not None:
+            offsets, grid_size = part
+            setup = dataclasses.replace(setup, config=as_part(setup.config, grid_size))
+            at = self.inputs.index(OFFSETS)
+            before = sum(given[:at])
+            arrays = [*arrays[:before], offsets, *arrays[before:]]
+            given = (*given[:at], True, *given[at + 1 :])
         if setup.config[-1] & ALLOW_NO_KEYS and platform != "cpu":
             raise NotImplementedError(
                 "attention: lengths of examples are read on the CPU only; on CUDA call it for each "
