@@ -247,9 +247,8 @@ def _sizes_of(mesh_axes: Sequence[tuple[str, ...]]) -> dict[str, int]:
                 f"spatial_axis_names: got {name!r}; must be an axis of a mesh that jax.shard_map "
                 "has split the arrays by, where the function is called"
             ) from None
-    return {
-        name: sizes[name] for name in jax.sharding.get_abstract_mesh().axis_names if name in sizes
-    }
+    of_mesh = jax.sharding.get_abstract_mesh().axis_names
+    return {name: sizes[name] for name in (*of_mesh, *sizes) if name in sizes}
 
 
 def _check_parts(
