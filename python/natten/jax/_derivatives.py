@@ -87,7 +87,8 @@ def _bias_of(setup: Setup, rpb: Any, scores: Any, context: Tensors) -> Array:
     is_split = any(axes is not None for axes in aval.sharding.spec)  # on explicit axes
     if is_split:  # without a grid, a bias does not say how that is split
         spec = (None if batch == 1 else aval.sharding.spec[0], *aval.sharding.spec[1:])
-        bias = jax.sharding.reshard(bias, NamedSharding(aval.sharding.mesh, PartitionSpec(*spec)))
+        sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*spec))
+        bias = jax.sharding.reshard(bias, sharding)  # type: ignore[attr-defined]  # as explicit axes
     if batch != 1:
         return bias
     return jax.lax.broadcast(

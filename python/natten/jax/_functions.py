@@ -219,10 +219,10 @@ def _mesh_axes(value: Any, rank: int) -> list[tuple[str, ...]]:
         f"must be one entry per spatial axis, {rank}: None, the name of an axis of a mesh, or a "
         "tuple of such names"
     )
-    entries = [value] if isinstance(value, str) else value
     try:
         entries = [
-            () if x is None else (x,) if isinstance(x, str) else tuple(x) for x in list(entries)
+            () if x is None else (x,) if isinstance(x, str) else tuple(x)
+            for x in ([value] if isinstance(value, str) else value)
         ]
     except TypeError:
         raise TypeError(f"spatial_axis_names: got {value!r}; {must}") from None

@@ -105,7 +105,8 @@ _extended = jax.custom_jvp(_written, nondiff_argnums=(1, 2))
 
 @_extended.defjvp
 def _extended_jvp(halo: Halo, axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    return _extended(*primals, halo, axis), _added(*tangents, halo, axis)
+    (x,), (tangent,) = primals, tangents
+    return _extended(x, halo, axis), _added(tangent, halo, axis)
 
 
 def extended(x: Array, halos: Halos, first_axis: int) -> Array:

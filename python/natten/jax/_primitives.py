@@ -45,6 +45,7 @@ from natten.jax._private import (
     asks_for_devices,
     define_dead_code_elimination,
     lower_fun,
+    mapped_axes,
     platforms_of,
     primitive_batchers,
     register_lowering,
@@ -191,11 +192,41 @@ class Operation:
     ) -> Any:
         if setup.backend == COMPOSED:
             return self._lower_composed(ctx, *operands, setup=setup, given=given, wanted=wanted)
-        run = functools.partial(self._call, platform, setup, given, wanted)
+        run = functools.partial(self._call, platform)
+        return self._lower_split(run, ctx, *operands, setup=setup, given=given, wanted=wanted)
+
+    def _lower_split(
+        self,
+        run: Callable[..., Sequence[Any]],
+        ctx: LoweringRuleContext,
+        *operands: Any,
+        setup: Setup,
+        given: tuple[bool, ...],
+        wanted: tuple[Wanted, ...],
+    ) -> Any:
+        """What devices compute, each by `run`. It takes (setup, given, wanted, arrays, shapes of
+        the results)."""
+
+        def of_shards(
+            arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]], part: Part | None
+        ) -> Sequence[Any]:
+            if part is None:
+                return run(setup, given, wanted, arrays, shapes)
+            offsets, grid_size = part
+            at = self.inputs.index(OFFSETS)
+            before = sum(given[:at])
+            return run(
+                dataclasses.replace(setup, config=as_part(setup.config, grid_size)),
+                (*given[:at], True, *given[at + 1 :]),
+                wanted,
+                [*arrays[:before], offsets, *arrays[before:]],
+                shapes,
+            )
+
         shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
-        roles = self._roles(given, wanted)
         window = options_of(setup.config) if is_whole_grid(setup.config) else None
-        function = partitionable(run, *roles, shapes, setup.config[0], window, ctx)
+        roles = self._roles(given, wanted)
+        function = partitionable(of_shards, *roles, shapes, setup.config[0], window, ctx)
         return lower_fun(function, multiple_results=True)(ctx, *operands)
 
     def _lower_elsewhere(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
@@ -213,7 +244,22 @@ class Operation:
         return self._lower_composed(ctx, *operands, **params)
 
     def _lower_composed(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
-        return lower_fun(self._composed, multiple_results=True)(ctx, *operands, **params)
+        if mapped_axes(ctx)[0]:  # inside `shard_map`
+            return lower_fun(self._composed, multiple_results=True)(ctx, *operands, **params)
+
+        def run(
+            setup: Setup,
+            given: tuple[bool, ...],
+            wanted: tuple[Wanted, ...],
+            arrays: Sequence[Any],
+            shapes: Sequence[tuple[int, ...]],
+        ) -> Sequence[Any]:
+            asked = _of_shapes(wanted, shapes)
+            params: dict[str, Any] = {"setup": setup, "given": given, "wanted": asked}
+            # In a function of its own, as custom_partitioning takes none that has constants.
+            return jax.jit(functools.partial(self._composed, **params))(*arrays)
+
+        return self._lower_split(run, ctx, *operands, **params)
 
     def _composed(
         self,
@@ -244,26 +290,15 @@ class Operation:
         wanted: tuple[Wanted, ...],
         arrays: Sequence[Any],
         shapes: Sequence[tuple[int, ...]],
-        part: Part | None,
     ) -> Sequence[Any]:
-        """The call on what one device has of the inputs, for results of these shapes. `part`:
-        offsets and the size of the grid, where a device has a part of it."""
-        if part is not None:
-            offsets, grid_size = part
-            setup = dataclasses.replace(setup, config=as_part(setup.config, grid_size))
-            at = self.inputs.index(OFFSETS)
-            before = sum(given[:at])
-            arrays = [*arrays[:before], offsets, *arrays[before:]]
-            given = (*given[:at], True, *given[at + 1 :])
+        """The call on what one device has of the inputs, for results of these shapes."""
         if setup.config[-1] & ALLOW_NO_KEYS and platform != "cpu":
             raise NotImplementedError(
                 "attention: lengths of examples are read on the CPU only; on CUDA call it for each "
                 f'example, or with backend="{COMPOSED}"'
             )
-        rest = iter(shapes)
-        sizes = [w is not False and next(rest) for w in wanted]
-        asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
-        results, workspace = self._plan(arrays, setup, given, tuple(asked), platform)
+        asked = _of_shapes(wanted, shapes)
+        results, workspace = self._plan(arrays, setup, given, asked, platform)
         if platform == "cpu" and setup.config[-1] & (UNKNOWN_OFFSETS | ALLOW_NO_KEYS):
             workspace = 0  # it depends on what is not known yet; libnatten allocates it
         if workspace:
@@ -338,6 +373,13 @@ class Operation:
             outvars=[v for i, v in zip(present, eqn.outvars, strict=True) if i in kept],
         )
         return [True] * len(eqn.invars), smaller
+
+
+def _of_shapes(wanted: tuple[Wanted, ...], shapes: Sequence[tuple[int, ...]]) -> tuple[Wanted, ...]:
+    """What is asked of outputs, where their results have these shapes."""
+    rest = iter(shapes)
+    sizes = [w is not False and next(rest) for w in wanted]
+    return tuple(s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True))
 
 
 def _one_by_one(
