@@ -11,6 +11,7 @@ import re
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ import jax.numpy as jnp  # noqa: E402
 from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
 from jax_cases import FUSED_NAMES, float64  # noqa: E402, F401, one is a fixture
 
+import natten  # noqa: E402
 import natten.jax as nj  # noqa: E402
 
 IN_PROCESSES = __name__ == "__main__"
@@ -310,8 +312,6 @@ def collectives(text: str) -> set[str]:
 
 def needs_others(problem: Problem) -> bool:
     """Whether any part needs keys of another, by the definition."""
-    import natten
-
     for i, names in enumerate(problem.spatial):
         parts = int(np.prod([problem.mesh[n] for n in names]))
         length = problem.grid[i] // parts
@@ -341,6 +341,30 @@ def test_random_problems(seeds):
     for seed in seeds:
         kind = "unfused" if seed % 3 == 2 else "fused"
         check(draw(seed), kind, MODES[seed % len(MODES)])
+
+
+def test_what_is_sent_is_the_surface():
+    """Of random windows on an axis in four or eight parts: keys and values that a part needs and
+    does not have, by the definition, are as many as all devices are sent."""
+    rng, everything = np.random.default_rng([cases.SEED, 7]), 0
+    for parts in (4, 8, 8):
+        length, window = _axis(rng, parts, 9)
+        x = [jax.ShapeDtypeStruct((2, length, 1, 3), "float32")] * 3
+        mesh = Mesh(np.array(jax.devices()[:parts]), ("x",))
+        split = NamedSharding(mesh, P(None, "x"))
+        function = jax.jit(functools.partial(nj.na1d, **window), in_shardings=split)
+        text = function.lower(*x).compile().as_text()
+        pattern = r"f32\[2,(\d+),1,3\]\S* collective-permute\(.*source_target_pairs=\{(\S*)\}[,\n]"
+        sent = sum(int(n) * pairs.count("},{") + int(n) for n, pairs in re.findall(pattern, text))
+        of_part = length // parts
+        needed = 0
+        for part in range(parts):
+            own = range(part * of_part, (part + 1) * of_part)
+            tokens = range(*natten.key_range(own[0], of_part, length, **window))
+            needed += len({t % length for t in tokens} - set(own))
+        assert sent == 2 * needed, (parts, length, window)
+        everything += needed
+    assert everything
 
 
 # One small problem, transformed and refused.
@@ -476,6 +500,14 @@ def test_several_processes():
     for p, output in zip(processes, outputs, strict=True):
         assert p.returncode == 0, output
         assert f"{PROCESS_PROBLEMS} problems" in output
+
+
+@pytest.mark.long
+def test_the_example():
+    script = Path(__file__).parent.parent / "examples" / "sharding_grid.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "'all-gather': 0, 'all-to-all': 0" in run.stdout
 
 
 PROCESS_PROBLEMS = 5
