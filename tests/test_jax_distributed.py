@@ -481,9 +481,10 @@ def free_port() -> int:
 
 @pytest.mark.long
 def test_several_processes():
-    """Four, each with one device."""
-    count = 4
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    """Two, each with two devices."""
+    count = 2
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__, str(count), f"localhost:{free_port()}"]
     processes = [
         subprocess.Popen(
@@ -510,7 +511,7 @@ def test_the_example():
     assert "'all-gather': 0, 'all-to-all': 0" in run.stdout
 
 
-PROCESS_PROBLEMS = 5
+PROCESS_PROBLEMS = 4
 
 
 def in_process(count: int, address: str, number: int) -> None:
@@ -523,10 +524,13 @@ def in_process(count: int, address: str, number: int) -> None:
         x = np.asarray(x)
         return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
 
-    problems = [p for p in map(draw, range(1000, 1100)) if np.prod([*p.mesh.values()]) == count]
+    devices = jax.devices()
+    assert len(devices) == 2 * count == 2 * len(jax.local_devices())
+    drawn = map(draw, range(1000, 1100))
+    problems = [p for p in drawn if np.prod([*p.mesh.values()]) == len(devices)]
     for i, problem in enumerate(problems[:PROCESS_PROBLEMS]):
         mode = ("shardy", "shard_map")[i % 2]
-        check(problem, "unfused" if i == 2 else "fused", mode, jax.devices(), place)
+        check(problem, "unfused" if i == 2 else "fused", mode, devices, place)
     print(f"{PROCESS_PROBLEMS} problems")
     jax.distributed.shutdown()
 
