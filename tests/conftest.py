@@ -8,7 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 
-flags = ["--xla_force_host_platform_device_count=4"]
+flags = ["--xla_force_host_platform_device_count=8"]
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1" and importlib.util.find_spec("jaxlib"):
     version = importlib.metadata.version("jaxlib").split(".")

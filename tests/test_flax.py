@@ -805,6 +805,13 @@ got = step(sharded, place(x, ("data",)))
 assert len(sharded["qkv"]["kernel"].sharding.device_set) == 4
 t.all_close(got, want)
 
+# The grid of the input split: windows take no gather.
+part = x[:, :4]
+placed = place(part, (None, "data", "model"))
+run = step.lower(params, placed).compile()
+assert "collective-permute" in run.as_text() and "all-gather" not in run.as_text()
+t.all_close(run(params, placed), step(params, part))
+
 # nnx: placed, and then loaded into.
 nnx_options = options | t.annotated(nnx.with_partitioning, mesh=mesh)
 nnx_module = t.NNX[2](16, 4, **nnx_options, rngs=nnx.Rngs(1))

@@ -98,17 +98,47 @@ def test_the_bias_gradient_alone_is_summed_over_devices():
 @pytest.mark.parametrize(
     "spec", [P(None, "data"), P("data", "model"), P(None, None, "data", "model"), P(*[None] * 4)]
 )
-def test_other_dimensions_are_gathered(spec):
+def test_spatial_axes_exchange_halos(spec):
+    """Random problems: test_jax_distributed.py."""
     x = arrays()[:3]
     sharded = put(x, mesh_of(2, 2), (spec,) * 3)
     for function in (attend, gradients):
         run = compiled(function, sharded)
-        assert ("all-gather" in collectives(run)) == any(spec[1:3])
+        assert collectives(run) == ({"collective-permute"} if any(spec[1:3]) else set())
         assert_close(run(*sharded), function(*x), 1e-10)
-    # What can stay split does.
-    kept = P(*(s if i in (0, 3) else None for i, s in enumerate(spec)))
     result = jax.jit(attend)(*sharded)
-    assert result.sharding.is_equivalent_to(NamedSharding(mesh_of(2, 2), kept), result.ndim)
+    assert result.sharding.is_equivalent_to(NamedSharding(mesh_of(2, 2), spec), result.ndim)
+
+
+def test_what_is_gathered():
+    """Spatial axes of attention to all keys, of parts, and of sizes that devices do not divide."""
+    x = arrays()[:3]
+    mesh = mesh_of(2, 2)
+    by_rows = NamedSharding(mesh, P("data", "model"))
+
+    def to_all(*x):
+        return nj.attention(*(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in x))
+
+    def of_part(*x):
+        return attend(*x, query_offset=1, grid_size=(7, 8), boundary="cut", key_offset=0)
+
+    def rows(*x):
+        return attend(*(a[:, :3] for a in x))
+
+    def uneven(*x):  # what JAX refuses outside of jit
+        x = (jax.lax.with_sharding_constraint(a[:, :3], by_rows) for a in x)
+        return attend(*x)
+
+    wide = (x[0][:, :2, :4], *x[1:])
+    for function, plain, inputs in (
+        (to_all, to_all, x),
+        (of_part, of_part, wide),
+        (uneven, rows, x),
+    ):
+        sharded = put(inputs, mesh, (P("data", "model"),) * 3)
+        run = compiled(function, sharded)
+        assert collectives(run) & {"all-gather", "all-reduce"}
+        assert_close(run(*sharded), plain(*inputs))
 
 
 def test_channels_that_are_split_are_gathered():
@@ -189,10 +219,11 @@ def test_heads_that_all_share_one_key_value_head(is_explicit):
 
 @pytest.mark.long
 @IS_EXPLICIT
-def test_derivatives_of_higher_order(is_explicit):
+@pytest.mark.parametrize("split", [P("data"), P(None, None, "data")], ids=["batch", "grid"])
+def test_derivatives_of_higher_order(is_explicit, split):
     x = arrays(batch=2, heads=2, kv_heads=1)
     mesh = mesh_of(2, is_explicit=is_explicit)
-    sharded = put(x, mesh, (P("data"),) * 3 + (P(),))
+    sharded = put(x, mesh, (split,) * 3 + (P(),))
 
     def twice(*x):
         return jax.grad(lambda *x: sum(jnp.sum(g**2) for g in gradients(*x)), (0, 1, 2, 3))(*x)
@@ -203,7 +234,7 @@ def test_derivatives_of_higher_order(is_explicit):
 
     for function in (twice, forward_over_reverse):
         run = compiled(function, sharded)
-        assert collectives(run) <= {"all-reduce"}
+        assert collectives(run) <= {"all-reduce"} | ({"collective-permute"} if split[2:] else set())
         assert_close(run(*sharded), function(*x), 1e-9)
 
 
@@ -252,8 +283,9 @@ def test_explicit_axes_are_checked_when_traced():
     x = arrays()
     mesh = mesh_of(2, 2, is_explicit=True)
     for specs, name in (
-        ((P("data", "model"), P("data"), P("data"), P()), "query"),
+        ((P("data", "model"), P("data"), P("data"), P()), "key"),
         ((P("data"), P(), P("data"), P()), "key"),
+        ((P(*[None] * 4, "data"), P(), P(), P()), "query"),
         ((*SPECS[:3], P()), "rpb"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got sharding .*use jax.sharding.reshard"):

@@ -264,6 +264,20 @@ def with_grid_size(config: Config, key_grid: Sequence[int]) -> Config:
     return (*config[: at - 1], len(key_grid), *key_grid, *config[at:])
 
 
+def is_whole_grid(config: Config) -> bool:
+    """Whether queries and keys are one grid, and not parts of a larger one or unlike each other."""
+    at = len(WINDOW_OPTIONS) * (config[0] + 1)
+    of_parts = any(config[at : at + len(PART_OPTIONS)])
+    return not of_parts and not config[-1] & (SEPARATE_KEY_GRID | UNKNOWN_OFFSETS)
+
+
+def as_part(config: Config, grid_size: Sequence[int]) -> Config:
+    """The config of a part, whose offsets are read at run time, of a call on a whole grid."""
+    at = len(WINDOW_OPTIONS) * (config[0] + 1) + len(PART_OPTIONS) - 1
+    config = (*config[:at], len(grid_size), *grid_size, *config[at + 1 :])
+    return with_flags(config, UNKNOWN_OFFSETS)
+
+
 def with_flags(config: Config, flags: int) -> Config:
     return (*config[:-1], config[-1] | flags)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Never, TypeAlias
 
@@ -20,6 +22,7 @@ from natten._args import (
     Boundaries,
     Config,
     Ints,
+    as_part,
     attention_flags,
     check_extra,
     check_lengths,
@@ -29,12 +32,13 @@ from natten._args import (
     make_config,
     named,
     offset_per_axis,
+    options_of,
     real_scale,
     with_flags,
 )
 from natten._kernel import _DEFAULT, COMPOSED, check_name, taken_as, tell_meaning
 from natten._merge import merge
-from natten.jax import _derivatives, _primitives
+from natten.jax import _derivatives, _halos, _primitives
 from natten.jax._partitioning import vary_alike
 from natten.jax._primitives import Operation, Setup
 
@@ -166,6 +170,115 @@ def _config(
     return config, offsets
 
 
+# Of each spatial axis of the grid, the axes of a mesh that split it.
+AxisNames: TypeAlias = str | Sequence[str | Sequence[str] | None]
+
+
+def _prepared(
+    operation: Operation,
+    rank: int,
+    tensors: Tensors,
+    window: Sequence[Any],
+    parts: Sequence[Any],
+    axis_names: AxisNames | None,
+) -> tuple[Tensors, Config]:
+    """All inputs of an operation, and its config. `tensors`: with the key mask as the last;
+    `axis_names`: spatial_axis_names, where the function has been given any."""
+    if axis_names is None:
+        axis = operation.inputs[1].axis_of("K", rank)
+        assert axis is not None
+        config, offsets = _config(rank, window, parts, tensors[1], axis)
+        return (*tensors, offsets, None), config
+    for name, value in zip(("query_offset", "key_offset", "grid_size"), parts, strict=True):
+        if value is not None:
+            raise ValueError(
+                f"{name}: got {value!r} together with spatial_axis_names, which say where parts "
+                "lie; must be None"
+            )
+    mesh_axes = _mesh_axes(axis_names, rank)
+    mesh = _sizes_of(mesh_axes)
+    sizes = [math.prod(mesh[name] for name in names) for names in mesh_axes]
+    config = make_config(rank, *window)
+    grid = _check_parts(operation, rank, tensors, config, sizes)
+    if all(size == 1 for size in sizes):
+        return (*tensors, None, None), config
+    halos = _halos.halos_of(mesh, mesh_axes, grid, options_of(config))
+    arrays = vary_alike((*tensors, _halos.offsets_of(halos)))
+    with_halos = [
+        x
+        if x is None or (axis := role.axis_of("K", rank)) is None
+        else _halos.extended(x, halos, axis)
+        for role, x in zip(operation.inputs, arrays[:-1], strict=False)
+    ]
+    return (*with_halos, arrays[-1], None), as_part(config, grid)
+
+
+def _mesh_axes(value: Any, rank: int) -> list[tuple[str, ...]]:
+    """spatial_axis_names as the names of each axis."""
+    must = (
+        f"must be one entry per spatial axis, {rank}: None, the name of an axis of a mesh, or a "
+        "tuple of such names"
+    )
+    try:
+        entries = [
+            () if x is None else (x,) if isinstance(x, str) else tuple(x)
+            for x in ([value] if isinstance(value, str) else value)
+        ]
+    except TypeError:
+        raise TypeError(f"spatial_axis_names: got {value!r}; {must}") from None
+    every = [name for names in entries for name in names]
+    if not all(isinstance(name, str) for name in every):
+        raise TypeError(f"spatial_axis_names: got {value!r}; {must}")
+    if len(entries) != rank:
+        raise ValueError(f"spatial_axis_names: got {value!r}, {len(entries)} entries; {must}")
+    if len(set(every)) != len(every):
+        raise ValueError(f"spatial_axis_names: got {value!r}; must not name an axis twice")
+    return entries
+
+
+def _sizes_of(mesh_axes: Sequence[tuple[str, ...]]) -> dict[str, int]:
+    """By name, in the order of the mesh."""
+    sizes = {}
+    for name in itertools.chain(*mesh_axes):
+        try:
+            sizes[name] = jax.lax.psum(1, name)
+        except NameError:
+            raise ValueError(
+                f"spatial_axis_names: got {name!r}; must be an axis of a mesh that jax.shard_map "
+                "has split the arrays by, where the function is called"
+            ) from None
+    of_mesh = jax.sharding.get_abstract_mesh().axis_names
+    return {name: sizes[name] for name in (*of_mesh, *sizes) if name in sizes}
+
+
+def _check_parts(
+    operation: Operation, rank: int, tensors: Tensors, config: Config, sizes: Sequence[int]
+) -> tuple[int, ...]:
+    """Raises where parts do not make a grid that the call is possible on. Returns its size."""
+    wholes: list[Any] = []
+    part = None
+    for role, x in zip(operation.inputs, tensors, strict=False):
+        if x is None:
+            wholes.append(None)
+            continue
+        shape = list(x.shape)
+        axis = role.axis_of("QK", rank)
+        if axis is not None and x.ndim == role.ndim(rank):
+            of_grid = slice(axis, axis + rank)
+            got, part = shape[of_grid], part or (role.name, shape[of_grid])
+            if got != part[1]:
+                raise ValueError(
+                    f"{role.name}: got a part of {got} tokens; must be {part[1]}, that of "
+                    f"{part[0]}: spatial_axis_names split all of them alike"
+                )
+            shape[of_grid] = [a * b for a, b in zip(got, sizes, strict=True)]
+        wholes.append((shape, x.dtype.name))
+    outputs = [True if role.is_required else None for role in operation.outputs]
+    _core.plan(operation.name, config, None, "", wholes, outputs, None)
+    assert part is not None
+    return tuple(a * b for a, b in zip(part[1], sizes, strict=True))
+
+
 def _is_array(offset: Any) -> bool:
     """Whether an offset is read at run time."""
     return isinstance(offset, (Array, np.ndarray)) or (
@@ -269,6 +382,7 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         query_offset: Offsets | None = None,
         key_offset: Offsets | None = None,
         grid_size: Ints | None = None,
+        spatial_axis_names: AxisNames | None = None,
         return_lse: bool = False,
         backend: str | None = None,
         autodiff: str = "reverse",
@@ -311,6 +425,11 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             key_offset: the first token of key and value, likewise. They may overhang the grid.
                 Other than 0 it needs grid_size.
             grid_size: of the whole grid; by default that of key.
+            spatial_axis_names: inside `jax.shard_map`, per spatial axis the axis of the mesh that
+                it is split over, a tuple of such, or None. The arrays are then the parts of this
+                device, all with the same spatial shape, and the keys and values that windows reach
+                beyond them come from other devices (by collective-permute only). The three above
+                must be None. Bias and additional tokens are the same on all devices.
             return_lse: also return logsumexp.
             backend: name of the implementation to use; by default the first that can.
             autodiff: "reverse", where forward mode raises JAX's TypeError, or "any", where every
@@ -339,8 +458,10 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         )
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
-        config, offsets = _config(rank, window, parts, tensors[1], 1)
-        return _call_fused((*tensors, offsets, None), config, scale, return_lse, backend, autodiff)
+        tensors, config = _prepared(
+            _primitives.attention_forward, rank, tensors, window, parts, spatial_axis_names
+        )
+        return _call_fused(tensors, config, scale, return_lse, backend, autodiff)
 
     return fused
 
@@ -362,6 +483,7 @@ def _make_qk(rank: int) -> Callable[..., Array]:
         query_offset: Offsets | None = None,
         key_offset: Offsets | None = None,
         grid_size: Ints | None = None,
+        spatial_axis_names: AxisNames | None = None,
         backend: str | None = None,
         autodiff: str = "reverse",
     ) -> Array:
@@ -377,7 +499,7 @@ def _make_qk(rank: int) -> Callable[..., Array]:
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position.
             key_mask: bool [batch or 1, *spatial of key], as in `na{rank}d`.
             kernel_size, dilation, is_causal, stride, boundary, query_offset, key_offset, grid_size,
-                backend, autodiff: as in `na{rank}d`.
+                spatial_axis_names, backend, autodiff: as in `na{rank}d`.
 
         Returns:
             attn [batch, heads, *spatial, slots], of the dtype of query; slots = product of
@@ -396,8 +518,10 @@ def _make_qk(rank: int) -> Callable[..., Array]:
         )
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
-        config, offsets = _config(rank, window, parts, tensors[1], 2)
-        return _call_unfused(_primitives.qk, (*tensors, offsets, None), config, backend, autodiff)
+        tensors, config = _prepared(
+            _primitives.qk, rank, tensors, window, parts, spatial_axis_names
+        )
+        return _call_unfused(_primitives.qk, tensors, config, backend, autodiff)
 
     return qk
 
@@ -418,6 +542,7 @@ def _make_av(rank: int) -> Callable[..., Array]:
         query_offset: Offsets | None = None,
         key_offset: Offsets | None = None,
         grid_size: Ints | None = None,
+        spatial_axis_names: AxisNames | None = None,
         backend: str | None = None,
         autodiff: str = "reverse",
     ) -> Array:
@@ -434,7 +559,7 @@ def _make_av(rank: int) -> Callable[..., Array]:
             additional_values: [batch, heads, n, head_dim], for the last n slots.
             key_mask: bool [batch or 1, *spatial of value], as in `na{rank}d`.
             kernel_size, dilation, is_causal, stride, boundary, query_offset, key_offset, grid_size,
-                backend, autodiff: as in `na{rank}d`.
+                spatial_axis_names, backend, autodiff: as in `na{rank}d`.
 
         Returns:
             output [batch, heads, *spatial, head_dim], of the dtype of attn.
@@ -450,8 +575,10 @@ def _make_av(rank: int) -> Callable[..., Array]:
         )
         window = kernel_size, dilation, is_causal, stride, boundary
         parts = query_offset, key_offset, grid_size
-        config, offsets = _config(rank, window, parts, tensors[1], 2)
-        return _call_unfused(_primitives.av, (*tensors, offsets, None), config, backend, autodiff)
+        tensors, config = _prepared(
+            _primitives.av, rank, tensors, window, parts, spatial_axis_names
+        )
+        return _call_unfused(_primitives.av, tensors, config, backend, autodiff)
 
     return av
 

@@ -1,7 +1,8 @@
-"""How a call is split over devices: by batch and by heads, and by nothing else.
+"""How a call is split over devices: by batch, by heads and by the axes of the grid.
 
-Which dimensions these are, the letters of `Role.dims` say. An array that is split otherwise is
-gathered first, or refused where its type holds the sharding (meshes with explicit axes).
+Which dimensions these are, the letters of `Role.dims` say. Where the grid is split, devices
+exchange the halos of keys and values (`_halos.py`). An array that is split otherwise is gathered
+first, or refused where its type holds the sharding (meshes with explicit axes).
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from natten._roles import GRIDS, Role
+from natten.jax import _halos
+from natten.jax._halos import Axes, Halos
 from natten.jax._private import (
     ArrayMapping,
     CompoundFactor,
@@ -28,12 +31,14 @@ from natten.jax._private import (
     varying_axes,
 )
 
-Axes: TypeAlias = tuple[str, ...]  # of a mesh
+# Of a grid that is split: the offsets of queries and keys, and the size of the grid.
+Part: TypeAlias = tuple[Any, tuple[int, ...]]
 # Computes a call on shards; the shapes are those of the shards of its results, by output.
-Run: TypeAlias = Callable[[Sequence[Any], Sequence[tuple[int, ...]]], Sequence[Any]]
+Run: TypeAlias = Callable[[Sequence[Any], Sequence[tuple[int, ...]], Part | None], Sequence[Any]]
 
-# The axes over which each of the dimensions B, M, H and G of a call is split (`Role.dims`).
-Split: TypeAlias = Mapping[str, Axes]
+# The axes over which the dimensions B, M, H, G, Q and K of a call are split (`Role.dims`); of Q and
+# K, one entry per axis of the grid.
+Split: TypeAlias = Mapping[str, Sequence[Axes]]
 
 
 def _axes(entry: Any) -> Axes:
@@ -50,7 +55,7 @@ def spec_of(role: Role, split: Split, rank: int) -> PartitionSpec:
     """How one tensor of a call is split."""
     entries: list[Any] = []
     for dim in role.dims:
-        entries += [None] * rank if dim in GRIDS else [_entry(split.get(dim, ()))]
+        entries += map(_entry, split.get(dim) or [()] * (rank if dim in GRIDS else 1))
     return PartitionSpec(*entries)
 
 
@@ -80,39 +85,48 @@ def vary_alike(tensors: Sequence[jax.Array | None]) -> tuple[jax.Array | None, .
     )
 
 
-def split_of_types(roles: Sequence[Role], avals: Sequence[Any], rank: int) -> Split:
+def split_of_types(
+    roles: Sequence[Role], avals: Sequence[Any], rank: int, is_grid_splittable: bool
+) -> Split:
     """The split that the types of the inputs hold; none but where a mesh has explicit axes.
 
-    Raises ValueError where an input is not split alike, or by more than batch and heads.
+    Raises ValueError where an input is not split alike, or by what cannot be.
     """
     specs = [aval.sharding.spec for aval in avals]
 
-    def first(dim: str) -> Axes:
+    def first(dims: str, i: int = 0) -> Axes:
         """As the first input that has the dimension is split."""
         for role, spec in zip(roles, specs, strict=True):
-            if (axis := role.axis_of(dim, rank)) is not None:
-                return _axes(spec[axis])
+            if (axis := role.axis_of(dims, rank)) is not None:
+                return _axes(spec[axis + i])
         return ()
 
-    split = _split(first("BM"), first("H"), roles, [aval.shape for aval in avals], rank)
+    grid = [first("QK", i) if is_grid_splittable else () for i in range(rank)]
+    split = _split(first("BM"), first("H"), grid, roles, [aval.shape for aval in avals], rank)
     for role, aval, spec in zip(roles, avals, specs, strict=True):
         if role.is_mask and aval.shape[0] == 1:  # split or not, each device has it
-            split = {**split, "M": _axes(spec[0])}
+            split = {**split, "M": [_axes(spec[0])]}
         if tuple(spec) != tuple(spec_of(role, split, rank)):
             raise ValueError(
                 f"{role.name}: got sharding {spec}; must be {spec_of(role, split, rank)}. Only "
-                "batch and heads can be split, and alike in all arrays; use jax.sharding.reshard "
-                "first"
+                "batch, heads and the axes of a whole grid can be split, and alike in all arrays; "
+                "use jax.sharding.reshard first"
             )
     return split
 
 
 def _split(
-    batch: Axes, heads: Axes, roles: Sequence[Role], shapes: Sequence[Sequence[int]], rank: int
+    batch: Axes,
+    heads: Axes,
+    grid: Sequence[Axes],
+    roles: Sequence[Role],
+    shapes: Sequence[Sequence[int]],
+    rank: int,
 ) -> Split:
     *_, is_shared = _heads(roles, shapes, rank)
     of_mask = batch if _is_mask_split(roles, shapes) else ()
-    return {"B": batch, "M": of_mask, "H": heads, "G": () if is_shared else heads}
+    by_dim = {"B": batch, "M": of_mask, "H": heads, "G": () if is_shared else heads}
+    return {dim: [axes] for dim, axes in by_dim.items()} | {"Q": grid, "K": grid}
 
 
 def _is_mask_split(roles: Sequence[Role], shapes: Sequence[Sequence[int]]) -> bool:
@@ -121,15 +135,19 @@ def _is_mask_split(roles: Sequence[Role], shapes: Sequence[Sequence[int]]) -> bo
 
 
 def _split_of_shards(
-    mesh: Mapping[str, int], roles: Sequence[Role], tensors: Sequence[Any], rank: int
+    mesh: Mapping[str, int],
+    roles: Sequence[Role],
+    tensors: Sequence[Any],
+    rank: int,
+    is_grid_splittable: bool,
 ) -> Split:
     """The split that keeps the most of how tensors (shapes with shardings) are split."""
     shapes = [x.shape for x in tensors]
     heads, group, is_shared = _heads(roles, shapes, rank)
 
-    def most(dims: str, size: int | None, taken: Axes) -> Axes:
+    def most(dims: str, size: int | None, taken: Axes, i: int = 0) -> Axes:
         candidates = [
-            _dividing(mesh, size or x.shape[axis], _axes(x.sharding.spec[axis]), taken)
+            _dividing(mesh, size or x.shape[axis + i], _axes(x.sharding.spec[axis + i]), taken)
             for role, x in zip(roles, tensors, strict=True)
             if (axis := role.axis_of(dims, rank)) is not None
             and x.sharding is not None  # not known yet
@@ -139,7 +157,11 @@ def _split_of_shards(
     batch = most("BM", None, ())
     # Heads stay with the key-value head that they share, unless all share one.
     by_heads = most("H", heads, batch) if is_shared else most("HG", heads // group, batch)
-    return _split(batch, by_heads, roles, shapes, rank)
+    taken, grid = batch + by_heads, []
+    for i in range(rank):
+        grid.append(most("QK", None, taken, i) if is_grid_splittable else ())
+        taken += grid[-1]
+    return _split(batch, by_heads, grid, roles, shapes, rank)
 
 
 def _dividing(mesh: Mapping[str, int], size: int, axes: Axes, taken: Axes) -> Axes:
@@ -159,9 +181,10 @@ def _sharding_rule(
     shapes: Sequence[Sequence[int]],
     rank: int,
     inputs: int,
+    is_grid_splittable: bool,
 ) -> SdyShardingRule:
-    """The same for the partitioner Shardy: tensors share the factors that batch and heads have,
-    and no other."""
+    """The same for the partitioner Shardy: tensors share the factors that batch, heads and the axes
+    of the grid have, and no other."""
     heads, group, is_shared = _heads(roles, shapes, rank)
     shared: dict[str, Any] = {"B": "batch", "H": "heads", "G": "heads"}
     if _is_mask_split(roles, shapes):
@@ -179,7 +202,11 @@ def _sharding_rule(
         factors = []
         for dim in role.dims:
             count = rank if dim in GRIDS else 1
-            factors += [shared.get(dim) or f"{dim.lower()}{i}x{j}" for j in range(count)]
+            of_grid = is_grid_splittable and dim in "QK"
+            factors += [
+                f"grid{j}" if of_grid else shared.get(dim) or f"{dim.lower()}{i}x{j}"
+                for j in range(count)
+            ]
         mappings.append(ArrayMapping(*factors))
     return SdyShardingRule(tuple(mappings[:inputs]), tuple(mappings[inputs:]), **sizes)
 
@@ -190,50 +217,110 @@ def partitionable(
     outputs: Sequence[Role],
     shapes: Sequence[tuple[int, ...]],
     rank: int,
+    window: Mapping[str, Any] | None,
     context: LoweringRuleContext,
 ) -> Callable[..., Sequence[Any]]:
-    """A function of arrays that XLA splits over devices. `shapes`: of inputs and outputs."""
+    """A function of arrays that XLA splits over devices. `shapes`: of inputs and outputs.
+    `window`: its options by name, one value per axis; None where the grid cannot be split."""
     roles = (*inputs, *outputs)
     output_shapes = shapes[len(inputs) :]
+    is_grid_splittable = window is not None
 
     def whole(*arrays: Any) -> Sequence[Any]:
-        return run(arrays, output_shapes)
+        return run(arrays, output_shapes, None)
 
     if _is_inside_shard_map(context):
         return whole
 
     def infer(mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> Sequence[Any]:
         mesh, args, _ = _with_names(mesh, args, ())
-        split = _split_of_shards(mesh.shape, inputs, args, rank)
+        split = _split_of_shards(mesh.shape, inputs, args, rank, is_grid_splittable)
         return [NamedSharding(mesh, spec_of(role, split, rank)) for role in outputs]
 
     def partition(mesh: Mesh, args: Sequence[Any], results: Sequence[Any]) -> Any:
         mesh, args, results = _with_names(mesh, args, results)
-        split = _split_of_shards(mesh.shape, roles, (*args, *results), rank)
+        split = _split_of_shards(mesh.shape, roles, (*args, *results), rank, is_grid_splittable)
         shardings = [NamedSharding(mesh, spec_of(role, split, rank)) for role in roles]
         of_results = shardings[len(inputs) :]
         shards = [s.shard_shape(x) for s, x in zip(of_results, output_shapes, strict=True)]
+        halos, grid = _halos_of(mesh.shape, split, roles, shapes, rank, window)
 
         def of_shards(*arrays: Any) -> Sequence[Any]:
             with outside_of_meshes():
-                computed = zip(outputs, run(arrays, shards), strict=True)
-                return [_summed(x, _missing(role, split)) for role, x in computed]
+                if not any(halos):
+                    computed = run(arrays, shards, None)
+                else:
+                    computed = _with_halos(run, inputs, outputs, arrays, shards, halos, grid)
+                return [
+                    _summed(x, _missing(role, split))
+                    for role, x in zip(outputs, computed, strict=True)
+                ]
 
         return mesh, of_shards, of_results, tuple(shardings[: len(inputs)])
 
     def rule(mesh: Mesh, *types: Any) -> SdyShardingRule:
-        return _sharding_rule(mesh.shape, roles, shapes, rank, len(inputs))
+        return _sharding_rule(mesh.shape, roles, shapes, rank, len(inputs), is_grid_splittable)
 
     function = custom_partitioning(whole)
     function.def_partition(partition, infer_sharding_from_operands=infer, sharding_rule=rule)
     return function
 
 
+def _halos_of(
+    mesh: Mapping[str, int],
+    split: Split,
+    roles: Sequence[Role],
+    shapes: Sequence[tuple[int, ...]],
+    rank: int,
+    window: Mapping[str, Any] | None,
+) -> tuple[Halos, tuple[int, ...]]:
+    """(of the keys of each device, the size of the grid)."""
+    grid: tuple[int, ...] = next(
+        (
+            tuple(shape[axis : axis + rank])
+            for role, shape in zip(roles, shapes, strict=True)
+            if (axis := role.axis_of("QK", rank)) is not None
+        ),
+        (0,) * rank,
+    )
+    return _halos.halos_of(mesh, split["Q"], grid, window or {}), grid
+
+
+def _with_halos(
+    run: Run,
+    inputs: Sequence[Role],
+    outputs: Sequence[Role],
+    arrays: Sequence[Any],
+    shards: Sequence[tuple[int, ...]],
+    halos: Halos,
+    grid: tuple[int, ...],
+) -> Sequence[Any]:
+    """A call on a part of the grid: what comes with keys is exchanged before, and what becomes of
+    them sent home afterwards."""
+    rank = len(halos)
+    arrays = [
+        x if (axis := role.axis_of("K", rank)) is None else _halos.extended(x, halos, axis)
+        for role, x in zip(inputs, arrays, strict=True)
+    ]
+    axes = [role.axis_of("K", rank) for role in outputs]
+    shapes = [
+        shape if axis is None else _halos.extended_shape(shape, halos, axis)
+        for axis, shape in zip(axes, shards, strict=True)
+    ]
+    results = run(arrays, shapes, (_halos.offsets_of(halos), grid))
+    return [
+        x if axis is None else _halos.sent_home(x, halos, axis)
+        for axis, x in zip(axes, results, strict=True)
+    ]
+
+
 def _missing(role: Role, split: Split) -> Axes:
-    """The axes over which a call is split, but not this output of it: a bias has no batch, and all
-    heads may share one key-value head. Each device has a part of the sum that its gradient is."""
-    there = {axis for dim in role.dims for axis in split.get(dim, ())}
-    return tuple(axis for dim in "BH" for axis in split[dim] if axis not in there)
+    """The axes over which a call is split, but not this output of it: a bias has no batch and no
+    grid, and all heads may share one key-value head. Each device has a part of the sum that its
+    gradient is."""
+    there = {axis for dim in role.dims for axes in split.get(dim, ()) for axis in axes}
+    every = (axis for dim in "BHQ" for axes in split[dim] for axis in axes)
+    return tuple(axis for axis in every if axis not in there)
 
 
 def _summed(x: Any, axes: Axes) -> Any:

@@ -24,20 +24,28 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from natten import _core
-from natten._args import ALLOW_NO_KEYS, UNKNOWN_OFFSETS, Config
+from natten._args import (
+    ALLOW_NO_KEYS,
+    UNKNOWN_OFFSETS,
+    Config,
+    as_part,
+    is_whole_grid,
+    options_of,
+)
 from natten._choices import tell
 from natten._kernel import COMPOSED, tell_without_kernels
 from natten._log import TELLS_CHOICES
 from natten._roles import Role, roles_of
 from natten.jax import _composed, _ffi
 from natten.jax._folding import Fold
-from natten.jax._partitioning import partitionable, spec_of, split_of_types
+from natten.jax._partitioning import Part, partitionable, spec_of, split_of_types
 from natten.jax._private import (
     LoweringRuleContext,
     Primitive,
     asks_for_devices,
     define_dead_code_elimination,
     lower_fun,
+    mapped_axes,
     platforms_of,
     primitive_batchers,
     register_lowering,
@@ -161,7 +169,7 @@ class Operation:
                     "is traced. Export one program for each shape"
                 )
         results, _ = self._plan(avals, setup, given, wanted)
-        split = split_of_types(inputs, avals, rank)
+        split = split_of_types(inputs, avals, rank, is_whole_grid(setup.config))
         first = avals[0]
         return [
             first.update(  # a type holds more than what is replaced here
@@ -184,10 +192,41 @@ class Operation:
     ) -> Any:
         if setup.backend == COMPOSED:
             return self._lower_composed(ctx, *operands, setup=setup, given=given, wanted=wanted)
-        run = functools.partial(self._call, platform, setup, given, wanted)
+        run = functools.partial(self._call, platform)
+        return self._lower_split(run, ctx, *operands, setup=setup, given=given, wanted=wanted)
+
+    def _lower_split(
+        self,
+        run: Callable[..., Sequence[Any]],
+        ctx: LoweringRuleContext,
+        *operands: Any,
+        setup: Setup,
+        given: tuple[bool, ...],
+        wanted: tuple[Wanted, ...],
+    ) -> Any:
+        """What devices compute, each by `run`. It takes (setup, given, wanted, arrays, shapes of
+        the results)."""
+
+        def of_shards(
+            arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]], part: Part | None
+        ) -> Sequence[Any]:
+            if part is None:
+                return run(setup, given, wanted, arrays, shapes)
+            offsets, grid_size = part
+            at = self.inputs.index(OFFSETS)
+            before = sum(given[:at])
+            return run(
+                dataclasses.replace(setup, config=as_part(setup.config, grid_size)),
+                (*given[:at], True, *given[at + 1 :]),
+                wanted,
+                [*arrays[:before], offsets, *arrays[before:]],
+                shapes,
+            )
+
         shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
+        window = options_of(setup.config) if is_whole_grid(setup.config) else None
         roles = self._roles(given, wanted)
-        function = partitionable(run, *roles, shapes, setup.config[0], ctx)
+        function = partitionable(of_shards, *roles, shapes, setup.config[0], window, ctx)
         return lower_fun(function, multiple_results=True)(ctx, *operands)
 
     def _lower_elsewhere(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
@@ -205,7 +244,22 @@ class Operation:
         return self._lower_composed(ctx, *operands, **params)
 
     def _lower_composed(self, ctx: LoweringRuleContext, *operands: Any, **params: Any) -> Any:
-        return lower_fun(self._composed, multiple_results=True)(ctx, *operands, **params)
+        if mapped_axes(ctx)[0]:  # inside `shard_map`
+            return lower_fun(self._composed, multiple_results=True)(ctx, *operands, **params)
+
+        def run(
+            setup: Setup,
+            given: tuple[bool, ...],
+            wanted: tuple[Wanted, ...],
+            arrays: Sequence[Any],
+            shapes: Sequence[tuple[int, ...]],
+        ) -> Sequence[Any]:
+            asked = _of_shapes(wanted, shapes)
+            params: dict[str, Any] = {"setup": setup, "given": given, "wanted": asked}
+            # In a function of its own, as custom_partitioning takes none that has constants.
+            return jax.jit(functools.partial(self._composed, **params))(*arrays)
+
+        return self._lower_split(run, ctx, *operands, **params)
 
     def _composed(
         self,
@@ -243,10 +297,8 @@ class Operation:
                 "attention: lengths of examples are read on the CPU only; on CUDA call it for each "
                 f'example, or with backend="{COMPOSED}"'
             )
-        rest = iter(shapes)
-        sizes = [w is not False and next(rest) for w in wanted]
-        asked = [s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True)]
-        results, workspace = self._plan(arrays, setup, given, tuple(asked), platform)
+        asked = _of_shapes(wanted, shapes)
+        results, workspace = self._plan(arrays, setup, given, asked, platform)
         if platform == "cpu" and setup.config[-1] & (UNKNOWN_OFFSETS | ALLOW_NO_KEYS):
             workspace = 0  # it depends on what is not known yet; libnatten allocates it
         if workspace:
@@ -321,6 +373,13 @@ class Operation:
             outvars=[v for i, v in zip(present, eqn.outvars, strict=True) if i in kept],
         )
         return [True] * len(eqn.invars), smaller
+
+
+def _of_shapes(wanted: tuple[Wanted, ...], shapes: Sequence[tuple[int, ...]]) -> tuple[Wanted, ...]:
+    """What is asked of outputs, where their results have these shapes."""
+    rest = iter(shapes)
+    sizes = [w is not False and next(rest) for w in wanted]
+    return tuple(s if isinstance(w, tuple) else w for s, w in zip(sizes, wanted, strict=True))
 
 
 def _one_by_one(

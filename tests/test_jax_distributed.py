@@ -1,0 +1,539 @@
+"""Grids that are split over devices along their spatial axes, in JAX: random problems on meshes of
+2, 4 and 8 devices, by `jit` with shardings and inside `shard_map`, against the undivided call; the
+same in several processes, which run this file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import cases  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.sharding import Mesh, NamedSharding, PartitionSpec  # noqa: E402
+from jax_cases import FUSED_NAMES, float64  # noqa: E402, F401, one is a fixture
+
+import natten  # noqa: E402
+import natten.jax as nj  # noqa: E402
+
+IN_PROCESSES = __name__ == "__main__"
+if not IN_PROCESSES and len(jax.devices()) < 8:
+    pytest.skip("needs 8 devices (see conftest.py)", allow_module_level=True)
+
+P = PartitionSpec
+HAS_EXPLICIT_AXES = jax.__version_info__ >= (0, 9)
+FUSED = (nj.na1d, nj.na2d, nj.na3d)
+QK = (nj.na1d_qk, nj.na2d_qk, nj.na3d_qk)
+AV = (nj.na1d_av, nj.na2d_av, nj.na3d_av)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A call, and the mesh that splits it."""
+
+    seed: int
+    mesh: dict[str, int]  # sizes by name, in order
+    batch_axes: tuple[str, ...]
+    head_axes: tuple[str, ...]
+    spatial: tuple[tuple[str, ...], ...]  # mesh axes that split each axis of the grid
+    grid: tuple[int, ...]
+    window: dict[str, Any]
+    batch: int
+    heads: int
+    kv_heads: int
+    dtype: str
+    rpb: bool
+    additional: int
+    mask_batch: int | None
+
+    @property
+    def rank(self) -> int:
+        return len(self.grid)
+
+    def options(self, is_mapped: bool) -> dict[str, Any]:
+        return self.window | ({"spatial_axis_names": self.spatial} if is_mapped else {})
+
+    def array(self, *shape: int, salt: int) -> np.ndarray:
+        x = np.random.default_rng([self.seed, salt]).standard_normal(shape)
+        return cases.round_to(self.dtype, x)
+
+
+def _axis(rng: np.random.Generator, parts: int, longest: int) -> tuple[int, dict[str, Any]]:
+    """A length that parts divide, and the options of a window that fits."""
+    length = parts * int(rng.integers(1, longest + 1))
+    boundary = str(rng.choice(["shift", "cut", "circular"]))
+    is_causal = boundary != "circular" and rng.random() < 0.3
+    if boundary == "circular":
+        dilation = int(rng.choice([d for d in (1, 2, 3) if length % d == 0]))
+        kernel_size = int(rng.integers(1, min(7, length // dilation) + 1))
+        strides = [s for s in range(1, kernel_size + 1) if length // dilation % s == 0]
+    else:
+        most = length + 2 if boundary == "cut" else length
+        dilation = int(rng.integers(1, min(3, most) + 1))
+        kernel_size = int(rng.integers(1, max(1, min(7, most // dilation)) + 1))
+        strides = list(range(1, kernel_size + 1))
+    stride = 1 if rng.random() < 0.5 else int(rng.choice(strides))
+    return length, {
+        "kernel_size": kernel_size, "stride": stride, "dilation": dilation,
+        "is_causal": bool(is_causal), "boundary": boundary,
+    }  # fmt: skip
+
+
+def draw(seed: int, most_devices: int = 8) -> Problem:
+    rng = np.random.default_rng([cases.SEED, seed])
+    rank = int(rng.integers(1, 4))
+    counts = [c for c in ((2,), (4,), (2, 2), (8,), (4, 2), (2, 4), (2, 2, 2))
+              if np.prod(c) <= most_devices]  # fmt: skip
+    sizes = counts[int(rng.integers(len(counts)))]
+    names = [str(n) for n in rng.permutation(["x", "y", "z"])[: len(sizes)]]
+    mesh = dict(zip(names, sizes, strict=True))
+    splits: list[list[str]] = [[] for _ in range(rank + 2)]  # of the grid, batch and heads
+    for i, name in enumerate(rng.permutation(names)):
+        splits[int(rng.integers(rank if i == 0 or rng.random() < 0.7 else rank + 2))].append(
+            str(name)
+        )
+    parts = [int(np.prod([mesh[n] for n in names])) for names in splits]
+    axes = [_axis(rng, p, (12, 5, 3)[rank - 1]) for p in parts[:rank]]
+    heads = parts[rank + 1] * 2
+    return Problem(
+        seed=seed,
+        mesh=mesh,
+        batch_axes=tuple(splits[rank]),
+        head_axes=tuple(splits[rank + 1]),
+        spatial=tuple(map(tuple, splits[:rank])),
+        grid=tuple(length for length, _ in axes),
+        window={name: tuple(w[name] for _, w in axes) for name in axes[0][1]},
+        batch=parts[rank],
+        heads=heads,
+        kv_heads=heads // int(rng.choice([1, 2])),
+        dtype=str(rng.choice(["float64", "float32", "float32", "bfloat16"])),
+        rpb=bool(rng.random() < 0.4),
+        additional=int(rng.choice([0, 0, 2])),
+        mask_batch=[None, 1, parts[rank]][int(rng.choice([0, 0, 1, 2]))],
+    )
+
+
+def entry(axes: tuple[str, ...]) -> Any:
+    return axes or None
+
+
+def arrays_of(problem: Problem, kind: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays by name, how each is split). grad_*: what comes in from outside."""
+    p = problem
+    b, h, grid = entry(p.batch_axes), entry(p.head_axes), tuple(map(entry, p.spatial))
+    arrays: dict[str, np.ndarray] = {}
+    specs: dict[str, P] = {}
+
+    def add(name: str, shape: tuple[int, ...], spec: P) -> None:
+        arrays[name], specs[name] = p.array(*shape, salt=len(arrays)), spec
+
+    if kind == "fused":
+        add("query", (p.batch, *p.grid, p.heads, 3), P(b, *grid, h))
+        add("key", (p.batch, *p.grid, p.kv_heads, 3), P(b, *grid, h))
+        add("value", (p.batch, *p.grid, p.kv_heads, 2), P(b, *grid, h))
+    else:
+        slots = int(np.prod(p.window["kernel_size"])) + p.additional
+        add("query", (p.batch, p.heads, *p.grid, 3), P(b, h, *grid))
+        add("key", (p.batch, p.heads, *p.grid, 3), P(b, h, *grid))
+        add("attn", (p.batch, p.heads, *p.grid, slots), P(b, h, *grid))
+        add("value", (p.batch, p.heads, *p.grid, 2), P(b, h, *grid))
+    if p.rpb:
+        add("rpb", (p.heads, *(2 * k - 1 for k in p.window["kernel_size"])), P(h))
+    if p.additional:
+        for name, dim in (("additional_keys", 3), ("additional_values", 2)):
+            if kind == "fused":
+                add(name, (p.batch, p.additional, p.kv_heads, dim), P(b, None, h))
+            else:
+                add(name, (p.batch, p.heads, p.additional, dim), P(b, h))
+    if p.mask_batch is not None:
+        rng = np.random.default_rng([p.seed, 99])
+        mask = rng.random((p.mask_batch, *p.grid)) < 0.7
+        arrays["key_mask"] = mask
+        specs["key_mask"] = P(b if p.mask_batch > 1 else None, *grid)
+        for name in ("key", "value"):
+            hidden = ~np.expand_dims(mask, -1 if kind == "fused" else 1)[..., None]
+            arrays[name] = np.where(hidden, np.nan, arrays[name])
+    return arrays, specs
+
+
+def function_of(problem: Problem, kind: str, is_mapped: bool) -> Any:
+    """Results of named arrays: a tuple."""
+    options, i = problem.options(is_mapped), problem.rank - 1
+
+    def fused(x: dict[str, Any]) -> Any:
+        return FUSED[i](**x, **options, return_lse=True)
+
+    def unfused(x: dict[str, Any]) -> Any:
+        mask = {n: x[n] for n in ("key_mask",) if n in x}
+        of_qk = {n: x[n] for n in ("query", "key", "rpb", "additional_keys") if n in x}
+        of_av = {n: x[n] for n in ("attn", "value", "additional_values") if n in x}
+        return QK[i](**of_qk, **options, **mask), AV[i](**of_av, **options, **mask)
+
+    return fused if kind == "fused" else unfused
+
+
+def both(function: Any) -> Any:
+    """Results and gradients of named arrays, for what comes in from outside."""
+
+    def results(x: dict[str, Any], mask: dict[str, Any], incoming: Any) -> Any:
+        results, pull_back = jax.vjp(lambda x: function(x | mask), x)
+        return results, pull_back(incoming)[0]
+
+    return results
+
+
+def expected_of(problem: Problem, arrays: dict[str, Any], incoming: Any, kind: str) -> Any:
+    """Of the undivided call: its results and gradients, and the gradients in float64."""
+    function = jax.jit(both(function_of(problem, kind, False)))
+    mask = {n: x for n, x in arrays.items() if n == "key_mask"}
+
+    def cast(x: Any, dtype: str) -> Any:
+        return jax.tree.map(lambda a: jnp.asarray(a).astype(dtype), x)
+
+    x = {n: a for n, a in arrays.items() if n != "key_mask"}
+    statistic = "float64" if problem.dtype == "float64" else "float32"
+    second = statistic if kind == "fused" else problem.dtype
+    incoming = incoming[0].astype(problem.dtype), incoming[1].astype(second)
+    results = function(cast(x, problem.dtype), mask, incoming)
+    exact = results
+    if problem.dtype != "float64":
+        exact = function(cast(x, "float64"), mask, cast(incoming, "float64"))
+    return incoming, *jax.device_get((results, exact[1]))
+
+
+def check(problem: Problem, kind: str, mode: str, devices: Any = None, place: Any = None) -> None:
+    """`mode`: how the call is split. `place`: makes a global array."""
+    p = problem
+    devices = np.array(devices if devices is not None else jax.devices())
+    shape = tuple(p.mesh.values())
+    rng = np.random.default_rng([cases.SEED, p.seed, 1])
+    devices = rng.permutation(devices[: int(np.prod(shape))]).reshape(shape)
+    if mode == "explicit":
+        types = (jax.sharding.AxisType.Explicit,) * len(shape)
+        mesh = Mesh(devices, tuple(p.mesh), axis_types=types)
+    else:
+        mesh = Mesh(devices, tuple(p.mesh))
+    arrays, specs = arrays_of(p, kind)
+    names = ("query", "attn") if kind == "unfused" else ("query", "query")
+    is_mapped = mode.startswith("shard_map")
+    plain = function_of(p, kind, False)
+    # Results are split as queries are.
+    query = specs[names[0]]
+    of_results = (query, query) if kind == "unfused" else (query, P(*query[: p.rank + 2]))
+    shapes = jax.eval_shape(
+        plain,
+        {n: jax.ShapeDtypeStruct(a.shape, bool if n == "key_mask" else p.dtype)
+         for n, a in arrays.items()},
+    )  # fmt: skip
+    incoming = [jnp.asarray(p.array(*s.shape, salt=50 + i)) for i, s in enumerate(shapes)]
+    incoming, (results, gradients), exact = expected_of(p, arrays, incoming, kind)
+
+    def default_place(a: Any, spec: P) -> Any:
+        return jax.device_put(a, NamedSharding(mesh, spec))
+
+    place = default_place if place is None else functools.partial(place, mesh)
+    x = {
+        n: place(jnp.asarray(a).astype(bool if n == "key_mask" else p.dtype), specs[n])
+        for n, a in arrays.items()
+    }
+    mask = {n: x.pop(n) for n in ("key_mask",) if n in x}
+    incoming = tuple(place(a, s) for a, s in zip(incoming, of_results, strict=True))
+    function = plain
+    if is_mapped:
+        function = jax.shard_map(
+            function_of(p, kind, True), mesh=mesh, in_specs=({n: specs[n] for n in arrays},),
+            out_specs=of_results, check_vma=mode == "shard_map",
+        )  # fmt: skip
+    before = jax.config.jax_use_shardy_partitioner
+    try:
+        jax.config.update("jax_use_shardy_partitioner", mode != "gspmd")
+        run = jax.jit(both(function)).lower(x, mask, incoming).compile()
+        got_results, got_gradients = run(x, mask, incoming)
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", before)
+    found = collectives(run.as_text())
+    is_split = any(p.spatial)
+    is_reduced = p.rpb or p.additional
+    # A grid may be split into parts that need nothing of each other.
+    assert found <= {"collective-permute"} | ({"all-reduce"} if is_reduced else set()), found
+    assert "collective-permute" in found or not is_split or not needs_others(p), p
+    for i, (got, want) in enumerate(zip(got_results, results, strict=True)):
+        assert got.dtype == want.dtype
+        assert_shards(got, want, np.testing.assert_array_equal, f"result {i} of {p}")
+        if mode != "shard_map":
+            want_sharding = NamedSharding(mesh, of_results[i])
+            assert got.sharding.is_equivalent_to(want_sharding, got.ndim), (got.sharding, p)
+    bound = cases.GRADIENT_BOUND[p.dtype]
+    norm = sum(
+        np.linalg.norm(np.asarray(p.array(*s.shape, salt=50 + i))) for i, s in enumerate(shapes)
+    )
+    for name, got in got_gradients.items():
+        assert got.sharding.is_equivalent_to(NamedSharding(mesh, specs[name]), got.ndim), (name, p)
+        if name in ("query", "attn"):
+            equal = np.testing.assert_array_equal
+            assert_shards(got, gradients[name], equal, f"gradient of {name} of {p}")
+        scale = np.linalg.norm(exact[name])
+        if scale <= 1e-9 * norm:
+            scale = norm
+
+        def close(a: Any, b: Any, message: str, scale: float = scale) -> None:
+            error = np.linalg.norm(np.asarray(a, np.float64) - b) / scale
+            assert error <= bound, f"{message}: {error}"
+
+        assert_shards(got, exact[name], close, f"gradient of {name} of {p}")
+    if p.mask_batch is not None and not IN_PROCESSES:
+        for name in ("key", "value"):
+            hidden = ~np.expand_dims(arrays["key_mask"], -1 if kind == "fused" else 1)[..., None]
+            got = np.asarray(got_gradients[name], np.float64)
+            assert not got[np.broadcast_to(hidden, got.shape)].any()
+
+
+def assert_shards(got: Any, want: Any, compare: Any, message: str) -> None:
+    """Each process compares what it has."""
+    for shard in got.addressable_shards:
+        compare(np.asarray(shard.data), np.asarray(want)[shard.index], message)
+
+
+def collectives(text: str) -> set[str]:
+    names = r" (all-gather|all-to-all|collective-permute|all-reduce)(?:-start)?\("
+    return set(re.findall(names, text))
+
+
+def needs_others(problem: Problem) -> bool:
+    """Whether any part needs keys of another, by the definition."""
+    for i, names in enumerate(problem.spatial):
+        parts = int(np.prod([problem.mesh[n] for n in names]))
+        length = problem.grid[i] // parts
+        window = {name: values[i] for name, values in problem.window.items()}
+        for part in range(parts):
+            begin, end = natten.key_range(part * length, length, problem.grid[i], **window)
+            if begin < part * length or end > (part + 1) * length:
+                return True
+    return False
+
+
+MODES = ("shardy", "gspmd", "shard_map", "shard_map unchecked") + (
+    ("explicit",) if HAS_EXPLICIT_AXES else ()
+)
+COUNT = 25
+SEEDS = pytest.mark.parametrize(
+    "seeds",
+    [range(len(MODES)), pytest.param(range(len(MODES), COUNT), marks=pytest.mark.long)],
+    ids=["few", "rest"],
+)
+
+
+@SEEDS
+def test_random_problems(seeds):
+    """Results and the gradient of queries have the bits of the undivided call, other gradients are
+    within the bounds, and nothing is gathered. Each problem by one of the ways to split it."""
+    for seed in seeds:
+        kind = "unfused" if seed % 3 == 2 else "fused"
+        check(draw(seed), kind, MODES[seed % len(MODES)])
+
+
+def test_what_is_sent_is_the_surface():
+    """Of random windows on an axis in four or eight parts: keys and values that a part needs and
+    does not have, by the definition, are as many as all devices are sent."""
+    rng, everything = np.random.default_rng([cases.SEED, 7]), 0
+    for parts in (4, 8, 8):
+        length, window = _axis(rng, parts, 9)
+        x = [jax.ShapeDtypeStruct((2, length, 1, 3), "float32")] * 3
+        mesh = Mesh(np.array(jax.devices()[:parts]), ("x",))
+        split = NamedSharding(mesh, P(None, "x"))
+        function = jax.jit(functools.partial(nj.na1d, **window), in_shardings=split)
+        text = function.lower(*x).compile().as_text()
+        pattern = r"f32\[2,(\d+),1,3\]\S* collective-permute\(.*source_target_pairs=\{(\S*)\}[,\n]"
+        sent = sum(int(n) * pairs.count("},{") + int(n) for n, pairs in re.findall(pattern, text))
+        of_part = length // parts
+        needed = 0
+        for part in range(parts):
+            own = range(part * of_part, (part + 1) * of_part)
+            tokens = range(*natten.key_range(own[0], of_part, length, **window))
+            needed += len({t % length for t in tokens} - set(own))
+        assert sent == 2 * needed, (parts, length, window)
+        everything += needed
+    assert everything
+
+
+# One small problem, transformed and refused.
+
+WINDOW = {"kernel_size": (3, 2), "boundary": ("circular", "shift"), "is_causal": (False, True)}
+SPEC = P(None, "x", "y")
+
+
+def small(**options: Any) -> tuple[Any, list[Any], Mesh]:
+    """A call, its query, key and value, and a mesh of two by two devices."""
+    rng = np.random.default_rng(cases.SEED)
+    x = [jnp.asarray(rng.standard_normal((2, 8, 6, 2, 3))) for _ in range(3)]
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    return functools.partial(nj.na2d, **WINDOW, **options), x, mesh
+
+
+def mapped(function: Any, mesh: Mesh, specs: Any = SPEC, names: Any = ("x", "y")) -> Any:
+    call = functools.partial(function, spatial_axis_names=names)
+    return jax.shard_map(
+        lambda *x: call(*x), mesh=mesh, in_specs=specs, out_specs=SPEC, check_vma=False
+    )
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["jit", "shard_map"])
+def test_composed(mode):
+    function, x, mesh = small(backend="composed")
+    split = function if mode == "jit" else mapped(function, mesh)
+    placed = [jax.device_put(a, NamedSharding(mesh, SPEC)) for a in x]
+
+    def gradients(function: Any, x: Any) -> Any:
+        result, pull_back = jax.vjp(function, *x)
+        return result, pull_back(jnp.cos(result))
+
+    run = jax.jit(lambda *x: gradients(split, x)).lower(*placed).compile()
+    assert collectives(run.as_text()) == {"collective-permute"}
+    wants = jax.jit(lambda *x: gradients(functools.partial(function, backend=None), x))(*x)
+    for got, want in zip(jax.tree.leaves(run(*placed)), jax.tree.leaves(wants), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("mode", ["jit", pytest.param("shard_map", marks=pytest.mark.long)])
+def test_vmap(mode):
+    """Over queries only, and over all; keys that the examples share are exchanged once."""
+    function, x, mesh = small()
+    split = function if mode == "jit" else mapped(function, mesh)
+    for axes in ((1, None, None), (0, 0, 0)):
+        stacked = [a if i is None else jnp.stack([a, a * 0.5 - 1], i) for i, a in zip(axes, x)]  # noqa: B905
+        specs = [SPEC if i is None else P(*SPEC[:i], None, *SPEC[i:]) for i in axes]
+        placed = [
+            jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(stacked, specs, strict=True)
+        ]
+        run = jax.jit(jax.vmap(split, axes)).lower(*placed).compile()
+        assert collectives(run.as_text()) == {"collective-permute"}
+        np.testing.assert_array_equal(run(*placed), jax.vmap(function, axes)(*stacked))
+
+
+def test_forward_mode_inside_shard_map():
+    function, x, mesh = small(autodiff="any")
+    t = tuple(a[::-1] for a in x)
+    got = jax.jit(lambda *x: jax.jvp(mapped(function, mesh), x, t))(*x)
+    want = jax.jvp(function, tuple(x), t)
+    np.testing.assert_array_equal(got[0], want[0])
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (("x", "z"), ValueError, "got 'z'; must be an axis of a mesh that jax.shard_map has split"),
+        (("x",), ValueError, r"got \('x',\), 1 entries; must be one entry per spatial axis, 2"),
+        ("x", ValueError, "got 'x', 1 entries; must be one entry per spatial axis, 2"),
+        (("x", ("y", "x")), ValueError, r"got \(.*\); must not name an axis twice"),
+        (("x", 3), TypeError, r"got \('x', 3\); must be one entry per spatial axis"),
+        (5, TypeError, "got 5; must be one entry per spatial axis"),
+    ],
+)
+def test_names_that_are_refused(names, error, message):
+    function, x, mesh = small()
+    with pytest.raises(error, match=f"^spatial_axis_names: {message}"):
+        mapped(function, mesh, names=names)(*x)
+
+
+def test_what_cannot_be_split():
+    function, x, mesh = small()
+    with pytest.raises(
+        ValueError, match=r"^spatial_axis_names: got 'x'; must be an axis of a mesh"
+    ):
+        function(*x, spatial_axis_names=("x", "y"))
+    for given in ({"query_offset": 0}, {"key_offset": (0, 0)}, {"grid_size": (8, 6)}):
+        (name,) = given
+        with pytest.raises(ValueError, match=f"^{name}: got .* together with spatial_axis_names"):
+            mapped(functools.partial(function, **given), mesh)(*x)
+    with pytest.raises(ValueError, match=r"^key: got a part of \[8, 6\] tokens; must be \[4, 3\]"):
+        mapped(function, mesh, (SPEC, P(), SPEC))(*x)
+    with pytest.raises(
+        ValueError, match=r"^value: got a part of \[8, 3\] tokens; must be \[4, 3\]"
+    ):
+        mapped(function, mesh, (SPEC, SPEC, P(None, None, "y")))(*x)
+    with pytest.raises(ValueError, match=r"^kernel_size: got \[9, 2\]"):  # more than the whole grid
+        mapped(functools.partial(function, kernel_size=(9, 2)), mesh)(*x)
+    with pytest.raises(ValueError, match=r"^stride"):  # circular: of the whole grid, too
+        mapped(functools.partial(function, stride=(3, 1)), mesh)(*x)
+
+
+# Several processes.
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
+@pytest.mark.long
+def test_several_processes():
+    """Two, each with two devices."""
+    count = 2
+    flags = "--xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__, str(count), f"localhost:{free_port()}"]
+    processes = [
+        subprocess.Popen(
+            [*command, str(i)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for i in range(count)
+    ]  # fmt: skip
+    try:
+        outputs = [p.communicate(timeout=200)[0] for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    for p, output in zip(processes, outputs, strict=True):
+        assert p.returncode == 0, output
+        assert f"{PROCESS_PROBLEMS} problems" in output
+
+
+@pytest.mark.long
+def test_the_example():
+    script = Path(__file__).parent.parent / "examples" / "sharding_grid.py"
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "'all-gather': 0, 'all-to-all': 0" in run.stdout
+
+
+PROCESS_PROBLEMS = 4
+
+
+def in_process(count: int, address: str, number: int) -> None:
+    """What one process of `test_several_processes` runs."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(address, num_processes=count, process_id=number)
+
+    def place(mesh: Mesh, x: Any, spec: P) -> Any:
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
+
+    devices = jax.devices()
+    assert len(devices) == 2 * count == 2 * len(jax.local_devices())
+    drawn = map(draw, range(1000, 1100))
+    problems = [p for p in drawn if np.prod([*p.mesh.values()]) == len(devices)]
+    for i, problem in enumerate(problems[:PROCESS_PROBLEMS]):
+        mode = ("shardy", "shard_map")[i % 2]
+        check(problem, "unfused" if i == 2 else "fused", mode, devices, place)
+    print(f"{PROCESS_PROBLEMS} problems")
+    jax.distributed.shutdown()
+
+
+if __name__ == "__main__":
+    in_process(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
