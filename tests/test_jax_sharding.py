@@ -285,7 +285,7 @@ def test_explicit_axes_are_checked_when_traced():
     for specs, name in (
         ((P("data", "model"), P("data"), P("data"), P()), "key"),
         ((P("data"), P(), P("data"), P()), "key"),
-        ((P(*[None] * 4, "data"), P(), P(), P()), "query"),
+        ((P(), P(), P(*[None] * 4, "data"), P()), "value"),
         ((*SPECS[:3], P()), "rpb"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: got sharding .*use jax.sharding.reshard"):
