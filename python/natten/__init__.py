@@ -104,7 +104,16 @@ HAS_LIBNATTEN = True
 
 warn_of_clash(__path__[0], __version__)
 
-_SUBMODULES = ("backends", "flops", "functional", "modules", "token_permute", "types", "utils")
+_SUBMODULES = (
+    "backends",
+    "distributed",
+    "flops",
+    "functional",
+    "modules",
+    "token_permute",
+    "types",
+    "utils",
+)
 
 
 def __getattr__(name: str) -> Any:

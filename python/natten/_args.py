@@ -264,6 +264,15 @@ def with_grid_size(config: Config, key_grid: Sequence[int]) -> Config:
     return (*config[: at - 1], len(key_grid), *key_grid, *config[at:])
 
 
+def with_parts(config: Config, *parts: Sequence[int]) -> Config:
+    """The config of a whole grid as that of a part of it; `parts`: a value per axis of each of
+    PART_OPTIONS."""
+    rank = config[0]
+    at = len(WINDOW_OPTIONS) * (rank + 1)
+    given = [n for values in parts for n in (rank, *values)]
+    return (*config[:at], *given, *config[at + len(PART_OPTIONS) :])
+
+
 def with_flags(config: Config, flags: int) -> Config:
     return (*config[:-1], config[-1] | flags)
 
