@@ -1,4 +1,4 @@
-"""Draws the pictures of docs/semantics.md and the README into docs/images.
+"""Draws the pictures of docs/semantics.md, docs/many-devices.md and the README into docs/images.
 
 The windows come from the library itself (`natten._core.window`), so the pictures cannot drift from
 what it computes.
@@ -26,6 +26,7 @@ from matplotlib.patches import Patch, Rectangle
 import natten
 from natten import _core
 from natten._args import BOUNDARIES
+from natten._halos import halos_of
 
 INK = "#333333"
 GRID = "#c9ced6"
@@ -269,6 +270,43 @@ def draw_parts() -> plt.Figure:
     return figure
 
 
+def draw_halos() -> plt.Figure:
+    """What one of 3 x 4 parts needs of the others."""
+    shape, parts = (12, 16), (3, 4)
+    panels = [
+        ("5 x 5, inside", Neighborhood((5, 5)), (1, 1)),
+        ("5 x 5, in a corner", Neighborhood((5, 5)), (0, 3)),
+        ("circular columns", Neighborhood((5, 5), boundary=("cut", "circular", "cut")), (1, 3)),
+        ("causal rows", Neighborhood((5, 5), is_causal=(True, False, False)), (1, 1)),
+        ("13 x 3: of several parts", Neighborhood((13, 3), boundary=("cut",) * 3), (2, 1)),
+    ]
+    figure, row = plt.subplots(1, len(panels), figsize=(14, 2.75))
+    for axes, (title, neighborhood, part) in zip(row, panels, strict=True):
+        window = {name: tuple(values[:2]) for name, values in vars(neighborhood).items()}
+        counts = tuple((n,) for n in parts)
+        halos = halos_of(shape, counts, **window)  # type: ignore[arg-type]
+        needed, held = (
+            set(
+                itertools.product(
+                    *(
+                        [token % n for token in range(*r)]
+                        for r, n in zip(ranges, shape, strict=True)
+                    )
+                )
+            )
+            for ranges in (halos.needed(part), halos.held(part))
+        )
+        draw_cells(axes, dict.fromkeys(needed, WINDOW) | dict.fromkeys(held, SHARER), shape)
+        for begin, _ in halos.axes[0].held[1:]:
+            axes.axhline(begin, color=INK, linewidth=1.2)
+        for begin, _ in halos.axes[1].held[1:]:
+            axes.axvline(begin, color=INK, linewidth=1.2)
+        axes.set_title(title, fontsize=FONT + 1, color=INK)
+    add_legend(figure, {"the part of a rank": SHARER, "its halo, which others send": WINDOW})
+    figure.subplots_adjust(left=0.01, right=0.99, top=0.9, bottom=0.13, wspace=0.06)
+    return figure
+
+
 PICTURES = {
     "neighborhoods": draw_2d,
     "windows_1d": draw_1d,
@@ -276,6 +314,7 @@ PICTURES = {
     "borders_1d": draw_borders_1d,
     "borders_2d": draw_borders_2d,
     "parts": draw_parts,
+    "halos": draw_halos,
 }
 
 

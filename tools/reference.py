@@ -12,7 +12,14 @@ from pathlib import Path
 from typing import Any
 
 # By module, what its page begins with where the docstring does not serve.
-MODULES = ("natten", "natten.functional", "natten.jax", "natten.flax", "natten.numpy")
+MODULES = (
+    "natten",
+    "natten.functional",
+    "natten.distributed",
+    "natten.jax",
+    "natten.flax",
+    "natten.numpy",
+)
 _SECTIONS = ("Args:", "Returns:", "Raises:")
 _CODE = re.compile(r"(`[^`]*`)")
 

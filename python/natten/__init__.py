@@ -107,6 +107,7 @@ warn_of_clash(__path__[0], __version__)
 
 _SUBMODULES = (
     "backends",
+    "distributed",
     "flops",
     "functional",
     "modules",

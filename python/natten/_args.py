@@ -271,11 +271,17 @@ def is_whole_grid(config: Config) -> bool:
     return not of_parts and not config[-1] & (SEPARATE_KEY_GRID | UNKNOWN_OFFSETS)
 
 
+def with_parts(config: Config, *parts: Sequence[int]) -> Config:
+    """The config of a whole grid as that of a part of it; `parts`: of each of PART_OPTIONS a value
+    per axis, or nothing."""
+    at = len(WINDOW_OPTIONS) * (config[0] + 1)
+    given = [n for values in parts for n in (len(values), *values)]
+    return (*config[:at], *given, *config[at + len(PART_OPTIONS) :])
+
+
 def as_part(config: Config, grid_size: Sequence[int]) -> Config:
     """The config of a part, whose offsets are read at run time, of a call on a whole grid."""
-    at = len(WINDOW_OPTIONS) * (config[0] + 1) + len(PART_OPTIONS) - 1
-    config = (*config[:at], len(grid_size), *grid_size, *config[at + 1 :])
-    return with_flags(config, UNKNOWN_OFFSETS)
+    return with_flags(with_parts(config, (), (), grid_size), UNKNOWN_OFFSETS)
 
 
 def with_flags(config: Config, flags: int) -> Config:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Sequence
 from typing import Any, Never, Unpack
 
@@ -40,6 +41,8 @@ def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
     try:
         if is_any_autocast_enabled():
             args = _autocast(args)
+        if type(args[0]) is not Tensor and is_distributed(args[0]):
+            return _on_distributed(operator, args, statistic)
         is_nested = args[0].is_nested or args[1].is_nested
         is_composed = args[-1] == COMPOSED or (
             not args[0].is_cpu and _composed.serves(args[0], args[-1])
@@ -56,11 +59,25 @@ def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
         return operator(*args)
     except Exception:
         # Only now, as good calls need no such checks.
+        if not is_distributed(args[0]) and any(map(is_distributed, args)):
+            return _on_distributed(operator, args, statistic)  # which refuses it
         nested = any(map(_is_nested, args[:2]))
         for role, x in zip(operator.inputs, args, strict=False):
             if x is not None or role.is_required:
                 _ops.check_tensor(role.name, x, may_be_nested=nested)
         raise
+
+
+def is_distributed(x: Any) -> bool:
+    """Whether `x` is a DTensor. Those who have one have loaded what makes it, which takes long."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    return tensor is not None and isinstance(x, tensor.DTensor)
+
+
+def _on_distributed(operator: _ops.Operator, args: Sequence[Any], statistic: bool) -> Any:
+    from natten.torch import _distributed
+
+    return _distributed.call(operator, args, functools.partial(_call, statistic=statistic))
 
 
 def _scale(scale: float | None) -> float | None:
@@ -132,6 +149,9 @@ def _make_fused(rank: int):
 
         Every token attends to a window of `kernel_size` tokens around it; the weights are never
         stored. `spatial` below stands for {rank} axes.
+
+        Tensors may be DTensors that are split along batch, heads and axes of the grid, over any
+        mesh; the results are placed like query. Then only what windows need of other ranks travels.
 
         Heads are last here and first in `na{rank}d_qk`. Tensors of the other layout are taken for
         another grid, without an error where that is large enough for the window.

@@ -164,7 +164,15 @@ class _NeighborhoodAttention(nn.Module):
         qkv = self._map_to_qkv(x)
         query, key, value = (qkv.select(rank + 1, i) for i in range(3))
         out = self._attend(query, key, value, key_mask)
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        return self.proj_drop(self._mapped("proj", out.flatten(-2)))
+
+    def _mapped(self, name: str, x: Tensor) -> Tensor:
+        """A map of every token by itself, `qkv` or `proj`."""
+        if _functional.is_distributed(x):
+            from natten.torch import _distributed
+
+            return _distributed.mapped(name, getattr(self, name), x)
+        return getattr(self, name)(x)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None) -> Tensor:
         """Attention, heads-last; of dense tensors or of nested ones."""
@@ -222,7 +230,7 @@ class _NeighborhoodAttention(nn.Module):
     def _map_to_qkv(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., 3, num_heads, head_dim]."""
         try:
-            return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            return self._mapped("qkv", x).unflatten(-1, (3, self.num_heads, self.head_dim))
         except RuntimeError as error:
             _ops.check_tensor("x", x, may_be_nested=True)
             if type(self.qkv) is not nn.Linear or isinstance(error, torch.OutOfMemoryError):
