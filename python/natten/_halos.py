@@ -118,9 +118,8 @@ def halos_of(
     windows = zip(kernel_size, stride, dilation, is_causal, boundary, strict=True)
     for length, counts, (k, s, d, causal, border) in zip(grid, parts, windows, strict=True):
         held = chunks(length, counts)
-        if len(held) == 1:
-            needed = held
-        else:
+        needed: tuple[Range, ...] = held  # where it is not cut, all of the axis is there
+        if len(held) > 1:
             needed = tuple(
                 _needed(
                     begin, end - begin, length, k,
