@@ -167,9 +167,11 @@ void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
         end = min(v1 < block.vectors ? v1 * shift : span, v0 * shift + count);
       }
       const std::int64_t step = batch.step0 + at;
-      column_tiles<T, kAccess>(v1 - v0, p, v0, line.*operand + (walk.first + step) * p.next_column,
-                               end - at,
-                               out + v0 * p.out_stride + (batch.at(l) + step) * kWidth<T>);
+      // Between the columns of two adjacent vectors there may be some that none sees.
+      if (v0 < v1)
+        column_tiles<T, kAccess>(v1 - v0, p, v0,
+                                 line.*operand + (walk.first + step) * p.next_column, end - at,
+                                 out + v0 * p.out_stride + (batch.at(l) + step) * kWidth<T>);
       at = end;
     }
   }
