@@ -20,8 +20,10 @@ enum Flag : std::int64_t {
   allow_tf32 = 16,
   unknown_offsets = 32,
   allow_no_keys = 64,
+  no_timing = 128,
+  nothing_tuned = 256,
 };
-constexpr std::int64_t kAllFlags = 127;
+constexpr std::int64_t kAllFlags = 511;
 
 /// Throws Error.
 Op op_named(std::string_view name);

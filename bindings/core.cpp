@@ -248,6 +248,83 @@ nb::list work_of_call(const std::string& op, const Config& config, const nb::seq
   return rows;
 }
 
+std::pair<std::string, std::string> tuned(const std::string& op, const Config& config, Scale scale,
+                                          const std::string& backend, const nb::sequence& inputs,
+                                          const std::string& device,
+                                          const std::optional<nb::sequence>& outputs,
+                                          std::optional<int> openmp_threads) {
+  HoldsLock lock;
+  Views views(device_named(device));
+  Call call = call_of(views, op, config, scale, inputs);
+  if (outputs)
+    bind_tensors(call, *outputs, true, [&](const Role& role, const nb::object& object) {
+      call.tensors.*role.tensor = views.view(object, role.name);
+    });
+  if (call.options.tuning == Tuning::none) return {to_string(Configuration()), name_of(Origin())};
+  Context context;
+  context.backend = backend.c_str();
+  OpenMpExecutor openmp(openmp_threads.value_or(1));
+  if (openmp_threads) context.executor = &openmp;
+  const Choice choice = choice_for(describe(call), context);
+  return {to_string(choice.configuration), name_of(choice.origin)};
+}
+
+using Limits = std::tuple<int, int, double, bool>;  // in the order of TuningLimits
+
+constexpr const char* kTuningModes[] = {"off", "read", "record", "tune"};
+
+TuningMode tuning_mode(const std::string& name) {
+  for (int i = 0; i < 4; ++i)
+    if (name == kTuningModes[i]) return static_cast<TuningMode>(i);
+  throw Error(ErrorKind::invalid_value,
+              "mode: got \"" + name + "\"; must be off, read, record or tune");
+}
+
+void set_tuning(const std::optional<std::string>& forward,
+                const std::optional<std::string>& backward,
+                const std::optional<Limits>& forward_limits,
+                const std::optional<Limits>& backward_limits,
+                const std::optional<std::string>& cache_dir) {
+  TuningSettings settings = tuning_settings();
+  const auto limits = [](const Limits& l) {
+    return std::apply([](const auto&... fields) { return TuningLimits{fields...}; }, l);
+  };
+  if (forward) settings.forward = tuning_mode(*forward);
+  if (backward) settings.backward = tuning_mode(*backward);
+  if (forward_limits) settings.forward_limits = limits(*forward_limits);
+  if (backward_limits) settings.backward_limits = limits(*backward_limits);
+  if (cache_dir) settings.cache_dir = *cache_dir;
+  set_tuning_settings(settings);
+}
+
+std::tuple<std::string, std::string, std::string, std::string> tuning() {
+  const TuningSettings settings = tuning_settings();
+  return {kTuningModes[static_cast<int>(settings.forward)],
+          kTuningModes[static_cast<int>(settings.backward)], settings.cache_dir,
+          settings.record_file};
+}
+
+std::tuple<std::string, std::string, double, double> tune_problem(const std::string& text,
+                                                                  bool again) {
+  HoldsLock lock;
+  Choice choice;
+  Context context;
+  context.interrupted = signal_check();
+  lock.release_while([&] {
+    const Problem problem = problem_of(text);
+    choice = choice_for(problem, context);
+    if (again || choice.origin == Origin::default_choice) choice = tune(problem, context);
+  });
+  return {to_string(choice.configuration), name_of(choice.origin), choice.default_seconds,
+          choice.seconds};
+}
+
+std::vector<std::pair<bool, std::string>> tuning_notes() {
+  std::vector<std::pair<bool, std::string>> notes;
+  for (const TuningNote& note : take_tuning_notes()) notes.emplace_back(note.is_warning, note.text);
+  return notes;
+}
+
 std::vector<std::tuple<std::string, std::string, bool, bool, bool, bool>> roles(
     const std::string& op) {
   std::vector<std::tuple<std::string, std::string, bool, bool, bool, bool>> rows;
@@ -419,6 +496,26 @@ NB_MODULE(_core, m) {
         "natten::PassWork. Tensors: (shape, dtype name) tuples or None. fixed_tiles: by the "
         "config's\n"
         "q_tile_shape and kv_tile_shape, of tiles on a grid of their own.");
+  m.def(
+      "tuned", &tuned, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a,
+      "device"_a = "cpu", "outputs"_a = nb::none(), "openmp_threads"_a = nb::none(),
+      "The configuration that the chosen backend would run a call with, and where it comes from:\n"
+      "\"default\", \"tuned\" or \"cache\". Nothing is timed. Arguments as of explain and run.");
+  m.def("set_tuning", &set_tuning, "forward"_a = nb::none(), "backward"_a = nb::none(),
+        "forward_limits"_a = nb::none(), "backward_limits"_a = nb::none(),
+        "cache_dir"_a = nb::none(),
+        "Sets what the tuner does for forward and for backward passes: \"off\", \"read\",\n"
+        "\"record\" or \"tune\". limits: (warm-up steps, steps, seconds, thorough). None: as "
+        "before.");
+  m.def("tuning", &tuning,
+        "(mode of forward passes, of backward passes, folder of the cache, file of records).");
+  m.def(
+      "tune_problem", &tune_problem, "problem"_a, "again"_a = false,
+      "Tunes a problem that a line of text describes, on tensors of its own, and keeps what comes\n"
+      "of it: (configuration, origin, seconds of the default, seconds). again: although it is\n"
+      "known already.");
+  m.def("tuning_notes", &tuning_notes,
+        "What the tuner has to say since the last time, as (is a warning, text).");
   m.def(
       "roles", &roles, "op"_a,
       "The tensors of an operation, inputs then outputs, as (name, dims, is output, is required,\n"

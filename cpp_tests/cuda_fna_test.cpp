@@ -3,6 +3,7 @@
 
 #include "../libnatten/src/cuda/fna/fna.h"
 #include "cases.h"
+#include "folder.h"
 #include "gpu_emulator.h"
 
 namespace natten_tests {
@@ -118,6 +119,62 @@ TEST_P(CudaFna, TileShapes) {
         });
       });
   }
+}
+
+/// The tuner on pairs of tiles, by the products that each takes in place of its time.
+TEST(CudaTiles, AreTunedByCost) {
+  Case c;
+  c.dtype = natten::DType::float16;
+  c.axes = {{20, 9, 1, 1, false}, {24, 3, 1, 1, false}};
+  c.dim = c.value_dim = 32;
+  c.seed = base_seed();
+  FusedProblem problem(c);
+  for (const bool backward : {false, true}) {
+    natten::Call call = backward ? problem.backward() : problem.forward();
+    if (backward) run_emulated(problem.forward(), 0);  // for its logsumexp
+    const natten::Problem described = natten::describe(call);
+    const std::vector<natten::Configuration> offered = cuda::tile_candidates(described, false);
+    ASSERT_GE(offered.size(), 4u);
+    EXPECT_TRUE(offered[0].is_default());
+    std::map<std::string, double> costs;
+    const auto cost = [&](const natten::Configuration& configuration) {
+      double& known = costs[to_string(configuration)];
+      if (known > 0) return known;
+      natten::Options& o = call.options;
+      (backward ? o.backward_query_tile : o.query_tile) = configuration.query_tile;
+      (backward ? o.backward_key_tile : o.key_tile) = configuration.key_tile;
+      EXPECT_EQ(cuda::fna_refuse_reason(natten::describe(call)), "");
+      EXPECT_EQ(cuda::tile_refusal(natten::describe(call)), "");
+      const std::int64_t before = emulated_products;
+      run_emulated(call, 0);
+      return known = static_cast<double>(emulated_products - before);
+    };
+    natten::TuningLimits limits;
+    limits.seconds = 120;
+    const natten::Choice choice = natten::search(offered, cost, limits);
+    EXPECT_EQ(costs.size(), offered.size());
+    double least = costs["default"];
+    for (const auto& [name, value] : costs) least = std::min(least, value);
+    EXPECT_EQ(choice.seconds, costs[to_string(choice.configuration)]);
+    EXPECT_LE(choice.seconds, std::max(least, 0.99 * costs["default"])) << "of " << least;
+    const Folder folder;
+    const natten::Machine machine{"an emulated GPU", 0};
+    natten::TuningCache(folder.path()).store(described, "fna", machine, choice);
+    natten::TuningCache read(folder.path());
+    const auto accepts = [&](const natten::Configuration& configuration) {
+      return std::find(offered.begin(), offered.end(), configuration) != offered.end();
+    };
+    const auto found = read.find(described, "fna", machine, accepts);
+    ASSERT_TRUE(found);
+    EXPECT_EQ(found->configuration, choice.configuration);
+    EXPECT_EQ(found->origin, natten::Origin::cache);
+    EXPECT_FALSE(
+        natten::TuningCache(folder.path()).find(described, "fna", {"another GPU", 0}, accepts));
+  }
+  // What the caller demands is not tuned.
+  natten::Call call = problem.forward();
+  call.options.query_tile = {8, 8};
+  EXPECT_EQ(cuda::tile_candidates(natten::describe(call), true).size(), 1u);
 }
 
 TEST(CudaTiles, UnsupportedShapesAreRefusedWithTheSupportedOnes) {

@@ -94,6 +94,33 @@ TEST_P(Fused, LongWindows) {
   expect_gradients(problem, expected);
 }
 
+/// Rows that lie side by side on a long line and see few of its columns, of several lines: between
+/// the columns of two vectors of rows there are some that none sees.
+TEST_P(Fused, FewColumnsOfLongLines) {
+  if (rank() == 1) GTEST_SKIP() << "there is one line";
+  for (const std::int64_t kernel_size : {1, 2, 5}) {
+    Case c;
+    c.seed = base_seed() + 60 + static_cast<std::uint64_t>(kernel_size);
+    c.dtype = dtype();
+    c.axes.assign(index(rank()), {2, 1, 1, 1, false});
+    c.axes.front() = {6, 3, 1, 1, false};
+    c.axes.back() = {70, kernel_size, 1, 1, false};
+    if (rank() == 2) {  // one row of it
+      c.axes.front().given_queries = 1;
+      c.axes.front().query_offset = 2;
+    }
+    c.dim = c.value_dim = 4;
+    FusedProblem problem(c);
+    if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses";
+    run_forward_with_logsumexp(problem);
+    run(problem.backward());
+    const oracle::FusedResults expected = problem.expected();
+    errors_.expect("output", dtype(), rank(),
+                   relative_error(problem.buffers.output.dense(), expected.output));
+    expect_gradients(problem, expected);
+  }
+}
+
 /// Scores so large that one weight of most rows is all of it: gradients are what differences of
 /// nearly equal numbers leave. Float32 itself is worth little then, so dense attention in float32
 /// is the measure, over several problems: in a single one few rows make the whole error.

@@ -48,6 +48,8 @@ def default_switches(monkeypatch):
     for name in ("_switches", "_autotuner"):
         monkeypatch.setattr(context, name, type(getattr(context, name))())
     monkeypatch.setattr(context, "_told", set())
+    yield
+    _core.set_tuning("off", "off")
 
 
 @pytest.fixture
@@ -235,7 +237,6 @@ without_kernels = pytest.mark.skipif(
         lambda: natten.use_gemm_na(False),
         lambda: natten.disable_tiled_na(),
         lambda: natten.set_memory_usage_preference("strict"),
-        lambda: natten.use_autotuner(True),
         pytest.param(lambda: natten.enable_tf32(), marks=without_kernels),
         pytest.param(lambda: natten.use_kv_parallelism_in_fused_na(), marks=without_kernels),
     ],
@@ -252,6 +253,7 @@ def test_preference_without_effect_says_so_once(switch, caplog):
 def test_switch_with_effect_says_nothing(caplog):
     with caplog.at_level(logging.DEBUG, logger="natten"):
         natten.use_fused_na()
+        natten.use_autotuner(True)
         natten.use_deterministic_algorithms()
     assert not caplog.records
 

@@ -7,6 +7,7 @@
 
 #include "memory.h"
 #include "registry.h"
+#include "tuner.h"
 #include "validate.h"
 
 namespace natten {
@@ -88,6 +89,8 @@ void run_all(const Call* calls, std::size_t count, const Context& context) {
   for (std::size_t i = 0; i < selected.size(); ++i) {
     selected[i].job.workspace = workspace;
     workspace += selected[i].workspace_bytes;
+    detail::configure(selected[i].job, *selected[i].backend, context, calls[i].options.tuning,
+                      count == 1);
     jobs.push_back(selected[i].job);
     if (i + 1 < selected.size() && selected[i + 1].backend == selected[i].backend) continue;
     selected[i].backend->run(jobs, context);

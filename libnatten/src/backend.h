@@ -2,8 +2,11 @@
 
 #include <natten/context.h>
 #include <natten/problem.h>
+#include <natten/tuner.h>
 
+#include <functional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace natten::detail {
@@ -13,6 +16,19 @@ struct Job {
   Problem problem;
   Tensors tensors;
   void* workspace;
+  Configuration configuration = {};
+};
+
+/// What a backend offers to the tuner.
+struct Tunable {
+  /// As natten::candidates.
+  std::vector<Configuration> (*candidates)(const Problem&, int threads, bool thorough);
+  /// Names the machine that runs the problem, for the life of the process.
+  std::string_view (*machine)(const Problem&);
+  /// Whether a call may be timed now.
+  bool (*can_time)(const Context&);
+  /// Seconds that the device takes for what `run` enqueues.
+  double (*seconds)(const Problem&, const std::function<void()>& run, const Context&);
 };
 
 /// One implementation. The registry knows them all, in order.
@@ -23,6 +39,7 @@ struct Backend {
   std::size_t (*workspace_bytes)(const Problem&);
   /// Runs independent jobs, in one parallel region where the device has such a thing.
   void (*run)(const std::vector<Job>& jobs, const Context&);
+  const Tunable* tunable = nullptr;  ///< null: there is nothing to choose
 };
 
 /// The backends of one device, best first.

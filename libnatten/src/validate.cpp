@@ -506,16 +506,17 @@ class Checker {
     if (p.has_rpb) p.rpb_span = span_of_biases(t.rpb);
     p.has_key_mask = bool(t.key_mask);
     p.has_logsumexp = bool(t.logsumexp);
-    p.has_grad_logsumexp = bool(t.grad_logsumexp);
-    p.wants_grad_query = bool(t.grad_query);
-    p.wants_grad_key = bool(t.grad_key);
-    p.wants_grad_value = bool(t.grad_value);
-    p.wants_grad_rpb = bool(t.grad_rpb);
-    p.wants_grad_additional = bool(t.grad_additional_keys) || bool(t.grad_additional_values);
+    // Tensors that an operation does not have may be given, and say nothing.
+    const bool is_backward = call_.op == Op::attention_backward;
+    p.has_grad_logsumexp = is_backward && t.grad_logsumexp;
+    p.wants_grad_query = is_backward && t.grad_query;
+    p.wants_grad_key = is_backward && t.grad_key;
+    p.wants_grad_value = is_backward && t.grad_value;
+    p.wants_grad_rpb = (is_backward || call_.op == Op::rpb_scatter) && t.grad_rpb;
+    p.wants_grad_additional = is_backward && (t.grad_additional_keys || t.grad_additional_values);
     p.empty_slots = o.empty_slots;
     p.deterministic = o.deterministic;
     p.allow_tf32 = o.allow_tf32;
-    const bool is_backward = call_.op == Op::attention_backward;
     p.query_tile = is_backward ? o.backward_query_tile : o.query_tile;
     p.key_tile = is_backward ? o.backward_key_tile : o.key_tile;
     p.key_splits = o.key_splits;

@@ -41,6 +41,8 @@ NONDETERMINISTIC = 8
 ALLOW_TF32 = 16
 UNKNOWN_OFFSETS = 32  # query_offset and key_offset are read at run time
 ALLOW_NO_KEYS = 64  # a key grid of its own may be empty
+NO_TIMING = 128  # the tuner's choices are read, and none is made
+NOTHING_TUNED = 256
 
 _TOO_LARGE = 2**63  # for the integers that C++ takes
 _MOST_ELEMENTS = 2**57  # of a tensor; libnatten refuses larger ones
@@ -244,9 +246,9 @@ def window_size(config: Sequence[int], key_grid: Sequence[int]) -> int:
 def attention_flags(scale: float | None) -> int:
     """The flags of a fused call: what its arguments and the process's switches say."""
     flags = 0 if scale is None else HAS_SCALE
-    if context.is_kv_parallelism_in_fused_na_enabled():
+    if context._switches.kv_parallelism:
         flags |= NONDETERMINISTIC
-    if context.is_tf32_in_gemm_na_enabled():
+    if context._switches.tf32:
         flags |= ALLOW_TF32
     return flags
 

@@ -12,9 +12,12 @@ from natten import _core
 _FRAMEWORKS = ("torch", "jax", "jaxlib", "flax", "numpy")
 _VARIABLES = (
     "NATTEN_BACKEND",
+    "NATTEN_CACHE_DIR",
     "NATTEN_CPU_ISA",
     "NATTEN_LOG_LEVEL",
     "NATTEN_NUM_THREADS",
+    "NATTEN_TUNE",
+    "NATTEN_TUNE_FILE",
     "OMP_NUM_THREADS",
 )
 

@@ -1,9 +1,9 @@
 """Process-wide switches, and what the CUDA device can do.
 
 `use_fused_na` makes the PyTorch modules use the fused operation; KV parallelism lets a CUDA backend
-trade determinism for speed. All other switches are preferences for kernels of NATTEN's history:
-they are remembered and can be read back, no kernel has a use for them, and the logger `natten` says
-so once, at debug level.
+trade determinism for speed; `use_autotuner` has problems timed. All other switches are preferences
+for kernels of NATTEN's history: they are remembered and can be read back, no kernel has a use for
+them, and the logger `natten` says so once, at debug level.
 
 A switch holds for the whole process: every thread sees it at once, and there is no lock. Set
 switches before starting threads that run models.
@@ -11,6 +11,9 @@ switches before starting threads that run models.
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -56,10 +59,15 @@ class _Switches:
     tf32: bool = False
     flex_compile: bool = False
     flex_compile_backprop: bool = False
+    tuning: bool = False  # whether the tuner is on in any way, for either pass
 
 
 _switches = _Switches()
 _autotuner = _Autotuner()
+# libnatten reads it too, and refuses other words. use_autotuner beats it.
+_mode = os.environ.get("NATTEN_TUNE", "")
+_switches.tuning = _mode in ("read", "record", "tune")
+_autotuner.forward_pass = _autotuner.backward_pass = _mode == "tune"
 _told: set[str] = set()
 
 
@@ -196,11 +204,23 @@ def use_autotuner(
     steps_forward: int | None = None,
     steps_backward: int | None = None,
 ) -> None:
-    """Remembers whether and how tile shapes should be tuned; None leaves a setting. There is no
-    tuning yet.
+    """Has the first call of each problem time the configurations that its backend offers, and all
+    calls after it run with the fastest. None leaves a setting; forward and backward passes have
+    their own. Beats NATTEN_TUNE. What is found is kept in the process and, where NATTEN_CACHE_DIR
+    names a folder, there too.
 
-    A call that enables tuning is ignored with a warning while `torch.use_deterministic_algorithms`
-    is on.
+    While a graph is traced or captured, in what torch.compile and JAX have compiled, and on all
+    ranks of a torch.distributed group but the first nothing is timed: what is known is used.
+
+    Ignored with a warning while `torch.use_deterministic_algorithms` is on, when nothing tuned is
+    used either.
+
+    Args:
+        forward_pass, backward_pass: whether that pass is tuned.
+        thorough_mode_forward, thorough_mode_backward: more configurations, and 10 seconds a problem
+            in place of 2.
+        warmup_steps_forward, warmup_steps_backward: runs of a configuration that are not timed.
+        steps_forward, steps_backward: turns in which each configuration is timed.
 
     Raises:
         RuntimeError: tuning enabled while `natten.use_deterministic_algorithms` is on.
@@ -209,8 +229,6 @@ def use_autotuner(
     settings = {name: value for name, value in locals().items() if value is not None}
     if (forward_pass or backward_pass) and not _may_enable("autotuner"):
         return
-    if any(settings.values()):
-        _say_unused("autotuner")
     for name, value in settings.items():
         if type(getattr(_autotuner, name)) is int and (
             isinstance(value, bool) or not hasattr(value, "__index__")
@@ -218,6 +236,33 @@ def use_autotuner(
             raise TypeError(f"{name}: got {value!r}; must be an integer")
     for name, value in settings.items():
         setattr(_autotuner, name, type(getattr(_autotuner, name))(value))
+    a = _autotuner
+    _core.set_tuning(
+        _mode_of(forward_pass),
+        _mode_of(backward_pass),
+        _limits(a.warmup_steps_forward, a.steps_forward, a.thorough_mode_forward),
+        _limits(a.warmup_steps_backward, a.steps_backward, a.thorough_mode_backward),
+    )
+    _switches.tuning = _core.tuning()[:2] != ("off", "off")
+
+
+def _mode_of(enabled: bool | None) -> str | None:
+    return None if enabled is None else "tune" if enabled else "off"
+
+
+def _limits(warmup_steps: int, steps: int, thorough: bool) -> tuple[int, int, float, bool]:
+    most = 10_000  # more take longer than there is time
+    return min(warmup_steps, most), min(steps, most), 10.0 if thorough else 2.0, thorough
+
+
+def tell_tuning_notes() -> None:
+    """Logs what the tuner has to say: what it cannot write as a warning, files that it ignores at
+    debug level."""
+    for is_warning, text in _core.tuning_notes():
+        logger.log(logging.WARNING if is_warning else logging.DEBUG, "%s", text)
+
+
+atexit.register(tell_tuning_notes)  # of the last call
 
 
 def disable_autotuner() -> None:

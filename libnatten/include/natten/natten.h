@@ -12,5 +12,6 @@
 #include <natten/roles.h>
 #include <natten/simulate.h>
 #include <natten/status.h>
+#include <natten/tuner.h>
 #include <natten/types.h>
 #include <natten/version.h>

@@ -74,6 +74,13 @@ struct Tensors {
   TensorView grad_additional_keys, grad_additional_values;
 };
 
+/// What a call may take from the tuner (tuner.h), where the process's settings allow it.
+enum class Tuning : std::uint8_t {
+  any,   ///< the call may be run several times to be timed
+  read,  ///< nothing is timed
+  none,  ///< nothing tuned is used
+};
+
 struct Options {
   std::optional<double> scale;  ///< fused only; default 1 / sqrt(D)
   EmptySlots empty_slots = EmptySlots::negative_infinity;
@@ -90,6 +97,7 @@ struct Options {
   /// Products of float32 may be computed in TF32, with 11 bits of precision in place of 24, where
   /// that is faster: by backends for CUDA.
   bool allow_tf32 = false;
+  Tuning tuning = Tuning::any;
   /// Tile shapes and key splits are hints for backends that work on tiles: one positive integer
   /// per axis, or empty for the default.
   Tuple query_tile, key_tile, backward_query_tile, backward_key_tile, key_splits;

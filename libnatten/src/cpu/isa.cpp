@@ -105,6 +105,67 @@ const simd::InstructionSet& instruction_set() {
   return chosen;
 }
 
+namespace {
+
+/// Whether two sets differ in the width of vectors alone.
+bool are_siblings(const simd::InstructionSet& a, const simd::InstructionSet& b) {
+  const std::string x = a.name, y = b.name, wide = "wide";
+  return x + wide == y || y + wide == x;
+}
+
+const std::vector<const simd::InstructionSet*>& siblings() {
+  static const std::vector<const simd::InstructionSet*> found = [] {
+    std::vector<const simd::InstructionSet*> sets;
+    const char* forced = std::getenv("NATTEN_CPU_ISA");
+    if (forced && *forced) return sets;
+    for (const Candidate& candidate : candidates())
+      if (candidate.runs && are_siblings(*candidate.isa, instruction_set()))
+        sets.push_back(candidate.isa);
+    return sets;
+  }();
+  return found;
+}
+
+/// What the processor calls itself; empty where it cannot be asked.
+std::string processor_name() {
+  std::string name;
+#if NATTEN_HAVE_X86_ISAS
+  unsigned words[12];
+  for (unsigned i = 0; i < 3; ++i)
+    if (!__get_cpuid(0x80000002 + i, words + 4 * i, words + 4 * i + 1, words + 4 * i + 2,
+                     words + 4 * i + 3))
+      return name;
+  const auto* text = reinterpret_cast<const char*>(words);
+  for (std::size_t i = 0; i < sizeof words && text[i]; ++i)
+    if (text[i] >= ' ' && !(text[i] == ' ' && (name.empty() || name.back() == ' ')))
+      name += text[i];
+#endif
+  return name;
+}
+
+}  // namespace
+
+const simd::InstructionSet& instruction_set(std::int64_t lanes) {
+  if (lanes > 0)
+    for (const simd::InstructionSet* isa : siblings())
+      if (isa->f32.width == lanes) return *isa;
+  return instruction_set();
+}
+
+std::vector<std::int64_t> other_lanes() {
+  std::vector<std::int64_t> widths;
+  for (const simd::InstructionSet* isa : siblings()) widths.push_back(isa->f32.width);
+  return widths;
+}
+
+std::string_view machine_name() {
+  static const std::string name = [] {
+    const std::string processor = processor_name();
+    return std::string(instruction_set().name) + (processor.empty() ? "" : ", " + processor);
+  }();
+  return name;
+}
+
 std::vector<InstructionSetInfo> instruction_sets() {
   const simd::InstructionSet* chosen = nullptr;
   try {

@@ -3,6 +3,8 @@
 #include <natten/build_info.h>
 #include <natten/types.h>
 
+#include <cstdint>
+#include <string_view>
 #include <vector>
 
 #include "simd/kernels.h"
@@ -13,6 +15,13 @@ namespace natten::detail::cpu {
 /// variable NATTEN_CPU_ISA names (base, avx2, avx512, avx512wide, and avx2wide, which is for
 /// tests). Throws Error where that cannot run.
 const simd::InstructionSet& instruction_set();
+/// The one with vectors of `lanes` float32 elements and otherwise the same instructions. Where
+/// there is none, or `lanes` is 0, the same as without.
+const simd::InstructionSet& instruction_set(std::int64_t lanes);
+/// Widths that the above has others for. None where NATTEN_CPU_ISA has chosen.
+std::vector<std::int64_t> other_lanes();
+/// The instruction set that calls use and the processor, in words.
+std::string_view machine_name();
 
 /// All that kernels were compiled for, best first. None is chosen where `instruction_set` throws.
 std::vector<InstructionSetInfo> instruction_sets();

@@ -1,11 +1,13 @@
 #include "vectorized.h"
 
 #include <algorithm>
+#include <chrono>
 #include <string>
 #include <vector>
 
 #include "engine/additional.h"
 #include "engine/bias.h"
+#include "engine/candidates.h"
 #include "engine/pass.h"
 #include "engine/workspace.h"
 #include "naive.h"
@@ -104,8 +106,21 @@ void run(const std::vector<Job>& jobs, const Context& context) {
   run_phases(phases, &executor, context.interrupted);
 }
 
+const Tunable tunable = {
+    [](const Problem& p, int threads, bool thorough) {
+      return is_empty(p) ? std::vector<Configuration>(1) : engine::candidates(p, threads, thorough);
+    },
+    [](const Problem&) { return machine_name(); },
+    [](const Context&) { return true; },
+    [](const Problem&, const std::function<void()>& run, const Context&) {
+      const auto start = std::chrono::steady_clock::now();
+      run();
+      return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    },
+};
+
 }  // namespace
 
-const Backend vectorized = {"vectorized", refuse_reason, workspace_bytes, run};
+const Backend vectorized = {"vectorized", refuse_reason, workspace_bytes, run, &tunable};
 
 }  // namespace natten::detail::cpu

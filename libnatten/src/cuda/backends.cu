@@ -1,7 +1,12 @@
 #include <cuda.h>
 #include <natten/error.h>
 
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "backends.h"
@@ -136,12 +141,58 @@ void run(const std::vector<Job>& jobs, const Context& context) {
   for (const Job& job : jobs) kRun(job, launch);
 }
 
+/// Names the GPU of a problem.
+std::string_view machine(const Problem& problem) {
+  static std::mutex mutex;
+  static std::map<int, std::string> names;
+  const std::lock_guard lock(mutex);
+  std::string& name = names[problem.device.index];
+  cudaDeviceProp properties;
+  if (name.empty() && cudaGetDeviceProperties(&properties, problem.device.index) == cudaSuccess)
+    name = std::string(properties.name) + ", " + std::to_string(properties.multiProcessorCount) +
+           " multiprocessors, compute capability " + std::to_string(properties.major) + "." +
+           std::to_string(properties.minor);
+  cudaGetLastError();
+  return name;
+}
+
+/// What is captured runs later, and an event there tells no time.
+bool can_time(const Context& context) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusActive;
+  const cudaError_t answer =
+      cudaStreamIsCapturing(static_cast<cudaStream_t>(context.stream), &status);
+  cudaGetLastError();
+  return answer == cudaSuccess && status == cudaStreamCaptureStatusNone;
+}
+
+/// Seconds between two events around what is enqueued.
+double seconds(const Problem& problem, const std::function<void()>& run, const Context& context) {
+  const CurrentDevice current(problem.device.index);
+  const auto stream = static_cast<cudaStream_t>(context.stream);
+  const auto event = [] {
+    cudaEvent_t made;
+    check(cudaEventCreate(&made), "making an event");
+    return std::shared_ptr<CUevent_st>(made, [](cudaEvent_t e) { cudaEventDestroy(e); });
+  };
+  const auto first = event(), last = event();
+  check(cudaEventRecord(first.get(), stream), "recording an event");
+  run();
+  check(cudaEventRecord(last.get(), stream), "recording an event");
+  check(cudaEventSynchronize(last.get()), "waiting for an event");
+  float milliseconds = 0;
+  check(cudaEventElapsedTime(&milliseconds, first.get(), last.get()), "asking events");
+  return milliseconds * 1e-3;
+}
+
 }  // namespace
 
 const Backends& backends() {
+  static const Tunable tunable = {
+      [](const Problem& p, int, bool thorough) { return tile_candidates(p, thorough); }, machine,
+      can_time, seconds};
   // Tiles on tensor cores; plain arithmetic for everything else.
   static const Backend fna = {"fna", refuse_reason<fna_refuse_reason>, fna_workspace_bytes,
-                              run<run_fna<Launcher>>};
+                              run<run_fna<Launcher>>, &tunable};
   static const Backend simt = {"simt", refuse_reason<simt_refuse_reason>, simt_workspace_bytes,
                                run<run_simt<Launcher>>};
   static const Backends all = {&fna, &simt};

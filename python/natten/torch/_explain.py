@@ -6,16 +6,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Never, Unpack
 
+import torch
 from torch import Tensor
 
-from natten import _core
+from natten import _core, context
 from natten._args import (
     Bools,
     Boundaries,
     Config,
     Ints,
     UpstreamKeywords,
-    attention_flags,
     by_name,
     check_extra,
     make_config,
@@ -24,6 +24,7 @@ from natten._args import (
 from natten._kernel import COMPOSED, check_name, chosen_backend, meaning
 from natten.torch import _ops
 from natten.torch._composed import lacks_kernels
+from natten.torch._tuning import fused_flags
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Verdict:
     backend: str
     refusal: str  # why it cannot run the call; empty where it can
     chosen: bool  # whether it is the one that runs
+    configuration: str = ""  # of the chosen one, where the tuner is on: how it cuts the problem
+    origin: str = ""  # of the configuration: "default", "tuned" (by this process) or "cache"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +50,8 @@ class Explanation:
         rows = [("pass", "backend", "answer")]
         for v in self.verdicts:
             answer = "chosen" if v.chosen else "accepts" if not v.refusal else f"no: {v.refusal}"
+            if v.origin:
+                answer += f", {v.configuration} ({v.origin})"
             rows.append((v.operation, v.backend, answer))
         widths = [max(len(row[i]) for row in rows) for i in range(2)]
         lines = [f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in rows]
@@ -85,6 +90,7 @@ def explain(
     """Which backend would run `na1d`, `na2d` or `na3d` with these arguments, forward and backward.
 
     Runs nothing. The rank is that of `query`; an enclosing `na_kernel` and NATTEN_BACKEND count.
+    The backward pass is one that wants all gradients.
 
         print(natten.explain(query, key, value, kernel_size=7))
 
@@ -122,7 +128,7 @@ def explain(
         backward_q_tile_shape=backward_q_tile_shape,
         backward_kv_tile_shape=backward_kv_tile_shape,
         backward_kv_splits=backward_kv_splits,
-        flags=attention_flags(scale),
+        flags=fused_flags(scale),
     )
     scale = real_scale(scale)
     # What libnatten refuses is refused before the shapes of outputs are made of it.
@@ -135,15 +141,19 @@ def explain(
     )
     if lacks_kernels(query.device) and backend in ("", "fused"):
         backend = COMPOSED
-    calls = {
-        "forward": (_ops.attention_forward, inputs),
-        "backward": (_ops.attention_backward, [*inputs, logsumexp, output, None]),
+    calls: dict[str, tuple[_ops.Operator, list[Tensor | None], list[Tensor | None]]] = {
+        "forward": (_ops.attention_forward, inputs, [output, logsumexp]),
+        "backward": (
+            _ops.attention_backward,
+            [*inputs, logsumexp, output, None],
+            [query, key, value, rpb, additional_keys, additional_values],
+        ),
     }
     return Explanation(
         tuple(
             Verdict(name, *row)
-            for name, (operator, tensors) in calls.items()
-            for row in _rows(operator, config, scale, backend, tensors)
+            for name, (operator, tensors, outputs) in calls.items()
+            for row in _rows(operator, config, scale, backend, tensors, outputs)
         ),
         note,
     )
@@ -155,14 +165,25 @@ def _rows(
     scale: float | None,
     backend: str,
     tensors: Sequence[Tensor | None],
-) -> list[tuple[str, str, bool]]:
+    outputs: Sequence[Tensor | None],
+) -> list[tuple[str, str, bool, str, str]]:
     """What libnatten's backends say, and `composed`, which takes every call but is never the first
-    choice where there are others."""
+    choice where there are others. `outputs`: tensors like those, of which all are wanted."""
     is_composed = backend == COMPOSED
     rows = []
+    tuned = ("", "")
     if tensors[0] is not None and not lacks_kernels(tensors[0].device):
         # Whatever stands in is not chosen either; "" would leave the choice to NATTEN_BACKEND.
         known = _core.backends(tensors[0].device.type)[-1] if is_composed else backend
         rows = _core.explain(operator.name, config, scale, known, tensors)
-    rows = [(name, refusal, chosen and not is_composed) for name, refusal, chosen in rows]
-    return [*rows, (COMPOSED, "", is_composed)]
+        if context._switches.tuning and any(chosen for _, _, chosen in rows):
+            specs = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in outputs]
+            device, threads = str(tensors[0].device), torch.get_num_threads()
+            given = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in tensors]
+            tuned = _core.tuned(operator.name, config, scale, known, given, device, specs, threads)
+    of_core = [
+        (name, refusal, is_chosen, *(tuned if is_chosen else ("", "")))
+        for name, refusal, chosen in rows
+        for is_chosen in (chosen and not is_composed,)
+    ]
+    return [*of_core, (COMPOSED, "", is_composed, "", "")]

@@ -17,7 +17,6 @@ from natten._args import (
     Boundaries,
     Ints,
     UpstreamKeywords,
-    attention_flags,
     by_name,
     check_extra,
     check_merge,
@@ -34,6 +33,7 @@ from natten.torch import _composed, _nested, _ops, _packing
 from natten.torch._private import (
     is_any_autocast_enabled,
 )
+from natten.torch._tuning import fused_flags
 
 
 def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
@@ -221,7 +221,7 @@ def _make_fused(rank: int):
             backward_q_tile_shape=backward_q_tile_shape,
             backward_kv_tile_shape=backward_kv_tile_shape,
             backward_kv_splits=backward_kv_splits,
-            flags=attention_flags(scale),
+            flags=fused_flags(scale),
         )
         output, logsumexp = _call(
             _ops.attention_forward,
@@ -419,7 +419,7 @@ def attention(
         )
     if upstream:
         check_extra("attention", (), upstream)
-    flags = SEPARATE_KEY_GRID | attention_flags(scale)
+    flags = SEPARATE_KEY_GRID | fused_flags(scale)
     operator, packing = _ops.attention_forward, _packing.given(
         query, key, value, seqlens_Q, seqlens_KV, cumulative_seqlen_Q, cumulative_seqlen_KV,
         max_seqlen_Q, max_seqlen_KV,

@@ -16,7 +16,7 @@ class Pass {
 
   const Plan plan;
   const KeyMask mask;
-  const simd::InstructionSet& isa = instruction_set();
+  const simd::InstructionSet& isa;
 
   /// Takes the buffers of the rows at hand.
   virtual void take_memory(Arena&) = 0;
@@ -41,7 +41,9 @@ class Pass {
 
  protected:
   Pass(const Job& job, PassKind kind, int threads)
-      : plan(plan_for<E>(job.problem, kind, threads)), mask(key_mask(job.problem, job.tensors)) {}
+      : plan(plan_for<E>(job.problem, kind, threads, job.configuration)),
+        mask(key_mask(job.problem, job.tensors)),
+        isa(instruction_set(job.configuration.lanes)) {}
   Pass(const Pass&) = default;
   ~Pass() = default;
 

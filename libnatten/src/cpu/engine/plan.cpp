@@ -10,6 +10,8 @@ using simd::kMostVectors;
 // Packed columns and rows of a thread: strips are as long as fits. Heads take turns, and what one
 // of them needs at a time fits the L2 cache; packing less often is worth more than packing less.
 constexpr std::size_t kMostBytes = 3 << 20;
+// The same of plans that are asked for.
+constexpr std::size_t kMostBytesAskedFor = 2 * kMostBytes;
 // Of a line that is cut into pieces.
 constexpr std::int64_t kPieceColumns = 256;
 // A few rows with long windows, such as one new token and a cache: nothing that is packed serves
@@ -95,23 +97,27 @@ bool fit_stream(Plan& plan) {
 }
 
 /// Chooses heads, strips and pieces such that what is packed fits the cache.
-void fit_cache(Plan& plan) {
+void fit_cache(Plan& plan, const Configuration& asked) {
   const std::int64_t least_strip =
       std::max(kShortestStrip, plan.stack > 1 ? plan.width : kMostVectors * plan.width);
   const std::int64_t longest = plan.grid.most_rows(2);
   if (fit_stream(plan)) return;
+  const std::int64_t most_heads =
+      asked.heads > 0 ? std::min<std::int64_t>(asked.heads, simd::kMostHeads) : simd::kMostHeads;
   // Heads of a token are neighbors in memory: it is read in order where they are packed together.
   // Unfused tensors are heads-first.
-  set_heads(plan, is_fused(plan.kind())
-                      ? std::clamp<std::int64_t>(plan.grid.heads(), 1, simd::kMostHeads)
-                      : 1);
-  while (plan.column_heads > 1 && packed_bytes(plan, least_strip) > kMostBytes)
+  set_heads(plan,
+            is_fused(plan.kind()) ? std::clamp<std::int64_t>(plan.grid.heads(), 1, most_heads) : 1);
+  while (asked.heads == 0 && plan.column_heads > 1 && packed_bytes(plan, least_strip) > kMostBytes)
     set_fewer_heads(plan);
-  plan.strip = round_up(std::min(longest, kLongestStrip), plan.width);
-  while (plan.strip > least_strip && packed_bytes(plan, plan.strip) > kMostBytes)
+  plan.strip =
+      round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip), plan.width);
+  while (asked.strip == 0 && plan.strip > least_strip &&
+         packed_bytes(plan, plan.strip) > kMostBytes)
     plan.strip = std::max(least_strip, round_up(plan.strip / 2, plan.width));
   plan.piece_lines = plan.lines;
-  plan.in_pieces = packed_bytes(plan, plan.strip) > kMostBytes;
+  plan.in_pieces =
+      packed_bytes(plan, plan.strip) > (asked.is_default() ? kMostBytes : kMostBytesAskedFor);
   if (!plan.in_pieces) {
     plan.piece_columns = plan.grid.most_columns(2, plan.strip);
     return;
@@ -204,7 +210,36 @@ void cut_into_units(Plan& plan) {
     plan.units = std::max<std::int64_t>(1, std::min(wanted, most_elements / partial.elements()));
 }
 
+/// Rows of a block.
+std::int64_t block_rows(const Plan& plan) {
+  return (plan.stack == 1 ? kMostVectors : 1) * plan.width;
+}
+
+/// Whether each row is in a block with the same rows, whatever strips they are cut into.
+bool have_same_blocks(const Plan& a, const Plan& b) {
+  const auto cut_by_blocks = [](const Plan& plan) {
+    return plan.strips == 1 || plan.strip % block_rows(plan) == 0;
+  };
+  return a.width == b.width && a.stack == b.stack &&
+         (a.strip == b.strip || (cut_by_blocks(a) && cut_by_blocks(b)));
+}
+
+/// Whether a block's walk over columns is summed in one go, so that its extent shows nowhere.
+bool is_one_batch(const Plan& plan) {
+  const std::int64_t rows = block_rows(plan);
+  // Rows may begin a step apart where their windows do not.
+  const std::int64_t steps = plan.grid.most_columns(2, rows) + rows + 2 * simd::kPaddingSteps;
+  return plan.lines * steps <= simd::kBatchSteps &&
+         plan.problem().additional + 2 * simd::kPaddingSteps <= simd::kBatchSteps;
+}
+
 }  // namespace
+
+bool sums_alike(const Plan& a, const Plan& b) {
+  if (a.in_pieces || b.in_pieces || a.partial.elements() > 0 || b.partial.elements() > 0)
+    return false;
+  return have_same_blocks(a, b) || (is_one_batch(a) && is_one_batch(b));
+}
 
 PassKind first_pass(Op op) {
   return op == Op::qk             ? PassKind::qk
@@ -214,7 +249,7 @@ PassKind first_pass(Op op) {
 }
 
 Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::size_t element_bytes,
-               int threads) {
+               int threads, const Configuration& asked) {
   Plan plan;
   plan.grid.problem = problem;
   plan.grid.kind = kind;
@@ -225,12 +260,15 @@ Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::siz
   plan.column = column_shape(plan);
   // Where neighboring lines of rows see no lines in common, stacking them gives nothing.
   const RowGrid& grid = plan.grid;
-  plan.stack = grid.most_rows(1) > 1 && grid.most_columns(1, 1) > 1 ? kMostVectors : 1;
+  plan.stack =
+      grid.most_rows(1) > 1 && grid.most_columns(1, 1) > 1
+          ? (asked.stack > 0 ? std::min<std::int64_t>(asked.stack, kMostVectors) : kMostVectors)
+          : 1;
   plan.ring0 = std::max<std::int64_t>(1, grid.most_columns(0, 1));
   plan.ring1 = std::max<std::int64_t>(1, grid.most_columns(1, plan.stack));
   plan.ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));
   plan.lines = plan.ring0 * plan.ring1;
-  fit_cache(plan);
+  fit_cache(plan, asked);
   const bool sums_up =
       kind == PassKind::backward_query && (problem.wants_grad_rpb || problem.wants_grad_additional);
   cut_into_items(plan, sums_up ? kThreadsOfPartialSums : threads);

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <natten/problem.h>
+#include <natten/tuner.h>
 
 #include <algorithm>
 #include <cstddef>
@@ -167,13 +168,19 @@ struct Plan {
 
 /// `element_bytes`: of sums. `threads`: that take part.
 Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::size_t element_bytes,
-               int threads);
+               int threads, const Configuration& configuration = {});
+
+/// Whether two plans of a pass sum up the same numbers in the same order. May be false where they
+/// do.
+bool sums_alike(const Plan& a, const Plan& b);
 
 /// For tensors of element type E.
 template <class E>
-Plan plan_for(const Problem& problem, PassKind kind, int threads) {
+Plan plan_for(const Problem& problem, PassKind kind, int threads,
+              const Configuration& configuration = {}) {
   using T = StatisticOf<E>;
-  return make_plan(problem, kind, kernels_for<T>(instruction_set()).width, sizeof(T), threads);
+  return make_plan(problem, kind, kernels_for<T>(instruction_set(configuration.lanes)).width,
+                   sizeof(T), threads, configuration);
 }
 
 }  // namespace natten::detail::cpu::engine

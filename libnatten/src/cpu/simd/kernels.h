@@ -17,6 +17,11 @@ inline constexpr int kMostHeads = 8;
 /// Columns of padding at each end of transposed lines, in vectors: vectors may read past the first
 /// and last column.
 inline constexpr int kPaddingVectors = kMostVectors;
+/// Most steps of a row over columns that are handled at once. It bounds the scratch, and the number
+/// of terms that are summed in one go.
+inline constexpr int kBatchSteps = 512;
+/// Steps of weight 0 before and after those of a line, where vectors are adjacent.
+inline constexpr int kPaddingSteps = 3;
 
 /// The packed tokens of one line of the innermost axis, converted to the type that sums are kept
 /// in. Transposed operands are [dim][ld], plain ones [column][padded dim].

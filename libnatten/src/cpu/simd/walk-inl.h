@@ -7,14 +7,10 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
-/// Most steps of a row that are handled at once. It bounds the scratch, and the number of terms
-/// that are summed in one go.
-constexpr int kBatch = 512;
-/// Steps of weight 0 before and after those of a line.
-constexpr int kPaddingSteps = kRowGroup - 1;
+static_assert(kPaddingSteps == kRowGroup - 1);
 /// Elements of one vector's scores: [step][row].
 template <class T>
-constexpr std::int64_t kScores = std::int64_t{kBatch} * kWidth<T>;
+constexpr std::int64_t kScores = std::int64_t{kBatchSteps} * kWidth<T>;
 
 /// How a block's rows walk over columns, all at the same pace: at step j row r of vector v is at
 /// column base(v, r) + j of each line that the vector sees.
@@ -131,8 +127,8 @@ struct Batch {
 template <class T, class F>
 NATTEN_INLINE void for_each_batch(const Walk<T>& walk, F&& f) {
   const std::int64_t padding = walk.block.adjacent ? kPaddingSteps : 0;
-  const std::int64_t steps = min(walk.count, kBatch - 2 * padding);
-  const std::int64_t lines = kBatch / (steps + 2 * padding);
+  const std::int64_t steps = min(walk.count, kBatchSteps - 2 * padding);
+  const std::int64_t lines = kBatchSteps / (steps + 2 * padding);
   for (std::int64_t line = 0; line < walk.block.line_count; line += lines)
     for (std::int64_t step = 0; step < walk.count; step += steps)
       f(Batch{line, min(line + lines, walk.block.line_count), step, min(step + steps, walk.count),
@@ -167,9 +163,11 @@ void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
         end = min(v1 < block.vectors ? v1 * shift : span, v0 * shift + count);
       }
       const std::int64_t step = batch.step0 + at;
-      column_tiles<T, kAccess>(v1 - v0, p, v0, line.*operand + (walk.first + step) * p.next_column,
-                               end - at,
-                               out + v0 * p.out_stride + (batch.at(l) + step) * kWidth<T>);
+      // Between the columns of two adjacent vectors there may be some that none sees.
+      if (v0 < v1)
+        column_tiles<T, kAccess>(v1 - v0, p, v0,
+                                 line.*operand + (walk.first + step) * p.next_column, end - at,
+                                 out + v0 * p.out_stride + (batch.at(l) + step) * kWidth<T>);
       at = end;
     }
   }
@@ -211,7 +209,7 @@ void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
                   const T* Line<T>::*operand, std::int64_t padded, T* sums) {
   constexpr int kW = kWidth<T>;
   const Block<T>& block = walk.block;
-  Run<T> runs[kBatch];
+  Run<T> runs[kBatchSteps];
   int run_count = 0;
   for (std::int64_t l = batch.line0; l < batch.line1; ++l)
     runs[run_count++] = {block.lines[l].*operand, batch.at(l) * kW, block.lines[l].first_vector,

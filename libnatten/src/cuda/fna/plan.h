@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <vector>
 
 #include "../../backend.h"
 #include "../../dispatch.h"
@@ -76,9 +77,10 @@ struct AxisCost {
   }
 };
 
-/// Chooses the shapes of tiles, 2^row_bits rows and 2^column_bits columns, with which the blocks
-/// visit the fewest tiles; returns how many these are for a head and dilation group.
-inline double choose_tiles(Grid& grid, int rank, int row_bits, int column_bits) {
+/// Calls `f(tiles visited, shape of rows, shape of columns)` with all pairs of 2^row_bits rows and
+/// 2^column_bits columns; the visits are those for a head and dilation group.
+template <class F>
+void for_each_tile_pair(const Grid& grid, int rank, int row_bits, int column_bits, F&& f) {
   double costs[kMaxRank][AxisCost::kMostBits + 1][AxisCost::kMostBits + 1];
   for (int a = 0; a < kMaxRank; ++a)
     for (int bits = 0; bits <= row_bits; ++bits) {
@@ -87,18 +89,28 @@ inline double choose_tiles(Grid& grid, int rank, int row_bits, int column_bits) 
       const AxisCost cost(grid, a, bits);
       std::copy(cost.visits, cost.visits + AxisCost::kMostBits + 1, costs[a][bits]);
     }
-  double best = std::numeric_limits<double>::infinity();
-  TileShape row_tile{};
   for_each_tile_shape(rank, row_bits, [&](const TileShape& rows) {
     for_each_tile_shape(rank, column_bits, [&](const TileShape& columns) {
       double visits = 1;
       for (int a = 0; a < kMaxRank; ++a) visits *= costs[a][rows.bits[a]][columns.bits[a]];
-      if (!(visits < best)) return;
-      best = visits;
-      row_tile = rows;
-      grid.column_tile = columns;
+      f(visits, rows, columns);
     });
   });
+}
+
+/// Chooses the shapes of tiles, 2^row_bits rows and 2^column_bits columns, with which the blocks
+/// visit the fewest tiles; returns how many these are for a head and dilation group.
+inline double choose_tiles(Grid& grid, int rank, int row_bits, int column_bits) {
+  double best = std::numeric_limits<double>::infinity();
+  TileShape row_tile{}, column_tile{};
+  for_each_tile_pair(grid, rank, row_bits, column_bits,
+                     [&](double visits, const TileShape& rows, const TileShape& columns) {
+                       if (!(visits < best)) return;
+                       best = visits;
+                       row_tile = rows;
+                       column_tile = columns;
+                     });
+  grid.column_tile = column_tile;
   set_row_tile(grid, row_tile);
   return best;
 }
@@ -167,6 +179,54 @@ inline std::string tile_refusal(const Problem& p) {
                                            p.query_tile, query_bits(p));
   if (!refusal.empty()) return refusal;
   return tile_refusal(backward ? "backward_kv_tile_shape" : "kv_tile_shape", p, p.key_tile, {6, 6});
+}
+
+/// What the tuner may try: the default, then pairs of tiles, those first that visit the fewest. A
+/// backward pass goes over queries and over keys with the same pair.
+inline std::vector<Configuration> tile_candidates(const Problem& problem, bool thorough) {
+  std::vector<Configuration> found(1);
+  const Problem p = simplified(problem);
+  if (problem.query_tile.size > 0 || problem.key_tile.size > 0 || p.batch == 0) return found;
+  const auto tuple = [&](const TileShape& shape) {
+    Tuple tile;
+    tile.size = problem.rank;
+    for (int i = 0; i < tile.size; ++i)
+      tile.values[i] = std::int64_t{1} << shape.bits[kMaxRank - tile.size + i];
+    return tile;
+  };
+  struct Pair {
+    double cost;  // tokens of columns that are read for a row
+    Configuration configuration;
+  };
+  std::vector<Pair> pairs;
+  const TileBits rows = query_bits(p);
+  for (int bits = rows.least; bits <= rows.most; ++bits)
+    for_each_tile_pair(grid_of(p, Rows::queries), problem.rank, bits, 6,
+                       [&](double visits, const TileShape& query, const TileShape& key) {
+                         Configuration pair;
+                         pair.query_tile = tuple(query);
+                         pair.key_tile = tuple(key);
+                         pairs.push_back({visits * (1 << bits), pair});
+                       });
+  if (p.op == Op::attention_backward) {
+    std::size_t at = 0;
+    std::vector<double> by_keys;  // in the order of keys, then of queries
+    for_each_tile_pair(
+        grid_of(p, Rows::keys), problem.rank, 6, 6,
+        [&](double visits, const TileShape&, const TileShape&) { by_keys.push_back(visits); });
+    std::size_t shapes = 0;
+    for_each_tile_shape(problem.rank, 6, [&](const TileShape&) { ++shapes; });
+    for (Pair& pair : pairs) {
+      pair.cost += by_keys[at % shapes * shapes + at / shapes] * (1 << 6);
+      ++at;
+    }
+  }
+  std::stable_sort(pairs.begin(), pairs.end(),
+                   [](const Pair& a, const Pair& b) { return a.cost < b.cost; });
+  const std::size_t most = thorough ? 32 : 8;
+  for (std::size_t i = 0; i < std::min(most, pairs.size()); ++i)
+    found.push_back(pairs[i].configuration);
+  return found;
 }
 
 }  // namespace natten::detail::cuda
