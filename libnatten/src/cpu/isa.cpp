@@ -152,12 +152,6 @@ const simd::InstructionSet& instruction_set(std::int64_t lanes) {
   return instruction_set();
 }
 
-std::vector<std::int64_t> other_lanes() {
-  std::vector<std::int64_t> widths;
-  for (const simd::InstructionSet* isa : siblings()) widths.push_back(isa->f32.width);
-  return widths;
-}
-
 std::string_view machine_name() {
   static const std::string name = [] {
     const std::string processor = processor_name();

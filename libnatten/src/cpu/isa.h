@@ -18,8 +18,6 @@ const simd::InstructionSet& instruction_set();
 /// The one with vectors of `lanes` float32 elements and otherwise the same instructions. Where
 /// there is none, or `lanes` is 0, the same as without.
 const simd::InstructionSet& instruction_set(std::int64_t lanes);
-/// Widths that the above has others for. None where NATTEN_CPU_ISA has chosen.
-std::vector<std::int64_t> other_lanes();
 /// The instruction set that calls use and the processor, in words.
 std::string_view machine_name();
 

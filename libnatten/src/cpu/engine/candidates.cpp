@@ -48,7 +48,6 @@ std::vector<Configuration> candidates(const Problem& problem, int threads, bool 
   for (std::int64_t count = plan.row_heads / 2; count > 0; count /= 2) heads.push_back(count);
   if (thorough) strips.insert(strips.end(), {4 * plan.strip, plan.strip / 4});
   for (std::int64_t stack = plan.stack - 1; stack > 0; --stack) stacks.push_back(stack);
-  for (const std::int64_t width : other_lanes()) lanes.push_back(width);
   // What differs from the default in fewer ways comes first, as there may be no time for all.
   for (int ways = 1; ways <= (thorough ? 4 : 2); ++ways)
     for (const std::int64_t lane : lanes)
