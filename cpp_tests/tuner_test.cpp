@@ -344,10 +344,9 @@ TEST(Tuner, ConfigurationsAreReadFromText) {
   Configuration all = strip(64);
   all.stack = 1;
   all.heads = 2;
-  all.lanes = 16;
   all.query_tile = {8, 16};
   all.key_tile = {4, 4, 4};
-  EXPECT_EQ(to_string(all), "strip=64 stack=1 heads=2 lanes=16 query_tile=8x16 key_tile=4x4x4");
+  EXPECT_EQ(to_string(all), "strip=64 stack=1 heads=2 query_tile=8x16 key_tile=4x4x4");
   for (const Configuration& c : {Configuration(), strip(8), all})
     EXPECT_EQ(natten::configuration_named(to_string(c)), c);
   for (const char* bad : {"", "strip", "strip=", "strip=x", "strip=1x2", "strip=1 strip=1",

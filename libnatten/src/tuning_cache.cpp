@@ -265,8 +265,8 @@ std::string to_string(const Configuration& c) {
   const auto add = [&](const char* name, const std::string& value) {
     text += (text.empty() ? "" : " ") + std::string(name) + "=" + value;
   };
-  for (const auto& [name, value] : {std::pair("strip", c.strip), std::pair("stack", c.stack),
-                                    std::pair("heads", c.heads), std::pair("lanes", c.lanes)})
+  for (const auto& [name, value] :
+       {std::pair("strip", c.strip), std::pair("stack", c.stack), std::pair("heads", c.heads)})
     if (value != 0) add(name, std::to_string(value));
   for (const auto& [name, tile] :
        {std::pair("query_tile", &c.query_tile), std::pair("key_tile", &c.key_tile)}) {
@@ -307,8 +307,6 @@ std::optional<Configuration> configuration_named(std::string_view text) {
       c.stack = tile[0];
     else if (name == "heads")
       c.heads = tile[0];
-    else if (name == "lanes")
-      c.lanes = tile[0];
     else
       return {};
   }
@@ -322,7 +320,7 @@ bool operator==(const Configuration& a, const Configuration& b) {
     return x.size == y.size &&
            std::equal(x.values.begin(), x.values.begin() + x.size, y.values.begin());
   };
-  return a.strip == b.strip && a.stack == b.stack && a.heads == b.heads && a.lanes == b.lanes &&
+  return a.strip == b.strip && a.stack == b.stack && a.heads == b.heads &&
          same(a.query_tile, b.query_tile) && same(a.key_tile, b.key_tile);
 }
 

@@ -19,7 +19,6 @@ struct Configuration {
   std::int64_t strip = 0;      ///< CPU: rows of a line that share what is packed, at most
   std::int64_t stack = 0;      ///< CPU: lines of rows that are handled together, at most
   std::int64_t heads = 0;      ///< CPU: heads that are packed together, at most
-  std::int64_t lanes = 0;      ///< CPU: float32 elements of a vector
   Tuple query_tile, key_tile;  ///< CUDA: shapes of tiles
 
   bool is_default() const;

@@ -107,25 +107,6 @@ const simd::InstructionSet& instruction_set() {
 
 namespace {
 
-/// Whether two sets differ in the width of vectors alone.
-bool are_siblings(const simd::InstructionSet& a, const simd::InstructionSet& b) {
-  const std::string x = a.name, y = b.name, wide = "wide";
-  return x + wide == y || y + wide == x;
-}
-
-const std::vector<const simd::InstructionSet*>& siblings() {
-  static const std::vector<const simd::InstructionSet*> found = [] {
-    std::vector<const simd::InstructionSet*> sets;
-    const char* forced = std::getenv("NATTEN_CPU_ISA");
-    if (forced && *forced) return sets;
-    for (const Candidate& candidate : candidates())
-      if (candidate.runs && are_siblings(*candidate.isa, instruction_set()))
-        sets.push_back(candidate.isa);
-    return sets;
-  }();
-  return found;
-}
-
 /// What the processor calls itself; empty where it cannot be asked.
 std::string processor_name() {
   std::string name;
@@ -144,13 +125,6 @@ std::string processor_name() {
 }
 
 }  // namespace
-
-const simd::InstructionSet& instruction_set(std::int64_t lanes) {
-  if (lanes > 0)
-    for (const simd::InstructionSet* isa : siblings())
-      if (isa->f32.width == lanes) return *isa;
-  return instruction_set();
-}
 
 std::string_view machine_name() {
   static const std::string name = [] {

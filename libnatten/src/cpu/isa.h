@@ -15,9 +15,6 @@ namespace natten::detail::cpu {
 /// variable NATTEN_CPU_ISA names (base, avx2, avx512, avx512wide, and avx2wide, which is for
 /// tests). Throws Error where that cannot run.
 const simd::InstructionSet& instruction_set();
-/// The one with vectors of `lanes` float32 elements and otherwise the same instructions. Where
-/// there is none, or `lanes` is 0, the same as without.
-const simd::InstructionSet& instruction_set(std::int64_t lanes);
 /// The instruction set that calls use and the processor, in words.
 std::string_view machine_name();
 

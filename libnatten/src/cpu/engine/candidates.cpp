@@ -44,25 +44,24 @@ std::vector<Configuration> candidates(const Problem& problem, int threads, bool 
   std::vector<Plans> known{plans_of(problem, threads, {})};
   const Plan plan = known[0][0];
   std::vector<std::int64_t> strips{0, 2 * plan.strip, plan.strip / 2}, heads{0, 2 * plan.row_heads},
-      stacks{0}, lanes{0};
+      stacks{0};
   for (std::int64_t count = plan.row_heads / 2; count > 0; count /= 2) heads.push_back(count);
   if (thorough) strips.insert(strips.end(), {4 * plan.strip, plan.strip / 4});
   for (std::int64_t stack = plan.stack - 1; stack > 0; --stack) stacks.push_back(stack);
   // What differs from the default in fewer ways comes first, as there may be no time for all.
-  for (int ways = 1; ways <= (thorough ? 4 : 2); ++ways)
-    for (const std::int64_t lane : lanes)
-      for (const std::int64_t stack : stacks)
-        for (const std::int64_t count : heads)
-          for (const std::int64_t strip : strips) {
-            const Configuration asked{strip, stack, count, lane, {}, {}};
-            if ((strip > 0) + (stack > 0) + (count > 0) + (lane > 0) != ways) continue;
-            Plans plans = plans_of(problem, threads, asked);
-            const bool is_new = std::none_of(known.begin(), known.end(),
-                                             [&](const Plans& p) { return are_same(p, plans); });
-            if (!is_new || !sum_alike(known[0], plans)) continue;
-            found.push_back(asked);
-            known.push_back(std::move(plans));
-          }
+  for (int ways = 1; ways <= (thorough ? 3 : 2); ++ways)
+    for (const std::int64_t stack : stacks)
+      for (const std::int64_t count : heads)
+        for (const std::int64_t strip : strips) {
+          const Configuration asked{strip, stack, count, {}, {}};
+          if ((strip > 0) + (stack > 0) + (count > 0) != ways) continue;
+          Plans plans = plans_of(problem, threads, asked);
+          const bool is_new = std::none_of(known.begin(), known.end(),
+                                           [&](const Plans& p) { return are_same(p, plans); });
+          if (!is_new || !sum_alike(known[0], plans)) continue;
+          found.push_back(asked);
+          known.push_back(std::move(plans));
+        }
   return found;
 }
 

@@ -43,7 +43,7 @@ class Pass {
   Pass(const Job& job, PassKind kind, int threads)
       : plan(plan_for<E>(job.problem, kind, threads, job.configuration)),
         mask(key_mask(job.problem, job.tensors)),
-        isa(instruction_set(job.configuration.lanes)) {}
+        isa(instruction_set()) {}
   Pass(const Pass&) = default;
   ~Pass() = default;
 

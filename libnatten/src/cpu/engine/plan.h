@@ -179,8 +179,8 @@ template <class E>
 Plan plan_for(const Problem& problem, PassKind kind, int threads,
               const Configuration& configuration = {}) {
   using T = StatisticOf<E>;
-  return make_plan(problem, kind, kernels_for<T>(instruction_set(configuration.lanes)).width,
-                   sizeof(T), threads, configuration);
+  return make_plan(problem, kind, kernels_for<T>(instruction_set()).width, sizeof(T), threads,
+                   configuration);
 }
 
 }  // namespace natten::detail::cpu::engine
