@@ -28,7 +28,7 @@ def _sees(layer: Layer, device: str) -> Callable[[Tensor, Tensor], Tensor]:
     """Whether tokens, by number, see others."""
     axes = []
     for axis, (queries, _) in enumerate(_core.windows(layer.config(), layer.grid, layer.grid)):
-        group, position, _, begin, end = torch.tensor(queries, device=device).unbind(1)
+        group, position, _, begin, end = torch.tensor(queries, device=device).T.contiguous()
         length, dilation = layer.grid[axis], layer.window["dilation"][axis]
         turn = length // dilation if layer.window["boundary"][axis] == "circular" else None
         axes.append((length, group, position, begin, end - begin, turn))

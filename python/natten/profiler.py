@@ -409,8 +409,10 @@ def time_peers(problem: Problem, framework: Framework, args: argparse.Namespace)
             continue
         try:
             runs = build(args.backprop)
+            for run in runs.values():
+                run()  # compiles
         except Exception as error:  # whatever a compiler of theirs raises
-            text = (str(error) or type(error).__name__).splitlines()[0]
+            text = (str(error) or type(error).__name__).splitlines()[0][:120]
             rows.append(Timing("forward", name, refusal=text))
             continue
         for pass_name, run in runs.items():
