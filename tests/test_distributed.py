@@ -546,8 +546,9 @@ def work(rank: int, folder: str, names: list[str]) -> None:
 
 def run_on_ranks(folder: Path, names: list[str]) -> dict[str, list[str]]:
     """What each rank says of each job; nothing where all is well."""
-    # Forks of a process that has imported all but started no thread are quicker to start.
-    multiprocessing.set_forkserver_preload(["test_distributed"])
+    # Forks of a process that has imported the most but started no thread are quicker to start. Of
+    # this folder it can import nothing: Python tells it where packages are, but not what pytest adds.
+    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "natten.functional"])
     context = torch.multiprocessing.start_processes(
         work, (str(folder), names), PROCESSES, join=False, start_method="forkserver"
     )
