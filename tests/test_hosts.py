@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-HOSTS, TIMEOUT_S, LIMIT_S = 4, 20, 150
+HOSTS, TIMEOUT_S, LIMIT_S = 4, 20, 400
 STEPS, SAVED = 4, 2  # steps of training, and the one before which the checkpoint is saved
 OVERHEAD = 0.1  # of protocols, over what is sent
 
@@ -92,13 +92,10 @@ def work(rank: int, folder: str, is_second: bool) -> None:
 
     torch.set_num_threads(1)
     natten.use_fused_na()
-    dist.init_process_group(
-        "gloo",
-        init_method="tcp://10.77.0.1:29511",
-        rank=rank,
-        world_size=HOSTS,
-        timeout=datetime.timedelta(seconds=TIMEOUT_S),
-    )
+    # Hosts that import for different times wait for each other here, and later on not as long.
+    limit, timeout = (datetime.timedelta(seconds=s) for s in (LIMIT_S, TIMEOUT_S))
+    store = dist.TCPStore("10.77.0.1", 29511, HOSTS, is_master=rank == 0, timeout=limit)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=HOSTS, timeout=timeout)
     mesh = init_device_mesh("cpu", (4, 1) if is_second else (2, 2))
     globe = example()
     model, optimizer = globe.make(mesh)
