@@ -13,13 +13,14 @@ Block::Block(Entry& entry, int threads, int shared_bytes, GlobalMemory& global, 
 }
 
 void Block::run(std::uint32_t block, const void* parameters) {
-  constexpr std::uint64_t kFew = 16, kMany = 500;
+  constexpr std::uint64_t kFew = 16, kMany = 500, kMost = 100'000'000;
   ++entry_.blocks;
   Rng rng(seed_ * 0x9e3779b97f4a7c15u + block);
   Rng* const random = seed_ == 0 ? nullptr : &rng;
   shared_.begin_block();
   for (Warp& warp : warps_) warp.begin(block, parameters);
   std::size_t running = 0;
+  std::uint64_t taken = 0;
   try {
     for (;;) {
       std::size_t ready[32], count = 0;
@@ -34,14 +35,15 @@ void Block::run(std::uint32_t block, const void* parameters) {
         for (Warp& warp : warps_) warp.leave_barrier();
         continue;
       }
+      if (taken > kMost) throw Fault("does not come to an end");
       running = ready[random ? rng() % count : 0];
-      std::uint64_t steps = ~std::uint64_t{0};
+      std::uint64_t steps = kMost;
       if (random) {
         steps = 1 + rng() % (rng() % 2 == 0 ? kFew : kMany);
         for (Warp& warp : warps_) warp.land_some_copies(rng);
       }
       Warp& warp = warps_[running];
-      for (; steps > 0 && !warp.is_done() && !warp.is_at_barrier(); --steps)
+      for (; steps > 0 && !warp.is_done() && !warp.is_at_barrier(); --steps, ++taken)
         warp.step(random, entry_.counts);
     }
   } catch (const Fault& fault) {

@@ -1,11 +1,25 @@
 #include "launcher.h"
 
+#include <gtest/gtest.h>
+
+#include <cstdlib>
 #include <cstring>
 #include <iomanip>
 #include <iostream>
 #include <sstream>
 
 namespace natten_tests::ptx {
+namespace {
+
+class Counts : public testing::Environment {
+ public:
+  void TearDown() override {
+    if (std::getenv("NATTEN_PTX_COUNTS")) print_counts(std::cout);
+  }
+};
+[[maybe_unused]] testing::Environment* const kCounts = testing::AddGlobalTestEnvironment(new Counts);
+
+}  // namespace
 
 Module& kernels() {
   static Module module = [] {

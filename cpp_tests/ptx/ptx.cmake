@@ -28,6 +28,7 @@ add_executable(natten_ptx_tests
   ptx/block.cpp
   ptx/launcher.cpp
   ptx/memory.cpp
+  ptx/mutation_test.cpp
   ptx/parser.cpp
   ptx/ptx_test.cpp
   ptx/warp.cpp)
