@@ -23,7 +23,7 @@ INSTALL := $(BIN)/python -m pip install -q --no-compile
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo example-weather test test-all test-cpp test-cpp-rest test-cuda test-sanitize test-clang test-cross test-cross-one \
+.PHONY: demo example-weather test test-all test-cpp test-cpp-rest test-cuda test-cuda-mutations test-sanitize test-clang test-cross test-cross-one \
   test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz docs format consumer cuda wheel wheels hub test-wheel test-pythons ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
@@ -79,13 +79,16 @@ test-aarch64: $(VENV)/build
 	cpp_tests/aarch64.sh
 
 # The CUDA kernels' PTX, run on the host (cpp_tests/ptx): it needs nvcc, but no GPU.
-test-cuda: $(VENV)/build gtest
+# test-cuda-mutations lists what these tests would find: each barrier, wait and mask left out once.
+test-cuda: run_ptx := ctest --preset ptx
+test-cuda-mutations: run_ptx := build/tests/cpp_tests/natten_ptx_tests --gtest_filter='*MutatedKernels*'
+test-cuda test-cuda-mutations: $(VENV)/build gtest
 ifeq ($(shell command -v nvcc 2>/dev/null),)
-	@echo "!!! make test-cuda: SKIPPED, THE PTX OF NO CUDA KERNEL HAS BEEN RUN: no nvcc on PATH" >&2
+	@echo "!!! make $@: SKIPPED, THE PTX OF NO CUDA KERNEL HAS BEEN RUN: no nvcc on PATH" >&2
 else
 	cmake --preset tests -DNATTEN_TEST_PTX=ON
 	cmake --build --preset tests --target natten_ptx_tests
-	ctest --preset ptx
+	$(run_ptx)
 endif
 
 # In two halves at once: most of the time goes to compilers that use one core.

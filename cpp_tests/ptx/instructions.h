@@ -158,7 +158,7 @@ struct Instruction {
 
 /// A kernel's code.
 struct Entry {
-  std::string name;  ///< demangled
+  std::string name;  ///< of its kernel, as people read it
   std::vector<Instruction> code;
   std::int32_t register_bytes = 0;  ///< of a warp
 

@@ -17,7 +17,8 @@ class Counts : public testing::Environment {
     if (std::getenv("NATTEN_PTX_COUNTS")) print_counts(std::cout);
   }
 };
-[[maybe_unused]] testing::Environment* const kCounts = testing::AddGlobalTestEnvironment(new Counts);
+[[maybe_unused]] testing::Environment* const kCounts =
+    testing::AddGlobalTestEnvironment(new Counts);
 
 }  // namespace
 

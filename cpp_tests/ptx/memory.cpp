@@ -42,7 +42,9 @@ SharedMemory::SharedMemory(int bytes, int warps)
 
 void SharedMemory::begin_block() {
   std::fill(data_.begin(), data_.end(), static_cast<unsigned char>(0xff));
-  for (Byte& byte : bytes_) byte.copies = 0;  // those that nobody has waited for
+  if (open_copies_ > 0)  // that nobody has waited for
+    for (Byte& byte : bytes_) byte.copies = 0;
+  open_copies_ = 0;
   ++epoch_;
 }
 
@@ -113,6 +115,7 @@ void SharedMemory::write(Thread thread, std::uint32_t at, const void* from, int 
 
 void SharedMemory::begin_copy(Thread thread, std::uint32_t at, int bytes, bool spoils) {
   check(at, bytes);
+  ++open_copies_;
   for (int i = 0; i < bytes; ++i) {
     const std::uint32_t here = at + static_cast<std::uint32_t>(i);
     note_write(thread, bytes_[here], here, false);
@@ -126,6 +129,7 @@ void SharedMemory::land_copy(std::uint32_t at, const void* from, int bytes) {
 }
 
 void SharedMemory::end_copy(Thread thread, std::uint32_t at, int bytes) {
+  --open_copies_;
   for (int i = 0; i < bytes; ++i) {
     const std::uint32_t here = at + static_cast<std::uint32_t>(i);
     --bytes_[here].copies;

@@ -99,6 +99,7 @@ class SharedMemory {
   std::vector<Byte> bytes_;
   std::uint32_t epoch_ = 0;
   std::vector<std::uint32_t> warp_epochs_;
+  std::int64_t open_copies_ = 0;
 };
 
 }  // namespace natten_tests::ptx

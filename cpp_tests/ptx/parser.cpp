@@ -490,6 +490,22 @@ class EntryParser {
 
 }  // namespace
 
+namespace {
+
+/// Of an entry of the library, the type of its kernel, without namespaces.
+std::string short_name(std::string name) {
+  const std::string begin = "entry<", end = ">(";
+  const auto first = name.find(begin), last = name.find(end);
+  if (first != std::string::npos && last != std::string::npos)
+    name = trimmed(name.substr(first + begin.size(), last - first - begin.size()));
+  for (const std::string& space : {std::string("natten::detail::cuda::"), std::string("natten::")})
+    for (auto at = name.find(space); at != std::string::npos; at = name.find(space))
+      name.erase(at, space.size());
+  return name;
+}
+
+}  // namespace
+
 std::string demangled(const std::string& name) {
   int status = 0;
   char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
@@ -532,7 +548,7 @@ Entry* Module::find(const std::string& name) {
     if (source.name != name && source.mangled != name) continue;
     if (!source.parsed) {
       auto entry = std::make_unique<Entry>();
-      entry->name = source.name;
+      entry->name = short_name(source.name);
       EntryParser(source.mangled, *entry).parse(source.body, source.line);
       source.parsed = entry.get();
       parsed_.push_back(std::move(entry));

@@ -32,6 +32,8 @@ add_executable(natten_ptx_tests
   ptx/parser.cpp
   ptx/ptx_test.cpp
   ptx/warp.cpp)
+# A function per instruction and type, each run once: to optimise them takes longer than all tests.
+set_source_files_properties(ptx/ptx_test.cpp PROPERTIES COMPILE_OPTIONS -O0)
 add_dependencies(natten_ptx_tests natten_ptx)
 list(JOIN ptx_files ":" joined)
 target_compile_definitions(natten_ptx_tests PRIVATE NATTEN_PTX_FILES="${joined}")
