@@ -27,13 +27,21 @@ inline std::int64_t multiply_adds() { return ptx::multiply_adds(); }
 using TileLauncher = ptx::Launcher;    ///< for kernels of blocks whose threads meet
 using ThreadLauncher = ptx::Launcher;  ///< for kernels whose threads share nothing
 inline constexpr char kFnaName[] = "fna_ptx", kSimtName[] = "simt_ptx";
+/// Of many cases of one kind, each element type takes one of so many.
+inline constexpr std::uint64_t kOneOf = 3;
 #else
 inline std::int64_t multiply_adds() { return emulated_multiply_adds(); }
 
 using TileLauncher = Emulator;
 using ThreadLauncher = PlainLauncher;
 inline constexpr char kFnaName[] = "fna_emulated", kSimtName[] = "simt_emulated";
+inline constexpr std::uint64_t kOneOf = 1;
 #endif
+
+/// Whether an element type takes a case, of those that have numbers. Three types take all of them.
+inline bool takes_case(natten::DType dtype, std::uint64_t number) {
+  return (number + static_cast<std::uint64_t>(dtype)) % kOneOf == 0;
+}
 
 /// The memory that kernels of a call see, as long as it lives: that of the host in its place, or,
 /// for PTX, at addresses between which there is nothing.
