@@ -23,7 +23,7 @@ INSTALL := $(BIN)/python -m pip install -q --no-compile
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
 CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: demo example-weather test test-all test-cpp test-cpp-rest test-sanitize test-clang test-cross test-cross-one \
+.PHONY: demo example-weather test test-all test-cpp test-cpp-rest test-cuda test-cuda-mutations test-sanitize test-clang test-cross test-cross-one \
   test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz docs format consumer cuda wheel wheels hub test-wheel test-pythons ci-full clean gtest
 
 demo: $(VENV)/package $(VENV)/demo
@@ -40,13 +40,13 @@ test-all: test test-cpp-rest test-python-rest test-sanitize test-clang test-cros
   cuda tidy fuzz docs
 
 test-cpp: $(VENV)/build gtest
-	cmake --preset tests -DNATTEN_TEST_EMULATED_CUDA=OFF
+	cmake --preset tests -DNATTEN_TEST_EMULATED_CUDA=OFF -DNATTEN_TEST_PTX=OFF
 	cmake --build --preset tests
 	ctest --preset quick
 
 # Each backend and each instruction set, and CUDA kernels on an emulator.
 test-cpp-rest: $(VENV)/build gtest
-	cmake --preset tests -DNATTEN_TEST_EMULATED_CUDA=ON
+	cmake --preset tests -DNATTEN_TEST_EMULATED_CUDA=ON -DNATTEN_TEST_PTX=OFF
 	cmake --build --preset tests
 	ctest --preset rest
 
@@ -77,6 +77,19 @@ test-wine: $(VENV)/build $(VENV)/cross
 # Not part of `test`: it needs a cross-compiler and QEMU, whose Debian packages it names.
 test-aarch64: $(VENV)/build
 	cpp_tests/aarch64.sh
+
+# The CUDA kernels' PTX, run on the host (cpp_tests/ptx): it needs nvcc, but no GPU.
+# test-cuda-mutations lists what these tests would find: each barrier, wait and mask left out once.
+test-cuda: run_ptx := ctest --preset ptx
+test-cuda-mutations: run_ptx := build/tests/cpp_tests/natten_ptx_tests --gtest_filter='*MutatedKernels*'
+test-cuda test-cuda-mutations: $(VENV)/build gtest
+ifeq ($(shell command -v nvcc 2>/dev/null),)
+	@echo "!!! make $@: SKIPPED, THE PTX OF NO CUDA KERNEL HAS BEEN RUN: no nvcc on PATH" >&2
+else
+	cmake --preset tests -DNATTEN_TEST_PTX=ON
+	cmake --build --preset tests --target natten_ptx_tests
+	$(run_ptx)
+endif
 
 # In two halves at once: most of the time goes to compilers that use one core.
 JAX_TESTS := tests/test_jax*.py tests/test_flax*.py
@@ -169,7 +182,7 @@ test-pythons:
 
 # What is slow or depends on a changing distribution, run by hand when something that it covers has
 # changed (CONTRIBUTING.md).
-ci-full: test-clang test-pythons test-cross test-wine cuda
+ci-full: test-clang test-pythons test-cross test-wine cuda test-cuda
 
 clean:
 	rm -rf build dist $(VENV) demo_output

@@ -50,38 +50,23 @@ class DeviceMemory {
 /// writes one is found when they have been copied back.
 class DeviceTensor {
  public:
-  explicit DeviceTensor(const TensorView& host) : view_(host), begin_(begin_of(host)) {
-    bytes_ = host.size() > 0 ? bytes_of(host) : 0;
-    memory_ = std::make_unique<DeviceMemory>(bytes_);
-    check(cudaMemcpy(memory_->data(), begin_, bytes_, cudaMemcpyHostToDevice), "copy to device");
+  explicit DeviceTensor(const TensorView& host) : view_(host), host_(extent_of(host)) {
+    memory_ = std::make_unique<DeviceMemory>(host_.bytes);
+    check(cudaMemcpy(memory_->data(), host_.begin, host_.bytes, cudaMemcpyHostToDevice),
+          "copy to device");
     view_.device = {natten::DeviceType::cuda, 0};
     view_.data =
-        static_cast<char*>(memory_->data()) + (static_cast<const char*>(host.data) - begin_);
+        static_cast<char*>(memory_->data()) + (static_cast<const char*>(host.data) - host_.begin);
   }
   const TensorView& view() const { return view_; }
   void copy_back() const {
-    check(cudaMemcpy(begin_, memory_->data(), bytes_, cudaMemcpyDeviceToHost), "copy from device");
+    check(cudaMemcpy(host_.begin, memory_->data(), host_.bytes, cudaMemcpyDeviceToHost),
+          "copy from device");
   }
 
  private:
-  /// Of the elements that lie before the first one, or after it, in memory.
-  static std::int64_t reach(const TensorView& v, bool before) {
-    std::int64_t elements = 0;
-    for (int d = 0; d < v.ndim; ++d)
-      if ((v.strides[index(d)] < 0) == before)
-        elements += (v.shape[index(d)] - 1) * std::abs(v.strides[index(d)]);
-    return elements * static_cast<std::int64_t>(natten::size_of(v.dtype));
-  }
-  static char* begin_of(const TensorView& v) {
-    return static_cast<char*>(v.data) - (v.size() > 0 ? reach(v, true) : 0);
-  }
-  static std::size_t bytes_of(const TensorView& v) {
-    return static_cast<std::size_t>(reach(v, true) + reach(v, false)) + natten::size_of(v.dtype);
-  }
-
   TensorView view_;
-  char* begin_;
-  std::size_t bytes_ = 0;
+  Extent host_;
   std::unique_ptr<DeviceMemory> memory_;
 };
 

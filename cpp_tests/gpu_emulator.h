@@ -40,9 +40,6 @@ inline std::int64_t& emulated_multiply_adds() {
 }
 
 /// One thread of an emulated block, with the interface of natten::detail::cuda::Gpu.
-/// Products of matrices that warps have computed so far, which stand for time.
-inline std::int64_t emulated_products = 0;
-
 class EmulatedThread {
  public:
   std::int64_t block() const;
@@ -394,7 +391,6 @@ void EmulatedThread::multiply_add(float (&c)[4], const std::uint32_t (&a)[4],
     const std::uint32_t (&b)[2];
   } args{c, a, b};
   with_aligned_warp("multiply_add", args, [](Args*(&lanes)[32]) {
-    ++emulated_products;
     constexpr int kPacked = 4 / sizeof(T);  // elements in a register
     constexpr int kDepth = 8 * kPacked;
     emulated_multiply_adds() += 16 * 8 * kDepth;

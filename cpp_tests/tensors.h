@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <numeric>
@@ -111,6 +112,23 @@ inline void store(natten::DType dtype, void* to, double value) {
     case natten::DType::float16: break;
   }
   as(natten::float16(value));
+}
+
+/// The memory from the first to the last element of a tensor, with the gaps between them.
+struct Extent {
+  char* begin;
+  std::size_t bytes;
+};
+inline Extent extent_of(const natten::TensorView& v) {
+  if (v.size() == 0) return {static_cast<char*>(v.data), 0};
+  const auto element = static_cast<std::int64_t>(natten::size_of(v.dtype));
+  std::int64_t before = 0, bytes = element;
+  for (int d = 0; d < v.ndim; ++d) {
+    const std::int64_t reach = (v.shape[index(d)] - 1) * std::abs(v.strides[index(d)]) * element;
+    bytes += reach;
+    if (v.strides[index(d)] < 0) before += reach;
+  }
+  return {static_cast<char*>(v.data) - before, static_cast<std::size_t>(bytes)};
 }
 
 /// The type of logsumexp and its gradient.

@@ -1,0 +1,52 @@
+#pragma once
+
+#include <cstdint>
+#include <iosfwd>
+#include <string>
+#include <typeinfo>
+
+#include "block.h"
+#include "memory.h"
+#include "parser.h"
+
+namespace natten_tests::ptx {
+
+/// The kernels of all PTX files that this build has.
+Module& kernels();
+/// Memory of the device that they run on.
+GlobalMemory& device_memory();
+
+/// What the entries that have run took, for each: blocks, instructions of warps per block, and per
+/// product of matrices.
+void print_counts(std::ostream& out);
+
+/// Of all products of matrices, since the program began.
+std::int64_t multiply_adds();
+
+/// Runs kernels where `natten::detail::cuda::Launcher` would enqueue them, from their PTX.
+class Launcher {
+ public:
+  /// The most shared memory that a block may have on compute capability 8.6 and 8.9.
+  static constexpr int kMostSharedBytes = 99 * 1024;
+
+  explicit Launcher(std::uint64_t seed = 0) : seed_(seed) {}
+
+  template <class Kernel>
+  void operator()(const Kernel& kernel, std::int64_t blocks, int shared_bytes = 0) {
+    ++launches;
+    static Entry& entry = entry_of(typeid(Kernel).name());
+    run(entry, Kernel::kThreads, blocks, shared_bytes, &kernel);
+  }
+  void clear(void* memory, std::size_t bytes);
+
+  int launches = 0;
+
+ private:
+  /// `entry<Kernel>` (launch.h) by the mangled name of the type.
+  static Entry& entry_of(const char* type);
+  void run(Entry& entry, int threads, std::int64_t blocks, int shared_bytes, const void* kernel);
+
+  std::uint64_t seed_;
+};
+
+}  // namespace natten_tests::ptx
