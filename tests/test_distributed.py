@@ -546,8 +546,8 @@ def work(rank: int, folder: str, names: list[str]) -> None:
 
 def run_on_ranks(folder: Path, names: list[str]) -> dict[str, list[str]]:
     """What each rank says of each job; nothing where all is well."""
-    # Forks of a process that has imported the most but started no thread are quicker to start. Of
-    # this folder it can import nothing: Python tells it where packages are, but not what pytest adds.
+    # Forks of a process that has imported the most but started no thread are quicker to start. It
+    # finds packages, but nothing of this folder, which pytest has added to the path.
     multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "natten.functional"])
     context = torch.multiprocessing.start_processes(
         work, (str(folder), names), PROCESSES, join=False, start_method="forkserver"
