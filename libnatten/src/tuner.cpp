@@ -36,6 +36,7 @@ double median(std::vector<double> values) {
 double deviation(const std::vector<double>& values) {
   const double middle = median(values);
   std::vector<double> distances;
+  distances.reserve(values.size());
   for (const double value : values) distances.push_back(std::abs(value - middle));
   return median(distances);
 }
@@ -392,7 +393,7 @@ void configure(Job& job, const Backend& backend, const Context& context, Tuning 
                                                                          : settings.forward_limits);
     }
   }
-  if (choice) job = with(std::move(job), choice->configuration);
+  if (choice) job = with(job, choice->configuration);
 }
 
 }  // namespace detail

@@ -112,10 +112,9 @@ std::string processor_name() {
   std::string name;
 #if NATTEN_HAVE_X86_ISAS
   unsigned words[12];
-  for (unsigned i = 0; i < 3; ++i)
-    if (!__get_cpuid(0x80000002 + i, words + 4 * i, words + 4 * i + 1, words + 4 * i + 2,
-                     words + 4 * i + 3))
-      return name;
+  unsigned* part = words;
+  for (unsigned leaf = 0x80000002; leaf <= 0x80000004; ++leaf, part += 4)
+    if (!__get_cpuid(leaf, part, part + 1, part + 2, part + 3)) return name;
   const auto* text = reinterpret_cast<const char*>(words);
   for (std::size_t i = 0; i < sizeof words && text[i]; ++i)
     if (text[i] >= ' ' && !(text[i] == ' ' && (name.empty() || name.back() == ' ')))

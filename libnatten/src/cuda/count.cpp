@@ -100,7 +100,8 @@ class Counter {
     }
     const double heads = static_cast<double>(p_.batch) * a.heads;
     const double column_heads = K::kRowsAreQueries ? heads : heads * a.queries_per_kv;
-    const double of_part = static_cast<double>(K::kRows / K::kWarps) * K::kColumns;
+    constexpr int kRowsOfWarp = K::kRows / K::kWarps;
+    const double of_part = static_cast<double>(kRowsOfWarp) * K::kColumns;
     // Products of this kernel, see kernel.h. That for queries is of whole blocks of rows.
     const int products = 1 + K::kNeedsGradWeights + K::kSumsFirst + K::kSumsSecond;
     const double of_block = K::kAddsQueries ? static_cast<double>(K::kRows) * K::kColumns : 0;
@@ -181,8 +182,10 @@ PassWork count_fixed_tiles(const Problem& p, const Tuple& query_tile, const Tupl
     rows *= static_cast<double>(query_tile[i]);
     columns *= static_cast<double>(key_tile[i]);
     double of_axis = 0;
-    for (std::int64_t g = 0; g < std::min(axis.dilation, axis.query_length); ++g)
-      of_axis += static_cast<double>((group_length(axis, g) + query_tile[i] - 1) / query_tile[i]);
+    for (std::int64_t g = 0; g < std::min(axis.dilation, axis.query_length); ++g) {
+      const std::int64_t of_group = (group_length(axis, g) + query_tile[i] - 1) / query_tile[i];
+      of_axis += static_cast<double>(of_group);
+    }
     blocks *= of_axis;
   }
   const auto heads = static_cast<double>(p.batch * p.heads);

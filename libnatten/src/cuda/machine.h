@@ -32,6 +32,7 @@
 #define NATTEN_DO_NOT_UNROLL
 #endif
 /// An unrolled loop with i = 0 ... count - 1, often over elements that registers hold.
+// NOLINTNEXTLINE(bugprone-macro-parentheses): i is a name
 #define NATTEN_EACH(i, count) NATTEN_UNROLL for (int i = 0; i < (count); ++i)
 
 namespace natten::detail::cuda {

@@ -259,8 +259,8 @@ inline Tiles cut(const Problem& p, Rows rows) {
         const std::int64_t unit = i == kMaxRank - 1 ? kChunk : 1;
         const std::int64_t seen = kernel + detail::min(size, length) - 1;
         t.count[i] = static_cast<int>(t.groups[i] * ((length + size - 1) / size));
-        columns *=
-            static_cast<double>(t.count[i]) * static_cast<double>((seen + unit - 1) / unit * unit);
+        const std::int64_t read = (seen + unit - 1) / unit * unit;
+        columns *= static_cast<double>(t.count[i]) * static_cast<double>(read);
       }
       if (a + b == 0 || columns < least) {
         best = t;

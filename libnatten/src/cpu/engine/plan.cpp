@@ -228,9 +228,10 @@ bool have_same_blocks(const Plan& a, const Plan& b) {
 bool is_one_batch(const Plan& plan) {
   const std::int64_t rows = block_rows(plan);
   // Rows may begin a step apart where their windows do not.
-  const std::int64_t steps = plan.grid.most_columns(2, rows) + rows + 2 * simd::kPaddingSteps;
+  const std::int64_t steps =
+      plan.grid.most_columns(2, rows) + rows + std::int64_t{2} * simd::kPaddingSteps;
   return plan.lines * steps <= simd::kBatchSteps &&
-         plan.problem().additional + 2 * simd::kPaddingSteps <= simd::kBatchSteps;
+         plan.problem().additional + std::int64_t{2} * simd::kPaddingSteps <= simd::kBatchSteps;
 }
 
 }  // namespace

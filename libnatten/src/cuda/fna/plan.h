@@ -66,7 +66,8 @@ struct AxisCost {
     std::fill(visits, visits + kMostBits + 1, 0.0);
     for (int i = 0; i < samples; ++i) {
       // The middles of equal parts, so that borders count no more than they are.
-      const int block = static_cast<int>((2 * i + 1) * std::int64_t{blocks} / (2 * samples));
+      const int block =
+          static_cast<int>((std::int64_t{2} * i + 1) * blocks / (std::int64_t{2} * samples));
       const int first = block * extent, last = std::min(first + extent, rows) - 1;
       const auto seen_by = [&](int row) { return grid.seen(grid.rows, axis, group, row); };
       const int seen = seen_by(last).end - seen_by(first).begin;
@@ -175,8 +176,8 @@ inline std::string tile_refusal(const char* name, const Problem& p, const Tuple&
 /// Names the shape that no CUDA kernel has, among those that the caller demands.
 inline std::string tile_refusal(const Problem& p) {
   const bool backward = p.op == Op::attention_backward;
-  const std::string refusal = tile_refusal(backward ? "backward_q_tile_shape" : "q_tile_shape", p,
-                                           p.query_tile, query_bits(p));
+  std::string refusal = tile_refusal(backward ? "backward_q_tile_shape" : "q_tile_shape", p,
+                                     p.query_tile, query_bits(p));
   if (!refusal.empty()) return refusal;
   return tile_refusal(backward ? "backward_kv_tile_shape" : "kv_tile_shape", p, p.key_tile, {6, 6});
 }
