@@ -232,9 +232,14 @@ def test_derivatives_of_higher_order(is_explicit, split):
         t = [jnp.cos(a) for a in x]
         return jax.jvp(functools.partial(gradients, autodiff="any"), x, tuple(t))[1]
 
+    allowed = {"all-reduce"}
+    if split[2:]:
+        allowed.add("collective-permute")
+        if is_explicit:  # the gradient of a bias's reshard, as docs/jax.md says
+            allowed.add("all-gather")
     for function in (twice, forward_over_reverse):
         run = compiled(function, sharded)
-        assert collectives(run) <= {"all-reduce"} | ({"collective-permute"} if split[2:] else set())
+        assert collectives(run) <= allowed
         assert_close(run(*sharded), function(*x), 1e-9)
 
 
