@@ -8,7 +8,6 @@ import functools
 import importlib.util
 import itertools
 import multiprocessing
-import os
 import re
 import time
 import traceback
@@ -23,6 +22,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import torch.distributed as dist  # noqa: E402
+from ranks import environment_of_ranks, run_ranks  # noqa: E402
 from test_torch_random import mask_of, statistic, to_torch  # noqa: E402
 from torch_cases import AV, FUSED, QK  # noqa: E402
 
@@ -549,16 +549,7 @@ def run_on_ranks(folder: Path, names: list[str]) -> dict[str, list[str]]:
     # Forks of a process that has imported the most but started no thread are quicker to start. It
     # finds packages, but nothing of this folder, which pytest has added to the path.
     multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "natten.functional"])
-    context = torch.multiprocessing.start_processes(
-        work, (str(folder), names), PROCESSES, join=False, start_method="forkserver"
-    )
-    end = time.monotonic() + LIMIT_S
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"still running after {LIMIT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
+    run_ranks(work, [str(folder), names], PROCESSES, LIMIT_S, start_method="forkserver")
     found = [torch.load(folder / str(rank)) for rank in range(PROCESSES)]
     for name in names:
         print(name, max(of_rank.get(f"{name}, seconds", 0) for of_rank in found), "s")
@@ -567,10 +558,7 @@ def run_on_ranks(folder: Path, names: list[str]) -> dict[str, list[str]]:
 
 @pytest.fixture(scope="module")
 def environment() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        if os.path.isdir("/sys/class/net/lo"):
-            patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    with environment_of_ranks():
         yield
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 import torch.distributed as dist  # noqa: E402
 from cases import GRADIENT_BOUND  # noqa: E402
+from ranks import environment_of_ranks, run_ranks  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
 import natten  # noqa: E402
@@ -121,29 +119,12 @@ def work(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-def spawn(function: Callable[..., None], *args: Any) -> None:
-    """Runs `function(rank, *args)` on every rank, and fails where it takes too long."""
-    context = torch.multiprocessing.start_processes(
-        function, args, PROCESSES, join=False, start_method="spawn"
-    )
-    end = time.monotonic() + LIMIT_S
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < end, f"still running after {LIMIT_S} s"
-    finally:
-        for process in context.processes:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, by the way to train. One start of processes serves all tests."""
     folder: Path = tmp_path_factory.mktemp("distributed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
-        if os.path.isdir("/sys/class/net/lo"):
-            patch.setenv("GLOO_SOCKET_IFNAME", "lo")  # needs no network, nor a host's name
-        spawn(work, str(folder))
+    with environment_of_ranks():
+        run_ranks(work, [str(folder)], PROCESSES, LIMIT_S)
     return [torch.load(folder / str(rank)) for rank in range(PROCESSES)]
 
 

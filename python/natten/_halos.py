@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from natten._args import Bools, Boundaries, Ints, integer, listed, per_axis, window_options
@@ -64,16 +64,17 @@ class Halos(NamedTuple):
 
     def givers(self, part: Part) -> list[Part]:
         """The other parts that it needs tokens of, in the order of their numbers."""
-        near = [
-            [j for j in range(len(axis.held)) if axis.pieces(j, i)]
-            for axis, i in zip(self.axes, part, strict=True)
-        ]
-        return [other for other in itertools.product(*near) if other != part]
+        return self._others(part, lambda axis, own, other: axis.pieces(other, own))
 
     def takers(self, part: Part) -> list[Part]:
         """The other parts that need tokens of it, in the order of their numbers."""
+        return self._others(part, lambda axis, own, other: axis.pieces(own, other))
+
+    def _others(
+        self, part: Part, shared: Callable[[Axis, int, int], tuple[Piece, ...]]
+    ) -> list[Part]:
         near = [
-            [j for j in range(len(axis.held)) if axis.pieces(i, j)]
+            [j for j in range(len(axis.held)) if shared(axis, i, j)]
             for axis, i in zip(self.axes, part, strict=True)
         ]
         return [other for other in itertools.product(*near) if other != part]

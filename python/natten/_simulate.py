@@ -25,6 +25,7 @@ from natten._args import (
     per_axis,
     window_options,
 )
+from natten._halos import halos_of
 from natten._roles import roles_of
 
 DTYPES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # and bytes of an element
@@ -308,16 +309,9 @@ def _parts_of(layer: Layer, mesh: tuple[int, ...]) -> list[_Part]:
     """What each device of a mesh has and needs. Axes are cut by themselves, into parts of one
     length, of which the last may be shorter."""
     along = []
-    for axis, (length, devices) in enumerate(zip(layer.grid, mesh, strict=True)):
-        share = -(-length // devices)
-        window: dict[str, Any] = {name: (values[axis],) for name, values in layer.window.items()}
-        cuts = []
-        for begin in range(0, length, share):
-            own = min(share, length - begin)
-            config = make_config(1, **window, query_offset=(begin,), grid_size=(length,))
-            [(first, last)] = _core.key_range(config, (own,))
-            cuts.append((begin, own, first, last - first))
-        along.append(cuts)
+    for axis in halos_of(layer.grid, tuple((devices,) for devices in mesh), **layer.window).axes:
+        ranges = zip(axis.held, axis.needed, strict=True)
+        along.append([(a, b - a, first, last - first) for (a, b), (first, last) in ranges if a < b])
     return [_Part(*zip(*cuts, strict=True)) for cuts in itertools.product(*along)]  # type: ignore[arg-type]
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from natten import _core
 from natten._simulate import GPUS, Layer, duration, make_layer, quantity, simulate
-from natten.simulator import add_problem, pyplot, table, text_of, window_of
+from natten.simulator import add_problem, pyplot, save, table, text_of, window_of
 
 __all__ = ["main", "parser"]
 
@@ -506,10 +506,7 @@ def plot(rows: Sequence[Timing], title: str, path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("useful GFLOP/s")
     axes.set_title(title, fontsize=10)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    save(figure, axes, path)
 
 
 def parser() -> argparse.ArgumentParser:

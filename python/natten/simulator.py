@@ -249,10 +249,15 @@ def plot(what: str, points: Sequence[Point], title: str, path: Path) -> None:
     axes.set_title(title, fontsize=10)
     axes.tick_params(axis="x", labelrotation=45 if len(names) > 8 else 0)
     axes.legend(frameon=False)
+    save(figure, axes, path)
+
+
+def save(figure: Any, axes: Any, path: Path) -> None:
+    """Writes a picture of one diagram."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    pyplot().close(figure)
 
 
 def parser() -> argparse.ArgumentParser:
