@@ -76,13 +76,16 @@ nb::tuple shape_of(const TensorView& view) {
   return nb::tuple(shape);
 }
 
-/// A call with its inputs bound. The views live as long as `views`.
+/// A call with its inputs bound, and its outputs where these are given. The views live as long as
+/// `views`.
 Call call_of(Views& views, const std::string& op, const Config& config, Scale scale,
-             const nb::sequence& inputs) {
+             const nb::sequence& inputs, const std::optional<nb::sequence>& outputs = {}) {
   Call call = decode_call(op, config.data(), config.size(), scale.value_or(0.0));
-  bind_tensors(call, inputs, false, [&](const Role& role, const nb::object& object) {
+  const auto view = [&](const Role& role, const nb::object& object) {
     call.tensors.*role.tensor = views.view(object, role.name);
-  });
+  };
+  bind_tensors(call, inputs, false, view);
+  if (outputs) bind_tensors(call, *outputs, true, view);
   return call;
 }
 
@@ -202,11 +205,7 @@ std::vector<std::tuple<std::string, std::string, bool>> explain_call(
     const std::optional<nb::sequence>& outputs) {
   HoldsLock lock;
   Views views(device_named(device));
-  Call call = call_of(views, op, config, scale, inputs);
-  if (outputs)
-    bind_tensors(call, *outputs, true, [&](const Role& role, const nb::object& object) {
-      call.tensors.*role.tensor = views.view(object, role.name);
-    });
+  const Call call = call_of(views, op, config, scale, inputs, outputs);
   Context context;
   context.backend = backend.c_str();
   std::vector<std::tuple<std::string, std::string, bool>> rows;
@@ -220,10 +219,7 @@ nb::list work_of_call(const std::string& op, const Config& config, const nb::seq
                       bool fixed_tiles) {
   HoldsLock lock;
   Views views(device_named(device));
-  Call call = call_of(views, op, config, {}, inputs);
-  bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
-    call.tensors.*role.tensor = views.view(object, role.name);
-  });
+  const Call call = call_of(views, op, config, {}, inputs, outputs);
   const std::vector<PassWork> passes =
       fixed_tiles
           ? std::vector{work_of_fixed_tiles(call, call.options.query_tile, call.options.key_tile)}
@@ -255,11 +251,7 @@ std::pair<std::string, std::string> tuned(const std::string& op, const Config& c
                                           std::optional<int> openmp_threads) {
   HoldsLock lock;
   Views views(device_named(device));
-  Call call = call_of(views, op, config, scale, inputs);
-  if (outputs)
-    bind_tensors(call, *outputs, true, [&](const Role& role, const nb::object& object) {
-      call.tensors.*role.tensor = views.view(object, role.name);
-    });
+  const Call call = call_of(views, op, config, scale, inputs, outputs);
   if (call.options.tuning == Tuning::none) return {to_string(Configuration()), name_of(Origin())};
   Context context;
   context.backend = backend.c_str();
