@@ -219,11 +219,11 @@ void register_xla(nb::module_& m) {
         nb::dict handlers;
         handlers["cpu"] = nb::capsule(reinterpret_cast<void*>(handler_on_cpu));
 #if NATTEN_WITH_CUDA
-        handlers["CUDA"] = nb::capsule(reinterpret_cast<void*>(handler_on_cuda));
+        handlers["cuda"] = nb::capsule(reinterpret_cast<void*>(handler_on_cuda));
 #endif
         return handlers;
       },
-      "The XLA FFI handler of `run` for each platform, as capsules for jax.ffi.");
+      "The XLA FFI handler of `run` for each platform of JAX, as capsules for jax.ffi.");
   m.attr("xla_ffi_api_version") = nb::make_tuple(XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR);
 }
 

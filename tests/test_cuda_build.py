@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -138,7 +140,7 @@ def test_no_kernels():
 @with_kernels
 def test_kernels():
     assert _core.backends("cuda") == ["fna", "simt"]
-    assert set(_core.xla_ffi_handlers()) == {"cpu", "CUDA"}
+    assert set(_core.xla_ffi_handlers()) == {"cpu", "cuda"}
     assert plan("cuda")[0] == plan("cpu")[0]
     assert [row[0] for row in explain("cuda")] == ["fna", "simt"]
     assert sum(chosen for _, _, chosen in explain("cuda")) == 1
@@ -292,6 +294,21 @@ def test_jax_without_kernels():
     assert export.export(gradient(), platforms=("cuda",))(array()).platforms == ("cuda",)
     with pytest.raises(ValueError, match=r"are on cuda.*-DNATTEN_WITH_CUDA=ON"):
         lowered(("cuda",), "naive")
+
+
+@needs_jax
+@without_kernels
+def test_jax_registers_what_a_build_with_kernels_offers():
+    code = """
+from natten import _core
+offered = _core.xla_ffi_handlers
+_core.xla_ffi_handlers = lambda: {**offered(), "cuda": offered()["cpu"]}
+import jax, natten.jax
+from jax import numpy as jnp
+x = jnp.ones((1, 5, 2, 4))
+assert jax.jit(lambda x: natten.jax.na1d(x, x, x, kernel_size=3))(x).shape == x.shape
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @needs_jax

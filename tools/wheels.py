@@ -216,8 +216,11 @@ def with_cuda(folders: dict[Python, Path], out: Path) -> list[Path]:
         if runs_here(python):
             stub(module)
         wheel = pack(plain, python, module, BUILD / "cuda")
-        run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", out, wheel])
-        wheels += out.glob(f"natten-*-{python.tags}-manylinux*.whl")
+        tagged = wheel.parent / "tagged"  # a folder of its own: `out` may hold those for CPUs
+        shutil.rmtree(tagged, ignore_errors=True)
+        run([sys.executable, "-m", "auditwheel", "repair", "--wheel-dir", tagged, wheel])
+        out.mkdir(parents=True, exist_ok=True)
+        wheels += [Path(shutil.move(path, out / path.name)) for path in tagged.glob("*.whl")]
     return wheels
 
 

@@ -50,12 +50,14 @@ def _register() -> None:
         )
     check_api_version(_core.xla_ffi_api_version, _offered_api_version())
     for platform, handler in _core.xla_ffi_handlers().items():
-        jax.ffi.register_ffi_target(TARGET, handler, platform=platform)
+        # XLA asks for handlers by its own name of the platform, lowering rules have JAX's.
+        xla_name = {"cuda": "CUDA"}.get(platform, platform)
+        jax.ffi.register_ffi_target(TARGET, handler, platform=xla_name)
 
 
 _register()
 
-# What the library was built for.
+# What the library was built for, by JAX's names.
 PLATFORMS = tuple(_core.xla_ffi_handlers())
 
 
