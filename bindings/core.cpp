@@ -415,7 +415,8 @@ std::map<std::string, std::string> build_facts() {
           {"build_type", info.build_type},
           {"system", info.system},
           {"cuda_compiler", info.cuda_compiler},
-          {"cuda_architectures", info.cuda_architectures}};
+          {"cuda_architectures", info.cuda_architectures},
+          {"machine", info.machine}};
 }
 
 std::vector<std::tuple<std::string, bool, bool>> instruction_sets() {

@@ -89,8 +89,31 @@ def test_backends_and_dry_run(tmp_path, capsys):
     assert profiler.main([*LAYER, *QUICK, "--dry-run", "--backprop"]) == 0
     out = capsys.readouterr().out
     assert "forward pass, vectorized: the default" in out and "backward pass, naive: yes" in out
-    rows_of(tmp_path, "--optimize", "--backprop")
-    assert "forward pass: nothing to choose from; vectorized" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("framework", INSTALLED)
+def test_optimize_asks_the_tuner(framework, tmp_path, capsys):
+    before = natten._core.tuning()
+    if framework == "jax":
+        command = [*LAYER, *QUICK, "--optimize", "--framework", framework]
+        assert profiler.main(command) == 1 and "JAX" in capsys.readouterr().err
+        return
+    rows = rows_of(tmp_path, "--optimize", "--backprop", "--framework", framework)
+    assert all(row["backend"].startswith("vectorized") for row in rows)
+    layer = natten._simulate.make_layer(
+        (6, 8), (3, 5), (1, 2), 1, (False, True), "shift", 1, 4, 8, "float32"
+    )
+    natten._core.set_tuning("read", "read")
+    try:
+        for op in profiler.OPS.values():
+            sizes = layer.tensors(op, layer.grid, layer.grid, ("grad_logsumexp",))
+            answer = natten._core.tuned(op, layer.config(), None, "", sizes[0], "cpu", sizes[1])
+            assert answer[1] == "tuned", (op, answer)
+    finally:
+        natten._core.set_tuning(*before[:2])
+    assert natten._core.tuning() == before
+    out = capsys.readouterr().out
+    assert out.count("forward pass: ") == 1 and out.count("backward pass: ") == 1
 
 
 def test_refuses(capsys):

@@ -158,6 +158,33 @@ def test_meshes(prices):
         assert there_and_back.exchange_seconds == pytest.approx(2 * s.halo_bytes / 1e9), case
 
 
+def test_meshes_send_what_halo_bytes_says(prices):
+    pytest.importorskip("torch")
+    from natten.distributed import halo_bytes
+
+    rng = random.Random(SEED + 2)
+    crossed = 0.0
+    for number in range(20):
+        problem = random_problem(rng)
+        mesh = tuple(rng.randint(1, min(4, n)) for n in problem["input_size"])
+        s = natten.simulate(**problem, batch=2, heads=3, head_dim=8, value_dim=5, mesh=mesh)
+        _, kernel_size, *_ = problem.values()
+        window = {k: v for k, v in problem.items() if k not in ("input_size", "kernel_size")}
+        of_parts = [
+            halo_bytes(
+                problem["input_size"], mesh, kernel_size, part=part,
+                token_bytes=2 * 3 * (8 + 5) * 4, **window,
+            )
+            for part in itertools.product(*map(range, mesh))
+        ]  # fmt: skip
+        case = f"seed {SEED}, problem {number}: {problem}, {mesh}"
+        assert s.halo_bytes == max(b.received for b in of_parts), case
+        assert s.total_halo_bytes == sum(b.received for b in of_parts), case
+        assert s.total_halo_bytes == sum(b.sent for b in of_parts), case
+        crossed += s.total_halo_bytes
+    assert crossed > 0
+
+
 def test_prices_are_fitted():
     rng = np.random.default_rng(SEED)
     for number in range(20):

@@ -18,6 +18,8 @@ BuildInfo build_info() {
   info.cuda_compiler = NATTEN_CUDA_COMPILER;
   info.cuda_architectures = NATTEN_CUDA_ARCHITECTURES;
   info.instruction_sets = detail::cpu::instruction_sets();
+  for (const InstructionSetInfo& isa : info.instruction_sets)
+    if (isa.chosen) info.machine = detail::cpu::machine_name();
   return info;
 }
 

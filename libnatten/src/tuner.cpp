@@ -32,6 +32,10 @@ double median(std::vector<double> values) {
   return values[half];
 }
 
+double least(const std::vector<double>& values) {
+  return *std::min_element(values.begin(), values.end());
+}
+
 /// Half of the values are no further from their median than this.
 double deviation(const std::vector<double>& values) {
   const double middle = median(values);
@@ -130,7 +134,10 @@ class Search {
     if (count < kLeastOfComparison) return false;
     const double before = median(standing.costs);
     const double noise = std::max(2 * deviation(standing.costs), kLeastGain * before);
-    return before - median(rival.costs) > noise && 4 * wins >= 3 * count;
+    // The least costs are those of a machine that did nothing else: where others took turns on it, a
+    // rival that only suffers less from them has the smaller median, but not the smaller least.
+    return before - median(rival.costs) > noise && 4 * wins >= 3 * count &&
+           least(rival.costs) < least(standing.costs);
   }
 
   const std::function<double(const Configuration&)>& cost_;
@@ -231,11 +238,10 @@ std::optional<Choice> find(const Problem& problem, const detail::Backend& backen
   return Tuner::get().cache().find(problem, backend.name, machine, std::cref(accepts));
 }
 
-detail::Job with(detail::Job job, const Configuration& configuration) {
+void set(detail::Job& job, const Configuration& configuration) {
   job.configuration = configuration;
   if (configuration.query_tile.size > 0) job.problem.query_tile = configuration.query_tile;
   if (configuration.key_tile.size > 0) job.problem.key_tile = configuration.key_tile;
-  return job;
 }
 
 /// Times the candidates on a job's own tensors, and stores the choice.
@@ -244,7 +250,8 @@ Choice search_and_store(const detail::Job& job, const detail::Backend& backend,
   const std::vector<Configuration> offered =
       backend.tunable->candidates(job.problem, threads, limits.thorough);
   const auto cost = [&](const Configuration& configuration) {
-    const std::vector<detail::Job> jobs{with(job, configuration)};
+    std::vector<detail::Job> jobs{job};
+    set(jobs[0], configuration);
     return backend.tunable->seconds(
         job.problem, [&] { backend.run(jobs, context); }, context);
   };
@@ -393,7 +400,7 @@ void configure(Job& job, const Backend& backend, const Context& context, Tuning 
                                                                          : settings.forward_limits);
     }
   }
-  if (choice) job = with(job, choice->configuration);
+  if (choice) set(job, choice->configuration);
 }
 
 }  // namespace detail

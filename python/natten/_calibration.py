@@ -14,13 +14,13 @@ import json
 import math
 import os
 import random
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from natten import _core
+from natten._files import write_whole
 from natten._simulate import Layer, make_layer
 
 if TYPE_CHECKING:
@@ -179,18 +179,10 @@ def _measure(dtype: str, op: str) -> Prices:
 
 def _identity(dtype: str, op: str) -> dict[str, Any]:
     """All that prices depend on."""
-    chosen = [name for name, _, is_chosen in _core.instruction_sets() if is_chosen]
-    model = ""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.partition(":")[2].strip() for line in lines if "model name" in line), "")
-    except OSError:
-        pass
     return {
         "format": FORMAT,
         "version": _core.version,
-        "processor": model,
-        "instruction_set": chosen,
+        "machine": _core.build_info()["machine"],
         "threads": _core.num_threads(),
         "dtype": dtype,
         "op": op,
@@ -214,9 +206,8 @@ def _write(path: Path, identity: dict[str, Any], prices: Prices) -> None:
     """At once, so that no other process reads a part of it. Where that fails nothing is kept."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({"identity": identity, "prices": prices.of_pass}, file)
-        os.replace(file.name, path)
+        text = json.dumps({"identity": identity, "prices": prices.of_pass})
+        write_whole(path, lambda draft: draft.write_text(text))
     except OSError as error:
         from natten._log import logger
 

@@ -12,6 +12,7 @@ docs/profiling.md says how to read what it prints.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib.util
 import itertools
@@ -20,12 +21,12 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from natten import _core
+from natten import _core, context
 from natten._simulate import GPUS, Layer, duration, make_layer, quantity, simulate
 from natten.simulator import add_problem, pyplot, save, table, text_of, window_of
 
@@ -329,17 +330,21 @@ def tiles_of(problem: Problem, pass_name: str, backend: str) -> list[Choice]:
     return [Choice(backend, *pair) for pair in itertools.product(q, kv)]
 
 
-def candidates(problem: Problem, pass_name: str, given: Choice) -> list[Choice]:
+def backends_of(problem: Problem, pass_name: str, given: Choice) -> list[str]:
     """All that may run a pass, the default first."""
-    rows = answers(problem, pass_name, Choice())
     if given.backend:
-        runs = [given.backend]
-    else:
-        runs = [name for name, refusal, _ in rows if not refusal and name != "naive"]
-    choices = []
-    for backend in runs:
-        choices += [Choice(backend), *tiles_of(problem, pass_name, backend)]
-    return choices
+        return [given.backend]
+    rows = answers(problem, pass_name, Choice())
+    return [name for name, refusal, _ in rows if not refusal and name != "naive"]
+
+
+def configuration_of(problem: Problem, pass_name: str, choice: Choice) -> str:
+    """How the tuner has a pass cut; empty where that is the backend's own way."""
+    layer, op = problem.layer, OPS[pass_name]
+    sizes = layer.tensors(op, layer.grid, layer.grid, ("grad_logsumexp",))
+    config = layer.config(**choice.options(pass_name))
+    text, _ = _core.tuned(op, config, None, choice.backend, sizes[0], problem.device, sizes[1])
+    return "" if text == "default" else text
 
 
 def prediction(problem: Problem, choice: Choice, pass_name: str) -> float | None:
@@ -381,11 +386,8 @@ def time_choices(
     rows = []
     for name, run in runs.items():
         choice = choices[name]
-        label = (
-            str(choice)
-            if choice.backend not in ("", "fused")
-            else str(_named(problem, name, choice))
-        )
+        named = choice if choice.backend not in ("", "fused") else _named(problem, name, choice)
+        label = f"{named} {configuration_of(problem, name, named)}".rstrip()
         seconds, product = time_pass(run, framework, warmup, args.steps)
         rate = problem.flops[name] / seconds
         predicted = prediction(problem, choice, name) if predicts else None
@@ -461,38 +463,57 @@ def dry_run(problem: Problem, args: argparse.Namespace) -> None:
                 print(f"  {len(configs) - most} more; --max-configs 0 shows all")
 
 
+@contextlib.contextmanager
+def tuner() -> Iterator[Callable[[str], None]]:
+    """Gives what sets the tuner's mode; afterwards it is what it was."""
+    before = (*_core.tuning()[:2], context._switches.tuning)
+
+    def use(mode: str) -> None:
+        _core.set_tuning(mode, mode)
+        context._switches.tuning = True
+
+    try:
+        yield use
+    finally:
+        _core.set_tuning(*before[:2])
+        context._switches.tuning = before[2]
+
+
 def optimize(
-    problem: Problem, framework: Framework, given: dict[str, Choice], args: argparse.Namespace
+    problem: Problem,
+    framework: Framework,
+    given: dict[str, Choice],
+    args: argparse.Namespace,
+    use: Callable[[str], None],
 ) -> dict[str, Choice]:
-    """The fastest candidate of each pass."""
+    """The fastest backend of each pass, as libnatten's tuner has it run, whose choices later calls
+    read."""
+    limits = (args.optimize_warmup_steps, 5, 2.0, False)
+    _core.set_tuning(forward_limits=limits, backward_limits=limits)
     best = dict(given)
     for pass_name in given:
-        choices = candidates(problem, pass_name, given[pass_name])
-        if pass_name == "backward":
-            # It is run by the backend of the forward pass.
-            choices = [c for c in choices if c.backend == best["forward"].backend] or choices
-        if len(choices) < 2:
-            names = ", ".join(map(str, choices)) or "no fused backend"
-            print(f"{pass_name} pass: nothing to choose from; {names}")
-            if choices:
-                best[pass_name] = choices[0]
-            continue
+        backends = backends_of(problem, pass_name, best[pass_name])
+        if not backends:
+            print(f"{pass_name} pass: no fused backend")
         timed = []
-        for choice in choices:
+        for backend in backends:
+            choice = replace(given[pass_name], backend=backend)
             trial = {**best, pass_name: choice}
             if pass_name == "forward" and "backward" in trial:
-                trial["backward"] = Choice(choice.backend)
-            runs = framework.attend(trial, pass_name == "backward")
-            seconds, _ = time_pass(
-                runs[pass_name], framework, args.optimize_warmup_steps, args.steps
-            )
+                trial["backward"] = replace(given["backward"], backend=backend)
+            use("tune")
+            run = framework.attend(trial, pass_name == "backward")[pass_name]
+            run()
+            use("read")
+            seconds, _ = time_pass(run, framework, args.optimize_warmup_steps, args.steps)
             timed.append((seconds, choice))
-        best[pass_name] = min(timed, key=lambda row: row[0])[1]
-        print(f"{pass_name} pass: {len(timed)} candidates, the fastest first")
-        for seconds, choice in sorted(timed, key=lambda row: row[0])[: args.max_configs or None]:
-            print(f"  {duration(seconds):>9}  {choice}")
+            cut = configuration_of(problem, pass_name, choice) or "default"
+            print(f"{pass_name} pass: {duration(seconds)}, {choice}: {cut}")
+        if timed:
+            best[pass_name] = min(timed, key=lambda row: row[0])[1]
         if pass_name == "forward" and "backward" in best:
-            best["backward"] = Choice(best["forward"].backend)
+            # It is run by the backend of the forward pass.
+            best["backward"] = replace(given["backward"], backend=best["forward"].backend)
     return best
 
 
@@ -523,7 +544,11 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", default="", help="one of natten's, or cudnn, fav2, xformers: PyTorch's own")
     add("--dry-run", action="store_true", help="lists backends and tiles, and runs nothing")
     add("--max-configs", type=int, default=10, help="how many of these are listed; 0: all")
-    add("--optimize", action="store_true", help="times all backends and tiles, takes the best")
+    add(
+        "--optimize",
+        action="store_true",
+        help="has the tuner choose, and takes the fastest backend",
+    )
     add("--warmup-steps", type=int, default=10)
     add("--optimize-warmup-steps", type=int, default=5)
     add("--steps", type=int, default=20, help="timed runs, fewer where they take seconds")
@@ -569,6 +594,11 @@ def _problem(args: argparse.Namespace) -> tuple[Problem, str]:
 
 def profile(args: argparse.Namespace) -> int:
     problem, name = _problem(args)
+    if args.optimize and name == "jax":
+        raise Refused(
+            "--optimize: calls of JAX are not timed by the tuner; must be without, or "
+            "with --framework torch or numpy"
+        )
     layer = problem.layer
     if args.dry_run:
         dry_run(problem, args)
@@ -600,11 +630,12 @@ def profile(args: argparse.Namespace) -> int:
         forward = Choice(backend, _tile(args.q_tile), _tile(args.kv_tile))
         choices = dict(zip(OPS, (forward, backward), strict=True))
         choices = {pass_name: choices[pass_name] for pass_name in passes}
-        if args.optimize:
-            choices = optimize(problem, framework, choices, args)
-        rows += time_choices(
-            problem, framework, choices, args, args.warmup_steps, not args.no_prediction
-        )
+        with tuner() as use:
+            if args.optimize:
+                choices = optimize(problem, framework, choices, args, use)
+            rows += time_choices(
+                problem, framework, choices, args, args.warmup_steps, not args.no_prediction
+            )
     if args.peers:
         rows += time_peers(problem, framework, args)
     show(rows)

@@ -13,6 +13,7 @@ and puts records, or folders of choices, of several machines together:
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from natten import _core
+from natten._files import write_whole
 from natten.context import tell_tuning_notes
 
 _CHOICES = "natten-*.choice"
@@ -103,12 +105,12 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 def write_records(path: str | os.PathLike[str], records: Iterable[Record]) -> None:
     """Writes records, whole or not at all."""
-    draft = f"{os.fspath(path)}.{os.getpid()}.tmp"
-    with open(draft, "w", encoding="utf-8") as file:
-        for record in records:
-            row = {"natten": _core.version, "threads": record.threads, "problem": record.problem}
-            file.write(json.dumps(row) + "\n")
-    os.replace(draft, path)
+    rows = (
+        {"natten": _core.version, "threads": record.threads, "problem": record.problem}
+        for record in records
+    )
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    write_whole(path, lambda draft: draft.write_text(text, encoding="utf-8"))
 
 
 def merge(target: str, sources: Sequence[str]) -> str:
@@ -136,9 +138,7 @@ def merge(target: str, sources: Sequence[str]) -> str:
     for name, file in newest.items():
         if (to / name).exists() and (to / name).stat().st_mtime >= file.stat().st_mtime:
             continue
-        draft = to / f"{name}.{os.getpid()}.tmp"
-        shutil.copy2(file, draft)
-        draft.replace(to / name)
+        write_whole(to / name, functools.partial(shutil.copy2, file))
     return f"{len(list(to.glob(_CHOICES)))} choices in {target}"
 
 

@@ -24,6 +24,9 @@ struct BuildInfo {
   /// Best first. None is chosen where NATTEN_CPU_ISA names one that this processor lacks; calls
   /// throw Error then.
   std::vector<InstructionSetInfo> instruction_sets;
+  /// As "avx2, AMD EPYC 7763": the instruction set that calls use, and the processor where it tells
+  /// its name. Empty where none is chosen.
+  std::string machine;
 };
 
 /// See also `version` (version.h), `backends` (backends.h) and `num_threads` (context.h).

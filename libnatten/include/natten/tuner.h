@@ -63,8 +63,8 @@ struct Choice {
 };
 
 /// Finds the configuration of least cost, which is asked for in turns. The first one, the default,
-/// stands unless another beats it in turns against it alone by more than its own costs vary, and in
-/// three of four of them.
+/// stands unless another beats it in turns against it alone by more than its own costs vary, in
+/// three of four of them, and in the least cost of both.
 NATTEN_EXPORT Choice search(const std::vector<Configuration>& candidates,
                             const std::function<double(const Configuration&)>& cost,
                             const TuningLimits& limits = {});
