@@ -134,8 +134,8 @@ class Search {
     if (count < kLeastOfComparison) return false;
     const double before = median(standing.costs);
     const double noise = std::max(2 * deviation(standing.costs), kLeastGain * before);
-    // The least costs are those of a machine that did nothing else: where others took turns on it, a
-    // rival that only suffers less from them has the smaller median, but not the smaller least.
+    // The least costs are those of a machine that did nothing else: where others took turns on it,
+    // a rival that only suffers less from them has the smaller median, but not the smaller least.
     return before - median(rival.costs) > noise && 4 * wins >= 3 * count &&
            least(rival.costs) < least(standing.costs);
   }

@@ -18,7 +18,7 @@ void note(bool is_warning, const std::string& text);
 /// Integers that describe a problem, but for the number of its device, in an order of their own:
 /// `f(name, reference)`, which is of an integer, an enumerator or a bool.
 template <class P, class F>
-void visit_problem(P& p, F&& f) {
+void visit_problem(P& p, F f) {
   f("op", p.op);
   f("dtype", p.dtype);
   f("device", p.device.type);

@@ -48,10 +48,11 @@ struct Key {
   std::array<std::int64_t, detail::kProblemWords + 4> words{};
 
   Key(const Problem& problem, const char* backend, int threads) {
-    std::size_t at = 0;
-    detail::visit_problem(problem, [&](const char*, const auto& value) {
-      words[at++] = static_cast<std::int64_t>(value);
+    // Its place is the function's own, for which no word has to wait in memory.
+    detail::visit_problem(problem, [to = words.data()](const char*, const auto& value) mutable {
+      *to++ = static_cast<std::int64_t>(value);
     });
+    std::size_t at = detail::kProblemWords;
     words[at++] = problem.device.index;
     words[at++] = is_positive(problem.scale);
     words[at++] = threads;
