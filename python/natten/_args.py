@@ -133,9 +133,11 @@ def _is_numpy_bool(value: Any) -> bool:
 
 
 class AxisOption(NamedTuple):
-    """An argument that has one value per axis, or one for all of them."""
+    """An argument that has one value per axis, or one for all of them. A new one goes into a table
+    below; tests/test_options.py then names all signatures, pages and C++ that lack it."""
 
     name: str
+    type: str  # as signatures have it
     default: Any  # what None stands for
     rule: Callable[[str, Any, int], tuple]  # (name, value, rank) -> a value per axis, checked
     names: tuple[Any, ...] = ()  # of values that are numbers in a config; the default is the first
@@ -151,21 +153,21 @@ class AxisOption(NamedTuple):
 
 # What says a window, in the order of the functions' arguments.
 WINDOW_OPTIONS = (
-    AxisOption("kernel_size", None, per_axis),
-    AxisOption("dilation", 1, per_axis),
-    AxisOption("is_causal", False, causal_per_axis, (False, True)),
-    AxisOption("stride", 1, per_axis),
-    AxisOption("boundary", "shift", boundary_per_axis, BOUNDARIES),
+    AxisOption("kernel_size", "Ints", None, per_axis),
+    AxisOption("dilation", "Ints", 1, per_axis),
+    AxisOption("is_causal", "Bools | None", False, causal_per_axis, (False, True)),
+    AxisOption("stride", "Ints", 1, per_axis),
+    AxisOption("boundary", "Boundaries", "shift", boundary_per_axis, BOUNDARIES),
 )
 # What says which part of a grid queries and keys are. None is not the same as 0: it says that they
 # are one part.
 PART_OPTIONS = (
-    AxisOption("query_offset", None, offset_per_axis),
-    AxisOption("key_offset", None, offset_per_axis),
-    AxisOption("grid_size", None, per_axis),
+    AxisOption("query_offset", "Ints | None", None, offset_per_axis),
+    AxisOption("key_offset", "Ints | None", None, offset_per_axis),
+    AxisOption("grid_size", "Ints | None", None, per_axis),
 )
 TILE_OPTIONS = tuple(
-    AxisOption(name, None, per_axis)
+    AxisOption(name, "Ints | None", None, per_axis)
     for name in (
         "q_tile_shape",
         "kv_tile_shape",
@@ -177,6 +179,15 @@ TILE_OPTIONS = tuple(
 
 OPTIONAL = (*PART_OPTIONS, *TILE_OPTIONS)
 _NONE_GIVEN = (0,) * len(OPTIONAL)
+_DEFAULTS = tuple(option.default for option in WINDOW_OPTIONS[1:])
+
+
+def _default_config(rank: int) -> tuple[int, ...]:
+    """What a config says of `_DEFAULTS`."""
+    return tuple([n for o in WINDOW_OPTIONS[1:] for n in (rank, *o.encoded(None, rank))])
+
+
+_DEFAULT_CONFIGS = {rank: _default_config(rank) for rank in (1, 2, 3)}
 
 
 def window_options(rank: int, **given: Any) -> dict[str, Any]:
@@ -206,18 +217,21 @@ def make_config(
 ) -> Config:
     """The flat list of integers that `natten._core` takes (bindings/call.h). `optional`: any of
     PART_OPTIONS and TILE_OPTIONS."""
-    config: list[int] = []
-    window = (kernel_size, dilation, is_causal, stride, boundary)
-    for option, value in zip(WINDOW_OPTIONS, window, strict=True):
-        config.append(rank)
-        if value is option.default is not None:  # by far the most frequent, and quicker
-            config += (0 if option.names else value,) * rank
-        else:
-            config += option.encoded(value, rank)
-    if [value for value in optional.values() if value is not None]:
-        for option in OPTIONAL:
-            value = optional.get(option.name)
-            config += (0,) if value is None else (rank, *option.encoded(value, rank))
+    config = [rank, *per_axis("kernel_size", kernel_size, rank)]
+    others = (dilation, is_causal, stride, boundary)
+    for value, default in zip(others, _DEFAULTS, strict=True):
+        if value is not default:
+            for option, given in zip(WINDOW_OPTIONS[1:], others, strict=True):
+                config += (rank, *option.encoded(given, rank))
+            break
+    else:  # by far the most frequent
+        config += _DEFAULT_CONFIGS.get(rank) or _default_config(rank)  # libnatten refuses others
+    for value in optional.values():
+        if value is not None:
+            for option in OPTIONAL:
+                given = optional.get(option.name)
+                config += (0,) if given is None else (rank, *option.encoded(given, rank))
+            break
     else:
         config += _NONE_GIVEN
     config.append(flags)

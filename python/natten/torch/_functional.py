@@ -56,7 +56,7 @@ def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
             return _composed.call(operator, *args, statistic=statistic)
         if torch.compiler.is_compiling():  # Dynamo cannot follow questions about dispatch keys
             return operator.overload(*args)
-        return operator(*args)
+        return operator(*args, statistic=statistic)
     except Exception:
         # Only now, as good calls need no such checks.
         if not is_distributed(args[0]) and any(map(is_distributed, args)):

@@ -26,6 +26,7 @@ from natten.torch._private import (
     is_plain,
     leave_vmap,
     remove_batch_dim,
+    takes_part_in_autograd,
 )
 
 library = torch.library.Library("natten", "DEF")
@@ -72,6 +73,8 @@ class Operator:
         self.inputs, self.outputs = roles_of(name)
         self.extras = extras or {}
         self.is_fused = name.startswith("attention")
+        self._all_wanted: list[Any] = [True] * len(self.outputs)
+        self._results_wanted: list[Any] = [None if r.is_statistic else True for r in self.outputs]
         arguments = [f"Tensor{'' if r.is_required else '?'} {r.name}" for r in self.inputs]
         arguments += self.extras.values()
         # Offsets in a compiled graph may differ from call to call, hence symbolic.
@@ -91,10 +94,16 @@ class Operator:
     # Both skip PyTorch's dispatcher where it would only lead to what they call, as it takes as long
     # as a small problem does.
 
-    def __call__(self, *args: Any) -> Any:
-        if is_plain(args[: len(self.inputs)]):
+    def __call__(self, *args: Any, statistic: bool = True) -> Any:
+        """`statistic`: whether the caller uses logsumexp, which may be None else."""
+        inputs = args[: len(self.inputs)]
+        if not is_plain(inputs):
+            return self.overload(*args)
+        if self.extras or takes_part_in_autograd(inputs):
             return self.differentiate(*args, kernel=self._run)
-        return self.overload(*args)
+        wanted = self._all_wanted if statistic else self._results_wanted
+        scale = args[-2] if self.is_fused else None
+        return self._run_core(inputs, wanted, args[len(inputs)], scale, args[-1])
 
     def below_autograd(self, *args: Any) -> Any:
         if is_plain(args[: len(self.inputs)]):
@@ -135,22 +144,39 @@ class Operator:
 
     def _run(self, *args: Any) -> Any:
         inputs, extras, config, scale, backend = self.split(args)
+        if not extras:
+            return self._run_core(inputs, self._all_wanted, config, scale, backend)
+        packing = _packing_of(extras)
+        if "wanted" in extras:
+            outputs = [True if want else None for want in extras["wanted"]]
+        elif packing:
+            outputs = self._all_wanted
+        else:
+            sizes = self.sizes(inputs, extras, config)
+            dtype = _DTYPE_NAMES[inputs[0].dtype]
+            outputs = [(shape_of(role, sizes), dtype) for role in self.outputs]
+        return self._run_core(inputs, outputs, config, scale, backend, packing)
+
+    def _run_core(
+        self,
+        inputs: Sequence[Any],
+        outputs: list[Any],
+        config: Config,
+        scale: float | None,
+        backend: str,
+        packing: tuple | None = None,
+    ) -> Any:
         inputs = [x if x is None or x.is_contiguous() else readable(x) for x in inputs]
         first = inputs[0]
         if config[-1] & NONDETERMINISTIC and torch.are_deterministic_algorithms_enabled():
             config = (*config[:-1], config[-1] & ~NONDETERMINISTIC)
 
-        def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
-            return first.new_empty(shape, dtype=_DTYPES[dtype])
+        def allocate(shape: tuple[int, ...], name: str) -> Tensor:
+            dtype = _DTYPES[name]
+            if shape == first.shape and dtype is first.dtype and first.is_contiguous():
+                return torch.empty_like(first)  # takes half as long
+            return first.new_empty(shape, dtype=dtype)
 
-        outputs: list[Any] = [True] * len(self.outputs)
-        packing = _packing_of(extras) if extras else None
-        if "wanted" in extras:
-            outputs = [True if want else None for want in extras["wanted"]]
-        elif extras and not packing:
-            sizes = self.sizes(inputs, extras, config)
-            dtype = _DTYPE_NAMES[first.dtype]
-            outputs = [(shape_of(role, sizes), dtype) for role in self.outputs]
         results = _core.run(
             self.name,
             config,

@@ -11,7 +11,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch import _add_batch_dim as add_batch_dim
 from torch import _nested_view_from_buffer as nested_view_from_buffer
 from torch import _remove_batch_dim as remove_batch_dim
@@ -71,6 +71,11 @@ def is_in_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def takes_part_in_autograd(tensors: Iterable[Any]) -> bool:
+    """Whether results of plain tensors may have derivatives, in either mode."""
+    return forward_ad._current_level >= 0 or (is_grad_enabled() and any_requires_grad(*tensors))
+
+
 def forward_mode_levels() -> int:
     """How many transforms are active that differentiate in forward mode."""
     return sum(x.key() == TransformType.Jvp for x in get_interpreter_stack() or [])
@@ -93,4 +98,5 @@ __all__ = [
     "nested_view_from_buffer",
     "remove_batch_dim",
     "set_forward_mode",
+    "takes_part_in_autograd",
 ]
