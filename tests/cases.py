@@ -13,6 +13,8 @@ import oracle
 import pytest
 
 SEED = int(os.environ.get("NATTEN_TEST_SEED", "20260731"))
+# How many random problems a test of functions draws, where not as many as it says.
+COUNT = int(os.environ.get("NATTEN_TEST_CASES", "0"))
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 # Bounds on ||result - reference|| / ||reference||, from the same rounded inputs.

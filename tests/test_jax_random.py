@@ -24,7 +24,7 @@ if importlib.util.find_spec("torch"):
 else:
     run_fused = run_unfused = None
 
-COUNT = 510
+COUNT = cases.COUNT or 510
 
 
 def check_bits(case: cases.Case, got: cases.Arrays, want: cases.Arrays) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from test_torch_random import mask_of, to_torch  # noqa: E402
+from test_torch_random import check_fused, mask_of, to_torch  # noqa: E402
 from torch_cases import AV, FUSED, QK  # noqa: E402
 
 import natten  # noqa: E402
@@ -329,3 +329,50 @@ def test_key_range_of_several_axes():
     assert natten.key_range(3, 2, 9, 3, dilation=(2, 1)) == ((1, 7), (2, 6))
     assert natten.key_range([3], 2, 9, 3) == ((2, 6),)
     assert natten.key_range(3, 2, 9, 3) == (2, 6)
+
+
+def draw_stream(seed: int) -> cases.Case:
+    """One token, a few, or a line of them, whose windows reach far back."""
+    rng = np.random.default_rng(seed)
+    rank = int(rng.integers(1, 4))
+    border = str(rng.choice(["shift", "cut", "circular"]))
+    length, k = int(rng.integers(5, 40)), int(rng.integers(1, 6))
+    kernel = ((int(rng.integers(510, 700)),), (int(rng.integers(64, 90)), k), (12, 9, k))[rank - 1]
+    lines = ((), (), (9,))[rank - 1]  # of which all are seen
+    grid = (kernel[0] + 20, *lines, length)[:rank]
+    count = int(rng.integers(1, 9)) if rank == 1 else length
+    begin = grid[0] - count if rank == 1 else int(rng.integers(kernel[0] // 2, grid[0]))
+    query_offset = (begin, *(4 for _ in lines), 0)[:rank]
+    shape = (count,) if rank == 1 else (1, *(1 for _ in lines), length)
+    kv_heads = int(rng.integers(1, 3))
+    head_dim = int(rng.choice([8, 13, 16, 32]))
+    return cases.Case(
+        seed=seed,
+        shape=shape,
+        kernel_size=kernel,
+        stride=(1,) * rank,
+        dilation=(1,) * rank,
+        is_causal=(True, False, False)[:rank],
+        batch=int(rng.integers(1, 3)),
+        heads=kv_heads * int(rng.integers(1, 4)),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=head_dim if rng.random() < 0.5 else int(rng.integers(1, 20)),
+        dtype=str(rng.choice(cases.DTYPES)),
+        scale=None,
+        rpb=bool(rng.random() < 0.3),
+        additional=int(rng.integers(0, 4)),
+        boundary=("cut", "shift", border)[:rank] if rank != 2 else ("cut", border),
+        key_shape=grid,
+        query_offset=query_offset,
+        key_offset=(0,) * rank,
+        grid_size=grid,
+        mask_batch=1 if rng.random() < 0.3 else None,
+    )
+
+
+@pytest.mark.parametrize("count", [6, cases.long_unless(False, 30)])
+def test_streams(count):
+    errors = cases.Errors("torch streams")
+    for seed in range(cases.SEED, cases.SEED + count):
+        check_fused(draw_stream(seed), errors)

@@ -12,7 +12,7 @@ import oracle  # noqa: E402
 
 import natten.functional as F  # noqa: E402
 
-COUNT = 600
+COUNT = cases.COUNT or 600
 
 
 DEVICE = "cpu"  # of all tensors here; test_cuda.py changes it
