@@ -6,8 +6,10 @@ libnatten's own table of tensors. Derivatives are in `_autograd.py`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +55,25 @@ PACKING = {
     "max_seqlen_Q": "SymInt? max_seqlen_Q",
     "max_seqlen_KV": "SymInt? max_seqlen_KV",
 }
+
+
+class _Places(threading.local):
+    outputs: Sequence[Tensor] = ()
+
+
+_places = _Places()
+
+
+@contextlib.contextmanager
+def outputs_at(places: Sequence[Tensor]) -> Iterator[None]:
+    """Within, the outputs of an operator's kernel are written to where they shall be, if they are
+    as these are. Of one call without a derivative, whose outputs differ in shape."""
+    # Detached, as what kernels write is no part of any graph.
+    before, _places.outputs = _places.outputs, [x.detach() for x in places]
+    try:
+        yield
+    finally:
+        _places.outputs = before
 
 
 class Operator:
@@ -141,6 +162,9 @@ class Operator:
             config = (*config[:-1], config[-1] & ~NONDETERMINISTIC)
 
         def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
+            for x in _places.outputs:
+                if x.shape == shape and x.dtype == _DTYPES[dtype] and x.device == first.device:
+                    return x
             return first.new_empty(shape, dtype=_DTYPES[dtype])
 
         outputs: list[Any] = [True] * len(self.outputs)
