@@ -11,8 +11,9 @@ turns are timed
     exchange   the halos alone
 
 of a forward call, and with --backward of a forward and a backward call. Of processes the slowest
-counts. `speed` is whole / mesh; `hidden` is the share of the exchange that mesh does not take
-beyond compute.
+counts. `speed` is whole / mesh. With --link nothing arrives sooner than a link of so many bytes per
+second, and of each direction, would bring it; `hidden` is the share of the exchange that mesh does
+not take beyond compute.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -64,10 +66,41 @@ def whole(size: int, window: int, threads: int, backward: bool, pipe: Connection
         pipe.send(timed(lambda q, k, v: natten.na2d(q, k, v, window), inputs, backward, False))
 
 
+class Later:
+    """Waits until a time."""
+
+    def __init__(self, end: float) -> None:
+        self.end = end
+
+    def wait(self) -> None:
+        time.sleep(max(0.0, self.end - time.perf_counter()))
+
+
+def slow_down(link: float) -> None:
+    """Puts a link of so many bytes per second between processes."""
+    post = dist.batch_isend_irecv
+
+    def posted(operations: list[dist.P2POp]) -> list[Any]:
+        count = sum(op.tensor.nbytes for op in operations if op.op is dist.irecv)
+        end = time.perf_counter() + count / link
+        return [*post(operations), Later(end)]
+
+    dist.batch_isend_irecv = posted
+
+
 def part(
-    rank: int, count: int, folder: str, size: int, window: int, backward: bool, pipe: Connection
+    rank: int,
+    count: int,
+    folder: str,
+    size: int,
+    window: int,
+    backward: bool,
+    link: float | None,
+    pipe: Connection,
 ) -> None:
     """One of the ranks, likewise, by what it is told."""
+    if link:
+        slow_down(link)
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[rank % len(cores)]})
     torch.set_num_threads(1)
@@ -128,11 +161,13 @@ def running(jobs: list[tuple[Callable[..., None], tuple]]) -> Iterator[list[Conn
             process.join()
 
 
-def measure(count: int, size: int, window: int, rounds: int, backward: bool) -> dict[str, float]:
+def measure(
+    count: int, size: int, window: int, rounds: int, backward: bool, link: float | None
+) -> dict[str, float]:
     """Medians of seconds."""
     with tempfile.TemporaryDirectory() as folder:
         jobs: list[tuple[Callable[..., None], tuple]] = [(whole, (size, window, count, backward))]
-        jobs += [(part, (r, count, folder, size, window, backward)) for r in range(count)]
+        jobs += [(part, (r, count, folder, size, window, backward, link)) for r in range(count)]
         found: dict[str, list[float]] = {}
         with running(jobs) as (one, *ranks):
             for _ in range(rounds + 1):
@@ -154,17 +189,20 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=13)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backward", action="store_true")
+    parser.add_argument("--link", type=float, help="bytes per second")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if args.size % args.processes:
         parser.error("--size must be a multiple of --processes")
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    times = measure(args.processes, args.size, args.window, args.rounds, args.backward)
+    times = measure(args.processes, args.size, args.window, args.rounds, args.backward, args.link)
     speed = times["whole"] / times["mesh"]
     hidden = (times["compute"] + times["exchange"] - times["mesh"]) / times["exchange"]
     for name, seconds in times.items():
         print(f"{name:9} {seconds * 1e3:9.1f} ms")
-    print(f"speed     {speed:9.3f}\nhidden    {hidden:9.3f}")
+    print(f"speed     {speed:9.3f}")
+    if args.link:
+        print(f"hidden    {hidden:9.3f}")
     if args.json:
         shown = {"processor": processor(), "torch": torch.__version__, **vars(args), **times}
         shown = {name: value for name, value in shown.items() if name != "json"}

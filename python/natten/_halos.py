@@ -167,7 +167,7 @@ def chunks(length: int, counts: Sequence[int]) -> tuple[Range, ...]:
 @functools.lru_cache(maxsize=1024)
 def axis_of(length: int, counts: tuple[int, ...], window: tuple[tuple[str, Any], ...]) -> Axis:
     """An axis in the parts that `chunks` says; `window`: its options by name."""
-    is_circular = dict(window)["boundary"] == "circular"
+    is_circular = dict(window).get("boundary") == "circular"
     axis = Axis(length, is_circular, chunks(length, counts), (), window)
     return axis._replace(needed=tuple(map(axis.needed_of, axis.held)))
 

@@ -221,7 +221,7 @@ def _halo(
     needs = axis_of(grid, (parts,), options).needed
     before = max(0, *(begin - need[0] for begin, need in zip(begins, needs, strict=True)))
     after = max(0, *(need[1] - begin - length for begin, need in zip(begins, needs, strict=True)))
-    is_circular = dict(options)["boundary"] == "circular"
+    is_circular = dict(options).get("boundary") == "circular"
     is_ring = is_circular and before + length + after >= grid
     if is_ring:  # all of the axis, with every token once
         before = (parts - 1) // 2 * length
