@@ -9,6 +9,8 @@ import importlib.util
 import itertools
 import multiprocessing
 import re
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -43,9 +45,12 @@ from torch.distributed.tensor import (  # noqa: E402
 )
 from torch.distributed.tensor.debug import CommDebugMode  # noqa: E402
 
+from natten.torch import _distributed  # noqa: E402
+
 PROCESSES, LIMIT_S = 8, 240
 TIMEOUT_S = 60  # of a rank that waits for another
 SHORT_TIMEOUT_S = 4
+LEAST_TO_CUT = _distributed._LEAST_TO_CUT
 FEW, MANY = 24, 160  # random cases
 
 # ---- what ranks do ----
@@ -296,6 +301,8 @@ def run_random(rank: int, begin: int, end: int) -> None:
     for i, case in enumerate(whole_cases(end, cases.SEED + 18)):
         if i >= begin:
             mesh = available[i % len(available)]
+            # Problems are small; but for some of them, the inside of parts goes by itself.
+            _distributed._LEAST_TO_CUT = 1 if i % 3 else LEAST_TO_CUT
             try:
                 run_case(case, mesh, unfused=i % 4 == 3)
             except Exception as error:
@@ -390,6 +397,33 @@ def run_halo_exchange(rank: int) -> None:
     tokens = torch.arange(16.0, dtype=torch.float64)
     check_local("first derivative", first, copies * 3 * tokens**2, 1e-12)
     check_local("second derivative", second, copies * 6 * tokens, 1e-12)
+
+
+def run_twice(rank: int) -> None:
+    """Second derivatives, where the inside of a part is computed by itself, and of a part that
+    gives and needs nothing."""
+    mesh = init_device_mesh("cpu", (2, 4))
+    _distributed._LEAST_TO_CUT = 1
+    for is_causal in (False, True):
+        torch.manual_seed(1)
+        q, k, v, w = (torch.randn(1, 14, 36, 2, 4, dtype=torch.float64) for _ in range(4))
+        placements = [Shard(1), Shard(2)]
+
+        def twice(*tensors: torch.Tensor, **options: Any) -> list[torch.Tensor]:
+            *inputs, weight = tensors
+            out = natten.na2d(*inputs, kernel_size=(3, 5), **options)
+            first = torch.autograd.grad(out, inputs, weight, create_graph=True)
+            return [*first, *torch.autograd.grad(first, [*inputs, weight], inputs)]
+
+        whole = [x.clone().requires_grad_() for x in (q, k, v, w)]
+        want = twice(*whole, is_causal=is_causal)
+        parts = [
+            distribute_tensor(x, mesh, placements, src_data_rank=None).requires_grad_()
+            for x in (q, k, v, w)
+        ]
+        got = twice(*parts, is_causal=is_causal)
+        for i, (x, y) in enumerate(zip(got, want, strict=True)):
+            check_local(f"derivative {i}", x, y, 1e-12)
 
 
 def message_of(function: Callable[[], Any], kind: type[Exception]) -> str:
@@ -509,6 +543,7 @@ JOBS: dict[str, Callable[[int], None]] = {
     "few": lambda rank: run_random(rank, 0, FEW),
     "modules": run_modules,
     "halo_exchange": run_halo_exchange,
+    "twice": run_twice,
     "bad": run_bad,
     "example": run_example,
     "many": lambda rank: run_random(rank, FEW, MANY),
@@ -569,12 +604,61 @@ def check_jobs(folder: Path, names: list[str]) -> None:
 
 
 def test_parts_are_those_of_the_whole(environment, tmp_path):
-    check_jobs(tmp_path, ["few", "modules", "halo_exchange", "bad"])
+    check_jobs(tmp_path, ["few", "modules", "halo_exchange", "twice", "bad"])
 
 
 @pytest.mark.long
 def test_more_parts_and_ranks_that_fail(environment, tmp_path):
     check_jobs(tmp_path, ["many", "example", "late"])
+
+
+@pytest.mark.long
+def test_torchrun_runs_the_example(environment):
+    example = Path(__file__).parent.parent / "examples" / "distributed.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2",
+               "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1",
+               str(example), "--steps=2"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    assert done.returncode == 0, done.stderr
+    for rank in range(2):
+        assert re.search(rf"^rank {rank} at .0, {rank}.: HaloBytes", done.stdout, re.M), done.stdout
+    assert re.search(r"^ +1  \d+\.\d+  \d+\.\d+$", done.stdout, re.M), done.stdout
+
+
+def test_blocks_are_the_queries_of_a_part():
+    """Each query is in one block, whose windows see what is there for it; those inside see nothing
+    else, and any query beside them does."""
+    rng = np.random.default_rng([cases.SEED, 18])
+    seen = 0
+    for case in whole_cases(200, int(rng.integers(2**32))):
+        parts = [(int(rng.integers(1, 5)),) for _ in case.shape]
+        window = {name: tuple(values) for name, values in case.neighborhood.items()}
+        halos = _halos.halos_of(case.shape, parts, window)
+        for part in itertools.product(*(range(len(axis.held)) for axis in halos.axes)):
+            count = np.zeros(case.shape, int)
+            blocks = halos.blocks(part)
+            for block in blocks:
+                count[tuple(slice(*r) for r in block.queries)] += 1
+                for axis, queries, needed in zip(
+                    halos.axes, block.queries, block.needed, strict=True
+                ):
+                    low, high = axis.needed_of(queries)
+                    assert needed[0] <= low and high <= needed[1], (case, part)
+            held = tuple(slice(*r) for r in halos.held(part))
+            assert (
+                count[held].all() and count.sum() == count[held].size == count.max() * count.sum()
+            )
+            if blocks[0].is_inside:
+                seen += len(blocks) > 1
+                assert blocks[0].needed == halos.held(part)
+                for axis, (low, high), (begin, end) in zip(
+                    halos.axes, blocks[0].queries, blocks[0].needed, strict=True
+                ):
+                    for more in ((low - 1, high), (low, high + 1)):
+                        if begin <= more[0] and more[1] <= end:
+                            first, last = axis.needed_of(more)
+                            assert first < begin or last > end, (case, part)
+    assert seen > 20
 
 
 def test_halo_bytes_by_hand():

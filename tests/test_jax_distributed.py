@@ -354,15 +354,26 @@ def test_what_is_sent_is_the_surface():
         split = NamedSharding(mesh, P(None, "x"))
         function = jax.jit(functools.partial(nj.na1d, **window), in_shardings=split)
         text = function.lower(*x).compile().as_text()
-        pattern = r"f32\[2,(\d+),1,3\]\S* collective-permute\(.*source_target_pairs=\{(\S*)\}[,\n]"
-        sent = sum(int(n) * pairs.count("},{") + int(n) for n, pairs in re.findall(pattern, text))
+        # Keys and values in one message, as one axis.
+        pattern = r"f32\[(\d+)\]\S* collective-permute\(.*source_target_pairs=\{(\S*)\}[,\n]"
+        messages = re.findall(pattern, text)
+        assert len(messages) == len(re.findall(r" collective-permute(?:-start)?\(", text))
+        sent = sum(4 * int(n) * (pairs.count("},{") + 1) for n, pairs in messages)
         of_part = length // parts
         needed = 0
         for part in range(parts):
             own = range(part * of_part, (part + 1) * of_part)
             tokens = range(*natten.key_range(own[0], of_part, length, **window))
             needed += len({t % length for t in tokens} - set(own))
-        assert sent == 2 * needed, (parts, length, window)
+        token_bytes = 2 * (3 + 3) * 4
+        assert sent == token_bytes * needed, (parts, length, window)
+        said = [
+            natten.distributed.halo_bytes(
+                [length], [parts], part=[i], token_bytes=token_bytes, **window
+            )
+            for i in range(parts)
+        ]
+        assert sent == sum(s.received for s in said) == sum(s.sent for s in said)
         everything += needed
     assert everything
 

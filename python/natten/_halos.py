@@ -6,10 +6,11 @@ rank or device has which.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from natten._args import Bools, Boundaries, Ints, integer, listed, per_axis, window_options
@@ -33,10 +34,15 @@ class Axis(NamedTuple):
     is_circular: bool
     held: tuple[Range, ...]  # tokens of each part
     needed: tuple[Range, ...]  # tokens that the windows of its queries see, as key_range counts
+    window: tuple[tuple[str, Any], ...]  # its options by name
 
     def pieces(self, giver: int, taker: int) -> tuple[Piece, ...]:
         """What one part needs of another; on a circular axis maybe at both of its ends."""
-        first, last = self.needed[taker]
+        return self.pieces_of(giver, self.needed[taker])
+
+    def pieces_of(self, giver: int, needed: Range) -> tuple[Piece, ...]:
+        """What a part holds of tokens that are needed."""
+        first, last = needed
         found = []
         for turn in (-self.length, 0, self.length) if self.is_circular else (0,):
             start, end = (token + turn for token in self.held[giver])
@@ -44,6 +50,43 @@ class Axis(NamedTuple):
             if low < high:
                 found.append(Piece(low - start, low - first, high - low))
         return tuple(found)
+
+    def needed_of(self, queries: Range) -> Range:
+        """The tokens that the windows of some queries see."""
+        begin, end = queries
+        if len(self.held) == 1:  # where it is not cut, all of the axis is there
+            return self.held[0]
+        if begin == end:
+            return queries
+        return key_range(begin, end - begin, self.length, **dict(self.window))  # type: ignore[return-value]
+
+    def inside(self, part: int) -> Range:
+        """Queries of a part that see nothing but what it holds; maybe none."""
+        begin, end = self.held[part]
+
+        def is_inside(first: int, last: int) -> bool:
+            low, high = self.needed_of((first, last))
+            return begin <= low and high <= end
+
+        middle = (begin + end) // 2
+        if begin == end or not is_inside(middle, middle + 1):
+            return middle, middle
+        # More queries see more, so that both ends can be found by halving.
+        low = bisect.bisect_left(
+            range(begin, middle), True, key=lambda first: is_inside(first, middle + 1)
+        )
+        high = bisect.bisect_left(
+            range(middle + 1, end), True, key=lambda last: not is_inside(middle, last + 1)
+        )
+        return begin + low, middle + 1 + high
+
+
+class Block(NamedTuple):
+    """Some of the queries of a part, and the tokens that are there for them, per axis."""
+
+    queries: tuple[Range, ...]
+    needed: tuple[Range, ...]
+    is_inside: bool  # whether that is what the part holds
 
 
 class Halos(NamedTuple):
@@ -57,10 +100,32 @@ class Halos(NamedTuple):
     def needed(self, part: Part) -> tuple[Range, ...]:
         return tuple([axis.needed[i] for axis, i in zip(self.axes, part, strict=True)])
 
-    def boxes(self, giver: Part, taker: Part) -> list[tuple[Piece, ...]]:
-        """What one part needs of another: boxes of tokens, a piece per axis."""
-        along = zip(self.axes, giver, taker, strict=True)
-        return list(itertools.product(*(axis.pieces(g, t) for axis, g, t in along)))
+    def boxes(self, giver: Part, needed: Sequence[Range]) -> list[tuple[Piece, ...]]:
+        """What a part holds of tokens that are needed: boxes, a piece per axis."""
+        along = zip(self.axes, giver, needed, strict=True)
+        return list(itertools.product(*(axis.pieces_of(g, n) for axis, g, n in along)))
+
+    def whole(self, part: Part) -> tuple[Block, ...]:
+        """All queries of a part as one block."""
+        return (Block(self.held(part), self.needed(part), False),)
+
+    def blocks(self, part: Part) -> tuple[Block, ...]:
+        """The queries of a part, first those that see nothing but what it holds, if there are any,
+        then those around them. They can be computed before and after tokens of others come."""
+        held = self.held(part)
+        inside = tuple([axis.inside(i) for axis, i in zip(self.axes, part, strict=True)])
+        if any(begin == end for begin, end in inside):
+            return self.whole(part)
+        found = [Block(inside, held, True)]
+        rest = list(held)
+        for i, ((begin, end), (low, high)) in enumerate(zip(held, inside, strict=True)):
+            for border in ((begin, low), (high, end)):
+                if border[0] < border[1]:
+                    queries = (*rest[:i], border, *rest[i + 1 :])
+                    needed = [a.needed_of(q) for a, q in zip(self.axes, queries, strict=True)]
+                    found.append(Block(queries, tuple(needed), False))
+            rest[i] = (low, high)
+        return tuple(found)
 
     def givers(self, part: Part) -> list[Part]:
         """The other parts that it needs tokens of, in the order of their numbers."""
@@ -99,37 +164,25 @@ def chunks(length: int, counts: Sequence[int]) -> tuple[Range, ...]:
     return tuple(ranges)
 
 
-def _needed(begin: int, count: int, *options: Any, **window: Any) -> Range:
-    """`key_range` of one axis, also of no queries."""
-    return key_range(begin, count, *options, **window) if count else (begin, begin)  # type: ignore[return-value]
-
-
 @functools.lru_cache(maxsize=1024)
+def axis_of(length: int, counts: tuple[int, ...], window: tuple[tuple[str, Any], ...]) -> Axis:
+    """An axis in the parts that `chunks` says; `window`: its options by name."""
+    is_circular = dict(window).get("boundary") == "circular"
+    axis = Axis(length, is_circular, chunks(length, counts), (), window)
+    return axis._replace(needed=tuple(map(axis.needed_of, axis.held)))
+
+
 def halos_of(
-    grid: tuple[int, ...],
-    parts: tuple[tuple[int, ...], ...],
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    dilation: tuple[int, ...],
-    is_causal: tuple[bool, ...],
-    boundary: tuple[str, ...],
+    grid: Sequence[int], parts: Sequence[tuple[int, ...]], window: Mapping[str, Sequence[Any]]
 ) -> Halos:
-    """`parts`: per axis the counts that `chunks` takes."""
-    axes = []
-    windows = zip(kernel_size, stride, dilation, is_causal, boundary, strict=True)
-    for length, counts, (k, s, d, causal, border) in zip(grid, parts, windows, strict=True):
-        held = chunks(length, counts)
-        needed: tuple[Range, ...] = held  # where it is not cut, all of the axis is there
-        if len(held) > 1:
-            needed = tuple(
-                _needed(
-                    begin, end - begin, length, k,
-                    stride=s, dilation=d, is_causal=causal, boundary=border,
-                )
-                for begin, end in held
-            )  # fmt: skip
-        axes.append(Axis(length, border == "circular", held, needed))
-    return Halos(tuple(axes))
+    """`parts`: per axis the counts that `chunks` takes. `window`: its options by name, each with
+    one value per axis."""
+    return Halos(
+        tuple(
+            axis_of(length, counts, tuple((name, values[i]) for name, values in window.items()))
+            for i, (length, counts) in enumerate(zip(grid, parts, strict=True))
+        )
+    )
 
 
 class HaloBytes(NamedTuple):
@@ -191,7 +244,7 @@ def halo_bytes(
         is_causal=is_causal,
         boundary=boundary,
     )
-    halos = halos_of(grid, counts, **window)
+    halos = halos_of(grid, counts, window)
     at = tuple(integer("part", i, 0) for i in listed("part", part))
     most = [len(axis.held) for axis in halos.axes]
     if len(at) != rank or any(i >= n for i, n in zip(at, most, strict=True)):

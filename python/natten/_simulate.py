@@ -309,7 +309,7 @@ def _parts_of(layer: Layer, mesh: tuple[int, ...]) -> list[_Part]:
     """What each device of a mesh has and needs. Axes are cut by themselves, into parts of one
     length, of which the last may be shorter."""
     along = []
-    for axis in halos_of(layer.grid, tuple((devices,) for devices in mesh), **layer.window).axes:
+    for axis in halos_of(layer.grid, tuple((devices,) for devices in mesh), layer.window).axes:
         ranges = zip(axis.held, axis.needed, strict=True)
         along.append([(a, b - a, first, last - first) for (a, b), (first, last) in ranges if a < b])
     return [_Part(*zip(*cuts, strict=True)) for cuts in itertools.product(*along)]  # type: ignore[arg-type]

@@ -39,7 +39,7 @@ from natten._args import (
 from natten._kernel import _DEFAULT, COMPOSED, check_name, taken_as, tell_meaning
 from natten._merge import merge
 from natten.jax import _derivatives, _halos, _primitives
-from natten.jax._partitioning import vary_alike
+from natten.jax._partitioning import extended_keys, vary_alike
 from natten.jax._primitives import Operation, Setup
 
 # The fused functions return `output`, or `(output, logsumexp)` with return_lse=True. Neither a
@@ -203,14 +203,9 @@ def _prepared(
     if all(size == 1 for size in sizes):
         return (*tensors, None, None), config
     halos = _halos.halos_of(mesh, mesh_axes, grid, options_of(config))
-    arrays = vary_alike((*tensors, _halos.offsets_of(halos)))
-    with_halos = [
-        x
-        if x is None or (axis := role.axis_of("K", rank)) is None
-        else _halos.extended(x, halos, axis)
-        for role, x in zip(operation.inputs, arrays[:-1], strict=False)
-    ]
-    return (*with_halos, arrays[-1], None), as_part(config, grid)
+    *arrays, offsets = vary_alike((*tensors, _halos.offsets_of(halos)))
+    with_halos = extended_keys(operation.inputs[: len(arrays)], arrays, halos)
+    return (*with_halos, offsets, None), as_part(config, grid)
 
 
 def _mesh_axes(value: Any, rank: int) -> list[tuple[str, ...]]:

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from natten._key_range import key_range
+from natten._halos import axis_of
 
 Axes: TypeAlias = tuple[str, ...]  # of a mesh
+Arrays: TypeAlias = tuple[Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,21 +55,30 @@ class Halo:
             part = part * size + jax.lax.axis_index(name)
         return part * self.length
 
-    def received(self, x: Array, axis: int) -> Iterator[tuple[int, Array]]:
-        """Where something of other parts belongs in the extended part, and what it is. Devices
-        that do not need it receive 0."""
+    def received(self, arrays: Arrays, axis: int) -> Iterator[tuple[int, Arrays]]:
+        """Where something of other parts belongs in the extended parts, and what it is of each
+        array, in one message. Devices that do not need it receive 0."""
         for stretch in self.stretches:
             begin, end = (
                 place - self.before - stretch.step * self.length
                 for place in (stretch.begin, stretch.end)
             )
-            sent = jax.lax.slice_in_dim(x, begin, end, axis=axis)
+            sent = [jax.lax.slice_in_dim(x, begin, end, axis=axis) for x in arrays]
             count = len(self.places)
             pairs = [
                 (self.places[(part + stretch.step) % count], self.places[part])
                 for part in stretch.parts
             ]
-            yield stretch.begin, jax.lax.ppermute(sent, self.name, pairs)
+            if len(sent) == 1:
+                yield stretch.begin, (jax.lax.ppermute(sent[0], self.name, pairs),)
+                continue
+            message = jnp.concatenate([x.ravel() for x in sent])
+            ends = np.cumsum([x.size for x in sent])[:-1].tolist()
+            flat = jnp.split(jax.lax.ppermute(message, self.name, pairs), ends)
+            yield (
+                stretch.begin,
+                tuple(y.reshape(x.shape) for x, y in zip(sent, flat, strict=True)),
+            )
 
     def padded(self, x: Array, axis: int, begin: int) -> Array:
         """`x`, which begins at some place of the extended part, and 0 elsewhere."""
@@ -82,40 +92,62 @@ class Halo:
 Halos: TypeAlias = tuple[Halo | None, ...]
 
 
-def _written(x: Array, halo: Halo, axis: int) -> Array:
-    """A part with its halo along an axis of the array."""
-    result = halo.padded(x, axis, halo.before)
-    for begin, received in halo.received(x, axis):
+def _written(arrays: Arrays, halo: Halo, axis: int) -> Arrays:
+    """Parts with their halos along an axis of the arrays."""
+    results = [halo.padded(x, axis, halo.before) for x in arrays]
+    for begin, received in halo.received(arrays, axis):
         # Not by concatenate, which makes XLA of JAX 0.6 end the process where handlers read it.
-        result = jax.lax.dynamic_update_slice_in_dim(result, received, begin, axis)
-    return result
+        results = [
+            jax.lax.dynamic_update_slice_in_dim(x, y, begin, axis)
+            for x, y in zip(results, received, strict=True)
+        ]
+    return tuple(results)
 
 
-def _added(x: Array, halo: Halo, axis: int) -> Array:
+def _added(arrays: Arrays, halo: Halo, axis: int) -> Arrays:
     """The same by a sum. Its transpose, which sends home what belongs to halos, takes slices
     only; under check_vma JAX 0.6 has none of dynamic_update_slice."""
-    result = halo.padded(x, axis, halo.before)
-    for begin, received in halo.received(x, axis):
-        result += halo.padded(received, axis, begin)
-    return result
+    results = [halo.padded(x, axis, halo.before) for x in arrays]
+    for begin, received in halo.received(arrays, axis):
+        results = [x + halo.padded(y, axis, begin) for x, y in zip(results, received, strict=True)]
+    return tuple(results)
 
 
 _extended = jax.custom_jvp(_written, nondiff_argnums=(1, 2))
 
 
 @_extended.defjvp
-def _extended_jvp(halo: Halo, axis: int, primals: Any, tangents: Any) -> tuple[Array, Array]:
-    (x,), (tangent,) = primals, tangents
-    return _extended(x, halo, axis), _added(tangent, halo, axis)
+def _extended_jvp(halo: Halo, axis: int, primals: Any, tangents: Any) -> tuple[Arrays, Arrays]:
+    (arrays,), (of_arrays,) = primals, tangents
+    return _extended(arrays, halo, axis), _added(of_arrays, halo, axis)
 
 
-def extended(x: Array, halos: Halos, first_axis: int) -> Array:
-    """A part of keys with its halo. `first_axis`: that of the grid."""
-    function = _extended if jnp.issubdtype(x.dtype, jnp.inexact) else _written
-    for i, halo in enumerate(halos):
-        if halo is not None:
-            x = function(x, halo, first_axis + i)
-    return x
+def _together(
+    function: Callable[[Arrays, int], Arrays], arrays: Arrays, first_axes: Sequence[int]
+) -> Arrays:
+    """`function(arrays, axis)` of those arrays together that are of one type and have the grid at
+    the same axis."""
+    kinds = [(x.dtype, axis) for x, axis in zip(arrays, first_axes, strict=True)]
+    results = list(arrays)
+    for kind in dict.fromkeys(kinds):
+        at = [i for i, other in enumerate(kinds) if other == kind]
+        found = function(tuple(arrays[i] for i in at), kind[1])
+        for i, x in zip(at, found, strict=True):
+            results[i] = x
+    return tuple(results)
+
+
+def extended(arrays: Arrays, halos: Halos, first_axes: Sequence[int]) -> Arrays:
+    """Parts of keys and what comes with them, with their halos. `first_axes`: those of the grid."""
+
+    def of_kind(arrays: Arrays, first_axis: int) -> Arrays:
+        function = _extended if jnp.issubdtype(arrays[0].dtype, jnp.inexact) else _written
+        for axis, halo in enumerate(halos, first_axis):
+            if halo is not None:
+                arrays = function(arrays, halo, axis)
+        return arrays
+
+    return _together(of_kind, arrays, first_axes)
 
 
 def extended_shape(shape: Sequence[int], halos: Halos, first_axis: int) -> tuple[int, ...]:
@@ -124,15 +156,23 @@ def extended_shape(shape: Sequence[int], halos: Halos, first_axis: int) -> tuple
     return tuple(np.add(shape, [*[0] * first_axis, *more, *[0] * rest]).tolist())
 
 
-def sent_home(x: Array, halos: Halos, first_axis: int) -> Array:
+def sent_home(arrays: Arrays, halos: Halos, first_axes: Sequence[int]) -> Arrays:
     """The transpose of `extended`: what belongs to halos is added to the parts that it is of."""
-    for axis, halo in reversed(list(enumerate(halos, first_axis))):
-        if halo is not None:
-            shape = (*x.shape[:axis], halo.length, *x.shape[axis + 1 :])
-            function = functools.partial(_added, halo=halo, axis=axis)
-            part = jax.ShapeDtypeStruct(shape, x.dtype)
-            (x,) = jax.linear_transpose(function, part)(x)
-    return x
+
+    def of_kind(arrays: Arrays, first_axis: int) -> Arrays:
+        for axis, halo in reversed(list(enumerate(halos, first_axis))):
+            if halo is not None:
+                function = functools.partial(_added, halo=halo, axis=axis)
+                parts = tuple(
+                    jax.ShapeDtypeStruct(
+                        (*x.shape[:axis], halo.length, *x.shape[axis + 1 :]), x.dtype
+                    )
+                    for x in arrays
+                )
+                (arrays,) = jax.linear_transpose(function, parts)(arrays)
+        return arrays
+
+    return _together(of_kind, arrays, first_axes)
 
 
 def offsets_of(halos: Halos) -> Array:
@@ -169,7 +209,6 @@ def _halo(
     grid: int,
     options: tuple[tuple[str, Any], ...],
 ) -> Halo | None:
-    window: dict[str, Any] = dict(options)
     sizes = [size for _, size in mesh_axes]
     parts = math.prod(sizes)
     if parts == 1:
@@ -179,10 +218,10 @@ def _halo(
     places = numbers.transpose([in_order.index(name) for name, _ in mesh_axes]).ravel().tolist()
     length = grid // parts
     begins = [i * length for i in range(parts)]
-    needs: list[Any] = [key_range(begin, length, grid, **window) for begin in begins]
+    needs = axis_of(grid, (parts,), options).needed
     before = max(0, *(begin - need[0] for begin, need in zip(begins, needs, strict=True)))
     after = max(0, *(need[1] - begin - length for begin, need in zip(begins, needs, strict=True)))
-    is_circular = window.get("boundary") == "circular"
+    is_circular = dict(options).get("boundary") == "circular"
     is_ring = is_circular and before + length + after >= grid
     if is_ring:  # all of the axis, with every token once
         before = (parts - 1) // 2 * length

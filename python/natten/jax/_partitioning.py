@@ -298,20 +298,32 @@ def _with_halos(
     """A call on a part of the grid: what comes with keys is exchanged before, and what becomes of
     them sent home afterwards."""
     rank = len(halos)
-    arrays = [
-        x if (axis := role.axis_of("K", rank)) is None else _halos.extended(x, halos, axis)
-        for role, x in zip(inputs, arrays, strict=True)
-    ]
+    arrays = extended_keys(inputs, arrays, halos)
     axes = [role.axis_of("K", rank) for role in outputs]
     shapes = [
         shape if axis is None else _halos.extended_shape(shape, halos, axis)
         for axis, shape in zip(axes, shards, strict=True)
     ]
-    results = run(arrays, shapes, (_halos.offsets_of(halos), grid))
-    return [
-        x if axis is None else _halos.sent_home(x, halos, axis)
-        for axis, x in zip(axes, results, strict=True)
-    ]
+    results = list(run(arrays, shapes, (_halos.offsets_of(halos), grid)))
+    at = {i: axis for i, axis in enumerate(axes) if axis is not None}
+    home = _halos.sent_home(tuple(results[i] for i in at), halos, tuple(at.values()))
+    for i, x in zip(at, home, strict=True):
+        results[i] = x
+    return results
+
+
+def extended_keys(roles: Sequence[Role], arrays: Sequence[Any], halos: Halos) -> list[Any]:
+    """What comes with keys with its halos, which travel together; all else as it is."""
+    at = {
+        i: axis
+        for i, (role, x) in enumerate(zip(roles, arrays, strict=True))
+        if x is not None and (axis := role.axis_of("K", len(halos))) is not None
+    }
+    results = list(arrays)
+    extended = _halos.extended(tuple(arrays[i] for i in at), halos, tuple(at.values()))
+    for i, x in zip(at, extended, strict=True):
+        results[i] = x
+    return results
 
 
 def _missing(role: Role, split: Split) -> Axes:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -35,19 +36,35 @@ from natten._args import (
     window_options,
     with_parts,
 )
-from natten._halos import Halos, Part, chunks, halos_of
+from natten._halos import Block, Halos, Part, Piece, Range, chunks, halos_of
 from natten._roles import GRIDS, Role
 from natten.torch import _ops
 
 # ---- what travels, and to whom ----
 
 
+Box = tuple[slice, ...]  # of tokens, a slice per axis of the grid
+
+
 class Message(NamedTuple):
     """What goes to, or comes from, one other rank."""
 
     peer: int  # its rank in the default group
-    held: tuple[tuple[slice, ...], ...]  # boxes of tokens, in what the giver holds
-    needed: tuple[tuple[slice, ...], ...]  # the same boxes, in what the taker needs
+    boxes: tuple[Box, ...]  # in what the giver holds
+
+
+class BlockOfKeys(NamedTuple):
+    """What windows of some of the queries need."""
+
+    shape: tuple[int, ...]
+    own: tuple[tuple[Box, Box], ...]  # (box of what this rank holds, the same in the block)
+    # (message, which of its boxes, box of that, the same in the block)
+    taken: tuple[tuple[int, int, Box, Box], ...]
+
+
+# Queries' elements of a part, below which it is computed as one block: more calls take longer than
+# what they spare, to copy keys and values and to wait for others.
+_LEAST_TO_CUT = 2**18
 
 
 class Exchange(NamedTuple):
@@ -55,85 +72,175 @@ class Exchange(NamedTuple):
 
     group: Any  # of the ranks that hold the grid
     held: tuple[int, ...]  # the shape of what this rank holds
-    needed: tuple[int, ...]  # the shape of what it needs
-    own: Message  # what it needs of its own
     given: tuple[Message, ...]
     taken: tuple[Message, ...]
+    blocks: tuple[BlockOfKeys, ...]  # that messages are taken for
 
-    def run(self, tensors: Sequence[Tensor], axes: Sequence[int], is_return: bool) -> list[Tensor]:
-        """What this rank needs, of tensors of what it holds; `is_return`: the gradients of what it
-        holds, of those of what it needs. `axes`: the first axis of the grid of each."""
-        outgoing, incoming = self.given, self.taken
-        shape_before, shape_after = self.held, self.needed
-        if is_return:
-            outgoing, incoming = incoming, outgoing
-            shape_before, shape_after = shape_after, shape_before
-        rank = len(self.held)
-        # Bytes, so that one message holds tensors of several types.
-        results, token_bytes = [], 0
-        for x, axis in zip(tensors, axes, strict=True):
-            assert x.shape[axis : axis + rank] == shape_before
-            shape = (*x.shape[:axis], *shape_after, *x.shape[axis + rank :])
-            results.append(x.new_zeros(shape) if is_return else x.new_empty(shape))
-            tokens = math.prod(x.shape[axis : axis + rank])
-            token_bytes += x.numel() // tokens * x.element_size() if tokens else 0
-        arrived, operations = [], []
+
+class Flight:
+    """Tensors of what this rank holds, on their way to ranks whose windows see it, and what comes
+    from others for its own; or the gradients of all that, on their way home.
+
+    `post` and `unpack` are what `_Send` and `_Receive` do, `post_home` and `unpack_home` their
+    transposes, `_SendHome` and `_ReceiveHome`. What passes between the two of a pair is here; for
+    autograd it is one number, so that it knows their order.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        tensors: Sequence[Tensor],
+        axes: Sequence[int],
+        wanted: Sequence[bool],
+    ) -> None:
+        """`axes`: the first axis of the grid of each tensor; `wanted`: which have gradients. The
+        tensors may be any that have their types, and their axes beside those of the grid."""
+        self.exchange = exchange
+        self.axes = tuple(axes)
+        self.wanted = tuple(wanted)
+        self.kinds = [x.new_empty(0) for x in tensors]
+        rank = len(exchange.held)
+        self.around = [
+            (x.shape[:axis], x.shape[axis + rank :]) for x, axis in zip(tensors, axes, strict=True)
+        ]
+        self.next: Flight | None = None  # of the derivative
+        self.tensors: Sequence[Tensor] = ()
+        self.own: list[tuple[int, Box, Tensor]] = []  # gradients of what this rank holds itself
+        self.arriving: list[list[list[Tensor]]] = []  # per message, tensor and box
+        self.works: list[Any] = []
+
+    def following(self) -> Flight:
+        """The flight of the derivative."""
+        kept = [i for i, want in enumerate(self.wanted) if want]
+        flight = Flight(self.exchange, [], [], [True] * len(kept))
+        flight.axes = tuple(self.axes[i] for i in kept)
+        flight.kinds = [self.kinds[i] for i in kept]
+        flight.around = [self.around[i] for i in kept]
+        return flight
+
+    def _new(self, i: int, shape: Sequence[int], fill: int | None = None) -> Tensor:
+        """A tensor like one of the flight's, of some part of the grid."""
+        before, after = self.around[i]
+        whole = (*before, *shape, *after)
+        return self.kinds[i].new_empty(whole) if fill is None else self.kinds[i].new_zeros(whole)
+
+    def _packed(self, message: Message) -> tuple[Tensor, list[list[Tensor]]]:
+        """Memory for a message, and in it the boxes of each tensor. Bytes, so that one message
+        holds tensors of several types."""
+        shapes = [
+            [(*before, *(s.stop - s.start for s in box), *after) for box in message.boxes]
+            for before, after in self.around
+        ]
+        sizes = [
+            [math.prod(shape) * kind.element_size() for shape in of_tensor]
+            for kind, of_tensor in zip(self.kinds, shapes, strict=True)
+        ]
+        packed = self.kinds[0].new_empty(sum(map(sum, sizes)), dtype=torch.uint8)
+        at, boxes = 0, []
+        for kind, of_tensor, of_sizes in zip(self.kinds, shapes, sizes, strict=True):
+            boxes.append([])
+            for shape, size in zip(of_tensor, of_sizes, strict=True):
+                boxes[-1].append(packed[at : at + size].view(kind.dtype).view(shape))
+                at += size
+        return packed, boxes
+
+    def _start(
+        self,
+        incoming: Sequence[Message],
+        outgoing: Sequence[tuple[Message, Tensor]],
+    ) -> None:
+        """Posts all receives and sends. Nobody waits here."""
+        operations = []
         for message in incoming:
-            size = token_bytes * sum(_volume(box) for box in message.needed)
-            arrived.append(tensors[0].new_empty(size, dtype=torch.uint8))
-            operations.append(dist.P2POp(dist.irecv, arrived[-1], message.peer, self.group))
-        for message in outgoing:
-            boxes = message.needed if is_return else message.held
-            size = token_bytes * sum(_volume(box) for box in boxes)
-            packed = tensors[0].new_empty(size, dtype=torch.uint8)
-            for part, sent in _pairs(tensors, axes, boxes, packed):
-                sent.copy_(part)
-            operations.append(dist.P2POp(dist.isend, packed, message.peer, self.group))
+            packed, boxes = self._packed(message)
+            self.arriving.append(boxes)
+            operations.append(dist.P2POp(dist.irecv, packed, message.peer, self.exchange.group))
+        for message, packed in outgoing:
+            operations.append(dist.P2POp(dist.isend, packed, message.peer, self.exchange.group))
         operations = [op for op in operations if op.tensor.numel()]
         try:
-            waiting = dist.batch_isend_irecv(operations) if operations else []
+            self.works = dist.batch_isend_irecv(operations) if operations else []
         except RuntimeError as error:
             raise _failed(error) from error
-        for x, result, axis in zip(tensors, results, axes, strict=True):
-            for held, needed in zip(self.own.held, self.own.needed, strict=True):
-                before, after = (needed, held) if is_return else (held, needed)
-                result[_at(axis, after)].copy_(x[_at(axis, before)])
+
+    def _wait(self) -> list[list[list[Tensor]]]:
+        """What has arrived."""
         try:
-            for work in waiting:
+            for work in self.works:
                 work.wait()
         except RuntimeError as error:
             raise _failed(error) from error
-        for message, packed in zip(incoming, arrived, strict=True):
-            boxes = message.held if is_return else message.needed
-            for part, received in _pairs(results, axes, boxes, packed):
-                if is_return:
-                    part.add_(received)
-                else:
-                    part.copy_(received)
+        arrived, self.arriving, self.works = self.arriving, [], []
+        return arrived
+
+    def post(self, tensors: Sequence[Tensor]) -> None:
+        outgoing = []
+        for message in self.exchange.given:
+            packed, boxes = self._packed(message)
+            for x, axis, places in zip(tensors, self.axes, boxes, strict=True):
+                for box, place in zip(message.boxes, places, strict=True):
+                    place.copy_(x[_at(axis, box)])
+            outgoing.append((message, packed))
+        self.tensors = tensors
+        self._start(self.exchange.taken, outgoing)
+
+    def unpack(self) -> list[list[Tensor]]:
+        """Of each block all tensors."""
+        tensors, self.tensors = self.tensors, ()
+        blocks = [
+            [self._new(i, block.shape) for i in range(len(tensors))]
+            for block in self.exchange.blocks
+        ]
+        for block, results in zip(self.exchange.blocks, blocks, strict=True):
+            for x, axis, result in zip(tensors, self.axes, results, strict=True):
+                for held, needed in block.own:
+                    result[_at(axis, needed)].copy_(x[_at(axis, held)])
+        arrived = self._wait()
+        for block, results in zip(self.exchange.blocks, blocks, strict=True):
+            for i, (axis, result) in enumerate(zip(self.axes, results, strict=True)):
+                for message, number, box, needed in block.taken:
+                    given = arrived[message][i][number]
+                    result[_at(axis, needed)].copy_(given[_at(axis, box)])
+        return blocks
+
+    def post_home(self, blocks: Sequence[Sequence[Tensor]]) -> None:
+        """`blocks`: gradients of what `unpack` returns; none where nobody asked for it."""
+        outgoing = []
+        for message in self.exchange.taken:
+            packed, boxes = self._packed(message)
+            packed.zero_()
+            outgoing.append((message, packed, boxes))
+        for block, grads in zip(self.exchange.blocks, blocks, strict=bool(blocks)):
+            for i, (axis, grad) in enumerate(zip(self.axes, grads, strict=True)):
+                for held, needed in block.own:
+                    self.own.append((i, held, grad[_at(axis, needed)]))
+                for number, which, box, needed in block.taken:
+                    place = outgoing[number][2][i][which]
+                    place[_at(axis, box)].add_(grad[_at(axis, needed)])
+        self._start(self.exchange.given, [(message, packed) for message, packed, _ in outgoing])
+
+    def unpack_home(self, insides: Sequence[Tensor], is_spare: bool) -> list[Tensor]:
+        """Gradients of what this rank holds. `insides`: what those have of windows that see
+        nothing else, of each tensor, or nothing; `is_spare`: whether they may be written to."""
+        own, self.own = self.own, []
+        results = [
+            self._new(i, self.exchange.held, 0)
+            if not insides
+            else insides[i]
+            if is_spare and insides[i].is_contiguous()
+            else insides[i].clone(memory_format=torch.contiguous_format)
+            for i in range(len(self.axes))
+        ]
+        for i, held, grad in own:
+            results[i][_at(self.axes[i], held)].add_(grad)
+        for message, of_tensors in zip(self.exchange.given, self._wait(), strict=True):
+            for axis, result, boxes in zip(self.axes, results, of_tensors, strict=True):
+                for box, grad in zip(message.boxes, boxes, strict=True):
+                    result[_at(axis, box)].add_(grad)
         return results
 
 
-def _pairs(
-    tensors: Sequence[Tensor],
-    axes: Sequence[int],
-    boxes: Sequence[tuple[slice, ...]],
-    packed: Tensor,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(a box of a tensor, its place in a message), of all boxes and tensors."""
-    at = 0
-    for x, axis in zip(tensors, axes, strict=True):
-        for box in boxes:
-            part = x[(slice(None),) * axis + box]
-            size = part.numel() * part.element_size()
-            yield part, packed[at : at + size].view(part.dtype).view(part.shape)
-            at += size
-
-
-def _volume(box: tuple[slice, ...]) -> int:
-    return math.prod(s.stop - s.start for s in box)
-
-
-def _at(axis: int, box: tuple[slice, ...]) -> tuple[slice, ...]:
+def _at(axis: int, box: Box) -> Box:
     return (slice(None),) * axis + box
 
 
@@ -146,29 +253,118 @@ def _failed(error: RuntimeError) -> RuntimeError:
     )
 
 
-class _Halo(torch.autograd.Function):
-    """What windows need, of what ranks hold."""
+class _Send(torch.autograd.Function):
+    """Those of the tensors that have gradients, for queries that need nothing else; and that all of
+    them are on their way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, exchange: Exchange, axes: tuple[int, ...], is_return: bool, *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
-        ctx.options = exchange, axes, is_return
-        ctx.differentiable = [x.is_floating_point() for x in tensors]
-        results = exchange.run(tensors, axes, is_return)
-        ctx.mark_non_differentiable(*(x for x in results if not x.is_floating_point()))
+    def forward(ctx: Any, flight: Flight, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight = flight
+        flight.post(tensors)
+        kept = [x.view_as(x) for x, want in zip(tensors, flight.wanted, strict=True) if want]
+        return *kept, tensors[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        flight = ctx.flight
+        home, flight.next = flight.next, None
+        if home is None:  # of a rank that gives and needs nothing
+            home = flight.following()
+            home.post_home(())
+        is_spare = not torch.is_grad_enabled()
+        *insides, departed = grads
+        found = iter(_ReceiveHome.apply(home, is_spare, departed, *insides))
+        return None, *(next(found) if want else None for want in flight.wanted)
+
+
+class _Receive(torch.autograd.Function):
+    """What blocks of queries need, one block after the other."""
+
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, departed: Tensor) -> tuple[Tensor, ...]:
+        ctx.flight = flight
+        results = [x for block in flight.unpack() for x in block]
+        ctx.mark_non_differentiable(
+            *(x for x, want in zip(results, itertools.cycle(flight.wanted)) if not want)
+        )
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        exchange, axes, is_return = ctx.options
-        # All ranks have the same gradients to send, as they agreed on which tensors require them.
-        wanted = [bool(need) for need in ctx.needs_input_grad[3:]]
-        kept = [(grad, axis) for grad, axis, want in zip(grads, axes, wanted, strict=True) if want]
-        home = iter(
-            _Halo.apply(exchange, tuple(a for _, a in kept), not is_return, *(g for g, _ in kept))
-        )
-        return None, None, None, *(next(home) if want else None for want in wanted)
+        flight = ctx.flight
+        flight.next = flight.following()
+        wanted = zip(grads, itertools.cycle(flight.wanted))
+        return None, _SendHome.apply(flight.next, *(grad for grad, want in wanted if want))
+
+
+class _SendHome(torch.autograd.Function):
+    """The transpose of `_Receive`."""
+
+    @staticmethod
+    def forward(ctx: Any, flight: Flight, *grads: Tensor) -> Tensor:
+        ctx.flight = flight
+        count = len(flight.axes)
+        flight.post_home([grads[i : i + count] for i in range(0, len(grads), count)])
+        return flight.kinds[0].new_zeros((), dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, departed: Tensor) -> Any:
+        return None, *_Receive.apply(ctx.flight.next, departed)
+
+
+class _ReceiveHome(torch.autograd.Function):
+    """The transpose of `_Send`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, flight: Flight, is_spare: bool, departed: Tensor, *insides: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.flight = flight
+        return tuple(flight.unpack_home(insides, is_spare))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        flight = ctx.flight
+        flight.next = flight.following()
+        *insides, departed = _Send.apply(flight.next, *grads)
+        if not flight.exchange.blocks:
+            flight.next.unpack()  # which waits until all is sent
+        return None, None, departed, *insides
+
+
+class _Cut(torch.autograd.Function):
+    """A tensor of queries in boxes."""
+
+    @staticmethod
+    def forward(ctx: Any, axis: int, boxes: tuple[Box, ...], x: Tensor) -> tuple[Tensor, ...]:
+        ctx.options = axis, boxes, x.shape
+        return tuple(x[_at(axis, box)] for box in boxes)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        axis, boxes, shape = ctx.options
+        return None, None, _Joined.apply(axis, boxes, [grads[0].new_empty(shape)], *grads)
+
+
+class _Joined(torch.autograd.Function):
+    """The transpose of `_Cut`: the boxes in `memory`, where some may lie already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, axis: int, boxes: tuple[Box, ...], memory: list[Tensor], *parts: Tensor
+    ) -> Tensor:
+        ctx.options = axis, boxes
+        (whole,) = memory
+        for box, part in zip(boxes, parts, strict=True):
+            place = whole[_at(axis, box)]
+            if place.data_ptr() != part.data_ptr():
+                place.copy_(part)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        axis, boxes = ctx.options
+        return None, None, None, *_Cut.apply(axis, boxes, grad)
 
 
 class _Shared(torch.autograd.Function):
@@ -264,7 +460,7 @@ def _number(mesh: DeviceMesh, dims: Sequence[int], coordinate: Sequence[int]) ->
 
 
 @functools.lru_cache(maxsize=256)
-def _exchange_of(grid: Grid) -> Exchange | None:
+def _exchange_of(grid: Grid, blocks: tuple[Block, ...]) -> Exchange | None:
     """None where no axis is cut."""
     cut = tuple(sorted(dim for dims in grid.dims for dim in dims if grid.mesh.size(dim) > 1))
     if not cut:
@@ -272,20 +468,49 @@ def _exchange_of(grid: Grid) -> Exchange | None:
     part, halos = grid.part, grid.halos
 
     def message(peer: Part, giver: Part, taker: Part) -> Message:
-        boxes = halos.boxes(giver, taker)
-        return Message(
-            grid.rank_of(peer),
-            tuple(tuple(slice(p.held, p.held + p.tokens) for p in box) for box in boxes),
-            tuple(tuple(slice(p.needed, p.needed + p.tokens) for p in box) for box in boxes),
-        )
+        boxes = halos.boxes(giver, halos.needed(taker))
+        return Message(grid.rank_of(peer), tuple(box for box, _ in map(_slices, boxes)))
+
+    givers = halos.givers(part)
+    taken = tuple(message(giver, giver, part) for giver in givers)
+
+    def keys_of(block: Block) -> BlockOfKeys:
+        found = []
+        for i, giver in enumerate(givers):
+            for held, needed in map(_slices, halos.boxes(giver, block.needed)):
+                for j, box in enumerate(taken[i].boxes):
+                    both = [
+                        (max(s.start, t.start), min(s.stop, t.stop))
+                        for s, t in zip(held, box, strict=True)
+                    ]
+                    if all(begin < end for begin, end in both):
+                        found.append((i, j, _shifted(both, box), _shifted(both, held, needed)))
+        own = tuple(map(_slices, halos.boxes(part, block.needed)))
+        return BlockOfKeys(_lengths(block.needed), own, tuple(found))
 
     return Exchange(
         _group_of(grid.mesh, cut, grid.groups),
         _lengths(halos.held(part)),
-        _lengths(halos.needed(part)),
-        message(part, part, part),
         tuple(message(taker, part, taker) for taker in halos.takers(part)),
-        tuple(message(giver, giver, part) for giver in halos.givers(part)),
+        taken,
+        tuple(keys_of(block) for block in blocks if not block.is_inside),
+    )
+
+
+def _slices(box: Sequence[Piece]) -> tuple[Box, Box]:
+    """A box of pieces in what the giver holds, and in what is needed."""
+    return (
+        tuple([slice(p.held, p.held + p.tokens) for p in box]),
+        tuple([slice(p.needed, p.needed + p.tokens) for p in box]),
+    )
+
+
+def _shifted(ranges: Sequence[Range], origin: Box, place: Box | None = None) -> Box:
+    """Ranges, counted from where a box begins; or as they are when it is put at a place."""
+    to = [0] * len(origin) if place is None else [s.start for s in place]
+    return tuple(
+        slice(begin - o.start + t, end - o.start + t)
+        for (begin, end), o, t in zip(ranges, origin, to, strict=True)
     )
 
 
@@ -427,7 +652,7 @@ class _Way(NamedTuple):
     local_shape: tuple[int, ...] | None  # None for a plain tensor
     shared: tuple[int, ...]  # axes of the mesh that share the work on it
     narrowed: tuple[tuple[int, int, int], ...]  # (axis, begin, length) to take of what is held
-    picked: tuple[tuple[int, tuple[int, ...]], ...]  # (axis, indices) likewise
+    picked: tuple[tuple[int, int, int], ...]  # (axis, that of the grid, length), of a whole grid
     grid_axis: int | None  # the first of the grid, where halos travel
 
 
@@ -485,7 +710,8 @@ def _computed(
     first = tensors[0]
     assert first is not None
     # All ranks are here, as those of a group make it together.
-    exchange = _exchange_of(plan.grid)
+    blocks = _blocks_of(plan, first)
+    exchange = _exchange_of(plan.grid, blocks)
     if first.numel() == 0:
         # No other rank needs keys of one without queries. Its part of the gradients is 0.
         nothing = first.sum()
@@ -497,29 +723,109 @@ def _computed(
             + nothing.to(_ops.dtype_of(role, first.dtype))
             for role in operator.outputs
         ]
+    if exchange is None:
+        results = local(operator, *tensors, *options)
+        return results if isinstance(results, tuple) else (results,)
+    return _of_blocks(plan, operator, exchange, blocks, tensors, options, local)
+
+
+def _blocks_of(plan: _Plan, first: Tensor) -> tuple[Block, ...]:
+    """In which blocks this rank computes its queries."""
+    halos, part = plan.grid.halos, plan.grid.part
+    blocks = halos.blocks(part)
+    inside = math.prod(_lengths(blocks[0].queries)) * blocks[0].is_inside
+    held = math.prod(_lengths(halos.held(part)))
+    is_worth_it = 2 * inside >= held and first.numel() >= _LEAST_TO_CUT
+    return blocks if is_worth_it else halos.whole(part)
+
+
+def _of_blocks(
+    plan: _Plan,
+    operator: _ops.Operator,
+    exchange: Exchange,
+    blocks: Sequence[Block],
+    tensors: Sequence[Tensor | None],
+    options: Sequence[Any],
+    local: Callable[..., Any],
+) -> Sequence[Tensor]:
+    """This rank's part of the outputs, computed block by block: first queries that need nothing of
+    others, while all else is on its way."""
     config, *others = options
-    if exchange is not None:
-        axes = [None if way is None else way.grid_axis for way in plan.ways]
-        travelling = [i for i, axis in enumerate(axes) if axis is not None]
-        arrived = _Halo.apply(
-            exchange,
-            tuple(axes[i] for i in travelling),
-            False,
-            *(tensors[i] for i in travelling),
+    rank, halos = len(plan.grid.dims), plan.grid.halos
+    held = [begin for begin, _ in halos.held(plan.grid.part)]
+    boxes = tuple(
+        tuple(slice(b - h, e - h) for (b, e), h in zip(block.queries, held, strict=True))
+        for block in blocks
+    )
+    axes = [None if way is None else way.grid_axis for way in plan.ways]
+    travelling = [i for i, axis in enumerate(axes) if axis is not None]
+    flight, sent, departed = _sent(
+        exchange, [tensors[i] for i in travelling], [axes[i] for i in travelling]
+    )
+    # What each block has of each tensor.
+    many: list[list[Any]] = [list(tensors) for _ in blocks]
+    memory: list[Tensor] = []
+    if len(blocks) > 1:
+        for i, (role, x) in enumerate(zip(operator.inputs, tensors, strict=True)):
+            if x is not None and (axis := role.axis_of("Q", rank)) is not None:
+                for given, part in zip(many, _Cut.apply(axis, boxes, x), strict=True):
+                    given[i] = part
+        first = tensors[0]
+        assert first is not None
+        memory = [
+            first.new_empty(plan.local_shape(role), dtype=_ops.dtype_of(role, first.dtype))
+            for role in operator.outputs
+        ]
+    output_axes = [role.axis_of("Q", rank) for role in operator.outputs]
+    found: list[Sequence[Tensor]] = []
+    arrived: Iterator[Tensor] | None = None
+    for block, box, given in zip(blocks, boxes, many, strict=True):
+        if block.is_inside:
+            come: Iterator[Tensor] = iter(sent)
+        else:
+            if arrived is None:
+                arrived = iter(_Receive.apply(flight, departed))
+            come = arrived
+        for i in travelling:
+            given[i] = next(come)
+        for i, way in enumerate(plan.ways):
+            for axis, of_grid, length in () if way is None else way.picked:
+                tokens = torch.arange(*block.needed[of_grid], device=given[i].device) % length
+                given[i] = given[i].index_select(axis, tokens)
+        parted = with_parts(
+            config,
+            [begin for begin, _ in block.queries],
+            [begin for begin, _ in block.needed],
+            [axis.length for axis in halos.axes],
         )
-        for i, x in zip(travelling, arrived, strict=True):
-            tensors[i] = x
-        config = with_parts(config, *_offsets_and_size(plan.grid))
-    results = local(operator, *tensors, config, *others)
-    return results if isinstance(results, tuple) else (results,)
+        places = [x[_at(axis, box)] for x, axis in zip(memory, output_axes, strict=bool(memory))]
+        with _ops.outputs_at(places):
+            results = local(operator, *given, parted, *others)
+        found.append(results if isinstance(results, tuple) else (results,))
+    if arrived is None:
+        flight.unpack()  # which waits until all is sent
+    if not memory:
+        return found[0]
+    return [
+        _Joined.apply(axis, boxes, [whole], *parts)
+        for axis, whole, parts in zip(output_axes, memory, zip(*found, strict=True), strict=True)
+    ]
 
 
-def _offsets_and_size(grid: Grid) -> tuple[list[int], list[int], list[int]]:
-    """What this rank's call has of PART_OPTIONS."""
+def _sent(
+    exchange: Exchange, tensors: Sequence[Any], axes: Sequence[Any]
+) -> tuple[Flight, list[Tensor], Tensor]:
+    """(tensors on their way, the same for queries that need nothing else, that they are so).
+    `axes`: the first of the grid."""
+    is_recorded = torch.is_grad_enabled()
+    wanted = [is_recorded and x.requires_grad for x in tensors]
+    flight = Flight(exchange, tensors, axes, wanted)
+    *differentiable, departed = _Send.apply(flight, *tensors)
+    kept = iter(differentiable)
     return (
-        [begin for begin, _ in grid.halos.held(grid.part)],
-        [begin for begin, _ in grid.halos.needed(grid.part)],
-        [axis.length for axis in grid.halos.axes],
+        flight,
+        [next(kept) if want else x for x, want in zip(tensors, wanted, strict=True)],
+        departed,
     )
 
 
@@ -547,8 +853,6 @@ def _local_tensors(
         assert x is not None
         for axis, begin, length in way.narrowed:
             x = x.narrow(axis, begin, length)
-        for axis, tokens in way.picked:
-            x = x.index_select(axis, torch.tensor(tokens, dtype=torch.int64, device=x.device))
         tensors[i] = x
     return tensors
 
@@ -666,7 +970,7 @@ def _planned(
         },
     )
     parts = tuple(tuple(mesh.size(dim) for dim in of_axis) for of_axis in dims)
-    grid = Grid(mesh, groups, dims, halos_of(tuple(sizes["Q"]), parts, **window))
+    grid = Grid(mesh, groups, dims, halos_of(tuple(sizes["Q"]), parts, window))
     plan = _Plan(grid, sizes, cuts, ())
     ways = [
         None if x is None else _way_of(plan, first, placed[2], role, x[0], x[2])
@@ -724,8 +1028,7 @@ def _way_of(
         if letter not in whole or (letter[0] == "M" and length == 1):
             continue
         if letter[0] == "K":
-            begin, end = plan.grid.halos.needed(plan.grid.part)[letter[1]]
-            picked.append((axis, tuple(token % length for token in range(begin, end))))
+            picked.append((axis, letter[1], length))
             continue
         begin, end = plan.range_of(like[letter])
         if letter[0] in "HG":
@@ -818,10 +1121,11 @@ def halo_exchange(
         _refused(mesh, device, description)
         raise
     _agree(mesh, device, description)
-    exchange = _exchange_of(grid)
+    exchange = _exchange_of(grid, grid.halos.whole(grid.part))
     local = tuple(x.to_local() for x in many)
     if exchange is not None:
-        local = _Halo.apply(exchange, (first_axis,) * len(local), False, *local)
+        flight, _, departed = _sent(exchange, local, (first_axis,) * len(local))
+        local = _Receive.apply(flight, departed)
     offset = tuple(begin for begin, _ in grid.halos.needed(grid.part))
     return (local[0] if isinstance(tensors, Tensor) else local), offset
 
@@ -855,7 +1159,7 @@ def _grid_around(many: Sequence[DTensor], window: dict[str, Any], first_axis: in
         _check_held("tensors", x, tuple(local))
     mesh, shape, dims = found[0]
     parts = tuple(tuple(mesh.size(dim) for dim in of_axis) for of_axis in dims)
-    return Grid(mesh, _groups(mesh), dims, halos_of(shape, parts, **window))
+    return Grid(mesh, _groups(mesh), dims, halos_of(shape, parts, window))
 
 
 # ---- modules ----

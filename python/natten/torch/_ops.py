@@ -6,8 +6,10 @@ libnatten's own table of tensors. Derivatives are in `_autograd.py`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -54,6 +56,25 @@ PACKING = {
     "max_seqlen_Q": "SymInt? max_seqlen_Q",
     "max_seqlen_KV": "SymInt? max_seqlen_KV",
 }
+
+
+class _Places(threading.local):
+    outputs: Sequence[Tensor] = ()
+
+
+_places = _Places()
+
+
+@contextlib.contextmanager
+def outputs_at(places: Sequence[Tensor]) -> Iterator[None]:
+    """Within, the outputs of an operator's kernel are written to where they shall be, if they are
+    as these are. Of one call without a derivative, whose outputs differ in shape."""
+    # Detached, as what kernels write is no part of any graph.
+    before, _places.outputs = _places.outputs, [x.detach() for x in places]
+    try:
+        yield
+    finally:
+        _places.outputs = before
 
 
 class Operator:
@@ -173,6 +194,9 @@ class Operator:
 
         def allocate(shape: tuple[int, ...], name: str) -> Tensor:
             dtype = _DTYPES[name]
+            for x in _places.outputs:
+                if x.shape == shape and x.dtype == dtype and x.device == first.device:
+                    return x
             if shape == first.shape and dtype is first.dtype and first.is_contiguous():
                 return torch.empty_like(first)  # takes half as long
             return first.new_empty(shape, dtype=dtype)
