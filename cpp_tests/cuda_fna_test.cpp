@@ -239,18 +239,18 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
     call.neighborhood.kernel_size = natten::Tuple(e.kernel_size.begin(), rank);
     call.neighborhood.stride = natten::Tuple(e.stride.begin(), rank);
     const natten::Problem p = natten::describe(call);
-    cuda::Grid grid = cuda::grid_of(p, cuda::Rows::queries);
+    cuda::PassGrid grid = cuda::grid_of(p, cuda::Rows::queries);
     cuda::choose_tiles(grid, rank, 7, 6);
 
     constexpr int kRows = 128, kWarps = 4, kWarpRows = kRows / kWarps;
     double executed = 0;
     for (std::int64_t block = 0; block < grid.blocks_per_head(); ++block) {
       const cuda::RowTile rows = cuda::row_tile(grid, static_cast<std::uint32_t>(block));
-      cuda::Span memory[kRows + 2];
-      const cuda::Spans spans{memory, grid.row_tile};
-      spans.compute(grid, cuda::Rows::queries, rows, 0, 1);
+      cuda::PlaceInterval memory[kRows + 2];
+      const cuda::SeenIntervals intervals{memory, grid.row_tile};
+      intervals.compute(grid, cuda::Rows::queries, rows, 0, 1);
       const auto bounds = [&](int axis, int first, int count) {
-        return cuda::bounds_of(spans, grid.row_tile, rows, axis, first, first + count - 1);
+        return cuda::bounds_of(intervals, grid.row_tile, rows, axis, first, first + count - 1);
       };
       cuda::ColumnTiles tiles{{}, {}, 0, 1};
       cuda::Bounds of_warps[kWarps][natten::kMaxRank];
@@ -324,7 +324,7 @@ TEST(CudaTiles, MaskWordsHaveTheColumnsOfTheSpans) {
     tile.bits[2] = static_cast<int>(uniform(rng, 0, bits));
     tile.bits[1] = static_cast<int>(uniform(rng, 0, bits - tile.bits[2]));
     tile.bits[0] = bits - tile.bits[1] - tile.bits[2];
-    cuda::Span seen[natten::kMaxRank];
+    cuda::PlaceInterval seen[natten::kMaxRank];
     int origin[natten::kMaxRank];
     for (int a = 0; a < natten::kMaxRank; ++a) {
       origin[a] = static_cast<int>(uniform(rng, 0, 100));

@@ -25,7 +25,7 @@ struct Visits {
 constexpr Bounds kEverything{0, 0, 1 << 30, 1 << 30};
 
 /// `parts` of `rows_of_part` rows each, a warp's, make a tile of rows.
-Visits visits_along(const Grid& grid, Rows kind, int axis, int parts, int rows_of_part) {
+Visits visits_along(const PassGrid& grid, Rows kind, int axis, int parts, int rows_of_part) {
   Visits visits;
   std::int64_t step = 1, tiles = 1;  // in numbers of blocks, see row_tile
   for (int a = kMaxRank - 1; a >= 0; --a) {
@@ -35,16 +35,16 @@ Visits visits_along(const Grid& grid, Rows kind, int axis, int parts, int rows_o
   std::int64_t group_step = tiles;
   for (int a = kMaxRank - 1; a > axis; --a) group_step *= grid.groups[a];
   const TileShape& shape = grid.row_tile;
-  std::vector<Span> memory(static_cast<std::size_t>(shape.size()) + 2);
-  const Spans spans{memory.data(), shape};
+  std::vector<PlaceInterval> memory(static_cast<std::size_t>(shape.size()) + 2);
+  const SeenIntervals intervals{memory.data(), shape};
   for (std::int64_t group = 0; group < grid.groups[axis]; ++group)
     for (std::int64_t i = 0; i < grid.row_tiles[axis]; ++i) {
       const RowTile rows =
           row_tile(grid, static_cast<std::uint32_t>(group * group_step + i * step));
       if (rows.valid[axis] == 0) continue;
-      spans.compute(grid, kind, rows, 0, 1);
+      intervals.compute(grid, kind, rows, 0, 1);
       ColumnTiles columns{};
-      columns.set_axis(axis, bounds_of(spans, shape, rows, axis, 0, shape.size() - 1),
+      columns.set_axis(axis, bounds_of(intervals, shape, rows, axis, 0, shape.size() - 1),
                        grid.column_tile);
       visits.tiles += columns.counts[axis];
       int last = -1;
@@ -54,7 +54,7 @@ Visits visits_along(const Grid& grid, Rows kind, int axis, int parts, int rows_o
         if (shape.offset(first, axis) <= last) continue;
         last = shape.offset(first, axis);
         Bounds bounds[kMaxRank] = {kEverything, kEverything, kEverything};
-        bounds[axis] = bounds_of(spans, shape, rows, axis, first, first + rows_of_part - 1);
+        bounds[axis] = bounds_of(intervals, shape, rows, axis, first, first + rows_of_part - 1);
         for (int c = 0; c < columns.counts[axis]; ++c) {
           int origin[kMaxRank] = {0, 0, 0};
           origin[axis] = columns.low[axis] + c * grid.column_tile.extent(axis);
@@ -67,15 +67,15 @@ Visits visits_along(const Grid& grid, Rows kind, int axis, int parts, int rows_o
   return visits;
 }
 
-constexpr const char* pass_name(Pass pass) {
+constexpr const char* pass_name(TilePass pass) {
   switch (pass) {
-    case Pass::forward: return "forward";
-    case Pass::row_term: return "row_term";
-    case Pass::grad_query: return "grad_query";
-    case Pass::grad_key_value: return "grad_key_value";
-    case Pass::grad_key: return "grad_key";
-    case Pass::grad_value: return "grad_value";
-    case Pass::grad_all: return "grad_all";
+    case TilePass::forward: return "forward";
+    case TilePass::row_term: return "row_term";
+    case TilePass::grad_query: return "grad_query";
+    case TilePass::grad_key_value: return "grad_key_value";
+    case TilePass::grad_key: return "grad_key";
+    case TilePass::grad_value: return "grad_value";
+    case TilePass::grad_all: return "grad_all";
   }
   return "";
 }
@@ -85,11 +85,11 @@ class Counter {
  public:
   explicit Counter(const Problem& p) : p_(p) {}
 
-  template <class T, int kDims, int kM, Pass kPass>
+  template <class T, int kDims, int kM, TilePass kPass>
   void operator()(const TileKernel<T, kDims, kM, kPass>& kernel, std::int64_t blocks, int) {
     using K = typename TileKernel<T, kDims, kM, kPass>::Traits;
     const Arguments<T>& a = kernel.a;
-    const Grid& grid = a.grid;
+    const PassGrid& grid = a.grid;
     const Rows kind = grid.rows;
     double tiles = 1, parts = 1, wholes = 1;
     for (int axis = 0; axis < kMaxRank; ++axis) {

@@ -102,6 +102,11 @@ inline Places places_of(const Problem& p, int axis, Rows rows) {
   return places;
 }
 
+/// An `Interval` of places, or of offsets from one, which take 32 bits.
+struct PlaceInterval {
+  int begin, end;
+};
+
 /// What a row sees along an axis, in places of columns.
 struct Sight {
   int begin, end;  ///< the columns

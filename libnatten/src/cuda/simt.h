@@ -218,7 +218,7 @@ class Run {
     constexpr int kVector = 16 / sizeof(T);
     constexpr int kWide = 512 / sizeof(Sum);  // elements
     const auto all_aligned = [](const ColumnOperand<const T>& x, std::int64_t dims) {
-      return is_aligned(x.grid, dims) && is_aligned(x.extra, dims);
+      return is_aligned(x.grid, dims) && is_aligned(x.additional, dims);
     };
     const bool aligned = is_aligned(s.row_a, s.score_dims) && is_aligned(s.row_b, s.grad_dims) &&
                          all_aligned(s.column_a, s.score_dims) &&
@@ -257,20 +257,20 @@ class Run {
     run<Weight::softmax, false>(s);
   }
 
-  void set_scores(Sums<T>& s, In rows, In columns, In extra) const {
+  void set_scores(Sums<T>& s, In rows, In columns, In additional) const {
     s.row_a = rows;
-    s.column_a = {columns, extra};
+    s.column_a = {columns, additional};
     s.score_dims = static_cast<int>(p_.head_dim);
     s.bias = in(&Tensors::rpb);
   }
-  static void set_sums(Sums<T>& s, In columns, In extra, std::int64_t dims) {
-    s.column_c = {columns, extra};
+  static void set_sums(Sums<T>& s, In columns, In additional, std::int64_t dims) {
+    s.column_c = {columns, additional};
     s.sum_dims = static_cast<int>(dims);
   }
   /// What backward needs beside scores.
-  void set_grads(Sums<T>& s, In rows, In columns, In extra, const Sum* row_term) const {
+  void set_grads(Sums<T>& s, In rows, In columns, In additional, const Sum* row_term) const {
     s.row_b = rows;
-    s.column_b = {columns, extra};
+    s.column_b = {columns, additional};
     s.grad_dims = static_cast<int>(p_.value_dim);
     s.row_term = row_term_operand(p_, row_term);
     s.logsumexp = statistic<const Sum>(&Tensors::logsumexp);

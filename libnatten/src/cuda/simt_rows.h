@@ -22,7 +22,7 @@ namespace natten::detail::cuda::simt {
 
 inline constexpr int kRowsLog2 = 5;
 inline constexpr int kRows = 1 << kRowsLog2;  // of a tile
-inline constexpr int kChunk = 8;              // columns that a row handles at once
+inline constexpr int kChunkColumns = 8;       // columns that a row handles at once
 
 NATTEN_DEVICE double number(double x) { return x; }
 NATTEN_DEVICE float number(float x) { return x; }
@@ -140,11 +140,6 @@ NATTEN_DEVICE Box box_of_additional(int count) {
   return {{0, 0, 0}, {1, 1, count}, {kNoEnd, kNoEnd, kNoEnd}};
 }
 
-/// Interval of offsets in a box.
-struct Range {
-  int begin, end;
-};
-
 /// One row of a tile.
 struct Row {
   int token[kMaxRank];   // its number
@@ -157,7 +152,7 @@ struct Row {
 struct View {
   Box box;
   // By offsets in the box:
-  Range seen[kMaxRank];
+  PlaceInterval seen[kMaxRank];
   int slot[kMaxRank];  // slot 0 of the row's window, where it is a query
   int own[kMaxRank];   // the row itself
 };
@@ -256,7 +251,7 @@ inline Tiles cut(const Problem& p, Rows rows) {
         const std::int64_t size = std::int64_t{1} << log2[i];
         const std::int64_t length = t.axes[i].count(t.axes[i].row_length, 0);  // the longest group
         const std::int64_t kernel = rows == Rows::additional ? 1 : p.axes[i].kernel_size;
-        const std::int64_t unit = i == kMaxRank - 1 ? kChunk : 1;
+        const std::int64_t unit = i == kMaxRank - 1 ? kChunkColumns : 1;
         const std::int64_t seen = kernel + detail::min(size, length) - 1;
         t.count[i] = static_cast<int>(t.groups[i] * ((length + size - 1) / size));
         const std::int64_t read = (seen + unit - 1) / unit * unit;
@@ -280,25 +275,26 @@ struct Columns {
 /// A tensor of columns, and what it holds of additional tokens.
 template <class T>
 struct ColumnOperand {
-  Operand<T> grid, extra;
+  Operand<T> grid, additional;
   Coordinate step{};  // strides of places
 
   ColumnOperand() = default;
-  ColumnOperand(const Operand<T>& of_grid, const Operand<T>& of_extra = {})
-      : grid(of_grid), extra(of_extra) {}
+  ColumnOperand(const Operand<T>& of_grid, const Operand<T>& of_additional = {})
+      : grid(of_grid), additional(of_additional) {}
   NATTEN_HOST_DEVICE explicit operator bool() const { return bool(grid); }
   void set_step(const Tiles& tiles) {
     for (int i = 0; i < kMaxRank; ++i) step[i] = grid.grid[i] * tiles.axes[i].dilation;
   }
   /// The columns of the group that a row is of, or the additional tokens.
-  NATTEN_DEVICE Columns<T> at(bool is_extra, std::int64_t batch, std::int64_t head,
+  NATTEN_DEVICE Columns<T> at(bool is_additional, std::int64_t batch, std::int64_t head,
                               const Row& row) const {
-    return {is_extra ? extra.at(batch, head, 0) : grid.at(batch, head, widened(row.column)),
-            {step[0], step[1], is_extra ? extra.token : step[2]}};
+    return {
+        is_additional ? additional.at(batch, head, 0) : grid.at(batch, head, widened(row.column)),
+        {step[0], step[1], is_additional ? additional.token : step[2]}};
   }
 };
 
-/// Up to kChunk columns of a box, on a line along its last axis.
+/// Up to kChunkColumns columns of a box, on a line along its last axis.
 struct Chunk {
   int at[kMaxRank];      // the first one, from the origin of the box
   int origin[kMaxRank];  // that place, less a turn for each time that `at` has crossed a seam
@@ -309,7 +305,7 @@ struct Chunk {
   static NATTEN_DEVICE Chunk find(int i, const Box& box) {
     std::uint32_t index = static_cast<std::uint32_t>(i);
     Chunk chunk;
-    chunk.at[2] = take(index, per_line(box)) * kChunk;
+    chunk.at[2] = take(index, per_line(box)) * kChunkColumns;
     chunk.at[1] = take(index, box.extent[1]);
     chunk.at[0] = static_cast<int>(index);
     NATTEN_EACH (axis, kMaxRank) chunk.origin[axis] = box.origin[axis];
@@ -317,7 +313,7 @@ struct Chunk {
     return chunk;
   }
   static NATTEN_DEVICE int per_line(const Box& box) {
-    return (box.extent[2] + kChunk - 1) / kChunk;
+    return (box.extent[2] + kChunkColumns - 1) / kChunkColumns;
   }
   NATTEN_DEVICE bool is_in(const Box& box) const { return at[0] < box.extent[0]; }
   NATTEN_DEVICE void advance(const Box& box, const Tiles& tiles) {
@@ -335,7 +331,7 @@ struct Chunk {
   NATTEN_DEVICE int place(int axis) const { return origin[axis] + at[axis]; }
 
   /// One bit per column: whether it is in a box.
-  NATTEN_DEVICE std::uint32_t mask(const Range (&box)[kMaxRank]) const {
+  NATTEN_DEVICE std::uint32_t mask(const PlaceInterval (&box)[kMaxRank]) const {
     for (int i = 0; i < kMaxRank - 1; ++i)
       if (at[i] < box[i].begin || at[i] >= box[i].end) return 0;
     const auto below = [&](int end) {
@@ -345,8 +341,8 @@ struct Chunk {
     return below(box[2].end) & ~below(box[2].begin);
   }
 
-  /// Calls `f(j, offset in memory of column j by the strides)` for kChunk columns. Past the end the
-  /// last column comes again, so that there is something to read.
+  /// Calls `f(j, offset in memory of column j by the strides)` for kChunkColumns columns. Past the
+  /// end the last column comes again, so that there is something to read.
   template <class F>
   NATTEN_DEVICE void for_each(const std::int64_t (&stride)[kMaxRank], F&& f) const {
     for_each_from({place(0), place(1), place(2)}, stride, f);
@@ -371,7 +367,7 @@ struct Chunk {
     while (origin[axis] < 0) origin[axis] += tiles.axes[axis].turn;
   }
   NATTEN_DEVICE void set_count(const Box& box) {
-    count = box.extent[2] - at[2] < kChunk ? box.extent[2] - at[2] : kChunk;
+    count = box.extent[2] - at[2] < kChunkColumns ? box.extent[2] - at[2] : kChunkColumns;
     const int left = box.run[2] - place(2);
     if (left < count) count = left;
   }
@@ -379,7 +375,7 @@ struct Chunk {
   NATTEN_DEVICE void for_each_from(const int (&first)[kMaxRank],
                                    const std::int64_t (&stride)[kMaxRank], F&& f) const {
     std::int64_t offset = first[0] * stride[0] + first[1] * stride[1] + first[2] * stride[2];
-    NATTEN_EACH (j, kChunk) {
+    NATTEN_EACH (j, kChunkColumns) {
       f(j, offset);
       if (j + 1 < count) offset += stride[2];
     }
@@ -388,7 +384,7 @@ struct Chunk {
 
 /// The vectors of a chunk, from element `first` on.
 template <class T>
-NATTEN_DEVICE void find_vectors(const T* (&vectors)[kChunk], const Chunk& chunk,
+NATTEN_DEVICE void find_vectors(const T* (&vectors)[kChunkColumns], const Chunk& chunk,
                                 const Columns<const T>& columns, int first) {
   chunk.for_each(columns.stride, [&](int j, std::int64_t offset) {
     vectors[j] = columns.base + offset + first;
@@ -400,11 +396,11 @@ NATTEN_DEVICE void find_vectors(const T* (&vectors)[kChunk], const Chunk& chunk,
 
 /// Adds products of elements `d`, ... of `kBlock` vectors of `kVector` elements.
 template <int kBlock, int kVector, bool kTf32, class T, class Sum>
-NATTEN_DEVICE void add_products(Sum (&sums)[kChunk], const T* row,
-                                const T* const (&vectors)[kChunk], int d) {
+NATTEN_DEVICE void add_products(Sum (&sums)[kChunkColumns], const T* row,
+                                const T* const (&vectors)[kChunkColumns], int d) {
   Sum x[kBlock][kVector];
   NATTEN_EACH (v, kBlock) load<kTf32>(x[v], row + d + v * kVector);
-  NATTEN_EACH (j, kChunk) {
+  NATTEN_EACH (j, kChunkColumns) {
     const T* const at = vectors[j] + d;
     NATTEN_EACH (v, kBlock) {
       Sum y[kVector];
@@ -416,18 +412,18 @@ NATTEN_DEVICE void add_products(Sum (&sums)[kChunk], const T* row,
 
 /// sums[j] = <row, vectors[j]>
 template <int kVector, bool kTf32, class T, class Sum>
-NATTEN_DEVICE void dot(Sum (&sums)[kChunk], const T* row, const T* const (&vectors)[kChunk],
-                       int dims) {
+NATTEN_DEVICE void dot(Sum (&sums)[kChunkColumns], const T* row,
+                       const T* const (&vectors)[kChunkColumns], int dims) {
   constexpr int kLongest = 512;  // longer sums are sums of sums, which round less
   constexpr int kBlock = 2;
-  NATTEN_EACH (j, kChunk) sums[j] = 0;
+  NATTEN_EACH (j, kChunkColumns) sums[j] = 0;
   for (int d = 0; d < dims;) {
     const int end = dims - d < kLongest ? dims : d + kLongest;
-    Sum part[kChunk] = {};
+    Sum part[kChunkColumns] = {};
     for (; d + kBlock * kVector <= end; d += kBlock * kVector)
       add_products<kBlock, kVector, kTf32>(part, row, vectors, d);
     for (; d < end; d += kVector) add_products<1, kVector, kTf32>(part, row, vectors, d);
-    NATTEN_EACH (j, kChunk) sums[j] += part[j];
+    NATTEN_EACH (j, kChunkColumns) sums[j] += part[j];
   }
 }
 

@@ -113,10 +113,10 @@ struct RowSums {
 
     const int parts = kKeyRows ? in.group : in.additional > 0 ? 2 : 1;
     for (int part = 0; part < parts; ++part) {
-      const bool is_extra = !kKeyRows && part == 1;
+      const bool is_additional = !kKeyRows && part == 1;
       const int column_head = kKeyRows ? head * in.group + part : head / in.group;
       const int query_head = kKeyRows ? column_head : head;
-      const Box box = is_extra ? box_of_additional(in.additional) : view.box;
+      const Box box = is_additional ? box_of_additional(in.additional) : view.box;
       if (box.is_empty()) continue;
       int begin = 0, left = kNoEnd;  // chunks
       if (kKeyRows && in.splits > 1) {
@@ -124,23 +124,23 @@ struct RowSums {
         begin = split * left;
       }
 
-      const T* const bias = is_extra ? nullptr : bias_of(view, query_head);
-      const std::int64_t slot = slot_of_origin(view, is_extra);
+      const T* const bias = is_additional ? nullptr : bias_of(view, query_head);
+      const std::int64_t slot = slot_of_origin(view, is_additional);
       Chunk chunk = Chunk::find(begin, box);
       for (; chunk.is_in(box) && left > 0; --left, chunk.advance(box, in.tiles)) {
         const std::uint32_t all = (1u << chunk.count) - 1;
         std::uint32_t shown = all;
-        if (in.column_mask && !is_extra) shown &= shown_of(chunk, row, batch);
-        const std::uint32_t mask = is_extra ? all : shown & chunk.mask(view.seen);
+        if (in.column_mask && !is_additional) shown &= shown_of(chunk, row, batch);
+        const std::uint32_t mask = is_additional ? all : shown & chunk.mask(view.seen);
         if (mask == 0) continue;
 
-        Sum weight[kChunk];
+        Sum weight[kChunkColumns];
         if constexpr (kHasScore) {
-          const T* vectors[kChunk];
-          find_vectors(vectors, chunk, in.column_a.at(is_extra, batch, column_head, row), 0);
+          const T* vectors[kChunkColumns];
+          find_vectors(vectors, chunk, in.column_a.at(is_additional, batch, column_head, row), 0);
           dot<kVector, kTf32>(weight, in.row_a.at(batch, head, widened(row.token)), vectors,
                               in.score_dims);
-          NATTEN_EACH (j, kChunk) weight[j] *= in.scale;
+          NATTEN_EACH (j, kChunkColumns) weight[j] *= in.scale;
           if (bias) add_bias(weight, mask, chunk, bias);
         } else {
           read_slots(weight, mask, chunk, row, batch, query_head, slot);
@@ -149,12 +149,12 @@ struct RowSums {
         Sum correction = 1;
         if constexpr (kWeight == Weight::softmax) {
           Sum larger = largest;
-          NATTEN_EACH (j, kChunk)
+          NATTEN_EACH (j, kChunkColumns)
             if ((mask >> j & 1) && weight[j] > larger) larger = weight[j];
           const Sum from = subtrahend(larger);
           correction = std::exp(largest - from);
           largest = larger;
-          NATTEN_EACH (j, kChunk) weight[j] = std::exp(weight[j] - from);
+          NATTEN_EACH (j, kChunkColumns) weight[j] = std::exp(weight[j] - from);
         }
         if constexpr (kWeight == Weight::probability || kWeight == Weight::grad_score) {
           const auto of_columns = [&](const ColumnOperand<const Sum>& of_queries, Sum own,
@@ -164,35 +164,36 @@ struct RowSums {
               chunk.for_each(at.stride,
                              [&](int j, std::int64_t offset) { use(j, at.base[offset]); });
             } else {
-              NATTEN_EACH (j, kChunk) use(j, own);
+              NATTEN_EACH (j, kChunkColumns) use(j, own);
             }
           };
           of_columns(in.logsumexp, own_logsumexp, [&](int j, Sum x) {
             weight[j] = std::exp(weight[j] - (kKeyRows ? subtrahend(x) : x));
           });
           if constexpr (kWeight == Weight::grad_score) {
-            Sum grad[kChunk];
-            const T* vectors[kChunk];
-            find_vectors(vectors, chunk, in.column_b.at(is_extra, batch, column_head, row), 0);
+            Sum grad[kChunkColumns];
+            const T* vectors[kChunkColumns];
+            find_vectors(vectors, chunk, in.column_b.at(is_additional, batch, column_head, row), 0);
             dot<kVector, kTf32>(grad, in.row_b.at(batch, head, widened(row.token)), vectors,
                                 in.grad_dims);
             of_columns(in.row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
             if constexpr (kSumsProbabilities) probabilities += masked_sum(weight, mask);
-            NATTEN_EACH (j, kChunk) weight[j] *= grad[j];
+            NATTEN_EACH (j, kChunkColumns) weight[j] *= grad[j];
           }
         }
 
         total = total * correction + masked_sum(weight, mask);
 
         if constexpr (kDims > 0) {
-          const T* vectors[kChunk];
-          find_vectors(vectors, chunk, in.column_c.at(is_extra, batch, column_head, row), first);
+          const T* vectors[kChunkColumns];
+          find_vectors(vectors, chunk, in.column_c.at(is_additional, batch, column_head, row),
+                       first);
           if (shown != all) leave_out(vectors, shown);
           NATTEN_UNROLL
           for (int d = 0; d < kDims; d += kVector) {
             if (first + d >= in.sum_dims) continue;
             Sum of_chunk[kVector] = {};
-            NATTEN_EACH (j, kChunk) {
+            NATTEN_EACH (j, kChunkColumns) {
               Sum x[kVector];
               load(x, vectors[j] + d);
               NATTEN_EACH (e, kVector) of_chunk[e] += weight[j] * x[e];
@@ -235,9 +236,9 @@ struct RowSums {
 
  private:
   /// Sets the weights of columns that the row does not see to 0; their sum.
-  NATTEN_DEVICE static Sum masked_sum(Sum (&weight)[kChunk], std::uint32_t mask) {
+  NATTEN_DEVICE static Sum masked_sum(Sum (&weight)[kChunkColumns], std::uint32_t mask) {
     Sum sum = 0;
-    NATTEN_EACH (j, kChunk) {
+    NATTEN_EACH (j, kChunkColumns) {
       if (!(mask >> j & 1)) weight[j] = 0;
       sum += weight[j];
     }
@@ -256,11 +257,11 @@ struct RowSums {
   }
   /// Puts the vector of a column that is shown in place of those that are not: their weight is 0,
   /// but their elements may be NaN.
-  NATTEN_DEVICE static void leave_out(const T* (&vectors)[kChunk], std::uint32_t shown) {
+  NATTEN_DEVICE static void leave_out(const T* (&vectors)[kChunkColumns], std::uint32_t shown) {
     const T* other = vectors[0];
-    NATTEN_EACH (j, kChunk)
+    NATTEN_EACH (j, kChunkColumns)
       if (shown >> j & 1) other = vectors[j];
-    NATTEN_EACH (j, kChunk)
+    NATTEN_EACH (j, kChunkColumns)
       if (!(shown >> j & 1)) vectors[j] = other;
   }
 
@@ -284,8 +285,8 @@ struct RowSums {
     return {{std::int64_t{in.kernel_size[1]} * in.kernel_size[2], in.kernel_size[2], 1}};
   }
   /// The slot of the column at the origin of a box, which the row need not see.
-  NATTEN_DEVICE std::int64_t slot_of_origin(const View& view, bool is_extra) const {
-    if (is_extra) return in.window_size;
+  NATTEN_DEVICE std::int64_t slot_of_origin(const View& view, bool is_additional) const {
+    if (is_additional) return in.window_size;
     const Strides strides = slot_strides();
     std::int64_t slot = 0;
     for (int i = 0; i < kMaxRank; ++i) slot -= view.slot[i] * strides.of[i];
@@ -297,7 +298,7 @@ struct RowSums {
   }
 
   /// `first_slot`: of the origin of the box, where rows are queries.
-  NATTEN_DEVICE void read_slots(Sum (&to)[kChunk], std::uint32_t mask, const Chunk& chunk,
+  NATTEN_DEVICE void read_slots(Sum (&to)[kChunkColumns], std::uint32_t mask, const Chunk& chunk,
                                 const Row& row, std::int64_t batch, int query_head,
                                 std::int64_t first_slot) const {
     if constexpr (kKeyRows) {
@@ -333,7 +334,7 @@ struct RowSums {
     for (int i = 0; i < kMaxRank; ++i) offset[i] = in.kernel_size[i] - 1 - kSign * view.own[i];
     return in.bias.at(0, query_head, offset);
   }
-  NATTEN_DEVICE void add_bias(Sum (&to)[kChunk], std::uint32_t mask, const Chunk& chunk,
+  NATTEN_DEVICE void add_bias(Sum (&to)[kChunkColumns], std::uint32_t mask, const Chunk& chunk,
                               const T* bias) const {
     std::int64_t stride[kMaxRank];
     for (int i = 0; i < kMaxRank; ++i) stride[i] = kSign * in.bias.grid[i];

@@ -11,7 +11,7 @@
 
 namespace natten::detail::cuda {
 
-enum class Pass : std::uint8_t {
+enum class TilePass : std::uint8_t {
   forward,
   row_term,
   grad_query,
@@ -21,8 +21,8 @@ enum class Pass : std::uint8_t {
   grad_all,
 };
 
-constexpr bool rows_are_queries(Pass pass) {
-  return pass == Pass::forward || pass == Pass::row_term || pass == Pass::grad_query;
+constexpr bool rows_are_queries(TilePass pass) {
+  return pass == TilePass::forward || pass == TilePass::row_term || pass == TilePass::grad_query;
 }
 
 inline constexpr float kNone = -__builtin_huge_valf();  ///< the score of what is not seen
@@ -46,7 +46,7 @@ struct Partial {
 /// What all passes take.
 template <class T>
 struct Arguments {
-  Grid grid;
+  PassGrid grid;
   MaskWords mask;
   std::int64_t blocks_per_head;
   int heads;               ///< of the rows
@@ -59,7 +59,7 @@ struct Arguments {
   int turn_chunks[2][kMaxRank];  ///< those of a turn of a circular axis
   KeyMask row_mask{}, column_mask{};
   bool hides_rows = false;     ///< there may be keys that nobody sees
-  bool hides_columns = false;  ///< rows' spans may hold columns that are hidden or not given
+  bool hides_columns = false;  ///< rows' intervals may hold columns that are hidden or not given
   Operand<const T> rpb;        ///< offsets within a head fit into 32 bits
   Operand<const float> logsumexp, row_term, grad_logsumexp;
   Operand<float> statistic;  ///< written: logsumexp or row term
@@ -72,7 +72,7 @@ struct Arguments {
   bool scales_first;
   float factor;  ///< scores times it are logarithms to base 2
 
-  explicit Arguments(const Grid& g) : grid(g), mask(g.column_tile) {}
+  explicit Arguments(const PassGrid& g) : grid(g), mask(g.column_tile) {}
   NATTEN_HOST_DEVICE Coordinate row_lengths() const {
     return {grid.places[0].row_length, grid.places[1].row_length, grid.places[2].row_length};
   }

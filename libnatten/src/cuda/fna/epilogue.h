@@ -15,7 +15,7 @@ template <class K, class Machine>
 NATTEN_DEVICE void write_statistic(const Worker<K, Machine>& w, int row, float x) {
   Coordinate token;
   if (!w.a.statistic || w.lane() % 4 != 0 || !w.token_of_row(row, token)) return;
-  if (K::kPass != Pass::forward && w.a.grad_logsumexp)
+  if (K::kPass != TilePass::forward && w.a.grad_logsumexp)
     x -= *w.a.grad_logsumexp.at(w.state.batch, w.state.head, token);
   *w.a.statistic.at(w.state.batch, w.state.head, token) = x;
 }
@@ -91,12 +91,12 @@ NATTEN_DEVICE void clear_hidden_rows(const Worker<K, Machine>& w, Accumulators<K
 /// Writes what the pass computes.
 template <class K, class Machine>
 NATTEN_DEVICE void write_results(const Worker<K, Machine>& w, Accumulators<K>& sums) {
-  if constexpr (K::kPass == Pass::forward || K::kPass == Pass::row_term) {
+  if constexpr (K::kPass == TilePass::forward || K::kPass == TilePass::row_term) {
     NATTEN_EACH (m, K::kM)
       NATTEN_EACH (half, 2) {
         const int row = w.row_of(m, half);
         const float total = row_sum(w, sums.totals[m][half]);
-        if constexpr (K::kPass == Pass::forward) {
+        if constexpr (K::kPass == TilePass::forward) {
           write_statistic(w, row, w.references()[row] * kLn2 + w.gpu.log(total));
           NATTEN_EACH (n, K::kDims / 8)
             NATTEN_EACH (j, 2) divide(sums.second[m][n][2 * half + j], total);

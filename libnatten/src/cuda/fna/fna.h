@@ -102,20 +102,20 @@ class TilePasses {
 
  private:
   void run_tiles() {
-    if (p_.op == Op::attention_forward) return run_pass<Pass::forward>(Rows::queries);
-    run_pass<Pass::row_term>(Rows::queries);
+    if (p_.op == Op::attention_forward) return run_pass<TilePass::forward>(Rows::queries);
+    run_pass<TilePass::row_term>(Rows::queries);
     const Tensors& t = job_.tensors;
     if constexpr (!std::is_same_v<T, float>) {
       if (adds_queries(p_)) {
         launch_.clear(pieces_.query_sums,
                       static_cast<std::size_t>(pieces_.query_sum_count) * sizeof(float));
-        run_pass<Pass::grad_all>(Rows::keys);
-        if (p_.additional > 0) run_pass<Pass::grad_all>(Rows::additional);
+        run_pass<TilePass::grad_all>(Rows::keys);
+        if (p_.additional > 0) run_pass<TilePass::grad_all>(Rows::additional);
         add_parts();
         return scale_queries();
       }
     }
-    if (t.grad_query) run_pass<Pass::grad_query>(Rows::queries);
+    if (t.grad_query) run_pass<TilePass::grad_query>(Rows::queries);
     if (t.grad_key || t.grad_value) run_key_passes(Rows::keys, t.grad_key, t.grad_value);
     if (p_.additional > 0 && (t.grad_additional_keys || t.grad_additional_values))
       run_key_passes(Rows::additional, t.grad_additional_keys, t.grad_additional_values);
@@ -152,12 +152,12 @@ class TilePasses {
 
   void run_key_passes(Rows rows, const TensorView& grad_key, const TensorView& grad_value) {
     const bool together = padded_dims(p_) <= kMostDimsOfTwo;
-    if (grad_key && grad_value && together) return run_pass<Pass::grad_key_value>(rows);
-    if (grad_key) run_pass<Pass::grad_key>(rows);
-    if (grad_value) run_pass<Pass::grad_value>(rows);
+    if (grad_key && grad_value && together) return run_pass<TilePass::grad_key_value>(rows);
+    if (grad_key) run_pass<TilePass::grad_key>(rows);
+    if (grad_value) run_pass<TilePass::grad_value>(rows);
   }
 
-  template <Pass kPass>
+  template <TilePass kPass>
   void run_pass(Rows rows) {
     switch (padded_dims(p_)) {
       case 32: return run_bucket<kPass, 32>(rows);
@@ -169,14 +169,14 @@ class TilePasses {
     }
   }
 
-  template <Pass kPass, int kDims>
+  template <TilePass kPass, int kDims>
   void run_bucket(Rows rows) {
-    constexpr bool kSumsTwo = kPass == Pass::grad_key_value || kPass == Pass::grad_all;
+    constexpr bool kSumsTwo = kPass == TilePass::grad_key_value || kPass == TilePass::grad_all;
     if constexpr (kDims > (kSumsTwo ? kMostDimsOfTwo : most_dims(sizeof(T)))) {
       return;  // never asked for
     } else {
-      Grid grid = grid_of(p_, rows);
-      if constexpr (kPass == Pass::forward && kDims <= most_wide_dims(sizeof(T)))
+      PassGrid grid = grid_of(p_, rows);
+      if constexpr (kPass == TilePass::forward && kDims <= most_wide_dims(sizeof(T)))
         if (uses_wide_rows(grid)) return enqueue<TileKernel<T, kDims, 2, kPass>>(grid);
       using Kernel = TileKernel<T, kDims, 1, kPass>;
       set_tiles(grid, Kernel::Traits::kRows, Kernel::Traits::kColumns);
@@ -184,7 +184,7 @@ class TilePasses {
     }
   }
 
-  void set_tiles(Grid& grid, int rows, int columns) const {
+  void set_tiles(PassGrid& grid, int rows, int columns) const {
     choose_tiles(grid, p_.rank, bits_of(rows), bits_of(columns));
     const bool queries = grid.rows == Rows::queries;
     const Tuple& row_tile = queries ? p_.query_tile : p_.key_tile;
@@ -201,10 +201,10 @@ class TilePasses {
 
   /// Chooses tiles for blocks of 128 rows; whether these beat blocks of 64. They read columns from
   /// shared memory half as often, but see wider unions of windows, and there are fewer of them.
-  bool uses_wide_rows(Grid& grid) const {
+  bool uses_wide_rows(PassGrid& grid) const {
     if (!takes_wide_rows(p_)) return false;
     if (p_.query_tile.size > 0 && tile_of(p_.query_tile).size() == 64) return false;
-    Grid one = grid;
+    PassGrid one = grid;
     const double visits_of_one = choose_tiles(one, p_.rank, 6, 6);
     const double visits_of_two = choose_tiles(grid, p_.rank, 7, 6);
     const bool is_demanded = p_.query_tile.size > 0;
@@ -216,7 +216,7 @@ class TilePasses {
   }
 
   template <class Kernel>
-  void enqueue(const Grid& grid) {
+  void enqueue(const PassGrid& grid) {
     const Kernel kernel{arguments(grid, Kernel::Traits::kRowsAreQueries)};
     const std::int64_t blocks =
         p_.batch * kernel.a.heads * kernel.a.splits * kernel.a.blocks_per_head;
@@ -241,7 +241,7 @@ class TilePasses {
     return tokens(operand<T>(p_, job_.tensors, member), is_additional);
   }
 
-  Arguments<T> arguments(const Grid& grid, bool rows_are_queries) const {
+  Arguments<T> arguments(const PassGrid& grid, bool rows_are_queries) const {
     using M = Tensors;
     Arguments<T> a(grid);
     a.blocks_per_head = grid.blocks_per_head();
@@ -280,16 +280,16 @@ class TilePasses {
       a.sums[0] = output(&M::grad_query);
       a.sums[1] = output(&M::output);
     } else {
-      const bool extra = grid.rows == Rows::additional;
-      a.rows[0] = input(extra ? &M::additional_keys : &M::key, extra);
-      a.rows[1] = input(extra ? &M::additional_values : &M::value, extra);
+      const bool is_additional = grid.rows == Rows::additional;
+      a.rows[0] = input(is_additional ? &M::additional_keys : &M::key, is_additional);
+      a.rows[1] = input(is_additional ? &M::additional_values : &M::value, is_additional);
       a.columns[0] = query;
       a.columns[1] = grad_output;
       a.additional_columns = 0;
       a.query_sums = pieces_.query_sums;
-      a.sums[0] = output(extra ? kGradAdditional[0] : &M::grad_key, extra);
-      a.sums[1] = output(extra ? kGradAdditional[1] : &M::grad_value, extra);
-      if (extra) {
+      a.sums[0] = output(is_additional ? kGradAdditional[0] : &M::grad_key, is_additional);
+      a.sums[1] = output(is_additional ? kGradAdditional[1] : &M::grad_value, is_additional);
+      if (is_additional) {
         a.splits = pieces_.splits;
         std::copy(pieces_.parts, pieces_.parts + 2, a.partial);
       }

@@ -35,7 +35,7 @@
 
 namespace natten::detail::cuda {
 
-template <class T, int kDims, int kM, Pass kPass>
+template <class T, int kDims, int kM, TilePass kPass>
 struct TileKernel {
   using Traits = TileTraits<T, kDims, kM, kPass>;
   static constexpr int kThreads = Traits::kThreads;

@@ -17,7 +17,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
   constexpr typename K::Tile rows1{K::Layout::kRows1}, rows2{K::Layout::kRows2},
       columns2{K::Layout::kColumns2};
   QueryStatistics<K> of_rows{};
-  if constexpr (K::kRowsAreQueries && K::kPass != Pass::forward) of_rows = row_statistics(w);
+  if constexpr (K::kRowsAreQueries && K::kPass != TilePass::forward) of_rows = row_statistics(w);
 
   constexpr bool kLoadsEarly = K::kStages == 1 && !K::kSumsFirst;  // B1 is done with before B2
   bool is_over = w.state.count == 0;
@@ -47,7 +47,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
       clear(scores);
       multiply_rows<T>(w.gpu, scores, rows1, 16 * K::kM * w.warp(), w.first_columns(stage));
       finish_scores(w, scores, stop, seen);
-      if constexpr (K::kPass == Pass::forward)
+      if constexpr (K::kPass == TilePass::forward)
         softmax(w, scores, sums.second, sums.totals);
       else
         weigh(w, scores, of_rows, stage);
@@ -68,7 +68,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
         typename K::Scores grads;
         clear(grads);
         multiply_rows<T>(w.gpu, grads, rows2, 16 * K::kM * w.warp(), columns2);
-        if constexpr (K::kPass == Pass::row_term) {
+        if constexpr (K::kPass == TilePass::row_term) {
           add_products<K>(sums.totals, sums.products, scores, grads);
         } else {
           differentiate(w, grads, scores, of_rows, stage);

@@ -42,9 +42,9 @@ template <class K, class Machine>
 NATTEN_DEVICE std::uint64_t seen_by(const Worker<K, Machine>& w, int row, const ColumnTile& at) {
   if (at.is_additional) return low_bits(w.a.additional_columns - at.origin[2]);
   const TileShape& shape = w.a.grid.row_tile;
-  const Span seen[kMaxRank] = {w.spans().at(0, shape.offset(row, 0)),
-                               w.spans().at(1, shape.offset(row, 1)),
-                               w.spans().at(2, shape.offset(row, 2))};
+  const PlaceInterval seen[kMaxRank] = {w.seen_intervals().at(0, shape.offset(row, 0)),
+                                        w.seen_intervals().at(1, shape.offset(row, 1)),
+                                        w.seen_intervals().at(2, shape.offset(row, 2))};
   return w.a.mask.word(w.a.grid.column_tile, seen, at.origin);
 }
 /// The same for this thread's columns: bit 8 n + j is element j of block n.

@@ -26,8 +26,8 @@ constexpr int most_wide_dims(std::size_t element_bytes) { return element_bytes =
 inline constexpr int kMostDimsOfTwo = 128;
 
 /// The grid of a pass of a simplified problem, but for its tiles.
-inline Grid grid_of(const Problem& p, Rows rows) {
-  Grid grid{};
+inline PassGrid grid_of(const Problem& p, Rows rows) {
+  PassGrid grid{};
   grid.rows = rows;
   for (int a = 0; a < kMaxRank; ++a) {
     grid.axes[a] = p.axes[a];
@@ -37,7 +37,7 @@ inline Grid grid_of(const Problem& p, Rows rows) {
   return grid;
 }
 
-inline void set_row_tile(Grid& grid, const TileShape& tile) {
+inline void set_row_tile(PassGrid& grid, const TileShape& tile) {
   grid.row_tile = tile;
   for (int a = 0; a < kMaxRank; ++a) {
     grid.row_tiles[a] = (grid.longest(a) + tile.extent(a) - 1) >> tile.bits[a];
@@ -57,7 +57,7 @@ struct AxisCost {
   static constexpr int kMostBits = 7;
   double visits[kMostBits + 1];
 
-  AxisCost(const Grid& grid, int axis, int row_bits) {
+  AxisCost(const PassGrid& grid, int axis, int row_bits) {
     constexpr int kSamples = 4;
     const int rows = grid.longest(axis);
     const Group group = grid.places[axis].group(0);
@@ -81,7 +81,7 @@ struct AxisCost {
 /// Calls `f(tiles visited, shape of rows, shape of columns)` with all pairs of 2^row_bits rows and
 /// 2^column_bits columns; the visits are those for a head and dilation group.
 template <class F>
-void for_each_tile_pair(const Grid& grid, int rank, int row_bits, int column_bits, F&& f) {
+void for_each_tile_pair(const PassGrid& grid, int rank, int row_bits, int column_bits, F&& f) {
   double costs[kMaxRank][AxisCost::kMostBits + 1][AxisCost::kMostBits + 1];
   for (int a = 0; a < kMaxRank; ++a)
     for (int bits = 0; bits <= row_bits; ++bits) {
@@ -101,7 +101,7 @@ void for_each_tile_pair(const Grid& grid, int rank, int row_bits, int column_bit
 
 /// Chooses the shapes of tiles, 2^row_bits rows and 2^column_bits columns, with which the blocks
 /// visit the fewest tiles; returns how many these are for a head and dilation group.
-inline double choose_tiles(Grid& grid, int rank, int row_bits, int column_bits) {
+inline double choose_tiles(PassGrid& grid, int rank, int row_bits, int column_bits) {
   double best = std::numeric_limits<double>::infinity();
   TileShape row_tile{}, column_tile{};
   for_each_tile_pair(grid, rank, row_bits, column_bits,

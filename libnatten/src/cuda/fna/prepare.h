@@ -64,7 +64,7 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   const Rows kind = K::kRowsAreQueries                  ? Rows::queries
                     : w.a.grid.rows == Rows::additional ? Rows::additional
                                                         : Rows::keys;
-  w.spans().compute(w.a.grid, kind, rows, w.thread(), K::kThreads);
+  w.seen_intervals().compute(w.a.grid, kind, rows, w.thread(), K::kThreads);
   if (w.thread() < K::kColumns) {
     std::int64_t offsets[2] = {0, 0};
     int bias = 0;
@@ -78,7 +78,7 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
       w.relative(which)[w.thread()] = static_cast<int>(offsets[which] / kChunk<T>);
     w.relative_bias()[w.thread()] = bias;
   }
-  if constexpr (K::kPass == Pass::forward) {
+  if constexpr (K::kPass == TilePass::forward) {
     for (int row = w.thread(); row < K::kRows; row += K::kThreads) {
       w.references()[row] = kNone;
     }
@@ -99,9 +99,9 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
       const int of_warp = w.lane() / 4, first = 16 * K::kM * of_warp;
       if (of_warp < K::kWarps)
         w.state.bounds[of_warp][i] =
-            bounds_of(w.spans(), shape, rows, i, first, first + 16 * K::kM - 1);
+            bounds_of(w.seen_intervals(), shape, rows, i, first, first + 16 * K::kM - 1);
       if (of_warp == K::kWarps)
-        w.state.tiles.set_axis(i, bounds_of(w.spans(), shape, rows, i, 0, K::kRows - 1),
+        w.state.tiles.set_axis(i, bounds_of(w.seen_intervals(), shape, rows, i, 0, K::kRows - 1),
                                w.a.grid.column_tile);
     }
     w.gpu.sync_warp();

@@ -29,13 +29,8 @@ struct TileShape {
   }
 };
 
-/// Places [begin, end) of columns along one axis.
-struct Span {
-  int begin, end;
-};
-
 /// The grid of a pass.
-struct Grid {
+struct PassGrid {
   Axis axes[kMaxRank];
   Places places[kMaxRank];
   int groups[kMaxRank];  ///< that have a row
@@ -54,7 +49,7 @@ struct Grid {
   }
   /// What the row at a place of a group sees along an axis. `kind` is that of the rows: a kernel
   /// that knows it holds less code.
-  NATTEN_HOST_DEVICE Span seen(Rows kind, int axis, const Group& group, int place) const {
+  NATTEN_HOST_DEVICE PlaceInterval seen(Rows kind, int axis, const Group& group, int place) const {
     if (kind == Rows::additional) return {0, places[axis].column_length};
     const Sight sight = sight_of(axes[axis], kind, group, place);
     return {sight.begin, sight.end};
@@ -75,7 +70,7 @@ struct RowTile {
 };
 
 /// Block `index` of a head. Neighboring blocks take neighboring tiles, which share columns.
-NATTEN_HOST_DEVICE inline RowTile row_tile(const Grid& grid, std::uint32_t index) {
+NATTEN_HOST_DEVICE inline RowTile row_tile(const PassGrid& grid, std::uint32_t index) {
   const auto take = [&](int count) {
     const std::uint32_t digit = index % static_cast<std::uint32_t>(count);
     index /= static_cast<std::uint32_t>(count);
@@ -98,18 +93,18 @@ NATTEN_HOST_DEVICE inline RowTile row_tile(const Grid& grid, std::uint32_t index
   return tile;
 }
 
-/// What the rows of a tile see, one span for each place along each axis: rows lie on a grid and
+/// What the rows of a tile see, one interval for each place along each axis: rows lie on a grid and
 /// see boxes, so no more is needed. Rows that do not exist see nothing.
-struct Spans {
-  Span* spans;  ///< at most rows + 2: of axis 0, then axis 1, then axis 2
+struct SeenIntervals {
+  PlaceInterval* intervals;  ///< at most rows + 2: of axis 0, then axis 1, then axis 2
   const TileShape& tile;
 
-  NATTEN_HOST_DEVICE Span& at(int axis, int offset) const {
+  NATTEN_HOST_DEVICE PlaceInterval& at(int axis, int offset) const {
     const int before = axis == 0 ? 0 : axis == 1 ? tile.extent(0) : tile.extent(0) + tile.extent(1);
-    return spans[before + offset];
+    return intervals[before + offset];
   }
   /// Computes the part of one of `threads` threads, of all axes at once: a window takes divisions.
-  NATTEN_HOST_DEVICE void compute(const Grid& grid, Rows kind, const RowTile& rows, int thread,
+  NATTEN_HOST_DEVICE void compute(const PassGrid& grid, Rows kind, const RowTile& rows, int thread,
                                   int threads) const {
     const int after[] = {tile.extent(0), tile.extent(0) + tile.extent(1)};
     const int count = after[1] + tile.extent(2);
@@ -117,25 +112,26 @@ struct Spans {
     for (int i = thread; i < count; i += threads) {
       const int a = i < after[0] ? 0 : i < after[1] ? 1 : 2;
       const int offset = a == 0 ? i : a == 1 ? i - after[0] : i - after[1];
-      spans[i] = offset < rows.valid[a] ? grid.seen(kind, a, rows.group[a], rows.origin[a] + offset)
-                                        : Span{0, 0};
+      intervals[i] = offset < rows.valid[a]
+                         ? grid.seen(kind, a, rows.group[a], rows.origin[a] + offset)
+                         : PlaceInterval{0, 0};
     }
   }
 };
 
-/// Bounds of the spans of some rows along one axis. Both ends of spans grow with the row.
+/// Bounds of the intervals of some rows along one axis. Both ends of intervals grow with the row.
 struct Bounds {
   int least_begin, greatest_begin, least_end, greatest_end;
 };
 
 /// Bounds of rows `first` .. `last`, which form a box. Where none exists nothing is seen.
-NATTEN_HOST_DEVICE inline Bounds bounds_of(const Spans& spans, const TileShape& tile,
+NATTEN_HOST_DEVICE inline Bounds bounds_of(const SeenIntervals& intervals, const TileShape& tile,
                                            const RowTile& rows, int axis, int first, int last) {
   const int from = tile.offset(first, axis);
   int to = tile.offset(last, axis);
   if (to >= rows.valid[axis]) to = rows.valid[axis] - 1;
   if (from > to) return {0, 0, 0, 0};
-  const Span low = spans.at(axis, from), high = spans.at(axis, to);
+  const PlaceInterval low = intervals.at(axis, from), high = intervals.at(axis, to);
   return {low.begin, high.begin, low.end, high.end};
 }
 
@@ -157,9 +153,9 @@ NATTEN_HOST_DEVICE constexpr std::uint64_t low_bits(int count) {
   return count >= 64 ? ~std::uint64_t{0} : (std::uint64_t{1} << count) - 1;
 }
 
-/// Turns spans into words with one bit per column of a tile. Along an axis the columns of a span
-/// are a run of bits that repeats with the period of the axis above it; a product with the word
-/// that has one bit per period repeats it.
+/// Turns intervals into words with one bit per column of a tile. Along an axis the columns of an
+/// interval are a run of bits that repeats with the period of the axis above it; a product with the
+/// word that has one bit per period repeats it.
 struct MaskWords {
   std::uint64_t repeat[kMaxRank];
 
@@ -171,8 +167,9 @@ struct MaskWords {
       repeat[a] = period >= 6 ? 1 : ~std::uint64_t{0} / low_bits(1 << period);
     }
   }
-  /// The columns of the tile at `origin` that lie in a row's spans.
-  NATTEN_HOST_DEVICE std::uint64_t word(const TileShape& tile, const Span (&seen)[kMaxRank],
+  /// The columns of the tile at `origin` that lie in a row's intervals.
+  NATTEN_HOST_DEVICE std::uint64_t word(const TileShape& tile,
+                                        const PlaceInterval (&seen)[kMaxRank],
                                         const int (&origin)[kMaxRank]) const {
     std::uint64_t word = ~std::uint64_t{0};
     int below = 0;
@@ -215,7 +212,7 @@ struct ColumnTiles {
   NATTEN_HOST_DEVICE int per_head() const { return counts[0] * counts[1] * counts[2] + additional; }
   NATTEN_HOST_DEVICE int count() const { return heads * per_head(); }
   /// Tile `index`, less than `count()`.
-  NATTEN_HOST_DEVICE ColumnTile at(int index, const Grid& grid) const {
+  NATTEN_HOST_DEVICE ColumnTile at(int index, const PassGrid& grid) const {
     const TileShape& shape = grid.column_tile;
     ColumnTile tile{{0, 0, 0}, {0, 0, 0}, index / per_head(), false};
     index %= per_head();

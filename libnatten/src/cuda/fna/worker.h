@@ -37,28 +37,30 @@ struct BlockState {
 
 /// The constants of the kernel of a pass: of elements of type `T`, up to `kDims` of them per token,
 /// with 16 `kM` rows per warp.
-template <class T, int kPaddedDims, int kRowBlocks, Pass kThePass>
+template <class T, int kPaddedDims, int kRowBlocks, TilePass kThePass>
 struct TileTraits {
   using Element = T;
   static constexpr int kDims = kPaddedDims;
   static constexpr int kM = kRowBlocks;
-  static constexpr Pass kPass = kThePass;
+  static constexpr TilePass kPass = kThePass;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * kLanes;
   static constexpr bool kRowsAreQueries = rows_are_queries(kPass);
-  static constexpr bool kAddsQueries = kPass == Pass::grad_all;
-  static constexpr bool kSumsFirst = kPass == Pass::grad_query || kPass == Pass::grad_key_value ||
-                                     kPass == Pass::grad_key || kAddsQueries;
-  static constexpr bool kSumsSecond = kPass == Pass::forward || kPass == Pass::grad_key_value ||
-                                      kPass == Pass::grad_value || kAddsQueries;
-  static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == Pass::row_term;
+  static constexpr bool kAddsQueries = kPass == TilePass::grad_all;
+  static constexpr bool kSumsFirst = kPass == TilePass::grad_query ||
+                                     kPass == TilePass::grad_key_value ||
+                                     kPass == TilePass::grad_key || kAddsQueries;
+  static constexpr bool kSumsSecond = kPass == TilePass::forward ||
+                                      kPass == TilePass::grad_key_value ||
+                                      kPass == TilePass::grad_value || kAddsQueries;
+  static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == TilePass::row_term;
   /// Whether scores can be scaled, and biased, before all else. Kernels with 32 rows per warp leave
   /// that to those with 16: they have no registers to spare.
   static constexpr bool kScalesFirst = kM == 1;
   static constexpr int kRows = 16 * kM * kWarps;
   using Tile = SharedTile<T, kDims>;
   /// As many as shared memory has room for beside the rows.
-  static constexpr bool kIsCrowded = Tile::kPitch > 256 && (kPass != Pass::forward || kM > 1);
+  static constexpr bool kIsCrowded = Tile::kPitch > 256 && (kPass != TilePass::forward || kM > 1);
   static constexpr int kColumns = kIsCrowded ? 32 : 64;
   static constexpr int kN = kColumns / 8;
   static_assert(kN % 4 == 0, "a word of a thread's mask is of four blocks of columns");
@@ -89,9 +91,9 @@ struct TileTraits {
     static constexpr int kRelativeBias = kState + int(sizeof(State));
     static constexpr int kRelative = kRelativeBias + kColumns * int(sizeof(int));
     static constexpr int kReferences = kRelative + 2 * kColumns * int(sizeof(int));
-    static constexpr int kSpans =
-        kReferences + (kPass == Pass::forward ? kRows * int(sizeof(float)) : 0);
-    static constexpr int kLive = kSpans + (kRows + 2) * int(sizeof(Span));
+    static constexpr int kSeenIntervals =
+        kReferences + (kPass == TilePass::forward ? kRows * int(sizeof(float)) : 0);
+    static constexpr int kLive = kSeenIntervals + (kRows + 2) * int(sizeof(PlaceInterval));
     static constexpr int kBytes = kLive + (kAddsQueries ? kRows : 0);
   };
 };
@@ -169,8 +171,8 @@ struct Worker {
   NATTEN_DEVICE float* references() const {
     return gpu.template shared<float>(K::Layout::kReferences);
   }
-  NATTEN_DEVICE Spans spans() const {
-    return {gpu.template shared<Span>(K::Layout::kSpans), a.grid.row_tile};
+  NATTEN_DEVICE SeenIntervals seen_intervals() const {
+    return {gpu.template shared<PlaceInterval>(K::Layout::kSeenIntervals), a.grid.row_tile};
   }
 
   /// Whether rows exist and somebody sees them, where that is asked for each tile of columns.
@@ -188,7 +190,7 @@ struct Worker {
     if (K::kRowsAreQueries || !a.hides_rows) return false;
     bool is_hidden = a.row_mask.hides(state.batch, token);
     NATTEN_EACH (i, kMaxRank) {
-      const Span seen = spans().at(i, a.grid.row_tile.offset(row, i));
+      const PlaceInterval seen = seen_intervals().at(i, a.grid.row_tile.offset(row, i));
       is_hidden = is_hidden || seen.begin >= seen.end;
     }
     return is_hidden;
