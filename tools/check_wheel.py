@@ -29,6 +29,15 @@ LIBRARIES = {
     "macosx": r"/usr/lib/lib(System\.B|c\+\+(\.1|abi))\.dylib",
     "win": r"(?i)(kernel32|advapi32|ntdll|ucrtbase|api-ms-win-(crt|core)-[\w-]+)\.dll",
 }
+# What a module may export beside its init function, as patterns of names.
+ALLOWED = {
+    # nanobind's exceptions. On Windows a name is looked up in the one library it is imported from,
+    # so that two modules that export it do not get in each other's way.
+    "win": r"_ZTVN8nanobind\w*E",
+    # What zig's linker cannot be told to hide: its own names of the file, and `operator new` and
+    # `delete`, weak, which do what those of the system do.
+    "macosx": r"__dso_handle|_mh_dylib_header|_Zn[wa]m\w*|_Zd[la]Pv\w*",
+}
 PROCESSORS = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
 
 
@@ -153,11 +162,8 @@ def problem_of_module(module: Module, platform: str, python: str) -> str | None:
     claimed = re.search(r"_(\d+)_(\d+)_", platform)
     if module.needs and claimed and module.needs > (int(claimed[1]), int(claimed[2])):
         return f"needs version {'.'.join(map(str, module.needs))} of the system"
-    # On Windows nanobind exports its exceptions. There a name is looked up in the one library it is
-    # imported from, so that two modules that export it do not get in each other's way.
-    exports = module.exports
-    if platform.startswith("win"):
-        exports = {name for name in exports if not re.match(r"_ZTVN8nanobind\w*E$", name)}
+    allowed = next((names for start, names in ALLOWED.items() if platform.startswith(start)), "")
+    exports = {name for name in module.exports if not re.fullmatch(allowed, name)}
     if exports != {INIT}:
         return f"exports {sorted(exports)}; must export {INIT} only"
     return module.faults[0] if module.faults else None

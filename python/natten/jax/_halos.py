@@ -229,10 +229,10 @@ def _halo(
     total = before + length + after
     needed = []  # per part, of its extended part
     for begin, need in zip(begins, needs, strict=True):
-        first, last = (token - (begin - before) for token in need)
+        low, high = (token - (begin - before) for token in need)
         if is_ring:
-            first, last = first % grid, first % grid + last - first
-        needed.append([(first, last), (first - grid, last - grid)] if is_ring else [(first, last)])
+            low, high = low % grid, low % grid + high - low
+        needed.append([(low, high), (low - grid, high - grid)] if is_ring else [(low, high)])
     cuts = {0, total, before, before + length}
     cuts.update(range(before % length, total, length))
     cuts.update(x for part in needed for pair in part for x in pair if 0 < x < total)

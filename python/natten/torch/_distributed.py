@@ -136,7 +136,8 @@ class Flight:
             for kind, of_tensor in zip(self.kinds, shapes, strict=True)
         ]
         packed = self.kinds[0].new_empty(sum(map(sum, sizes)), dtype=torch.uint8)
-        at, boxes = 0, []
+        at = 0
+        boxes: list[list[Tensor]] = []
         for kind, of_tensor, of_sizes in zip(self.kinds, shapes, sizes, strict=True):
             boxes.append([])
             for shape, size in zip(of_tensor, of_sizes, strict=True):
@@ -776,7 +777,8 @@ def _of_blocks(
             first.new_empty(plan.local_shape(role), dtype=_ops.dtype_of(role, first.dtype))
             for role in operator.outputs
         ]
-    output_axes = [role.axis_of("Q", rank) for role in operator.outputs]
+    found_axes = (role.axis_of("Q", rank) for role in operator.outputs)
+    output_axes = [axis for axis in found_axes if axis is not None]  # all have queries
     found: list[Sequence[Tensor]] = []
     arrived: Iterator[Tensor] | None = None
     for block, box, given in zip(blocks, boxes, many, strict=True):
@@ -789,9 +791,9 @@ def _of_blocks(
         for i in travelling:
             given[i] = next(come)
         for i, way in enumerate(plan.ways):
-            for axis, of_grid, length in () if way is None else way.picked:
+            for picked_axis, of_grid, length in () if way is None else way.picked:
                 tokens = torch.arange(*block.needed[of_grid], device=given[i].device) % length
-                given[i] = given[i].index_select(axis, tokens)
+                given[i] = given[i].index_select(picked_axis, tokens)
         parted = with_parts(
             config,
             [begin for begin, _ in block.queries],

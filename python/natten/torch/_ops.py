@@ -168,6 +168,7 @@ class Operator:
         if not extras:
             return self._run_core(inputs, self._all_wanted, config, scale, backend)
         packing = _packing_of(extras)
+        outputs: list[Any]
         if "wanted" in extras:
             outputs = [True if want else None for want in extras["wanted"]]
         elif packing:
