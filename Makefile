@@ -21,7 +21,7 @@ export SKBUILD_CMAKE_DEFINE := NATTEN_WARNINGS_AS_ERRORS=ON
 INSTALL := $(BIN)/python -m pip install -q --no-compile
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
-CXX_FILES := $(shell find libnatten bindings cpp_tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES := $(shell find libnatten bindings cpp_tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: demo example-weather test test-all test-cpp test-cpp-rest test-cuda test-cuda-mutations test-sanitize test-clang test-cross test-cross-one \
   test-wine test-aarch64 test-python test-python-rest lint types tidy fuzz docs format consumer cuda wheel wheels hub test-wheel test-pythons ci-full clean gtest
