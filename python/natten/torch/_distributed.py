@@ -748,7 +748,7 @@ def _of_blocks(
     tensors: Sequence[Tensor | None],
     options: Sequence[Any],
     local: Callable[..., Any],
-) -> Sequence[Tensor]:
+) -> Sequence[Tensor | None]:
     """This rank's part of the outputs, computed block by block: first queries that need nothing of
     others, while all else is on its way."""
     config, *others = options
@@ -809,7 +809,7 @@ def _of_blocks(
     if not memory:
         return found[0]
     return [
-        _Joined.apply(axis, boxes, [whole], *parts)
+        None if parts[0] is None else _Joined.apply(axis, boxes, [whole], *parts)
         for axis, whole, parts in zip(output_axes, memory, zip(*found, strict=True), strict=True)
     ]
 
