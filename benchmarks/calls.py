@@ -56,16 +56,22 @@ def overhead(rounds: int) -> None:
         "na2d_av": (lambda a, v: F.na2d_av(a, v, 3), [weights, heads_first[0]]),
         "sdpa": (sdpa, [x.flatten(2, 3) for x in heads_first]),
     }
-    print(f"{'overhead, us':14} no autograd  autograd  forward+backward")
+    variants: Variants = {}
     for name, (function, inputs) in calls.items():
         leaves = [x.clone().requires_grad_() for x in inputs]
-        variants: Variants = {
-            "plain": lambda f=function, x=inputs: f(*x),
-            "autograd": lambda f=function, x=leaves: f(*x),
-            "backward": lambda f=function, x=leaves: backward(f, *x),
-        }
-        us = {k: 1e6 * t for k, t in take_turns(variants, rounds, 300).items()}
-        print(f"{name:14} {us['plain']:11.1f} {us['autograd']:9.1f} {us['backward']:17.1f}")
+        variants[f"{name} plain"] = lambda f=function, x=inputs: f(*x)
+        variants[f"{name} autograd"] = lambda f=function, x=leaves: f(*x)
+        variants[f"{name} backward"] = lambda f=function, x=leaves: backward(f, *x)
+    # Few calls at a time, so that slow phases of a machine meet all alike.
+    us = {k: 1e6 * t for k, t in take_turns(variants, 30 * rounds, 10).items()}
+    kinds = ("plain", "autograd", "backward")
+    print(f"{'overhead, us':14} no autograd  autograd  forward+backward  times sdpa's")
+    for name in calls:
+        row = [us[f"{name} {kind}"] for kind in kinds]
+        ratios = "  ".join(
+            f"{t / us[f'sdpa {kind}']:.2f}" for kind, t in zip(kinds, row, strict=True)
+        )
+        print(f"{name:14} {row[0]:11.1f} {row[1]:9.1f} {row[2]:17.1f}  {ratios}")
 
 
 def nested(rounds: int) -> None:
