@@ -28,7 +28,7 @@ apt() {
   local folder=$1 suite=$2 architecture=$3 mirror
   shift 3
   mirror=$(sed -nE 's/^URIs: *(\S+).*/\1/p; s/^deb +(\[[^]]*\] +)?(\S+) .*/\2/p' \
-    /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -m1 -E '/debian/?$')
+    /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null | grep -m1 -E '/debian/?$') || true
   mkdir -p "$folder/state/lists/partial" "$folder/cache/archives/partial"
   printf '%s [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] %s %s main\n' \
     deb "$mirror" "$suite" deb-src "$mirror" "$suite" > "$folder/sources.list"
