@@ -182,12 +182,10 @@ _NONE_GIVEN = (0,) * len(OPTIONAL)
 _DEFAULTS = tuple(option.default for option in WINDOW_OPTIONS[1:])
 
 
+@functools.lru_cache
 def _default_config(rank: int) -> tuple[int, ...]:
     """What a config says of `_DEFAULTS`."""
     return tuple([n for o in WINDOW_OPTIONS[1:] for n in (rank, *o.encoded(None, rank))])
-
-
-_DEFAULT_CONFIGS = {rank: _default_config(rank) for rank in (1, 2, 3)}
 
 
 def window_options(rank: int, **given: Any) -> dict[str, Any]:
@@ -225,7 +223,7 @@ def make_config(
                 config += (rank, *option.encoded(given, rank))
             break
     else:  # by far the most frequent
-        config += _DEFAULT_CONFIGS.get(rank) or _default_config(rank)  # libnatten refuses others
+        config += _default_config(rank)
     for value in optional.values():
         if value is not None:
             for option in OPTIONAL:

@@ -123,21 +123,28 @@ def _extended_jvp(halo: Halo, axis: int, primals: Any, tangents: Any) -> tuple[A
 
 
 def _together(
-    function: Callable[[Arrays, int], Arrays], arrays: Arrays, first_axes: Sequence[int]
-) -> Arrays:
+    function: Callable[[Arrays, int], Arrays],
+    arrays: Sequence[Any],
+    first_axes: Sequence[int | None],
+) -> list[Any]:
     """`function(arrays, axis)` of those arrays together that are of one type and have the grid at
-    the same axis."""
-    kinds = [(x.dtype, axis) for x, axis in zip(arrays, first_axes, strict=True)]
+    the same axis. What is None, or has no grid, stays as it is."""
+    kinds = [
+        None if x is None or axis is None else (x.dtype, axis)
+        for x, axis in zip(arrays, first_axes, strict=True)
+    ]
     results = list(arrays)
     for kind in dict.fromkeys(kinds):
+        if kind is None:
+            continue
         at = [i for i, other in enumerate(kinds) if other == kind]
         found = function(tuple(arrays[i] for i in at), kind[1])
         for i, x in zip(at, found, strict=True):
             results[i] = x
-    return tuple(results)
+    return results
 
 
-def extended(arrays: Arrays, halos: Halos, first_axes: Sequence[int]) -> Arrays:
+def extended(arrays: Sequence[Any], halos: Halos, first_axes: Sequence[int | None]) -> list[Any]:
     """Parts of keys and what comes with them, with their halos. `first_axes`: those of the grid."""
 
     def of_kind(arrays: Arrays, first_axis: int) -> Arrays:
@@ -156,7 +163,7 @@ def extended_shape(shape: Sequence[int], halos: Halos, first_axis: int) -> tuple
     return tuple(np.add(shape, [*[0] * first_axis, *more, *[0] * rest]).tolist())
 
 
-def sent_home(arrays: Arrays, halos: Halos, first_axes: Sequence[int]) -> Arrays:
+def sent_home(arrays: Sequence[Any], halos: Halos, first_axes: Sequence[int | None]) -> list[Any]:
     """The transpose of `extended`: what belongs to halos is added to the parts that it is of."""
 
     def of_kind(arrays: Arrays, first_axis: int) -> Arrays:
@@ -218,11 +225,11 @@ def _halo(
     places = numbers.transpose([in_order.index(name) for name, _ in mesh_axes]).ravel().tolist()
     length = grid // parts
     begins = [i * length for i in range(parts)]
-    needs = axis_of(grid, (parts,), options).needed
+    whole = axis_of(grid, (parts,), options)
+    needs = whole.needed
     before = max(0, *(begin - need[0] for begin, need in zip(begins, needs, strict=True)))
     after = max(0, *(need[1] - begin - length for begin, need in zip(begins, needs, strict=True)))
-    is_circular = dict(options).get("boundary") == "circular"
-    is_ring = is_circular and before + length + after >= grid
+    is_ring = whole.is_circular and before + length + after >= grid
     if is_ring:  # all of the axis, with every token once
         before = (parts - 1) // 2 * length
         after = grid - length - before

@@ -304,26 +304,13 @@ def _with_halos(
         shape if axis is None else _halos.extended_shape(shape, halos, axis)
         for axis, shape in zip(axes, shards, strict=True)
     ]
-    results = list(run(arrays, shapes, (_halos.offsets_of(halos), grid)))
-    at = {i: axis for i, axis in enumerate(axes) if axis is not None}
-    home = _halos.sent_home(tuple(results[i] for i in at), halos, tuple(at.values()))
-    for i, x in zip(at, home, strict=True):
-        results[i] = x
-    return results
+    results = run(arrays, shapes, (_halos.offsets_of(halos), grid))
+    return _halos.sent_home(results, halos, axes)
 
 
 def extended_keys(roles: Sequence[Role], arrays: Sequence[Any], halos: Halos) -> list[Any]:
     """What comes with keys with its halos, which travel together; all else as it is."""
-    at = {
-        i: axis
-        for i, (role, x) in enumerate(zip(roles, arrays, strict=True))
-        if x is not None and (axis := role.axis_of("K", len(halos))) is not None
-    }
-    results = list(arrays)
-    extended = _halos.extended(tuple(arrays[i] for i in at), halos, tuple(at.values()))
-    for i, x in zip(at, extended, strict=True):
-        results[i] = x
-    return results
+    return _halos.extended(arrays, halos, [role.axis_of("K", len(halos)) for role in roles])
 
 
 def _missing(role: Role, split: Split) -> Axes:

@@ -73,7 +73,7 @@ def is_in_forward_mode() -> bool:
 
 def takes_part_in_autograd(tensors: Iterable[Any]) -> bool:
     """Whether results of plain tensors may have derivatives, in either mode."""
-    return forward_ad._current_level >= 0 or (is_grad_enabled() and any_requires_grad(*tensors))
+    return is_in_forward_mode() or (is_grad_enabled() and any_requires_grad(*tensors))
 
 
 def forward_mode_levels() -> int:
