@@ -364,12 +364,12 @@ class FusedProblem {
       b.grad_rpb = result(bias);
     }
     if (c.additional) {
-      const Shape extra_k{c.batch, *c.additional, c.kv_heads, c.dim};
-      const Shape extra_v{c.batch, *c.additional, c.kv_heads, c.value_dim};
-      b.additional_keys = input(extra_k);
-      b.additional_values = input(extra_v);
-      b.grad_additional_keys = result(extra_k);
-      b.grad_additional_values = result(extra_v);
+      const Shape additional_k{c.batch, *c.additional, c.kv_heads, c.dim};
+      const Shape additional_v{c.batch, *c.additional, c.kv_heads, c.value_dim};
+      b.additional_keys = input(additional_k);
+      b.additional_values = input(additional_v);
+      b.grad_additional_keys = result(additional_k);
+      b.grad_additional_values = result(additional_v);
     }
   }
 

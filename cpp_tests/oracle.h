@@ -224,11 +224,12 @@ FusedResults fused(const FusedInputs& in) {
     for (std::int64_t h = 0; h < n.heads; ++h) {
       const std::int64_t kv = h / (n.heads / n.kv_heads);
       // A column is a key of the grid or an additional one: the tensor and the row in it.
-      const auto from = [&](std::int64_t c, auto& grid, auto& extra, std::int64_t dim, auto&& use) {
+      const auto from = [&](std::int64_t c, auto& grid, auto& additional, std::int64_t dim,
+                            auto&& use) {
         if (c < n.keys)
           use(grid, row_of(b, c, kv, n.keys, n.kv_heads, dim));
         else
-          use(extra, row_of(b, c - n.keys, kv, n.additional, n.kv_heads, dim));
+          use(additional, row_of(b, c - n.keys, kv, n.additional, n.kv_heads, dim));
       };
 
       Matrix<Real> score(n.queries, columns);
@@ -305,7 +306,8 @@ FusedResults fused(const FusedInputs& in) {
 }
 
 /// Calls `f(row of the query's head, batch * heads + head, pair)` for all pairs of all heads of a
-/// heads-first tensor, additional tokens included (`pair.key` is then their number and `is_extra`).
+/// heads-first tensor, additional tokens included (`pair.key` is then their number and
+/// `is_additional`).
 template <class F>
 void for_each_slot(const Sizes& n, const Pairs& pairs, F&& f) {
   for (std::int64_t bh = 0; bh < n.batch * n.heads; ++bh)
@@ -323,10 +325,10 @@ inline Dense qk(const Sizes& n, const Pairs& pairs, const Dense& query, const De
                 const Dense& rpb, const Dense& additional_keys, double empty) {
   const std::int64_t slots = n.window + n.additional;
   Dense attn({n.batch, n.heads, n.queries, slots}, empty);
-  for_each_slot(n, pairs, [&](auto row, auto slot, auto token, bool is_extra, auto offset) {
-    const Dense& from = is_extra ? additional_keys : key;
+  for_each_slot(n, pairs, [&](auto row, auto slot, auto token, bool is_additional, auto offset) {
+    const Dense& from = is_additional ? additional_keys : key;
     double sum = internal::dot(query, row * n.dim, from, token * n.dim, n.dim);
-    if (rpb.is_given() && !is_extra) sum += rpb[offset];
+    if (rpb.is_given() && !is_additional) sum += rpb[offset];
     attn[row * slots + slot] = sum;
   });
   return attn;
@@ -335,9 +337,9 @@ inline Dense qk(const Sizes& n, const Pairs& pairs, const Dense& query, const De
 inline Dense av(const Sizes& n, const Pairs& pairs, const Dense& attn, const Dense& value,
                 const Dense& additional_values) {
   Dense output({n.batch, n.heads, n.queries, n.dim});
-  for_each_slot(n, pairs, [&](auto row, auto slot, auto token, bool is_extra, auto) {
+  for_each_slot(n, pairs, [&](auto row, auto slot, auto token, bool is_additional, auto) {
     internal::add(output, row * n.dim, attn[row * (n.window + n.additional) + slot],
-                  is_extra ? additional_values : value, token * n.dim, n.dim);
+                  is_additional ? additional_values : value, token * n.dim, n.dim);
   });
   return output;
 }
@@ -349,8 +351,8 @@ inline KeySums av_transpose(const Sizes& n, const Pairs& pairs, const Dense& att
                             const Dense& query) {
   KeySums sums{Dense({n.batch, n.heads, n.keys, n.dim}),
                Dense({n.batch, n.heads, n.additional, n.dim})};
-  for_each_slot(n, pairs, [&](auto row, auto slot, auto token, bool is_extra, auto) {
-    internal::add(is_extra ? sums.additional_keys : sums.key, token * n.dim,
+  for_each_slot(n, pairs, [&](auto row, auto slot, auto token, bool is_additional, auto) {
+    internal::add(is_additional ? sums.additional_keys : sums.key, token * n.dim,
                   attn[row * (n.window + n.additional) + slot], query, row * n.dim, n.dim);
   });
   return sums;
@@ -359,16 +361,16 @@ inline KeySums av_transpose(const Sizes& n, const Pairs& pairs, const Dense& att
 inline Dense rpb_gather(const Sizes& n, const Pairs& pairs, const Dense& rpb, double empty) {
   const std::int64_t slots = n.window + n.additional;
   Dense attn({n.batch, n.heads, n.queries, slots}, empty);
-  for_each_slot(n, pairs, [&](auto row, auto slot, auto, bool is_extra, auto offset) {
-    attn[row * slots + slot] = is_extra ? 0.0 : rpb[offset];
+  for_each_slot(n, pairs, [&](auto row, auto slot, auto, bool is_additional, auto offset) {
+    attn[row * slots + slot] = is_additional ? 0.0 : rpb[offset];
   });
   return attn;
 }
 
 inline Dense rpb_scatter(const Sizes& n, const Pairs& pairs, const Dense& attn) {
   Dense grad({n.heads, n.offsets});
-  for_each_slot(n, pairs, [&](auto row, auto slot, auto, bool is_extra, auto offset) {
-    if (!is_extra) grad[offset] += attn[row * (n.window + n.additional) + slot];
+  for_each_slot(n, pairs, [&](auto row, auto slot, auto, bool is_additional, auto offset) {
+    if (!is_additional) grad[offset] += attn[row * (n.window + n.additional) + slot];
   });
   return grad;
 }

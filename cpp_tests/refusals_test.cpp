@@ -46,7 +46,7 @@ struct Valid {
       }
     } else {
       Rng rng(c.seed);
-      const Shape tokens{2, 4, 6, 7, 5}, slots{2, 4, 6, 7, kWindow + 2}, extra{2, 4, 2, 5},
+      const Shape tokens{2, 4, 6, 7, 5}, slots{2, 4, 6, 7, kWindow + 2}, additional{2, 4, 2, 5},
           bias{4, 5, 7};
       Buffers& b = buffers;
       b.query = Buffer(dtype, normal(rng, tokens));
@@ -57,9 +57,9 @@ struct Valid {
       b.attn = op == Op::qk || op == Op::rpb_gather ? Buffer(dtype, slots)
                                                     : Buffer(dtype, normal(rng, slots));
       b.output = Buffer(dtype, tokens);
-      b.additional_keys =
-          op == Op::av_transpose ? Buffer(dtype, extra) : Buffer(dtype, normal(rng, extra));
-      b.additional_values = Buffer(dtype, normal(rng, extra));
+      b.additional_keys = op == Op::av_transpose ? Buffer(dtype, additional)
+                                                 : Buffer(dtype, normal(rng, additional));
+      b.additional_values = Buffer(dtype, normal(rng, additional));
     }
     buffers.key_mask = Buffer(DType::boolean, Dense({2, 6, 7}, 1.0));
     call.op = op;

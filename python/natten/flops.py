@@ -63,15 +63,17 @@ def _attention_backward(
     counted."""
     rows, dim, value_dim = prod(query[:-1]), query[-1], value[-1]
     window = rows * window_size(config, key[1:-2])
-    extra = rows * additional_keys[1] if additional_keys else 0
-    want_query, want_key, want_value, want_rpb, want_extra_keys, want_extra_values = wanted
-    macs = (window + extra) * dim  # scores again
-    if want_query or want_key or want_rpb or want_extra_keys:
-        macs += (window + extra) * value_dim  # gradients of weights: grad_output times values
+    additional = rows * additional_keys[1] if additional_keys else 0
+    want_query, want_key, want_value, want_rpb, want_additional_keys, want_additional_values = (
+        wanted
+    )
+    macs = (window + additional) * dim  # scores again
+    if want_query or want_key or want_rpb or want_additional_keys:
+        macs += (window + additional) * value_dim  # gradients of weights: grad_output times values
     if want_query:
-        macs += (window + extra) * dim
-    macs += (window * want_key + extra * want_extra_keys) * dim
-    macs += (window * want_value + extra * want_extra_values) * value_dim
+        macs += (window + additional) * dim
+    macs += (window * want_key + additional * want_additional_keys) * dim
+    macs += (window * want_value + additional * want_additional_values) * value_dim
     return macs
 
 
