@@ -17,7 +17,9 @@ export CCACHE_BASEDIR ?= $(CURDIR)
 export CCACHE_NOHASHDIR ?= 1
 endif
 export SKBUILD_CMAKE_DEFINE := NATTEN_WARNINGS_AS_ERRORS=ON
-# Most of what is installed is never imported, so that compiling all of it to bytecode is wasted.
+# Most of what is installed is never imported, so that compiling all of it to bytecode is wasted. What is
+# imported must be compiled but once: each of the many processes that tests start would take seconds.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := $(BIN)/python -m pip install -q --no-compile
 
 SOURCES := pyproject.toml CMakeLists.txt $(shell find libnatten bindings python -type f -not -name '*.pyc')
@@ -50,6 +52,7 @@ test-cpp-rest: $(VENV)/build gtest
 	cmake --build --preset tests
 	ctest --preset rest
 
+# It needs clang 14 or newer, Debian's package `clang`.
 test-sanitize: $(VENV)/build gtest
 	cmake --preset sanitize
 	cmake --build --preset sanitize
@@ -122,11 +125,11 @@ tidy: $(VENV)/build
 	printf '%s\n' $(TIDY_FILES) | xargs -P 2 -n 1 clang-tidy --quiet -p build/tidy
 
 # Calls `natten::run` for a minute with what libFuzzer makes up. What fails stays in build/fuzz.
-fuzz: $(VENV)/build
-	cmake --preset fuzz
-	cmake --build --preset fuzz
+fuzz: $(VENV)/build gtest
+	cmake --preset sanitize
+	cmake --build --preset sanitize --target natten_fuzz
 	mkdir -p build/fuzz/corpus
-	build/fuzz/natten_fuzz -max_total_time=60 -timeout=30 -max_len=256 -print_funcs=0 -print_final_stats=1 \
+	build/sanitize/natten_fuzz -max_total_time=60 -timeout=30 -max_len=256 -print_funcs=0 -print_final_stats=1 \
 	  -artifact_prefix=build/fuzz/ build/fuzz/corpus
 
 format: $(VENV)/lint
@@ -145,13 +148,16 @@ consumer: $(VENV)/build
 
 # Compiles and links the CUDA kernels for all architectures, and checks their machine code. Nothing
 # runs: that takes a GPU (tests/gpu/run.sh). Of the tests only the file that no other build compiles.
+# CUDA_KERNELS="fna_bfloat16 simt_float" compiles these kernels only, and links nothing.
+CUDA_OBJECTS := libnatten/CMakeFiles/natten.dir
 cuda: $(VENV)/build $(VENV)/cuda gtest
 ifeq ($(shell command -v nvcc 2>/dev/null),)
 	@echo "!!! make cuda: SKIPPED, NO CUDA KERNEL HAS BEEN COMPILED OR CHECKED: no nvcc on PATH" >&2
 else
 	cmake --preset cuda -B build/cuda-check -DBUILD_SHARED_LIBS=ON \
 	  -DCMAKE_SHARED_LINKER_FLAGS=-Wl,--no-undefined
-	cmake --build build/cuda-check --target natten cpp_tests/CMakeFiles/natten_tests.dir/cuda_test.cpp.o
+	cmake --build build/cuda-check --target cpp_tests/CMakeFiles/natten_tests.dir/cuda_test.cpp.o \
+	  $(if $(CUDA_KERNELS),$(CUDA_OBJECTS)/src/cuda/backends.cu.o $(CUDA_KERNELS:%=$(CUDA_OBJECTS)/cuda/%.cu.o),natten)
 	$(BIN)/python cpp_tests/check_cuda.py build/cuda-check
 endif
 

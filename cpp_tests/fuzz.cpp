@@ -4,8 +4,8 @@
 // outputs and nothing else, and what it writes does not depend on what memory held before. Every
 // buffer ends where its tensors do, so that AddressSanitizer finds what lies outside of them.
 //
-//   make fuzz                      for one minute
-//   build/fuzz/natten_fuzz FILE    the call of one file, such as those that a failure leaves
+//   make fuzz                          for one minute
+//   build/sanitize/natten_fuzz FILE    the call of one file, such as those that a failure leaves
 
 #include <natten/natten.h>
 
