@@ -67,27 +67,29 @@ class Rule(SingleLevelFunction):
             _refuse_forward_mode_that_is_nested()
             return cls.in_forward_mode(*args)
         if torch.is_grad_enabled() and any_requires_grad(*args):
-            return cls.recorded(*args)
+            return cls.recorded(*args, kernel=kernel)
         return (kernel or cls.operator.below_autograd)(*args)
 
     @classmethod
-    def recorded(cls, *args: Any) -> Any:
+    def recorded(cls, *args: Any, kernel: Callable[..., Any] | None = None) -> Any:
         """The outputs, with this rule's derivatives."""
+        kernel = kernel or cls.operator.below_autograd
         if are_transforms_active():
             with allow_rules():
-                return cls.apply(*args)
-        return cls.apply(*args)
+                return cls.apply(*args, kernel)
+        return cls.apply(*args, kernel)
 
     in_forward_mode = recorded
 
     @classmethod
     def forward(cls, ctx: Any, *args: Any) -> Any:
+        *args, kernel = args
         if are_transforms_active():
             # A transform further out may want derivatives of what happens here.
             with torch.enable_grad(), set_forward_mode(True):
-                outputs = cls.operator.below_autograd(*args)
+                outputs = kernel(*args)
         else:
-            outputs = cls.operator.below_autograd(*args)
+            outputs = kernel(*args)
         count = len(cls.operator.inputs)
         ctx.options = args[count:]
         ctx.set_materialize_grads(False)
@@ -101,8 +103,8 @@ class Rule(SingleLevelFunction):
 
     @classmethod
     def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
-        """The gradient of each argument; those after the tensors have none."""
-        options = [None] * len(ctx.options)
+        """The gradient of each argument; those after the tensors, the kernel last, have none."""
+        options = [None] * (len(ctx.options) + 1)
         if all(grad is None for grad in grads):
             return *(None for _ in cls.operator.inputs), *options
         return *cls.reverse(ctx, *grads), *options

@@ -120,8 +120,10 @@ class Operator:
         inputs = args[: len(self.inputs)]
         if not is_plain(inputs):
             return self.overload(*args)
-        if self.extras or takes_part_in_autograd(inputs):
+        if takes_part_in_autograd(inputs):
             return self.differentiate(*args, kernel=self._run)
+        if self.extras:
+            return self._run(*args)
         wanted = self._all_wanted if statistic else self._results_wanted
         scale = args[-2] if self.is_fused else None
         return self._run_core(inputs, wanted, args[len(inputs)], scale, args[-1])
