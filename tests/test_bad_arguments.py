@@ -701,6 +701,7 @@ PLAIN = [
         TypeError,
         "steps_forward: got True; must be an integer",
     ),
+    (context.use_autotuner, {"forward_pass": 1}, TypeError, "forward_pass: got 1; must be a bool"),
 ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import random
 
@@ -139,6 +140,59 @@ def test_additional_tokens_and_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     rows_of(tmp_path, "--plot", str(tmp_path / "bars.png"))
     assert (tmp_path / "bars.png").stat().st_size > 1000
+
+
+class Sent(list):
+    send = list.append
+
+
+def test_peers_are_timed():
+    torch = pytest.importorskip("torch")
+    from natten import _peers
+
+    layer = natten._simulate.make_layer((6, 8), (3, 5), 1, 1, False, "shift", 1, 4, 8, "float32")
+    options = profiler.PeerOptions(True, 0, 1, torch.get_num_threads())
+    sent = Sent()
+    profiler._send_peers(profiler.PEERS[1:], profiler.Problem(layer, 0, "cpu"), options, sent)
+    passes = [(row.pass_name, row.backend) if row else None for row in sent]
+    assert passes == [
+        ("forward", "sdpa, mask"), ("backward", "sdpa, mask"), None,
+        ("forward", "sdpa, all tokens"), ("backward", "sdpa, all tokens"), None,
+    ]  # fmt: skip
+    assert all(row.seconds > 0 and not row.refusal for row in sent if row)
+    # One whose mask would not fit into memory.
+    layer = natten._simulate.make_layer((200, 200), 3, 1, 1, False, "shift", 1, 1, 1, "float32")
+    ways = _peers.ways(layer, "cpu", lambda *_: {})
+    for name in profiler.PEERS[:2]:
+        with pytest.raises(ValueError, match=r"of all pairs needs 35\.2 GB"):
+            ways[name](False)
+
+
+def test_peers_take_no_longer_than_they_may(tmp_path):
+    pytest.importorskip("torch")
+    rows = rows_of(tmp_path, "--no-prediction", "--peers", "--peer-seconds", "0")[1:]
+    assert [row["backend"] for row in rows] == list(profiler.PEERS)
+    for row in rows:
+        assert row["refusal"] == "not timed: took more than 0 s (--peer-seconds)"
+
+
+def test_peers_whose_process_ends_are_told():
+    class Ended:
+        exitcode = -9
+
+        def join(self):
+            pass
+
+    row = profiler.Timing("forward", "a", 1.0)
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    for message in (row, None, row):
+        theirs.send(message)
+    theirs.close()
+    names = ["a", "b", "c"]
+    *rows, last = profiler._receive_peers(names, 5.0, Ended(), ours)
+    assert rows == [row, row] and names == ["c"]
+    assert (last.pass_name, last.backend) == ("backward", "b")
+    assert last.refusal == "not timed: its process ended, with -9"
 
 
 def test_peers_compute_the_same():

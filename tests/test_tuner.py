@@ -271,6 +271,7 @@ def test_records_of_others_are_refused_by_name(record, tmp_path, capsys):
         ("[]", "is no record of a problem"),
         (json.dumps({**row, "threads": "2"}), "is no record of a problem"),
         (json.dumps({**row, "problem": "a b"}), "is no record of a problem"),
+        (json.dumps({**row, "problem": row["problem"].replace("cpu", "x")}), "is no record of a"),
     ]:
         other.write_text(f"{good}\n{line}\n")
         assert tune.main([str(record), str(other)]) == 1
@@ -280,6 +281,23 @@ def test_records_of_others_are_refused_by_name(record, tmp_path, capsys):
     assert "got shape [-1" in capsys.readouterr().err
     assert tune.main([str(tmp_path / "missing.json")]) == 1
     assert "missing.json" in capsys.readouterr().err
+
+
+def test_problems_of_a_gpu_are_refused(record, tmp_path, capsys):
+    line = record.read_text().splitlines()[0]
+    row = json.loads(line)
+    row.update(threads=0, problem=row["problem"].replace(" cpu ", " cuda "))
+    gpu = tmp_path / "gpu.json"
+    gpu.write_text(json.dumps(row) + "\n")
+    assert tune.main([str(gpu), "--seconds", "0.1"]) == 1
+    captured = capsys.readouterr()
+    assert "1 of 1 problems are not tuned, those of cuda" in captured.err
+    assert captured.out.splitlines()[1].endswith("not tuned")
+    gpu.write_text(f"{json.dumps(row)}\n{line}\n")
+    assert tune.main([str(gpu), "--seconds", "0.1"]) == 0
+    captured = capsys.readouterr()
+    assert "1 of 2 problems are not tuned" in captured.err
+    assert ["cuda" in text for text in captured.out.splitlines()] == [False, False, True]
 
 
 def test_merge(record, tmp_path, capsys):

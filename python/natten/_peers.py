@@ -20,8 +20,8 @@ from natten._simulate import Layer
 Call = Callable[[Tensor, Tensor, Tensor], Tensor]
 Passes = Callable[[Call, bool], dict[str, Any]]
 
-MOST_BYTES = 4e9  # of a mask
-TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+MOST_BYTES = 4e9  # while a mask is made
+MASK_BYTES = 22  # of these, for each pair of tokens
 
 
 def _sees(layer: Layer, device: str) -> Callable[[Tensor, Tensor], Tensor]:
@@ -62,10 +62,17 @@ def ways(layer: Layer, device: str, passes: Passes) -> dict[str, Callable[[bool]
     def last(x: Tensor) -> Tensor:
         return x.transpose(1, 2).unflatten(1, layer.grid)
 
+    def check_mask() -> None:
+        needed = tokens**2 * MASK_BYTES
+        if needed > MOST_BYTES:
+            raise ValueError(f"making the mask of all pairs needs {needed / 1e9:.1f} GB")
+
     def flex(backward: bool) -> dict[str, Any]:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
         on_cpu = device == "cpu"
+        if on_cpu:  # where the mask is made of all pairs before it is cut into blocks
+            check_mask()
         if on_cpu and backward:
             backward = False  # there is none
         sees = _sees(layer, device)
@@ -83,8 +90,7 @@ def ways(layer: Layer, device: str, passes: Passes) -> dict[str, Callable[[bool]
         return passes(call, backward)
 
     def masked(backward: bool) -> dict[str, Any]:
-        if tokens**2 > MOST_BYTES:
-            raise ValueError(f"the mask needs {tokens**2 / 1e9:.1f} GB")
+        check_mask()
         token = torch.arange(tokens, device=device)
         mask = _sees(layer, device)(token[:, None], token)
 

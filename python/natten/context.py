@@ -224,16 +224,17 @@ def use_autotuner(
 
     Raises:
         RuntimeError: tuning enabled while `natten.use_deterministic_algorithms` is on.
-        TypeError: a number of steps that is no integer.
+        TypeError: a switch that is no bool, or a number of steps that is no integer.
     """
     settings = {name: value for name, value in locals().items() if value is not None}
+    for name, value in settings.items():
+        if type(getattr(_autotuner, name)) is bool:
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: got {value!r}; must be a bool or None")
+        elif isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise TypeError(f"{name}: got {value!r}; must be an integer or None")
     if (forward_pass or backward_pass) and not _may_enable("autotuner"):
         return
-    for name, value in settings.items():
-        if type(getattr(_autotuner, name)) is int and (
-            isinstance(value, bool) or not hasattr(value, "__index__")
-        ):
-            raise TypeError(f"{name}: got {value!r}; must be an integer")
     for name, value in settings.items():
         setattr(_autotuner, name, type(getattr(_autotuner, name))(value))
     a = _autotuner

@@ -18,13 +18,16 @@ import importlib.util
 import itertools
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from natten import _core, context
 from natten._simulate import GPUS, Layer, duration, make_layer, quantity, simulate
@@ -39,7 +42,6 @@ OPS = {"forward": "attention_forward", "backward": "attention_backward"}
 # The side of the matrices of the product that is timed beside.
 PRODUCT, PRODUCT_ON_GPU = 2048, 8192
 SECONDS = 1.0  # after which a row is not timed again, nor warmed up further
-MOST_BYTES = 4e9  # of a mask
 Run = Callable[[], Any]
 
 
@@ -396,6 +398,20 @@ def time_choices(
     return rows
 
 
+def time_alone(
+    pass_name: str,
+    name: str,
+    run: Run,
+    problem: Problem,
+    framework: Framework,
+    options: argparse.Namespace | PeerOptions,
+) -> Timing:
+    """Of a pass that is not natten's."""
+    seconds, product = time_pass(run, framework, options.warmup_steps, options.steps)
+    rate = problem.flops[pass_name] / seconds
+    return Timing(pass_name, name, seconds, rate, rate / (framework.product_flops / product))
+
+
 def _named(problem: Problem, pass_name: str, choice: Choice) -> Choice:
     """The choice with the name of the backend that runs it."""
     for name, _, is_chosen in answers(problem, pass_name, choice):
@@ -404,29 +420,97 @@ def _named(problem: Problem, pass_name: str, choice: Choice) -> Choice:
     return choice
 
 
-def time_peers(problem: Problem, framework: Framework, args: argparse.Namespace) -> list[Timing]:
-    rows = []
-    for name, build in framework.peers.items():
-        if name not in PEERS:
-            continue
+class PeerOptions(NamedTuple):
+    """Of the command line, for the process that times peers."""
+
+    backprop: bool
+    warmup_steps: int
+    steps: int
+    threads: int
+
+
+def time_peer(
+    name: str, framework: Framework, problem: Problem, options: PeerOptions
+) -> Iterator[Timing]:
+    """A row for each pass of a peer, or one that says why there is none."""
+    try:
+        runs = framework.peers[name](options.backprop)
+        for run in runs.values():
+            run()  # compiles
+    except Exception as error:  # whatever a compiler of theirs raises
+        text = (str(error) or type(error).__name__).splitlines()[0][:120]
+        yield Timing("forward", name, refusal=f"not timed: {text}")
+        return
+    for pass_name, run in runs.items():
+        yield time_alone(pass_name, name, run, problem, framework, options)
+    if options.backprop and "backward" not in runs:
+        yield Timing("backward", name, refusal="not timed: has no backward pass on a CPU")
+
+
+def _send_peers(
+    names: Sequence[str], problem: Problem, options: PeerOptions, to: Connection
+) -> None:
+    """Sends the rows of each peer, and None after them."""
+    import torch
+
+    torch.set_num_threads(options.threads)
+    framework = _torch(problem)
+    for name in names:
+        for row in time_peer(name, framework, problem, options):
+            to.send(row)
+        to.send(None)
+
+
+def _receive_peers(
+    names: list[str], seconds: float, child: BaseProcess, from_child: Connection
+) -> Iterator[Timing]:
+    """Rows that a process sends, and why it stopped short. Takes off `names` what is done."""
+    pass_name = "forward"
+    end = time.monotonic() + seconds
+    while names:
+        why = ""
         try:
-            runs = build(args.backprop)
-            for run in runs.values():
-                run()  # compiles
-        except Exception as error:  # whatever a compiler of theirs raises
-            text = (str(error) or type(error).__name__).splitlines()[0][:120]
-            rows.append(Timing("forward", name, refusal=text))
-            continue
-        for pass_name, run in runs.items():
-            seconds, product = time_pass(run, framework, args.warmup_steps, args.steps)
-            rate = problem.flops[pass_name] / seconds
-            share = rate / (framework.product_flops / product)
-            rows.append(Timing(pass_name, name, seconds, rate, share))
-    if args.peers and not framework.peers:
+            if not from_child.poll(max(end - time.monotonic(), 0.0)):
+                why = f"took more than {seconds:g} s (--peer-seconds)"
+            elif row := from_child.recv():
+                yield row
+                pass_name = "backward"
+                continue
+        except EOFError:
+            child.join()
+            why = f"its process ended, with {child.exitcode}"
+        name = names.pop(0)
+        if why:
+            yield Timing(pass_name, name, refusal=f"not timed: {why}")
+            return
+        pass_name = "forward"
+        end = time.monotonic() + seconds
+
+
+def time_peers(problem: Problem, framework: Framework, args: argparse.Namespace) -> list[Timing]:
+    """In a process of their own, which can be ended where a compiler, or all pairs of tokens, take
+    too long."""
+    if not framework.peers:
         why = (
             "additional tokens" if problem.additional else f"are PyTorch's, not {framework.name}'s"
         )
-        rows.append(Timing("forward", "peers", refusal=f"not timed: {why}"))
+        return [Timing("forward", "peers", refusal=f"not timed: {why}")]
+    import torch
+
+    options = PeerOptions(args.backprop, args.warmup_steps, args.steps, torch.get_num_threads())
+    spawn = multiprocessing.get_context("spawn")
+    rows: list[Timing] = []
+    names = list(PEERS)
+    while names:
+        from_child, to_parent = spawn.Pipe(duplex=False)
+        child = spawn.Process(target=_send_peers, args=(names, problem, options, to_parent))
+        child.start()
+        to_parent.close()
+        try:
+            rows += _receive_peers(names, args.peer_seconds, child, from_child)
+        finally:
+            child.kill()
+            child.join()
     return rows
 
 
@@ -553,6 +637,7 @@ def parser() -> argparse.ArgumentParser:
     add("--optimize-warmup-steps", type=int, default=5)
     add("--steps", type=int, default=20, help="timed runs, fewer where they take seconds")
     add("--peers", action="store_true", help="FlexAttention and PyTorch's attention beside")
+    add("--peer-seconds", type=float, default=120.0, help="that each of these may take at most")
     add("--device", help="cpu, cuda, cuda:1; default: cuda where natten has kernels for it")
     add("--framework", choices=FRAMEWORKS, help="default: the first of these that is installed")
     add("--no-prediction", action="store_true", help="does not ask the simulator")
@@ -618,10 +703,7 @@ def profile(args: argparse.Namespace) -> int:
         if args.backend not in framework.peers:
             raise Refused(f"--backend: got {args.backend}; needs PyTorch and a CUDA device")
         for pass_name, run in framework.peers[args.backend](args.backprop).items():
-            seconds, product = time_pass(run, framework, args.warmup_steps, args.steps)
-            rate = problem.flops[pass_name] / seconds
-            share = rate / (framework.product_flops / product)
-            rows.append(Timing(pass_name, args.backend, seconds, rate, share))
+            rows.append(time_alone(pass_name, args.backend, run, problem, framework, args))
     else:
         from natten._kernel import chosen_backend
 

@@ -27,6 +27,7 @@ from natten._files import write_whole
 from natten.context import tell_tuning_notes
 
 _CHOICES = "natten-*.choice"
+_DEVICES = ("cpu", "cuda")
 
 
 class Record(NamedTuple):
@@ -59,9 +60,10 @@ class Record(NamedTuple):
         ]
         causal = ["causal"] if any(n == "causal" and v == "1" for n, v in pairs) else []
         heads = f"{numbers['batch']}x{numbers['heads']} heads of {numbers['head_dim']}"
-        threads = [f"{self.threads} thread{'s' * (self.threads != 1)}"] if self.threads else []
+        threads = f"{self.threads} thread{'s' * (self.threads != 1)}"
+        where = threads if self.device == "cpu" else self.device
         operation = operation.removeprefix("attention_")
-        parts = [f"kernel {kernel}", *extras, *causal, heads, *threads]
+        parts = [f"kernel {kernel}", *extras, *causal, heads, where]
         return f"{operation} {dtype} {grid}, {', '.join(parts)}"
 
 
@@ -88,7 +90,9 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
                 version, record = row["natten"], Record(row["problem"], row["threads"])
                 if not isinstance(record.problem, str) or type(record.threads) is not int:
                     raise TypeError
-            except (ValueError, KeyError, TypeError):
+                if record.device not in _DEVICES:
+                    raise ValueError
+            except (ValueError, LookupError, TypeError):
                 raise RecordError(f"{where}: is no record of a problem") from None
             if version != _core.version:
                 raise RecordError(
@@ -188,7 +192,8 @@ def table(rows: Sequence[Row]) -> str:
     cells = [("problem", "default", "best", "gain", "configuration")]
     for row in rows:
         if row.default_seconds <= 0:
-            cells.append((str(row.record), "-", "-", "-", f"{row.configuration} (nothing to try)"))
+            note = " (nothing to try)" if row.origin else ""
+            cells.append((str(row.record), "-", "-", "-", row.configuration + note))
             continue
         gain = row.default_seconds / row.seconds - 1
         default, best = (f"{1e3 * s:.3f} ms" for s in (row.default_seconds, row.seconds))
@@ -235,18 +240,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
     here = [record for record in records if record.device == "cpu"]
-    if len(here) < len(records):
-        print(
-            f"natten.tune: {len(records) - len(here)} problems are left out, those of a GPU: they "
-            "are tuned by the program itself, under NATTEN_TUNE=tune",
-            file=sys.stderr,
-        )
+    others = [record for record in records if record.device != "cpu"]
     try:
-        print(table(tune(here, options.again)))
+        rows = tune(here, options.again)
     except ValueError as error:  # a line that describes no problem
         print(f"natten.tune: {error}", file=sys.stderr)
         return 1
-    return 0
+    print(table([*rows, *(Row(record, "not tuned", "", 0.0, 0.0) for record in others)]))
+    if others:
+        devices = ", ".join(sorted({record.device for record in others}))
+        print(
+            f"natten.tune: {len(others)} of {len(records)} problems are not tuned, those of "
+            f"{devices}: offline only problems of the CPU are; run the program itself on that "
+            "device under NATTEN_TUNE=tune",
+            file=sys.stderr,
+        )
+    return 1 if others and not here else 0
 
 
 if __name__ == "__main__":
