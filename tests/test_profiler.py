@@ -85,6 +85,9 @@ def test_useful_work_is_counted():
 
 def test_backends_and_dry_run(tmp_path, capsys):
     assert rows_of(tmp_path, "--backend", "naive", "--no-prediction")[0]["backend"] == "naive"
+    if "torch" in INSTALLED:
+        rows = rows_of(tmp_path, "--backend", "composed", "--backprop", "--framework", "torch")
+        assert [row["backend"] for row in rows] == ["composed", "composed"]
     # NATTEN's name of a fused backend.
     assert rows_of(tmp_path, "--backend", "cutlass-fna")[0]["backend"] == "vectorized"
     assert profiler.main([*LAYER, *QUICK, "--dry-run", "--backprop"]) == 0

@@ -18,6 +18,7 @@ def write_whole(path: str | os.PathLike[str], fill: Callable[[Path], object]) ->
     try:
         fill(draft)
         os.replace(draft, path)
-    except OSError:
+    except OSError as error:
         draft.unlink(missing_ok=True)
+        error.filename, error.filename2 = os.fspath(path), None  # not those of the draft
         raise

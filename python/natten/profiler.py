@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from natten import _core, context
+from natten._kernel import COMPOSED, chosen_backend
 from natten._simulate import GPUS, Layer, duration, make_layer, quantity, simulate
 from natten.simulator import add_problem, pyplot, save, table, text_of, window_of
 
@@ -342,6 +343,8 @@ def backends_of(problem: Problem, pass_name: str, given: Choice) -> list[str]:
 
 def configuration_of(problem: Problem, pass_name: str, choice: Choice) -> str:
     """How the tuner has a pass cut; empty where that is the backend's own way."""
+    if choice.backend == COMPOSED:  # of which libnatten knows nothing
+        return ""
     layer, op = problem.layer, OPS[pass_name]
     sizes = layer.tensors(op, layer.grid, layer.grid, ("grad_logsumexp",))
     config = layer.config(**choice.options(pass_name))
@@ -705,8 +708,6 @@ def profile(args: argparse.Namespace) -> int:
         for pass_name, run in framework.peers[args.backend](args.backprop).items():
             rows.append(time_alone(pass_name, args.backend, run, problem, framework, args))
     else:
-        from natten._kernel import chosen_backend
-
         backend = chosen_backend(args.backend or None)
         backward = Choice(backend, _tile(args.backward_q_tile), _tile(args.backward_kv_tile))
         forward = Choice(backend, _tile(args.q_tile), _tile(args.kv_tile))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import shutil
 import sys
@@ -222,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="only put the files, or folders of choices, together in TARGET",
     )
     options = parser.parse_args(arguments)
+    if options.seconds is not None and not 0 < options.seconds < math.inf:
+        parser.error(f"--seconds: got {options.seconds:g}; must be positive")
     try:
         if options.merge:
             print(merge(options.merge, options.files))
