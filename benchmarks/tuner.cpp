@@ -1,10 +1,15 @@
-// What a call pays for a choice that the tuner's cache has in memory.
+// What a call pays for the tuner.
 //
 //     cmake -B build/benchmarks -DNATTEN_BUILD_BENCHMARKS=ON
 //     cmake --build build/benchmarks && build/benchmarks/natten_tuner_cost
 //
-// Prints nanoseconds per read, the least and the median of rounds, of a cache that has one problem,
-// and of one that has 200, which are asked for in turn.
+// Prints nanoseconds per read of a choice that the cache has in memory, the least and the median of
+// rounds, of a cache that has one problem, and of one that has 200, which are asked for in turn.
+//
+//     valgrind --tool=callgrind build/benchmarks/natten_tuner_cost 300 off
+//
+// makes that many calls on 16 tokens, with the tuner off, or reading a choice (read), so that
+// instructions can be counted: the difference of two runs is that of their calls.
 
 #include <natten/natten.h>
 #include <natten/tuner.h>
@@ -12,6 +17,8 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <cstdlib>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -58,9 +65,39 @@ void measure(int count) {
               rounds[kRounds / 2], found);
 }
 
+/// Calls on 4 x 4 tokens, one head of 8.
+void call(int count, natten::TuningMode mode) {
+  const std::int64_t shape[] = {1, 4, 4, 1, 8};
+  std::vector<float> values(4 * 128, 0.5f);
+  natten::Call call;
+  call.op = natten::Op::attention_forward;
+  call.neighborhood.kernel_size = {3, 3};
+  float* at = values.data();
+  for (natten::TensorView* view :
+       {&call.tensors.query, &call.tensors.key, &call.tensors.value, &call.tensors.output}) {
+    *view = natten::contiguous_view(at, natten::DType::float32, {}, shape, 5);
+    at += 128;
+  }
+  natten::TuningSettings settings;
+  settings.forward = natten::TuningMode::tune;
+  settings.forward_limits.seconds = 0.01;
+  if (mode == natten::TuningMode::read) {
+    natten::set_tuning_settings(settings);
+    natten::run(call, {});
+  }
+  settings.forward = mode;
+  natten::set_tuning_settings(settings);
+  for (int i = 0; i < count; ++i) natten::run(call, {});
+}
+
 }  // namespace
 
-int main() {
+int main(int count, char** arguments) {
+  if (count == 3) {
+    const bool reads = std::strcmp(arguments[2], "read") == 0;
+    call(std::atoi(arguments[1]), reads ? natten::TuningMode::read : natten::TuningMode::off);
+    return 0;
+  }
   measure(1);
   measure(200);
 }

@@ -131,6 +131,8 @@ def test_refuses(capsys):
     assert "--add-kv" in refusal("--add-kv", "-1")
     assert "bfloat16" in refusal("--framework", "numpy", "--dtype", "bf16")
     assert "only PyTorch's tensors" in refusal("--framework", "numpy", "--device", "cuda")
+    if "torch" in INSTALLED:
+        assert "--device: got nonsense; " in refusal("--framework", "torch", "--device", "nonsense")
     with pytest.raises(SystemExit):
         profiler.main(["-w", "3"])
 

@@ -539,7 +539,10 @@ def show(rows: Sequence[Timing]) -> None:
 def dry_run(problem: Problem, args: argparse.Namespace) -> None:
     """What could be timed."""
     for pass_name in list(OPS)[: 2 if args.backprop else 1]:
-        for name, refusal, is_chosen in answers(problem, pass_name, Choice()):
+        rows = answers(problem, pass_name, Choice())
+        if not rows:
+            print(f"{pass_name} pass: libnatten is built without kernels for {problem.device}")
+        for name, refusal, is_chosen in rows:
             state = f"no: {refusal}" if refusal else "the default" if is_chosen else "yes"
             print(f"{pass_name} pass, {name}: {state}")
             configs = [] if refusal else tiles_of(problem, pass_name, name)
@@ -669,6 +672,13 @@ def _problem(args: argparse.Namespace) -> tuple[Problem, str]:
         device = "cuda:0" if has_gpu and _core.compute_capability() >= 80 else "cpu"
     if device != "cpu" and framework != "torch":
         raise Refused(f"--device: got {device}; only PyTorch's tensors are timed there")
+    if device != "cpu" and not args.dry_run:
+        import torch
+
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:  # no such device, or none that PyTorch is built for
+            raise Refused(f"--device: got {device}; {str(error).splitlines()[0]}") from None
     window = window_of(args)
     layer = make_layer(
         tuple(args.input_size), window["kernel_size"], window["stride"], window["dilation"],
