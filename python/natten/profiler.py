@@ -19,6 +19,8 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import time
@@ -454,6 +456,9 @@ def _send_peers(
     names: Sequence[str], problem: Problem, options: PeerOptions, to: Connection
 ) -> None:
     """Sends the rows of each peer, and None after them."""
+    # So that no compiler outlives this process where it is ended.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     import torch
 
     torch.set_num_threads(options.threads)
@@ -512,6 +517,8 @@ def time_peers(problem: Problem, framework: Framework, args: argparse.Namespace)
         try:
             rows += _receive_peers(names, args.peer_seconds, child, from_child)
         finally:
+            child.terminate()
+            child.join(5)
             child.kill()
             child.join()
     return rows
