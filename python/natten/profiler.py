@@ -115,6 +115,10 @@ class Framework:
     peers: dict[str, Callable[[bool], dict[str, Run]]] = field(default_factory=dict)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def _function(module: Any, rank: int) -> Any:
     return getattr(module, f"na{rank}d")
 
@@ -443,8 +447,7 @@ def time_peer(
         for run in runs.values():
             run()  # compiles
     except Exception as error:  # whatever a compiler of theirs raises
-        text = (str(error) or type(error).__name__).splitlines()[0][:120]
-        yield Timing("forward", name, refusal=f"not timed: {text}")
+        yield Timing("forward", name, refusal=f"not timed: {_first_line(error)[:120]}")
         return
     for pass_name, run in runs.items():
         yield time_alone(pass_name, name, run, problem, framework, options)
@@ -685,7 +688,7 @@ def _problem(args: argparse.Namespace) -> tuple[Problem, str]:
         try:
             torch.empty(0, device=device)
         except Exception as error:  # no such device, or none that PyTorch is built for
-            raise Refused(f"--device: got {device}; {str(error).splitlines()[0]}") from None
+            raise Refused(f"--device: got {device}; {_first_line(error)}") from None
     window = window_of(args)
     layer = make_layer(
         tuple(args.input_size), window["kernel_size"], window["stride"], window["dilation"],
