@@ -79,11 +79,14 @@ class Rule(SingleLevelFunction):
                 return cls.apply(*args, kernel)
         return cls.apply(*args, kernel)
 
-    in_forward_mode = recorded
+    @classmethod
+    def in_forward_mode(cls, *args: Any) -> Any:
+        """The outputs, with this rule's tangents."""
+        return cls.recorded(*args)
 
     @classmethod
-    def forward(cls, ctx: Any, *args: Any) -> Any:
-        *args, kernel = args
+    def forward(cls, ctx: Any, *args_and_kernel: Any) -> Any:
+        args, kernel = args_and_kernel[:-1], args_and_kernel[-1]
         if are_transforms_active():
             # A transform further out may want derivatives of what happens here.
             with torch.enable_grad(), set_forward_mode(True):
