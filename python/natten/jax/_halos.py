@@ -364,9 +364,7 @@ class _Needs:
     needed: tuple[tuple[Range, ...], ...]  # of each part; at most two ranges, at the seam of a ring
 
     @classmethod
-    def of(
-        cls, number: int, mesh_axes: Any, length: int, window: Any, is_in_order: bool
-    ) -> _Needs:
+    def of(cls, number: int, mesh_axes: Any, length: int, window: Any, is_in_order: bool) -> _Needs:
         parts = math.prod(size for _, size in mesh_axes)
         axis = axis_of(length, (parts,), window)
         of_part = -(-length // parts)
@@ -426,7 +424,7 @@ class _Needs:
 
 def _messages(needs: Sequence[_Needs], at: int, numbers: Any) -> Iterator[Message]:
     """What brings the halo of one axis. It travels with the halos of the axes before, as far as
-    they are needed; so corners come through two neighbors. `numbers`: of devices, by their parts."""
+    they are needed: corners come through two neighbors. `numbers`: of devices, by their parts."""
     along = [
         need.boxes() if i == at else need.same(is_extended=i < at) for i, need in enumerate(needs)
     ]

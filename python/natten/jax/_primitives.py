@@ -386,7 +386,7 @@ class Operation:
 def _window_of(
     config: Config, roles: Sequence[Role], shapes: Sequence[tuple[int, ...]]
 ) -> dict[str, tuple] | None:
-    """The options of a window, or None where the grid of a call cannot be split (`partitionable`)."""
+    """The options of a call's window as `partitionable` takes them; None: it cannot be split."""
     if is_whole_grid(config):
         return options_of(config)
     tokens = {
