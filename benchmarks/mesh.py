@@ -57,11 +57,16 @@ def timed(
     return time.perf_counter() - start
 
 
+def drawn(rows: int, size: int, seed: int = 0) -> list[Tensor]:
+    """Query, key and value."""
+    torch.manual_seed(seed)
+    return [torch.randn(1, rows, size, HEADS, HEAD_DIM) for _ in range(3)]
+
+
 def whole(size: int, window: int, threads: int, backward: bool, pipe: Connection) -> None:
     """One process, which times a call whenever it is told to."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, size, size, HEADS, HEAD_DIM) for _ in range(3)]
+    inputs = drawn(size, size)
     while pipe.recv():
         pipe.send(timed(lambda q, k, v: natten.na2d(q, k, v, window), inputs, backward, False))
 
@@ -122,8 +127,7 @@ def part(
         slow_down(link)
     mesh = join(rank, count, folder)
     rows = size // count
-    torch.manual_seed(rank)
-    held = [torch.randn(1, rows, size, HEADS, HEAD_DIM) for _ in range(3)]
+    held = drawn(rows, size, rank)
     inputs = [DTensor.from_local(x, mesh, [Shard(1)], run_check=False) for x in held]
     (begin, end), _ = natten.key_range((rank * rows, 0), (rows, size), (size, size), window)
     around = [held[0], *(torch.randn(1, end - begin, size, HEADS, HEAD_DIM) for _ in range(2))]
@@ -151,7 +155,7 @@ def part(
 @contextmanager
 def running(jobs: list[tuple[Callable[..., None], tuple]]) -> Iterator[list[Connection]]:
     """A process for each job, and the pipe to it."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports this file once for all
     pipes, processes = [], []
     for function, args in jobs:
         ours, theirs = context.Pipe()
