@@ -77,20 +77,20 @@ class Halo:
         """Where a token lies that is the given one from the halo's first."""
         return (self.begin() - self.before + number) % self.grid if self.is_in_order else number
 
-    def _missing(self) -> Any:
+    def _short(self) -> Any:
         """How many tokens its part holds less than it could."""
         return jnp.minimum(self.part() * self.length - self.begin(), self.length)
 
     def to_end(self, x: Array, axis: int, fill: float) -> Array:
         """Moves the tokens of a part to its end; `fill` comes before them."""
         padded = jax.lax.pad(x, jnp.array(fill, x.dtype), _padding(x.ndim, axis, self.length, 0))
-        first = self.length - self._missing()
+        first = self.length - self._short()
         return jax.lax.dynamic_slice_in_dim(padded, first, self.length, axis)
 
     def to_begin(self, x: Array, axis: int) -> Array:
         """Moves them back; 0 comes after them."""
         padded = jax.lax.pad(x, jnp.zeros((), x.dtype), _padding(x.ndim, axis, 0, self.length))
-        return jax.lax.dynamic_slice_in_dim(padded, self._missing(), self.length, axis)
+        return jax.lax.dynamic_slice_in_dim(padded, self._short(), self.length, axis)
 
 
 @dataclasses.dataclass(frozen=True)
