@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import socket
@@ -26,6 +27,7 @@ from jax_cases import FUSED_NAMES, float64  # noqa: E402, F401, one is a fixture
 
 import natten  # noqa: E402
 import natten.jax as nj  # noqa: E402
+from natten.jax import _halos  # noqa: E402
 
 IN_PROCESSES = __name__ == "__main__"
 if not IN_PROCESSES and len(jax.devices()) < 8:
@@ -453,6 +455,59 @@ def test_what_is_sent_is_the_surface():
         assert sent in (2 * said, 3 * said), (sent, said, counts, grid, window)
         everything += needed
     assert everything
+
+
+def test_messages_of_random_meshes():
+    """Carried out in numpy, axis after axis, on grids that meshes need not divide: parts then hold
+    what the windows of their queries see, and each has received what `halo_bytes` says."""
+    rng = np.random.default_rng([cases.SEED, 9])
+    for case in range(100):
+        counts = [int(n) for n in rng.integers(2, 6, rng.integers(1, 4))]
+        axes = [_axis(rng, n, (6, 4, 3)[len(counts) - 1], is_even=False) for n in counts]
+        grid, names = [length for length, _ in axes], ["x", "y", "z"][: len(counts)]
+        window = {name: tuple(w[name] for _, w in axes) for name in axes[0][1]}
+        mesh = {n: counts[names.index(n)] for n in rng.permutation(names).tolist()}
+        halos = _halos.halos_of(mesh, [(n,) for n in names], grid, window)
+        begins = [
+            [min(i * h.length, h.grid - h.length) for i in range(h.parts)] for h in halos.axes
+        ]
+        places = np.arange(np.prod(counts)).reshape([mesh[n] for n in mesh])
+        places = places.transpose([list(mesh).index(n) for n in names])
+        of_place = {int(places[part]): part for part in np.ndindex(*counts)}
+        tokens = 1 + np.arange(np.prod(grid)).reshape(grid)
+        arrays, received = {}, dict.fromkeys(of_place, 0)
+        for place, part in of_place.items():
+            held = [range(i * h.length, min((i + 1) * h.length, h.grid))
+                    for i, h in zip(part, halos.axes, strict=True)]  # fmt: skip
+            missing = [(h.length - len(r), 0) for h, r in zip(halos.axes, held, strict=True)]
+            arrays[place] = np.pad(tokens[np.ix_(*held)], missing)
+        for at, messages in enumerate(halos.messages):
+            halo, before = halos.axes[at], arrays
+            padding = [(0, 0)] * len(counts)
+            padding[at] = (halo.before, halo.after)
+            arrays = {place: np.pad(x, padding) for place, x in before.items()}
+            for message in messages:
+                takers = {int(places[part]) for part in itertools.product(*message.takers)}
+                assert sorted(takers) == sorted(taker for _, taker in message.pairs), case
+                for giver, taker in message.pairs:
+                    sent = before[giver][tuple(slice(*ends) for ends in message.held)]
+                    begin = zip(message.needed, sent.shape, strict=True)
+                    arrays[taker][tuple(slice(b, b + n) for b, n in begin)] = sent
+                    received[taker] += sent.size
+        for place, part in of_place.items():
+            said = natten.distributed.halo_bytes(
+                grid, counts, part=part, token_bytes=1, **window
+            ).received
+            assert received[place] == said, (case, grid, counts, window)
+            where, which = [], []
+            for i, (n, options), h in zip(part, axes, halos.axes, strict=True):
+                own = range(i * h.length, min((i + 1) * h.length, n))
+                needed = range(*natten.key_range(own[0], len(own), n, **options)) if own else []
+                at = [t - begins[h.axis][i] + h.before for t in needed]
+                is_ring = options["boundary"] == "circular" and h.extended_length >= n
+                where.append([t % n if is_ring else t for t in at])
+                which.append([t % n for t in needed])
+            np.testing.assert_array_equal(arrays[place][np.ix_(*where)], tokens[np.ix_(*which)])
 
 
 @pytest.mark.parametrize("count", [10, pytest.param(12, marks=pytest.mark.long)])

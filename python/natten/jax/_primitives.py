@@ -174,8 +174,8 @@ class Operation:
                     "is traced. Export one program for each shape"
                 )
         results, _ = self._plan(avals, setup, given, wanted)
-        shapes = [aval.shape for aval in avals]
-        is_splittable = _window_of(setup.config, inputs, shapes) is not None
+        shapes = [*(aval.shape for aval in avals), *(shape for shape, _ in results)]
+        is_splittable = _window_of(setup.config, [*inputs, *outputs], shapes) is not None
         split = split_of_types(inputs, avals, rank, is_splittable, setup.grid)
         first = avals[0]
         return [
