@@ -25,7 +25,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -35,7 +35,7 @@ import torch
 import torch.distributed as dist
 from cases import processor
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 import natten
@@ -44,7 +44,7 @@ HEADS, HEAD_DIM = 4, 32
 
 
 def timed(
-    function: Callable[..., Tensor], inputs: list[Tensor], backward: bool, is_rank: bool
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], backward: bool, is_rank: bool
 ) -> float:
     """Seconds of a call; ranks begin together."""
     inputs = [x.detach().requires_grad_(backward) for x in inputs]
@@ -57,11 +57,16 @@ def timed(
     return time.perf_counter() - start
 
 
+def drawn(rows: int, size: int, seed: int = 0) -> list[Tensor]:
+    """Query, key and value."""
+    torch.manual_seed(seed)
+    return [torch.randn(1, rows, size, HEADS, HEAD_DIM) for _ in range(3)]
+
+
 def whole(size: int, window: int, threads: int, backward: bool, pipe: Connection) -> None:
     """One process, which times a call whenever it is told to."""
     torch.set_num_threads(threads)
-    torch.manual_seed(0)
-    inputs = [torch.randn(1, size, size, HEADS, HEAD_DIM) for _ in range(3)]
+    inputs = drawn(size, size)
     while pipe.recv():
         pipe.send(timed(lambda q, k, v: natten.na2d(q, k, v, window), inputs, backward, False))
 
@@ -88,6 +93,25 @@ def slow_down(link: float) -> None:
     dist.batch_isend_irecv = posted
 
 
+def join(rank: int, count: int, folder: str) -> DeviceMesh:
+    """Makes this process one of `count` on a mesh, with a core of its own."""
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
+    )
+    return init_device_mesh("cpu", (count,))
+
+
+def of_halo(x: DTensor, window: int) -> DTensor:
+    """The rows at both ends of a part, which others need. They stand for the part: all of it would
+    be copied to where the halo is put beside it."""
+    rows = x.to_local()
+    ends = rows[:, [*range(window // 2), *range(rows.shape[1] - window // 2, rows.shape[1])]]
+    return DTensor.from_local(ends, x.device_mesh, [Shard(1)], run_check=False)
+
+
 def part(
     rank: int,
     count: int,
@@ -101,17 +125,10 @@ def part(
     """One of the ranks, likewise, by what it is told."""
     if link:
         slow_down(link)
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[rank % len(cores)]})
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count
-    )
-    mesh = init_device_mesh("cpu", (count,))
+    mesh = join(rank, count, folder)
     rows = size // count
-    torch.manual_seed(rank)
-    held = [torch.randn(1, rows, size, HEADS, HEAD_DIM) for _ in range(3)]
-    inputs: list[Tensor] = [DTensor.from_local(x, mesh, [Shard(1)], run_check=False) for x in held]
+    held = drawn(rows, size, rank)
+    inputs = [DTensor.from_local(x, mesh, [Shard(1)], run_check=False) for x in held]
     (begin, end), _ = natten.key_range((rank * rows, 0), (rows, size), (size, size), window)
     around = [held[0], *(torch.randn(1, end - begin, size, HEADS, HEAD_DIM) for _ in range(2))]
 
@@ -119,13 +136,7 @@ def part(
         return natten.na2d(q, k, v, window, query_offset=(rank * rows, 0), key_offset=(begin, 0),
                            grid_size=(size, size))  # fmt: skip
 
-    def of_halo(x: DTensor) -> Tensor:
-        """The rows at both ends of a part, which others need. They stand for the part: all of it
-        would be copied to where the halo is put beside it."""
-        ends = x.to_local()[:, [*range(window // 2), *range(rows - window // 2, rows)]]
-        return DTensor.from_local(ends, mesh, [Shard(1)], run_check=False)
-
-    ends = [of_halo(x) for x in inputs[1:]]
+    ends: list[Tensor] = [of_halo(x, window) for x in inputs[1:]]
 
     def exchange(*tensors: Tensor) -> Tensor:
         found, _ = natten.distributed.halo_exchange(tensors, (window, 1), boundary="cut")
@@ -144,7 +155,7 @@ def part(
 @contextmanager
 def running(jobs: list[tuple[Callable[..., None], tuple]]) -> Iterator[list[Connection]]:
     """A process for each job, and the pipe to it."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imports this file once for all
     pipes, processes = [], []
     for function, args in jobs:
         ours, theirs = context.Pipe()

@@ -30,11 +30,15 @@ def test_gpu_benchmark_on_tiny_problems(tmp_path):
     assert all("backend" in row["skipped"] for row in rows if row["way"] == "sdpa_cudnn")
 
 
-def rows_of(tmp_path: Path, script: str, *options: str) -> list[dict]:
+def figures_of(tmp_path: Path, script: str, *options: str) -> dict:
     figures = tmp_path / "figures.json"
-    command = [sys.executable, BENCHMARKS / script, *options, "--repeats", "1", "--json", figures]
+    command = [sys.executable, BENCHMARKS / script, *options, "--json", figures]
     subprocess.run(command, check=True, capture_output=True)
-    return json.loads(figures.read_text())["rows"]
+    return json.loads(figures.read_text())
+
+
+def rows_of(tmp_path: Path, script: str, *options: str) -> list[dict]:
+    return figures_of(tmp_path, script, *options, "--repeats", "1")["rows"]
 
 
 @pytest.mark.long
@@ -50,3 +54,17 @@ def test_benchmark_of_streams(tmp_path):
     rows = rows_of(tmp_path, "stream.py", "--tiny")
     assert [row["stream"] for row in rows] == ["1d_token", "2d_row", "3d_frame"]
     assert all(row["ratio"] > 0 for row in rows)
+
+
+@pytest.mark.long
+def test_benchmark_of_meshes(tmp_path):
+    options = ("--size", "32", "--window", "5", "--rounds", "1", "--backward", "--link", "1e9")
+    figures = figures_of(tmp_path, "mesh.py", *options)
+    assert all(figures[name] > 0 for name in ("whole", "mesh", "compute", "exchange"))
+
+
+@pytest.mark.long
+def test_benchmark_of_links(tmp_path):
+    figures = figures_of(tmp_path, "link.py", "--tiny", "--rounds", "1")
+    assert [row["what"] for row in figures["rows"]] == ["halo", "call"]
+    assert all(row["measured"] > 0 < row["predicted"] for row in figures["rows"])

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import os
 import re
 import socket
@@ -26,6 +27,7 @@ from jax_cases import FUSED_NAMES, float64  # noqa: E402, F401, one is a fixture
 
 import natten  # noqa: E402
 import natten.jax as nj  # noqa: E402
+from natten.jax import _halos  # noqa: E402
 
 IN_PROCESSES = __name__ == "__main__"
 if not IN_PROCESSES and len(jax.devices()) < 8:
@@ -61,6 +63,11 @@ class Problem:
     def rank(self) -> int:
         return len(self.grid)
 
+    @property
+    def is_even(self) -> bool:
+        parts = [int(np.prod([self.mesh[n] for n in axes], dtype=int)) for axes in self.spatial]
+        return not any(n % count for n, count in zip(self.grid, parts, strict=True))
+
     def options(self, is_mapped: bool) -> dict[str, Any]:
         return self.window | ({"spatial_axis_names": self.spatial} if is_mapped else {})
 
@@ -69,9 +76,13 @@ class Problem:
         return cases.round_to(self.dtype, x)
 
 
-def _axis(rng: np.random.Generator, parts: int, longest: int) -> tuple[int, dict[str, Any]]:
-    """A length that parts divide, and the options of a window that fits."""
+def _axis(
+    rng: np.random.Generator, parts: int, longest: int, is_even: bool = True
+) -> tuple[int, dict[str, Any]]:
+    """A length, which parts divide where they are even, and the options of a window that fits."""
     length = parts * int(rng.integers(1, longest + 1))
+    if not is_even:
+        length = int(rng.integers(1, parts * longest + 1))
     boundary = str(rng.choice(["shift", "cut", "circular"]))
     is_causal = boundary != "circular" and rng.random() < 0.3
     if boundary == "circular":
@@ -90,7 +101,7 @@ def _axis(rng: np.random.Generator, parts: int, longest: int) -> tuple[int, dict
     }  # fmt: skip
 
 
-def draw(seed: int, most_devices: int = 8) -> Problem:
+def draw(seed: int, most_devices: int = 8, is_even: bool = True) -> Problem:
     rng = np.random.default_rng([cases.SEED, seed])
     rank = int(rng.integers(1, 4))
     counts = [c for c in ((2,), (4,), (2, 2), (8,), (4, 2), (2, 4), (2, 2, 2))
@@ -104,7 +115,7 @@ def draw(seed: int, most_devices: int = 8) -> Problem:
             str(name)
         )
     parts = [int(np.prod([mesh[n] for n in names])) for names in splits]
-    axes = [_axis(rng, p, (12, 5, 3)[rank - 1]) for p in parts[:rank]]
+    axes = [_axis(rng, p, (12, 5, 3)[rank - 1], is_even) for p in parts[:rank]]
     heads = parts[rank + 1] * 2
     return Problem(
         seed=seed,
@@ -193,6 +204,14 @@ def both(function: Any) -> Any:
     return results
 
 
+def padded(mesh: Mesh, shape: tuple[int, ...], spec: P) -> list[tuple[int, int]]:
+    """What must be behind an array for devices to divide all of its axes."""
+    names = [(e,) if isinstance(e, str) else e or () for e in spec]
+    parts = [int(np.prod([mesh.shape[n] for n in axes], dtype=int)) for axes in names]
+    parts += [1] * (len(shape) - len(parts))
+    return [(0, -n % count) for n, count in zip(shape, parts, strict=True)]
+
+
 def expected_of(problem: Problem, arrays: dict[str, Any], incoming: Any, kind: str) -> Any:
     """Of the undivided call: its results and gradients, and the gradients in float64."""
     function = jax.jit(both(function_of(problem, kind, False)))
@@ -243,12 +262,40 @@ def check(problem: Problem, kind: str, mode: str, devices: Any = None, place: An
         return jax.device_put(a, NamedSharding(mesh, spec))
 
     place = default_place if place is None else functools.partial(place, mesh)
+
+    def placed(a: Any, spec: P) -> Any:
+        """With NaN behind what JAX would not place."""
+        is_mask = a.dtype == bool
+        padding = padded(mesh, a.shape, spec)
+        return place(jnp.pad(a, padding, constant_values=True if is_mask else jnp.nan), spec)
+
+    def cut(a: Any, shape: tuple[int, ...], spec: P) -> Any:
+        """The array itself, which is split into parts that are not equal."""
+        a = jax.lax.slice(a, [0] * a.ndim, shape)
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))
+
+    def filled(a: Any, spec: P) -> Any:
+        a = jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))
+        a = jnp.pad(a, padded(mesh, a.shape, spec))
+        return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, spec))
+
+    def of_cut(x: dict[str, Any], mask: dict[str, Any], incoming: Any) -> Any:
+        x, mask = ({n: cut(a, arrays[n].shape, specs[n]) for n, a in d.items()} for d in (x, mask))
+        incoming = tuple(
+            cut(a, s.shape, spec) for a, s, spec in zip(incoming, shapes, of_results, strict=True)
+        )
+        results, gradients = both(function)(x, mask, incoming)
+        return (
+            [filled(a, spec) for a, spec in zip(results, of_results, strict=True)],
+            {n: filled(a, specs[n]) for n, a in gradients.items()},
+        )
+
     x = {
-        n: place(jnp.asarray(a).astype(bool if n == "key_mask" else p.dtype), specs[n])
+        n: placed(jnp.asarray(a).astype(bool if n == "key_mask" else p.dtype), specs[n])
         for n, a in arrays.items()
     }
     mask = {n: x.pop(n) for n in ("key_mask",) if n in x}
-    incoming = tuple(place(a, s) for a, s in zip(incoming, of_results, strict=True))
+    incoming = tuple(placed(a, s) for a, s in zip(incoming, of_results, strict=True))
     function = plain
     if is_mapped:
         function = jax.shard_map(
@@ -258,7 +305,8 @@ def check(problem: Problem, kind: str, mode: str, devices: Any = None, place: An
     before = jax.config.jax_use_shardy_partitioner
     try:
         jax.config.update("jax_use_shardy_partitioner", mode != "gspmd")
-        run = jax.jit(both(function)).lower(x, mask, incoming).compile()
+        split = both(function) if p.is_even else of_cut
+        run = jax.jit(split).lower(x, mask, incoming).compile()
         got_results, got_gradients = run(x, mask, incoming)
     finally:
         jax.config.update("jax_use_shardy_partitioner", before)
@@ -295,14 +343,16 @@ def check(problem: Problem, kind: str, mode: str, devices: Any = None, place: An
     if p.mask_batch is not None and not IN_PROCESSES:
         for name in ("key", "value"):
             hidden = ~np.expand_dims(arrays["key_mask"], -1 if kind == "fused" else 1)[..., None]
-            got = np.asarray(got_gradients[name], np.float64)
-            assert not got[np.broadcast_to(hidden, got.shape)].any()
+            shape = arrays[name].shape
+            got = np.asarray(got_gradients[name], np.float64)[tuple(map(slice, shape))]
+            assert not got[np.broadcast_to(hidden, shape)].any()
 
 
 def assert_shards(got: Any, want: Any, compare: Any, message: str) -> None:
-    """Each process compares what it has."""
+    """Each process compares what it has. `got` may have 0 behind what is wanted."""
+    want = np.pad(want, [(0, a - b) for a, b in zip(got.shape, want.shape, strict=True)])
     for shard in got.addressable_shards:
-        compare(np.asarray(shard.data), np.asarray(want)[shard.index], message)
+        compare(np.asarray(shard.data), want[shard.index], message)
 
 
 def collectives(text: str) -> set[str]:
@@ -314,11 +364,12 @@ def needs_others(problem: Problem) -> bool:
     """Whether any part needs keys of another, by the definition."""
     for i, names in enumerate(problem.spatial):
         parts = int(np.prod([problem.mesh[n] for n in names]))
-        length = problem.grid[i] // parts
+        length = -(-problem.grid[i] // parts)
         window = {name: values[i] for name, values in problem.window.items()}
-        for part in range(parts):
-            begin, end = natten.key_range(part * length, length, problem.grid[i], **window)
-            if begin < part * length or end > (part + 1) * length:
+        for first in range(0, problem.grid[i], length):
+            last = min(first + length, problem.grid[i])
+            begin, end = natten.key_range(first, last - first, problem.grid[i], **window)
+            if begin < first or end > last:
                 return True
     return False
 
@@ -343,39 +394,153 @@ def test_random_problems(seeds):
         check(draw(seed), kind, MODES[seed % len(MODES)])
 
 
+@pytest.mark.parametrize(
+    "seeds",
+    [range(2), pytest.param(range(2, 7), marks=pytest.mark.long)],
+    ids=["few", "rest"],
+)
+def test_parts_that_are_not_equal(seeds):
+    """The same of grids that the mesh does not divide, which are parts of arrays that it does."""
+    for seed in seeds:
+        problem = next(p for p in (draw(2000 + 50 * seed + i, 8, False) for i in range(50))
+                       if not p.is_even)  # fmt: skip
+        check(problem, "unfused" if seed % 3 == 2 else "fused", MODES[seed % 2])
+
+
 def test_what_is_sent_is_the_surface():
-    """Of random windows on an axis in four or eight parts: keys and values that a part needs and
-    does not have, by the definition, are as many as all devices are sent."""
+    """Of random windows on a grid in up to eight parts: keys and values that a part needs and does
+    not have, by the definition, are as many as all devices are sent, forward and backward."""
     rng, everything = np.random.default_rng([cases.SEED, 7]), 0
-    for parts in (4, 8, 8):
-        length, window = _axis(rng, parts, 9)
-        x = [jax.ShapeDtypeStruct((2, length, 1, 3), "float32")] * 3
-        mesh = Mesh(np.array(jax.devices()[:parts]), ("x",))
-        split = NamedSharding(mesh, P(None, "x"))
-        function = jax.jit(functools.partial(nj.na1d, **window), in_shardings=split)
-        text = function.lower(*x).compile().as_text()
-        # Keys and values in one message, as one axis.
+    for counts, is_even in (((8,), True), ((2, 4), True), ((3, 2), False)):
+        axes = [_axis(rng, n, 9 // len(counts), is_even) for n in counts]
+        grid, rank = tuple(length for length, _ in axes), len(counts)
+        mesh = Mesh(np.array(jax.devices()[: np.prod(counts)]).reshape(counts), ("x", "y")[:rank])
+        split = NamedSharding(mesh, P(None, *mesh.axis_names))
+        window = {name: tuple(w[name] for _, w in axes) for name in axes[0][1]}
+
+        def call(*x: Any, window: Any = window, split: Any = split, grid: Any = grid) -> Any:
+            x = [jax.lax.slice(a, [0] * a.ndim, (2, *grid, 1, 3)) for a in x]
+            x = [jax.lax.with_sharding_constraint(a, split) for a in x]
+            out, pull_back = jax.vjp(functools.partial(FUSED[len(grid) - 1], **window), *x)
+            results = [jax.lax.with_sharding_constraint(a, split) for a in (out, *pull_back(out))]
+            results = [jnp.pad(a, padded(split.mesh, a.shape, split.spec)) for a in results]
+            return [jax.lax.with_sharding_constraint(a, split) for a in results]
+
+        extra = padded(mesh, (2, *grid, 1, 3), split.spec)
+        shape = tuple(n + more for n, (_, more) in zip((2, *grid, 1, 3), extra, strict=True))
+        x = [jax.ShapeDtypeStruct(shape, "float32")] * 3
+        text = jax.jit(call, in_shardings=split, out_shardings=split).lower(*x).compile().as_text()
+        # Keys and values in one message, as one axis. Those of the forward pass come once more in
+        # the backward, unless XLA finds that they are there.
         pattern = r"f32\[(\d+)\]\S* collective-permute\(.*source_target_pairs=\{(\S*)\}[,\n]"
         messages = re.findall(pattern, text)
         assert len(messages) == len(re.findall(r" collective-permute(?:-start)?\(", text))
         sent = sum(4 * int(n) * (pairs.count("},{") + 1) for n, pairs in messages)
-        of_part = length // parts
-        needed = 0
-        for part in range(parts):
-            own = range(part * of_part, (part + 1) * of_part)
-            tokens = range(*natten.key_range(own[0], of_part, length, **window))
-            needed += len({t % length for t in tokens} - set(own))
-        token_bytes = 2 * (3 + 3) * 4
-        assert sent == token_bytes * needed, (parts, length, window)
-        said = [
-            natten.distributed.halo_bytes(
-                [length], [parts], part=[i], token_bytes=token_bytes, **window
-            )
-            for i in range(parts)
-        ]
-        assert sent == sum(s.received for s in said) == sum(s.sent for s in said)
+        needed, said, token_bytes = 0, 0, 2 * (3 + 3) * 4
+        for part in np.ndindex(counts):
+            there, missing = 1, 1
+            for i, (length, options) in enumerate(axes):
+                size = -(-length // counts[i])
+                own = range(min(part[i] * size, length), min((part[i] + 1) * size, length))
+                tokens = set(own)
+                if own:
+                    begin, end = natten.key_range(own[0], len(own), length, **options)
+                    tokens = {t % length for t in range(begin, end)}
+                there, missing = there * len(tokens & set(own)), missing * len(tokens)
+            needed += missing - there
+            said += natten.distributed.halo_bytes(
+                grid, counts, part=part, token_bytes=token_bytes, **window
+            ).received
+        assert said == token_bytes * needed
+        assert sent in (2 * said, 3 * said), (sent, said, counts, grid, window)
         everything += needed
     assert everything
+
+
+def test_messages_of_random_meshes():
+    """Carried out in numpy, axis after axis, on grids that meshes need not divide: parts then hold
+    what the windows of their queries see, and each has received what `halo_bytes` says."""
+    rng = np.random.default_rng([cases.SEED, 9])
+    for case in range(30):
+        counts = [int(n) for n in rng.integers(2, 6, rng.integers(1, 4))]
+        axes = [_axis(rng, n, (6, 4, 3)[len(counts) - 1], is_even=False) for n in counts]
+        grid, names = [length for length, _ in axes], ["x", "y", "z"][: len(counts)]
+        window = {name: tuple(w[name] for _, w in axes) for name in axes[0][1]}
+        mesh = {n: counts[names.index(n)] for n in rng.permutation(names).tolist()}
+        halos = _halos.halos_of(mesh, [(n,) for n in names], grid, window)
+        places = np.arange(np.prod(counts)).reshape([mesh[n] for n in mesh])
+        places = places.transpose([list(mesh).index(n) for n in names])
+        of_place = {int(places[part]): part for part in np.ndindex(*counts)}
+        tokens = 1 + np.arange(np.prod(grid)).reshape(grid)
+        arrays, received = {}, dict.fromkeys(of_place, 0)
+        for place, part in of_place.items():
+            held = [range(i * h.length, min((i + 1) * h.length, h.grid))
+                    for i, h in zip(part, halos.axes, strict=True)]  # fmt: skip
+            missing = [(h.length - len(r), 0) for h, r in zip(halos.axes, held, strict=True)]
+            arrays[place] = np.pad(tokens[np.ix_(*held)], missing)
+        for at, messages in enumerate(halos.messages):
+            halo, before = halos.axes[at], arrays
+            padding = [(0, 0)] * len(counts)
+            padding[at] = (halo.before, halo.after)
+            arrays = {place: np.pad(x, padding) for place, x in before.items()}
+            for message in messages:
+                takers = {int(places[part]) for part in itertools.product(*message.takers)}
+                assert sorted(takers) == sorted(taker for _, taker in message.pairs), case
+                for giver, taker in message.pairs:
+                    sent = before[giver][tuple(slice(*ends) for ends in message.held)]
+                    begin = zip(message.needed, sent.shape, strict=True)
+                    arrays[taker][tuple(slice(b, b + n) for b, n in begin)] = sent
+                    received[taker] += sent.size
+        for place, part in of_place.items():
+            said = natten.distributed.halo_bytes(
+                grid, counts, part=part, token_bytes=1, **window
+            ).received
+            assert received[place] == said, (case, grid, counts, window)
+            where, which = [], []
+            for i, (n, options), h in zip(part, axes, halos.axes, strict=True):
+                own = range(i * h.length, min((i + 1) * h.length, n))
+                needed = range(*natten.key_range(own[0], len(own), n, **options)) if own else []
+                first = min(i * h.length, n - h.length) - h.before
+                at = [t - first for t in needed]
+                is_ring = options["boundary"] == "circular" and h.extended_length >= n
+                where.append([t % n if is_ring else t for t in at])
+                which.append([t % n for t in needed])
+            np.testing.assert_array_equal(arrays[place][np.ix_(*where)], tokens[np.ix_(*which)])
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(12, marks=pytest.mark.long)])
+def test_attention_whose_tokens_are_split(count):
+    """Keys and values go round the ring, their gradients too, and nothing is gathered. Of 10 tokens
+    the last of four devices has one."""
+    rng = np.random.default_rng([cases.SEED, 8])
+    mesh = Mesh(np.array(jax.devices()[:4]), ("x",))
+    split = NamedSharding(mesh, P(None, "x"))
+    x = [jnp.asarray(rng.standard_normal((2, 12, h, 3)), "float32") for h in (4, 2, 2)]
+
+    def call(*x: Any) -> Any:
+        results = []
+        for is_causal in (False, True):
+            function = functools.partial(nj.attention, is_causal=is_causal, return_lse=True)
+            out, pull_back = jax.vjp(function, *x)
+            results += [*out, *pull_back(jax.tree.map(jnp.cos, out))]
+        return results
+
+    def on_devices(*x: Any) -> Any:
+        x = [jax.lax.with_sharding_constraint(a[:, :count], split) for a in x]
+        results = [jax.lax.with_sharding_constraint(a, split) for a in call(*x)]
+        padding = [jnp.pad(a, padded(mesh, a.shape, split.spec)) for a in results]
+        return [jax.lax.with_sharding_constraint(a, split) for a in padding]
+
+    placed = [jax.device_put(a, split) for a in x]
+    run = jax.jit(on_devices).lower(*placed).compile()
+    assert collectives(run.as_text()) == {"collective-permute"}
+    wants = jax.jit(call)(*(a[:, :count] for a in x))
+    for i, (got, want) in enumerate(zip(run(*placed), wants, strict=True)):
+        assert got.sharding.is_equivalent_to(split, got.ndim)
+        got = np.asarray(got)[:, :count]
+        if i % 5 < 3:  # all but gradients of keys and values
+            np.testing.assert_array_equal(got, want)
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
 
 
 # One small problem, transformed and refused.

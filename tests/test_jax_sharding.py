@@ -111,34 +111,22 @@ def test_spatial_axes_exchange_halos(spec):
 
 
 def test_what_is_gathered():
-    """Spatial axes of attention to all keys, of parts, and of sizes that devices do not divide."""
+    """Tokens of attention to other keys than there are queries, and the grid of parts of grids."""
     x = arrays()[:3]
     mesh = mesh_of(2, 2)
-    by_rows = NamedSharding(mesh, P("data", "model"))
 
     def to_all(*x):
-        return nj.attention(*(a.reshape(a.shape[0], -1, *a.shape[3:]) for a in x))
+        tokens = [a.reshape(a.shape[0], -1, *a.shape[3:]) for a in x]
+        return nj.attention(tokens[0][:, :12], *tokens[1:])
 
     def of_part(*x):
         return attend(*x, query_offset=1, grid_size=(7, 8), boundary="cut", key_offset=0)
 
-    def rows(*x):
-        return attend(*(a[:, :3] for a in x))
-
-    def uneven(*x):  # what JAX refuses outside of jit
-        x = (jax.lax.with_sharding_constraint(a[:, :3], by_rows) for a in x)
-        return attend(*x)
-
-    wide = (x[0][:, :2, :4], *x[1:])
-    for function, plain, inputs in (
-        (to_all, to_all, x),
-        (of_part, of_part, wide),
-        (uneven, rows, x),
-    ):
+    for function, inputs in ((to_all, x), (of_part, (x[0][:, :2, :4], *x[1:]))):
         sharded = put(inputs, mesh, (P("data", "model"),) * 3)
         run = compiled(function, sharded)
         assert collectives(run) & {"all-gather", "all-reduce"}
-        assert_close(run(*sharded), plain(*inputs))
+        assert_close(run(*sharded), function(*inputs), 1e-10)
 
 
 def test_channels_that_are_split_are_gathered():
@@ -235,8 +223,6 @@ def test_derivatives_of_higher_order(is_explicit, split):
     allowed = {"all-reduce"}
     if split[2:]:
         allowed.add("collective-permute")
-        if is_explicit:  # the gradient of a bias's reshard, as docs/jax.md says
-            allowed.add("all-gather")
     for function in (twice, forward_over_reverse):
         run = compiled(function, sharded)
         assert collectives(run) <= allowed

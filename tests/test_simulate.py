@@ -153,9 +153,10 @@ def test_meshes(prices):
         if math.prod(mesh) == 1:
             assert s.halo_bytes == 0 and s.useful_flops == whole.useful_flops, case
         there_and_back = natten.simulate(
-            **problem, heads=3, head_dim=8, mesh=mesh, backward=True, link=1e9
+            **problem, heads=3, head_dim=8, mesh=mesh, backward=True, link=1e9, latency=1e-4
         )
-        assert there_and_back.exchange_seconds == pytest.approx(2 * s.halo_bytes / 1e9), case
+        seconds = 2 * s.halo_bytes / 1e9 + (2e-4 if s.halo_bytes else 0)
+        assert there_and_back.exchange_seconds == pytest.approx(seconds), case
 
 
 def test_meshes_send_what_halo_bytes_says(prices):
@@ -248,6 +249,7 @@ def test_refuses(prices):
     refuses("^heads: got 0", 8, 3, heads=0)
     refuses("^mesh: got 0", 8, 3, mesh=0)
     refuses("^link: got 0", 8, 3, mesh=2, link=0)
+    refuses("^latency: got -1", 8, 3, mesh=2, latency=-1)
     with pytest.raises(ValueError, match=r"^sweep: got 'heads'"):
         simulator.sweep("heads", input_size=8, kernel_size=3)
 

@@ -285,6 +285,18 @@ def is_whole_grid(config: Config) -> bool:
     return not of_parts and not config[-1] & (SEPARATE_KEY_GRID | UNKNOWN_OFFSETS)
 
 
+def sees_all_keys(config: Config) -> bool:
+    """Whether it is `attention`, of examples of one length."""
+    return bool(config[-1] & SEPARATE_KEY_GRID) and not config[-1] & ALLOW_NO_KEYS
+
+
+def with_window_of_all(config: Config, grid_size: Sequence[int]) -> Config:
+    """`attention` to as many keys as the grid has as a neighborhood of all of them."""
+    if not sees_all_keys(config):
+        return config
+    return (config[0], *grid_size, *config[1 + config[0] : -1], config[-1] & ~SEPARATE_KEY_GRID)
+
+
 def with_parts(config: Config, *parts: Sequence[int]) -> Config:
     """The config of a whole grid as that of a part of it; `parts`: of each of PART_OPTIONS a value
     per axis, or nothing."""

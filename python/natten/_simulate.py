@@ -336,6 +336,7 @@ def simulate(
     fixed_tiles: bool = False,
     mesh: Ints | None = None,
     link: float | None = None,
+    latency: float = 0.0,
 ) -> Simulation:
     """Predicts what a call of `na1d`, `na2d` or `na3d` costs, without running it.
 
@@ -356,6 +357,8 @@ def simulate(
         mesh: into how many parts each axis is cut, each on a device of its own.
         link: bytes per second that a device of a mesh receives; default is what GPUs of the kind
             have between them, and 12.5e9 for CPUs.
+        latency: seconds that an exchange takes beyond that, once in each pass;
+            `benchmarks/link.py` measures both.
 
     Returns:
         A prediction: text when printed, its rows as attributes.
@@ -383,6 +386,8 @@ def simulate(
         raise ValueError("fixed_tiles: with the forward pass of one device only")
     if link is not None and not link > 0:
         raise ValueError(f"link: got {link!r}; must be positive")
+    if not latency >= 0:
+        raise ValueError(f"latency: got {latency!r}; must not be negative")
 
     queries = keys = layer.grid
     part: dict[str, Any] = {}
@@ -424,6 +429,8 @@ def simulate(
         )  # fmt: skip
         passes += _on_gpu(GPUS[device], layer, op, works, queries, keys, fixed_tiles)
     exchange = halo / (link or (CPU_LINK if device == "cpu" else GPUS[device].link))
+    if halo:
+        exchange += latency * (2 if backward else 1)
 
     def total(name: str) -> float:
         return sum(getattr(p, name) for p in passes)

@@ -274,6 +274,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--mesh", type=int, nargs="+", help="devices along each axis")
     add("--link", type=float, help="bytes per second between devices of the mesh")
+    add("--latency", type=float, default=0.0, help="seconds that an exchange takes beyond that")
     add("--sweep", choices=SWEEPS)
     add("--plot", type=Path, metavar="FILE", help="draws the sweep; needs matplotlib")
     add("--json", type=Path, metavar="FILE", help="writes all figures")
@@ -293,6 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "fixed_tiles": args.fixed_tiles,
         "mesh": one_or_all(args.mesh) if args.mesh else None,
         "link": args.link,
+        "latency": args.latency,
     }
     try:
         if not args.sweep:

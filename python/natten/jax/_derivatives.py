@@ -28,11 +28,11 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import NamedSharding, PartitionSpec
 
 from natten._args import EMPTY_SLOTS_ZERO, scale_or_default, with_flags
 from natten._kernel import COMPOSED
 from natten.jax._composed import Examples
+from natten.jax._partitioning import axes_of
 from natten.jax._primitives import (
     Operation,
     Setup,
@@ -82,13 +82,13 @@ def _bias_of(setup: Setup, rpb: Any, scores: Any, context: Tensors) -> Array:
     aval = scores.aval if is_undefined_primal(scores) else jax.typeof(scores)
     mask = context[0]
     batch = 1 if mask is None else mask.shape[0]
-    (bias,) = rpb_gather(_linear(setup), (rpb, *context), ((batch, *aval.shape[1:]),))
-    assert bias is not None
     is_split = any(axes is not None for axes in aval.sharding.spec)  # on explicit axes
-    if is_split:  # without a grid, a bias does not say how that is split
-        spec = (None if batch == 1 else aval.sharding.spec[0], *aval.sharding.spec[1:])
-        sharding = NamedSharding(aval.sharding.mesh, PartitionSpec(*spec))
-        bias = jax.sharding.reshard(bias, sharding)  # type: ignore[attr-defined]  # as explicit axes
+    setup = _linear(setup)
+    if is_split:
+        grid = tuple(map(axes_of, aval.sharding.spec[2:-1]))
+        setup = dataclasses.replace(setup, grid=grid)
+    (bias,) = rpb_gather(setup, (rpb, *context), ((batch, *aval.shape[1:]),))
+    assert bias is not None
     if batch != 1:
         return bias
     return jax.lax.broadcast(

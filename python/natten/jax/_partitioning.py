@@ -1,8 +1,9 @@
 """How a call is split over devices: by batch, by heads and by the axes of the grid.
 
 Which dimensions these are, the letters of `Role.dims` say. Where the grid is split, devices
-exchange the halos of keys and values (`_halos.py`). An array that is split otherwise is gathered
-first, or refused where its type holds the sharding (meshes with explicit axes).
+exchange the halos of keys and values (`_halos.py`); its axes need not be divided by devices. An
+array that is split otherwise is gathered first, or refused where its type holds the sharding
+(meshes with explicit axes).
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ Run: TypeAlias = Callable[[Sequence[Any], Sequence[tuple[int, ...]], Part | None
 Split: TypeAlias = Mapping[str, Sequence[Axes]]
 
 
-def _axes(entry: Any) -> Axes:
+def axes_of(entry: Any) -> Axes:
     """An entry of a PartitionSpec as a tuple."""
     return () if entry is None else (entry,) if isinstance(entry, str) else tuple(entry)
 
 
 def _entry(axes: Axes) -> Any:
-    """The inverse of `_axes`."""
+    """The inverse of `axes_of`."""
     return None if not axes else axes[0] if len(axes) == 1 else axes
 
 
@@ -86,26 +87,33 @@ def vary_alike(tensors: Sequence[jax.Array | None]) -> tuple[jax.Array | None, .
 
 
 def split_of_types(
-    roles: Sequence[Role], avals: Sequence[Any], rank: int, is_grid_splittable: bool
+    roles: Sequence[Role],
+    avals: Sequence[Any],
+    rank: int,
+    is_grid_splittable: bool,
+    of_results: Sequence[Axes],
 ) -> Split:
     """The split that the types of the inputs hold; none but where a mesh has explicit axes.
+    `of_results`: of the grid, where no input has it.
 
     Raises ValueError where an input is not split alike, or by what cannot be.
     """
     specs = [aval.sharding.spec for aval in avals]
 
-    def first(dims: str, i: int = 0) -> Axes:
+    def first(dims: str, i: int = 0, default: Axes = ()) -> Axes:
         """As the first input that has the dimension is split."""
         for role, spec in zip(roles, specs, strict=True):
             if (axis := role.axis_of(dims, rank)) is not None:
-                return _axes(spec[axis + i])
-        return ()
+                return axes_of(spec[axis + i])
+        return default
 
-    grid = [first("QK", i) if is_grid_splittable else () for i in range(rank)]
+    grid: list[Axes] = [()] * rank
+    if is_grid_splittable:
+        grid = [first("QK", i, axes) for i, axes in enumerate(of_results or grid)]
     split = _split(first("BM"), first("H"), grid, roles, [aval.shape for aval in avals], rank)
     for role, aval, spec in zip(roles, avals, specs, strict=True):
         if role.is_mask and aval.shape[0] == 1:  # split or not, each device has it
-            split = {**split, "M": [_axes(spec[0])]}
+            split = {**split, "M": [axes_of(spec[0])]}
         if tuple(spec) != tuple(spec_of(role, split, rank)):
             raise ValueError(
                 f"{role.name}: got sharding {spec}; must be {spec_of(role, split, rank)}. Only "
@@ -146,8 +154,14 @@ def _split_of_shards(
     heads, group, is_shared = _heads(roles, shapes, rank)
 
     def most(dims: str, size: int | None, taken: Axes, i: int = 0) -> Axes:
+        """`size`: what the axes must divide, if not the dimension itself; 0 for anything."""
         candidates = [
-            _dividing(mesh, size or x.shape[axis + i], _axes(x.sharding.spec[axis + i]), taken)
+            _dividing(
+                mesh,
+                x.shape[axis + i] if size is None else size,
+                axes_of(x.sharding.spec[axis + i]),
+                taken,
+            )
             for role, x in zip(roles, tensors, strict=True)
             if (axis := role.axis_of(dims, rank)) is not None
             and x.sharding is not None  # not known yet
@@ -159,7 +173,7 @@ def _split_of_shards(
     by_heads = most("H", heads, batch) if is_shared else most("HG", heads // group, batch)
     taken, grid = batch + by_heads, []
     for i in range(rank):
-        grid.append(most("QK", None, taken, i) if is_grid_splittable else ())
+        grid.append(most("QK", 0, taken, i) if is_grid_splittable else ())
         taken += grid[-1]
     return _split(batch, by_heads, grid, roles, shapes, rank)
 
@@ -221,7 +235,8 @@ def partitionable(
     context: LoweringRuleContext,
 ) -> Callable[..., Sequence[Any]]:
     """A function of arrays that XLA splits over devices. `shapes`: of inputs and outputs.
-    `window`: its options by name, one value per axis; None where the grid cannot be split."""
+    `window`: its options by name, one value per axis; none where all queries see all of as many
+    keys; None where the grid cannot be split."""
     roles = (*inputs, *outputs)
     output_shapes = shapes[len(inputs) :]
     is_grid_splittable = window is not None
@@ -242,12 +257,15 @@ def partitionable(
         split = _split_of_shards(mesh.shape, roles, (*args, *results), rank, is_grid_splittable)
         shardings = [NamedSharding(mesh, spec_of(role, split, rank)) for role in roles]
         of_results = shardings[len(inputs) :]
-        shards = [s.shard_shape(x) for s, x in zip(of_results, output_shapes, strict=True)]
+        shards = [
+            _shard_shape(mesh.shape, s.spec, x)
+            for s, x in zip(of_results, output_shapes, strict=True)
+        ]
         halos, grid = _halos_of(mesh.shape, split, roles, shapes, rank, window)
 
         def of_shards(*arrays: Any) -> Sequence[Any]:
             with outside_of_meshes():
-                if not any(halos):
+                if not halos.axes:
                     computed = run(arrays, shards, None)
                 else:
                     computed = _with_halos(run, inputs, outputs, arrays, shards, halos, grid)
@@ -283,7 +301,16 @@ def _halos_of(
         ),
         (0,) * rank,
     )
-    return _halos.halos_of(mesh, split["Q"], grid, window or {}), grid
+    return _halos.halos_of(mesh, split["Q"], grid, window or None), grid
+
+
+def _shard_shape(
+    mesh: Mapping[str, int], spec: PartitionSpec, shape: Sequence[int]
+) -> tuple[int, ...]:
+    """Of arrays as XLA splits them, also where devices do not divide them: then the last have less
+    than that, or nothing."""
+    parts = [math.prod(mesh[name] for name in axes_of(entry)) for entry in spec]
+    return tuple(-(-n // count) for n, count in zip(shape, parts, strict=True))
 
 
 def _with_halos(
@@ -297,20 +324,33 @@ def _with_halos(
 ) -> Sequence[Any]:
     """A call on a part of the grid: what comes with keys is exchanged before, and what becomes of
     them sent home afterwards."""
-    rank = len(halos)
+    rank = halos.rank
+    arrays = [
+        _halos.to_end(x, halos, role.axis_of("QK", rank), _filling(role))
+        for role, x in zip(inputs, arrays, strict=True)
+    ]
     arrays = extended_keys(inputs, arrays, halos)
     axes = [role.axis_of("K", rank) for role in outputs]
     shapes = [
         shape if axis is None else _halos.extended_shape(shape, halos, axis)
         for axis, shape in zip(axes, shards, strict=True)
     ]
-    results = run(arrays, shapes, (_halos.offsets_of(halos), grid))
-    return _halos.sent_home(results, halos, axes)
+    results = _halos.sent_home(run(arrays, shapes, (_halos.offsets_of(halos), grid)), halos, axes)
+    return [
+        _halos.to_begin(x, halos, role.axis_of("QK", rank))
+        for role, x in zip(outputs, results, strict=True)
+    ]
+
+
+def _filling(role: Role) -> float:
+    """What queries have that are no device's own, so that nothing comes of them: all weights are
+    0 where logsumexp is infinite, and gradients are where all that comes in is."""
+    return math.inf if role.name == "logsumexp" else 0.0
 
 
 def extended_keys(roles: Sequence[Role], arrays: Sequence[Any], halos: Halos) -> list[Any]:
     """What comes with keys with its halos, which travel together; all else as it is."""
-    return _halos.extended(arrays, halos, [role.axis_of("K", len(halos)) for role in roles])
+    return _halos.extended(arrays, halos, [role.axis_of("K", halos.rank) for role in roles])
 
 
 def _missing(role: Role, split: Split) -> Axes:

@@ -31,6 +31,8 @@ from natten._args import (
     as_part,
     is_whole_grid,
     options_of,
+    sees_all_keys,
+    with_window_of_all,
 )
 from natten._choices import tell
 from natten._kernel import COMPOSED, tell_without_kernels
@@ -72,6 +74,9 @@ class Setup:
     config: Config
     scale: float | None
     backend: str
+    # The axes of a mesh that split each axis of the grid, where no input has that and the type of
+    # the result says so (meshes with explicit axes).
+    grid: tuple[tuple[str, ...], ...] = ()
 
 
 class Operation:
@@ -169,7 +174,9 @@ class Operation:
                     "is traced. Export one program for each shape"
                 )
         results, _ = self._plan(avals, setup, given, wanted)
-        split = split_of_types(inputs, avals, rank, is_whole_grid(setup.config))
+        shapes = [*(aval.shape for aval in avals), *(shape for shape, _ in results)]
+        is_splittable = _window_of(setup.config, [*inputs, *outputs], shapes) is not None
+        split = split_of_types(inputs, avals, rank, is_splittable, setup.grid)
         first = avals[0]
         return [
             first.update(  # a type holds more than what is replaced here
@@ -215,8 +222,9 @@ class Operation:
             offsets, grid_size = part
             at = self.inputs.index(OFFSETS)
             before = sum(given[:at])
+            config = as_part(with_window_of_all(setup.config, grid_size), grid_size)
             return run(
-                dataclasses.replace(setup, config=as_part(setup.config, grid_size)),
+                dataclasses.replace(setup, config=config),
                 (*given[:at], True, *given[at + 1 :]),
                 wanted,
                 [*arrays[:before], offsets, *arrays[before:]],
@@ -224,8 +232,8 @@ class Operation:
             )
 
         shapes = [aval.shape for aval in (*ctx.avals_in, *ctx.avals_out)]
-        window = options_of(setup.config) if is_whole_grid(setup.config) else None
         roles = self._roles(given, wanted)
+        window = _window_of(setup.config, [*roles[0], *roles[1]], shapes)
         function = partitionable(of_shards, *roles, shapes, setup.config[0], window, ctx)
         return lower_fun(function, multiple_results=True)(ctx, *operands)
 
@@ -373,6 +381,20 @@ class Operation:
             outvars=[v for i, v in zip(present, eqn.outvars, strict=True) if i in kept],
         )
         return [True] * len(eqn.invars), smaller
+
+
+def _window_of(
+    config: Config, roles: Sequence[Role], shapes: Sequence[tuple[int, ...]]
+) -> dict[str, tuple] | None:
+    """The options of a call's window as `partitionable` takes them; None: it cannot be split."""
+    if is_whole_grid(config):
+        return options_of(config)
+    tokens = {
+        shape[axis]
+        for role, shape in zip(roles, shapes, strict=True)
+        if (axis := role.axis_of("QK", config[0])) is not None
+    }
+    return {} if sees_all_keys(config) and len(tokens) == 1 else None
 
 
 def _of_shapes(wanted: tuple[Wanted, ...], shapes: Sequence[tuple[int, ...]]) -> tuple[Wanted, ...]:
