@@ -9,6 +9,7 @@
 #include "engine/bias.h"
 #include "engine/candidates.h"
 #include "engine/pass.h"
+#include "engine/stream.h"
 #include "engine/workspace.h"
 #include "naive.h"
 #include "parallel.h"
@@ -47,7 +48,9 @@ template <class E>
 std::vector<Phase> phases_of(const Job& job, int threads) {
   if (is_empty(job.problem)) return naive_phases(job);
   switch (job.problem.op) {
-    case Op::attention_forward: return {engine::forward<E>(job, threads)};
+    case Op::attention_forward:
+      return {engine::is_stream(job.problem) ? engine::stream<E>(job, threads)
+                                             : engine::forward<E>(job, threads)};
     case Op::attention_backward: return backward_phases<E>(job, threads);
     case Op::qk: return {engine::qk<E>(job, threads)};
     case Op::av: return {engine::av<E>(job, threads)};

@@ -4,6 +4,7 @@
 #include <tuple>
 
 #include "plan.h"
+#include "stream.h"
 
 namespace natten::detail::cpu::engine {
 namespace {
@@ -41,6 +42,7 @@ std::vector<Configuration> candidates(const Problem& problem, int threads, bool 
   // Sums over queries are cut by items, so that they change with those.
   if (!is_fused(problem.op) || problem.wants_grad_rpb || problem.wants_grad_additional)
     return found;
+  if (problem.op == Op::attention_forward && is_stream(problem)) return found;
   std::vector<Plans> known{plans_of(problem, threads, {})};
   const Plan plan = known[0][0];
   std::vector<std::int64_t> strips{0, 2 * plan.strip, plan.strip / 2}, heads{0, 2 * plan.row_heads},

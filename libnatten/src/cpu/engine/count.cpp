@@ -1,6 +1,7 @@
 #include "count.h"
 
 #include "engine.h"
+#include "stream.h"
 
 // The engine runs a pass whose functions count where others compute, so what is counted is what is
 // done: the plan, its strips and pieces, the ring of packed lines and the steps of the kernels.
@@ -125,6 +126,11 @@ PassWork count_pass(const Job& job, PassKind kind, int threads) {
 std::vector<PassWork> count_passes(const Problem& problem, int threads) {
   const Job job{problem, {}, nullptr};
   std::vector<PassWork> passes;
+  if (problem.op == Op::attention_forward && is_stream(problem)) {
+    passes.push_back(count_stream(problem, threads));
+    passes[0].name = kNames[0];
+    return passes;
+  }
   dispatch_dtype(problem.dtype, [&](auto type) {
     using E = typename decltype(type)::type;
     if (problem.op == Op::attention_forward) {

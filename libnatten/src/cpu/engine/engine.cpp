@@ -115,6 +115,7 @@ void Engine<E>::run_rows(Work work) {
       pass_.end_round(work);
     }
   }
+  loader_.forget();  // rows that saw nothing
   pass_.store_rows(work);
 }
 

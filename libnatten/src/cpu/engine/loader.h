@@ -19,8 +19,10 @@ class Loader {
   void run() {
     for (std::size_t i = 0; i + 1 < list_.size(); ++i) list_[i].next = &list_[i + 1];
     for (const simd::Packing<T>& packing : list_) pack(isa_, dtype_, packing);
-    list_.clear();
+    forget();
   }
+  /// Packs nothing of it.
+  void forget() { list_.clear(); }
 
  private:
   const simd::InstructionSet& isa_;
@@ -79,7 +81,7 @@ RowBuffer<T> take_rows(Arena& arena, const Plan& plan, std::int64_t dim) {
   return {arena.take<T>(plan.rows() * dim), dim};
 }
 
-/// Packs the rows at hand: transposed by vector and, where that is wanted, plain.
+/// Packs the rows at hand: transposed by vector, plain, or both.
 template <class T, class E>
 void pack_rows(Loader<T>& loader, const Plan& plan, const Work& work, const Source<E>& source,
                const RowBuffer<T>& transposed, const RowBuffer<T>& plain = {}) {
@@ -88,8 +90,10 @@ void pack_rows(Loader<T>& loader, const Plan& plan, const Work& work, const Sour
         work.row_at(plan, {work.first[0], work.first[1] + line, work.first[2]});
     simd::Packing<T> packing =
         packing_of<T>(source, plan, work, work.first_head, work.head_count, &first, work.row_count);
-    packing.transposed = transposed.at(line * plan.line_rows);
-    packing.transposed_stride = plan.head_rows * transposed.dim;
+    if (transposed) {
+      packing.transposed = transposed.at(line * plan.line_rows);
+      packing.transposed_stride = plan.head_rows * transposed.dim;
+    }
     if (plain) {
       packing.plain = plain.at(line * plan.line_rows);
       packing.padded = plain.dim;

@@ -14,11 +14,6 @@ constexpr std::size_t kMostBytes = 3 << 20;
 constexpr std::size_t kMostBytesAskedFor = 2 * kMostBytes;
 // Of a line that is cut into pieces.
 constexpr std::int64_t kPieceColumns = 256;
-// A few rows with long windows, such as one new token and a cache: nothing that is packed serves
-// other rows, so it should not leave the L2 cache before it is used. Their windows are longer than
-// what is summed at once anyway, and so are those of the whole grid.
-constexpr std::int64_t kFewRows = 8, kLongWindow = 512;
-constexpr std::size_t kMostStreamedBytes = 256 << 10;
 constexpr std::int64_t kLongestStrip = 256, kLongestStripOfPieces = 128, kShortestStrip = 16;
 // At least, to even out threads that start late.
 constexpr std::int64_t kItemsPerThread = 2;
@@ -77,31 +72,11 @@ void set_heads(Plan& plan, std::int64_t count) {
 }
 void set_fewer_heads(Plan& plan) { set_heads(plan, (plan.row_heads + 1) / 2); }
 
-/// Cuts the columns of a few rows into pieces, of as many heads as are packed together.
-bool fit_stream(Plan& plan) {
-  const std::int64_t rows = plan.grid.most_rows(2);
-  if (plan.kind() != PassKind::forward || plan.grid.most_rows(1) > 1 || rows > kFewRows ||
-      plan.lines * plan.ring2 <= kLongWindow)
-    return false;
-  set_heads(plan, std::clamp<std::int64_t>(plan.grid.heads(), 1, simd::kMostHeads));
-  const std::int64_t most_columns =
-      static_cast<std::int64_t>(kMostStreamedBytes / plan.element_bytes) /
-      (column_elements(plan) * plan.column_heads);
-  plan.strip = round_up(rows, plan.width);
-  plan.in_pieces = true;
-  plan.piece_columns =
-      std::min(plan.grid.most_columns(2, plan.strip),
-               std::max(round_up(most_columns, plan.width) - plan.width, plan.width));
-  plan.piece_lines = std::clamp<std::int64_t>(most_columns / plan.piece_columns, 1, plan.lines);
-  return true;
-}
-
 /// Chooses heads, strips and pieces such that what is packed fits the cache.
 void fit_cache(Plan& plan, const Configuration& asked) {
   const std::int64_t least_strip =
       std::max(kShortestStrip, plan.stack > 1 ? plan.width : kMostVectors * plan.width);
   const std::int64_t longest = plan.grid.most_rows(2);
-  if (fit_stream(plan)) return;
   const std::int64_t most_heads =
       asked.heads > 0 ? std::min<std::int64_t>(asked.heads, simd::kMostHeads) : simd::kMostHeads;
   // Heads of a token are neighbors in memory: it is read in order where they are packed together.

@@ -21,7 +21,7 @@ void backward_key(const BackwardKey<T>& f) {
     for (int v = 0; v < block.vectors; ++v) {
       T* w = weights + v * kScores<T>;
       T* g = grads + v * kScores<T>;
-      with_kind_of_scores(walk, batch, v, [&](auto plain) {
+      with_kind_of_scores(walk, [&](auto plain) {
         for_each_step(
             walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
               const Vector<T> score =
@@ -36,6 +36,11 @@ void backward_key(const BackwardKey<T>& f) {
               store(w + offset, weight);
               store(g + offset, grad);
             });
+        // Stacked rows read what they see, each by itself.
+        if (plain.value && block.adjacent) {
+          set_unseen(walk, batch, v, w, T(0));
+          set_unseen(walk, batch, v, g, T(0));
+        }
       });
       clear_padding(batch, w);
       clear_padding(batch, g);

@@ -78,7 +78,11 @@ void backward_query(const BackwardQuery<T>& f) {
         const std::int64_t first_row = v * block.vector_stride;
         const Vector<T> logsumexp = load(f.logsumexp + first_row);
         Vector<T> sum{}, total{};
-        with_kind_of_scores(walk, batch, v, [&](auto plain) {
+        with_kind_of_scores(walk, [&](auto plain) {
+          if (plain.value) {
+            set_unseen(walk, batch, v, w, -kInfinity<T>);
+            set_unseen(walk, batch, v, g, T(0));
+          }
           for_each_step(
               walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
                 const Vector<T> weight = exp<T>(

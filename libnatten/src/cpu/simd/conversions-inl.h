@@ -86,5 +86,14 @@ struct Float16 {
   }
 };
 
+/// The first `count` elements, fewer than fill a vector, and zeros.
+template <class Type>
+NATTEN_INLINE Vector<typename Type::Sum> read_part(const typename Type::Element* from,
+                                                   std::int64_t count) {
+  typename Type::Element part[kWidth<typename Type::Sum>] = {};
+  for (std::int64_t i = 0; i < count; ++i) part[i] = from[i];
+  return Type::read(part);
+}
+
 }  // namespace
 }  // namespace natten::detail::cpu::simd

@@ -21,7 +21,8 @@ void forward(const Forward<T>& f) {
       const std::int64_t first_row = v * block.vector_stride;
       const Vector<T> before = load(f.largest + first_row);
       Vector<T> largest = before;
-      with_kind_of_scores(walk, batch, v, [&](auto plain) {
+      with_kind_of_scores(walk, [&](auto plain) {
+        if (plain.value) set_unseen(walk, batch, v, scores, -kInfinity<T>);
         for_each_step(walk, batch, v,
                       [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
                         const Vector<T> score =

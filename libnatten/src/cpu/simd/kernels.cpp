@@ -10,6 +10,7 @@
 #include "count-inl.h"
 #include "forward-inl.h"
 #include "packing-inl.h"
+#include "stream-inl.h"
 #include "unfused-inl.h"
 
 namespace natten::detail::cpu::simd {
@@ -19,6 +20,14 @@ template <class T>
 constexpr Kernels<T> kernels() {
   Kernels<T> k{};
   k.forward = forward<T>;
+  // By DType, of which float64 comes first.
+  if constexpr (sizeof(T) == sizeof(double)) {
+    k.stream[0] = stream<Same<double>>;
+  } else {
+    k.stream[1] = stream<Same<float>>;
+    k.stream[2] = stream<BFloat16>;
+    k.stream[3] = stream<Float16>;
+  }
   k.finish = finish<T>;
   k.backward_query = backward_query<T>;
   k.backward_key = backward_key<T>;

@@ -22,6 +22,8 @@ inline constexpr int kPaddingVectors = kMostVectors;
 inline constexpr int kBatchSteps = 512;
 /// Steps of weight 0 before and after those of a line, where vectors are adjacent.
 inline constexpr int kPaddingSteps = 3;
+/// Most rows of a line, and most columns that each of them sees, of `Stream`.
+inline constexpr int kMostStreamRows = 16, kMostStreamColumns = 256;
 
 /// The packed tokens of one line of the innermost axis, converted to the type that sums are kept
 /// in. Transposed operands are [dim][ld], plain ones [column][padded dim].
@@ -78,6 +80,36 @@ struct Forward {
   T* sums = nullptr;         // [rows][value_padded]
   T* largest = nullptr;      // [rows]
   T* total = nullptr;        // [rows]
+};
+
+/// A run of columns that follow each other on a line, read where they lie.
+struct StreamLine {
+  const void *key, *value;   // of the first column and head, elements of the tensors
+  std::int64_t first, last;  // their positions; the last is past them
+  const void* bias;          // of the first head, of a column at the row's own position; or null
+};
+
+/// As Forward, for few rows of one line and the columns of some heads of all the runs that they
+/// see, of which nothing is packed.
+template <class T>
+struct Stream {
+  const StreamLine* lines = nullptr;
+  std::int64_t line_count = 0;
+  std::int64_t key_stride = 0, value_stride = 0;             // elements from a column to the next
+  std::int64_t key_head = 0, value_head = 0, bias_head = 0;  // and from a head to the next
+  int heads = 1;                                             // of columns
+  int group = 1;                                        // heads of rows that share one of these
+  int rows = 0;                                         // of each head
+  std::int64_t position = 0;                            // of row 0; the others follow
+  const std::int64_t *begin = nullptr, *end = nullptr;  // columns that each of `rows` sees
+  std::int64_t dim = 0, value_dim = 0, padded = 0, value_padded = 0;
+  std::int64_t head_rows = 0;  // from a head to the next in what follows, all [head][row]
+  const T* query = nullptr;    // [padded], scaled
+  T* sums = nullptr;           // [value_padded]
+  T* largest = nullptr;
+  T* total = nullptr;
+  T* added = nullptr;   // scratch, [value_padded]
+  T* scores = nullptr;  // scratch, [kMostStreamColumns + kMostWidth]
 };
 
 /// Gradients from a block of queries. Two rounds over the same columns: the first adds up row_term,
@@ -172,6 +204,7 @@ struct Unpacking {
 template <class T>
 struct Kernels {
   void (*forward)(const Forward<T>&);
+  void (*stream[4])(const Stream<T>&);  // by DType of the tensors; null where sums are of another
   /// Makes largest logsumexp, and total the factor of sums, for `count` rows; the last vector is
   /// written whole.
   void (*finish)(T* largest, T* total, std::int64_t count);

@@ -18,10 +18,7 @@ NATTEN_INLINE void convert(const typename Type::Element* from, std::int64_t leng
                            T* piece) {
   std::int64_t i = 0;
   for (; i + kWidth<T> <= length; i += kWidth<T>) store(piece + i, Type::read(from + i) * scale);
-  if (i == length) return;
-  typename Type::Element rest[kWidth<T>] = {};
-  for (std::int64_t k = 0; k < length - i; ++k) rest[k] = from[i + k];
-  store(piece + i, Type::read(rest) * scale);
+  if (i < length) store(piece + i, read_part<Type>(from + i, length - i) * scale);
 }
 
 /// Transposes elements d to d + length of some tokens from `first` on.

@@ -14,12 +14,29 @@ struct False {
   static constexpr bool value = false;
 };
 
-/// Calls f<true> where the products of a vector's batch are its scores as they are: without biases
-/// or a mask, and with nothing that a row does not see.
+/// Sets what rows of a vector do not see to `value`. The steps are the same ones in each line.
+template <class T>
+NATTEN_INLINE void set_unseen(const Walk<T>& walk, const Batch& batch, int v, T* products,
+                              T value) {
+  if (walk.sees_all(v, batch.step0) && walk.sees_all(v, batch.step1 - 1)) return;
+  const Vector<T> values = broadcast<T>(value);
+  for (std::int64_t step = batch.step0; step < batch.step1; ++step) {
+    if (walk.sees_all(v, step)) continue;
+    const Ints<T> mask = walk.mask(v, step);
+    for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+      const Line<T>& line = walk.block.lines[l];
+      if (v < line.first_vector || v >= line.last_vector) continue;
+      T* at = products + (batch.at(l) + step) * kWidth<T>;
+      store(at, mask ? load(at) : values);
+    }
+  }
+}
+
+/// Calls f<true> where products are scores as they are, without biases or a mask, but for what a
+/// row does not see.
 template <class T, class F>
-NATTEN_INLINE void with_kind_of_scores(const Walk<T>& walk, const Batch& batch, int v, F&& f) {
-  if (!walk.block.lines->bias && !walk.block.lines->hidden && walk.sees_all(v, batch.step0) &&
-      walk.sees_all(v, batch.step1 - 1))
+NATTEN_INLINE void with_kind_of_scores(const Walk<T>& walk, F&& f) {
+  if (!walk.block.lines->bias && !walk.block.lines->hidden)
     f(True{});
   else
     f(False{});
