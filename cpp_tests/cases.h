@@ -8,6 +8,7 @@
 #include <iostream>
 #include <map>
 #include <optional>
+#include <set>
 #include <sstream>
 #include <string>
 #include <tuple>
@@ -22,6 +23,12 @@ namespace natten_tests {
 inline std::uint64_t base_seed() {
   const char* text = std::getenv("NATTEN_TEST_SEED");
   return text ? std::strtoull(text, nullptr, 10) : 20240607;
+}
+
+/// How many random cases a property draws: `count`, or as many as NATTEN_TEST_CASES says.
+inline int case_count(int count) {
+  const char* text = std::getenv("NATTEN_TEST_CASES");
+  return text ? std::atoi(text) : count;
 }
 
 inline const natten::DType kDTypes[] = {natten::DType::float64, natten::DType::float32,
@@ -453,6 +460,14 @@ class ErrorTable {
     double& largest = errors_[{what, precision, rank}];
     if (!(error <= largest)) largest = error;
   }
+  /// Counts a random case, by its borders and what else it is.
+  void add(const Case& c) {
+    std::set<natten::Boundary> borders;
+    for (const oracle::Axis& axis : c.axes) borders.insert(axis.boundary);
+    ++cases_[borders.size() > 1 ? "several borders" : name_of(*borders.begin())][c.dtype];
+    if (c.is_part()) ++cases_["part"][c.dtype];
+    if (c.key_mask) ++cases_["key mask"][c.dtype];
+  }
   void print(const char* title) const {
     std::cout << "\nLargest relative errors, " << title << "\n"
               << std::left << std::setw(28) << "" << std::setw(10) << "dtype";
@@ -471,6 +486,12 @@ class ErrorTable {
       std::cout << bound_of(name, precision) << "\n";
       entry = errors_.upper_bound({name, precision, natten::kMaxRank});
     }
+    if (!cases_.empty()) std::cout << "Random cases";
+    for (const auto& [kind, by_dtype] : cases_) {
+      std::cout << "\n" << std::setw(28) << kind;
+      for (const auto& [dtype, count] : by_dtype)
+        std::cout << std::setw(10) << name_of(dtype) << std::setw(6) << count;
+    }
     std::cout << std::endl;
   }
   static double bound_of(const std::string& what, const Precision& precision) {
@@ -487,6 +508,7 @@ class ErrorTable {
 
  private:
   std::map<std::tuple<std::string, Precision, int>, double> errors_;
+  std::map<std::string, std::map<natten::DType, int>> cases_;
 };
 
 /// Runs a problem's forward and backward pass by `run(call)` and compares with the reference.
@@ -615,10 +637,11 @@ class Property : public testing::TestWithParam<std::tuple<std::string, natten::D
     if (accepted == 0) GTEST_SKIP() << backend() << " refuses all " << cases << " cases";
   }
 
-  /// Calls `f(case)` for `count` random cases. `salt` tells the properties of a suite apart.
+  /// Calls `f(case)` for `case_count(count)` random cases. `salt` tells the properties of a suite
+  /// apart.
   template <class F>
   void for_each_case(int count, std::uint64_t salt, F&& f) {
-    for (int i = 0; i < count; ++i) {
+    for (int i = 0; i < case_count(count); ++i) {
       const std::uint64_t seed =
           base_seed() * 1000003 + salt * 100000 + static_cast<std::uint64_t>(dtype()) * 10000 +
           static_cast<std::uint64_t>(rank()) * 1000 + static_cast<std::uint64_t>(i);

@@ -27,6 +27,7 @@ TEST_P(Fused, ForwardIsTheDefinition) {
     const natten::Call call = problem.forward();
     if (!accepts(call)) return;
     ++accepted;
+    errors_.add(c);
     ASSERT_NO_THROW(run(call));
     const oracle::FusedResults expected = problem.expected();
     errors_.expect("output", dtype(), rank(),
@@ -36,7 +37,7 @@ TEST_P(Fused, ForwardIsTheDefinition) {
                      logsumexp_error(problem.buffers.logsumexp.dense(), expected.logsumexp));
     problem.buffers.expect_gaps_intact();
   });
-  expect_accepted(accepted, 50);
+  expect_accepted(accepted, case_count(50));
 }
 
 TEST_P(Fused, BackwardIsTheDerivative) {
@@ -45,12 +46,13 @@ TEST_P(Fused, BackwardIsTheDerivative) {
     FusedProblem problem(c);
     if (!accepts(problem.forward()) || !accepts(problem.backward())) return;
     ++accepted;
+    errors_.add(c);
     ASSERT_NO_THROW(run_forward_with_logsumexp(problem));
     ASSERT_NO_THROW(run(problem.backward()));
     expect_gradients(problem, problem.expected());
     problem.buffers.expect_gaps_intact();
   });
-  expect_accepted(accepted, 50);
+  expect_accepted(accepted, case_count(50));
 }
 
 TEST_P(Fused, EveryGradientCanBeLeftOut) {
@@ -118,6 +120,54 @@ TEST_P(Fused, FewColumnsOfLongLines) {
     errors_.expect("output", dtype(), rank(),
                    relative_error(problem.buffers.output.dense(), expected.output));
     expect_gradients(problem, expected);
+  }
+}
+
+/// One new token, a few, or a row, against a cache that its windows reach far back into.
+TEST_P(Fused, FewQueriesOfLongWindows) {
+  if (provided()) GTEST_SKIP() << "takes minutes on emulated threads";
+  for (std::uint64_t i = 0; i < 4; ++i) {
+    Case c = random_case(base_seed() + 4000 + i, dtype(), 1);
+    Rng rng(c.seed);
+    c.batch = 1;
+    c.rpb = i % 2 == 0;
+    oracle::Axis far;
+    far.boundary =
+        pick(rng, {natten::Boundary::cut, natten::Boundary::shift, natten::Boundary::circular});
+    far.is_causal = far.boundary != natten::Boundary::circular && chance(rng, 0.5);
+    far.dilation = uniform(rng, 1, 2);
+    far.kernel_size = rank() == 1   ? pick<std::int64_t>(rng, {520, 777, 1030})
+                      : rank() == 2 ? uniform(rng, 64, 90)
+                                    : 11;
+    far.length = far.dilation * (far.kernel_size + uniform(rng, 0, 20));
+    draw_keys(rng, far, uniform(rng, 0, far.length - 8), rank() == 1 ? uniform(rng, 1, 8) : 1);
+    c.axes = {far};
+    if (rank() == 3) {
+      c.axes.push_back({12, 9, 1, 1, false});
+      draw_keys(rng, c.axes.back(), uniform(rng, 0, 11), 1);
+    }
+    if (rank() > 1) {
+      oracle::Axis line;
+      line.dilation = uniform(rng, 1, 2);
+      line.kernel_size = uniform(rng, 2, 6);
+      line.stride = uniform(rng, 1, line.kernel_size);
+      line.length = line.dilation * (line.kernel_size + uniform(rng, 0, 30));
+      if (chance(rng, 0.5)) draw_border(rng, line);
+      if (chance(rng, 0.5)) draw_part(rng, line);
+      c.axes.push_back(line);
+    }
+    FusedProblem problem(c);
+    if (!accepts(problem.backward())) continue;
+    SCOPED_TRACE(testing::Message() << c);
+    run_forward_with_logsumexp(problem);
+    run(problem.backward());
+    const oracle::FusedResults expected = problem.expected();
+    errors_.expect("output", dtype(), rank(),
+                   relative_error(problem.buffers.output.dense(), expected.output));
+    errors_.expect("logsumexp", dtype(), rank(),
+                   logsumexp_error(problem.buffers.logsumexp.dense(), expected.logsumexp));
+    expect_gradients(problem, expected);
+    problem.buffers.expect_gaps_intact();
   }
 }
 

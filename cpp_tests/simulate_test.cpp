@@ -116,6 +116,26 @@ TEST_P(Simulated, WholeVectorsAreCountedExactly) {
   EXPECT_EQ(work.packed, 2.0 * 3 * 96 * (16 + 16 + 16) * sums);
 }
 
+/// A stream reads each key once, packs none and does nothing that it is not asked for.
+TEST_P(Simulated, StreamsReadWhatTheySee) {
+  Case c;
+  c.dtype = GetParam();
+  c.axes = {{900, 700, 1, 1, true, natten::Boundary::cut, 899, 0, 1}};
+  c.heads = 6;
+  c.kv_heads = 3;
+  c.dim = 24;
+  c.value_dim = 16;
+  c.logsumexp = false;
+  FusedProblem problem(c);
+  const PassWork work = natten::work_of(problem.forward()).at(0);
+  EXPECT_EQ(work.name, "forward");
+  EXPECT_EQ(work.weights, pair_count(c));
+  EXPECT_EQ(work.executed, work.useful);
+  EXPECT_EQ(work.packs, 0);
+  const auto bytes = static_cast<double>(natten::size_of(c.dtype));
+  EXPECT_EQ(work.read, (3.0 * 700 * (24 + 16) + 6 * 24) * bytes);
+}
+
 TEST_P(Simulated, FixedTilesAreThoseThatHoldAPair) {
   Rng rng(base_seed());
   for_each_case([&](const Case& drawn, FusedProblem&) {

@@ -93,6 +93,24 @@ TEST(Threading, LargeProblemsAreCutForAnyNumber) {
   }
 }
 
+/// Few queries of long windows share the heads, of which fewer go together the more threads there
+/// are.
+TEST(Threading, StreamsAreCutForAnyNumber) {
+  Case c;
+  c.seed = base_seed() + 610;
+  c.axes = {{3000, 2900, 1, 1, true, natten::Boundary::cut, 2997, 0, 3}};
+  c.heads = 10;
+  c.kv_heads = 5;
+  c.dim = 24;
+  c.value_dim = 32;
+  Threads one(1);
+  const auto expected = results_of(c, {});
+  for (int count : {2, 5, 40}) {
+    natten::set_num_threads(count);
+    ASSERT_EQ(results_of(c, {}), expected) << count << " threads";
+  }
+}
+
 /// Threads that take tasks in order.
 class SmallPool : public natten::Executor {
  public:

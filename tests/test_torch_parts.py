@@ -336,10 +336,13 @@ def draw_stream(seed: int) -> cases.Case:
     rng = np.random.default_rng(seed)
     rank = int(rng.integers(1, 4))
     border = str(rng.choice(["shift", "cut", "circular"]))
-    length, k = int(rng.integers(5, 40)), int(rng.integers(1, 6))
+    k = int(rng.integers(1, 6))
+    stride, dilation = int(rng.integers(1, k + 1)), int(rng.integers(1, 3))
+    length = stride * dilation * int(rng.integers(5, 10))
     kernel = ((int(rng.integers(510, 700)),), (int(rng.integers(64, 90)), k), (12, 9, k))[rank - 1]
     lines = ((), (), (9,))[rank - 1]  # of which all are seen
-    grid = (kernel[0] + 20, *lines, length)[:rank]
+    time = (kernel[0] + 20) * (dilation if rank == 1 else 1)
+    grid = (time, *lines, length)[:rank]
     count = int(rng.integers(1, 9)) if rank == 1 else length
     begin = grid[0] - count if rank == 1 else int(rng.integers(kernel[0] // 2, grid[0]))
     query_offset = (begin, *(4 for _ in lines), 0)[:rank]
@@ -350,8 +353,8 @@ def draw_stream(seed: int) -> cases.Case:
         seed=seed,
         shape=shape,
         kernel_size=kernel,
-        stride=(1,) * rank,
-        dilation=(1,) * rank,
+        stride=(1,) if rank == 1 else (1,) * (rank - 1) + (stride,),
+        dilation=(dilation,) if rank == 1 else (1,) * (rank - 1) + (dilation,),
         is_causal=(True, False, False)[:rank],
         batch=int(rng.integers(1, 3)),
         heads=kv_heads * int(rng.integers(1, 4)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ torch = pytest.importorskip("torch")
 import cases  # noqa: E402
 import oracle  # noqa: E402
 
+import natten  # noqa: E402
 import natten.functional as F  # noqa: E402
 
 COUNT = cases.COUNT or 600
@@ -139,5 +142,66 @@ def test_unfused(drawn, capsys):
     errors = cases.Errors("torch unfused")
     for case in drawn:
         check_unfused(case, errors)
+    with capsys.disabled():
+        print(f"\n{errors.table()}")
+
+
+def of_module(case: cases.Case) -> cases.Case:
+    """The case on its whole grid, as a module has it."""
+    return replace(
+        case,
+        shape=case.grid_size or case.keys_shape,
+        kv_heads=case.heads,
+        value_dim=case.head_dim,
+        additional=0,
+        **dict.fromkeys(("key_shape", "query_offset", "key_offset", "grid_size")),
+    )
+
+
+def check_module(case: cases.Case, errors: cases.Errors) -> None:
+    """From what `qkv` gives to what `proj` gets, and back. Half of the cases by unfused operations,
+    but for 16 bits, whose weights these round on the way."""
+    torch.manual_seed(case.seed)
+    module = getattr(natten, f"NeighborhoodAttention{case.rank}D")(
+        case.heads * case.head_dim,
+        case.heads,
+        **case.neighborhood,
+        rel_pos_bias=case.rpb,
+        qk_scale=case.scale,
+    ).to(getattr(torch, case.dtype))
+    module.proj = torch.nn.Identity()
+    arrays = case.fused_arrays()
+    if case.rpb:
+        module.rpb.data.copy_(to_torch(case, arrays["rpb"]))
+    projected: list[torch.Tensor] = []
+    module.qkv.register_forward_hook(lambda *of_call: projected.append(of_call[-1]))
+    natten.use_fused_na(case.seed % 2 == 0 or "16" in case.dtype)
+    x = torch.randn(case.batch, *case.shape, module.qkv.in_features, dtype=module.qkv.weight.dtype)
+    output = module(3 * x, **mask_of(case, arrays)).unflatten(-1, (case.heads, case.head_dim))
+    inputs = {"qkv": projected[0]} | ({"rpb": module.rpb} if case.rpb else {})
+    grads = gradients([output], [to_torch(case, arrays["grad_output"])], inputs)
+    split = [
+        (t.unflatten(-1, (3, *output.shape[-2:])).movedim(-3, 0), prefix)
+        for t, prefix in ((projected[0], ""), (grads.pop("grad_qkv"), "grad_"))
+    ]
+    given, of_qkv = (
+        to_numpy({prefix + n: t for n, t in zip(("query", "key", "value"), of_three, strict=True)})
+        for of_three, prefix in split
+    )
+    arrays |= given | {"grad_logsumexp": np.zeros_like(arrays["grad_logsumexp"])}
+    want = oracle.fused(case, arrays)
+    del want["logsumexp"]
+    scale = float(np.linalg.norm(arrays["grad_output"]))
+    errors.check(case, to_numpy({"output": output} | grads) | of_qkv, want, scale)
+
+
+@cases.a_tenth_and_the_rest(COUNT, cases.SEED + 4)
+def test_modules(drawn, capsys):
+    errors = cases.Errors("torch modules")
+    try:
+        for case in map(of_module, drawn):
+            check_module(case, errors)
+    finally:
+        natten.use_fused_na(False)
     with capsys.disabled():
         print(f"\n{errors.table()}")
