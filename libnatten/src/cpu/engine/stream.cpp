@@ -259,7 +259,8 @@ std::int64_t pairs_of(const simd::Stream<T>& s) {
 bool is_stream(const Problem& p) {
   const RowGrid grid{p, PassKind::forward};
   const auto is_long = [](std::int64_t lines, std::int64_t columns) {
-    return lines * (columns + std::int64_t{2} * simd::kPaddingSteps) > simd::kBatchSteps;
+    const std::int64_t padding = (lines - 1) * 2 * simd::kPaddingSteps;  // between lines
+    return lines * columns + padding > simd::kBatchSteps;
   };
   // Asked first, as calls are small and columns take long to count.
   if (grid.most_rows(0) > 1 || grid.most_rows(1) > 1 ||
