@@ -257,7 +257,7 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
       const cuda::RowTile rows = cuda::row_tile(grid, static_cast<std::uint32_t>(block));
       cuda::PlaceInterval memory[kRows + 2];
       const cuda::SeenIntervals intervals{memory, grid.row_tile};
-      intervals.compute(grid, cuda::Rows::queries, rows, 0, 1);
+      intervals.compute(grid, cuda::Rows::queries, rows, 0, 1, [&](int a) { return grid.axes[a]; });
       const auto bounds = [&](int axis, int first, int count) {
         return cuda::bounds_of(intervals, grid.row_tile, rows, axis, first, first + count - 1);
       };

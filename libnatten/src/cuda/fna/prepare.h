@@ -60,6 +60,14 @@ NATTEN_DEVICE void enter_example(const Worker<K, Machine>& w) {
   w.state.column_end = first_column + (kQueries ? e.keys : e.queries);
 }
 
+/// An axis of the grid that the block is at work on.
+template <class K, class Machine>
+NATTEN_DEVICE Axis axis_of_block(const Worker<K, Machine>& w, int axis) {
+  const Axis along = w.a.grid.axes[axis];
+  if (!w.a.examples || axis != kMaxRank - 1) return along;
+  return axis_of_example(along, w.state.example.queries, w.state.example.keys);
+}
+
 /// Fills `state` and the tables. Returns false where the block has no rows.
 template <class K, class Machine>
 NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
@@ -87,7 +95,7 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
                     : w.a.grid.rows == Rows::additional ? Rows::additional
                                                         : Rows::keys;
   w.seen_intervals().compute(w.a.grid, kind, rows, w.thread(), K::kThreads,
-                             w.a.examples ? &w.state.example : nullptr);
+                             [&](int axis) { return axis_of_block(w, axis); });
   if (w.thread() < K::kColumns) {
     std::int64_t offsets[2] = {0, 0};
     int bias = 0;

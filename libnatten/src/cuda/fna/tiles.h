@@ -11,7 +11,6 @@
 #include <natten/neighborhood.h>
 #include <natten/problem.h>
 
-#include "../../examples.h"
 #include "../machine.h"
 #include "../parts.h"
 
@@ -53,14 +52,11 @@ struct PassGrid {
     const int left = count - origin, extent = row_tile.extent(axis);
     return left < 0 ? 0 : left < extent ? left : extent;
   }
-  /// What the row at a place of a group sees along an axis, of an example where there are several.
-  /// `kind` is that of the rows: a kernel that knows it holds less code.
-  NATTEN_HOST_DEVICE PlaceInterval seen(Rows kind, int axis, const Group& group, int place,
-                                        const Example* example = nullptr) const {
+  /// What the row at a place of a group sees along an axis, which is `along`. `kind` is that of the
+  /// rows: a kernel that knows it holds less code.
+  NATTEN_HOST_DEVICE PlaceInterval seen(Rows kind, int axis, const Axis& along, const Group& group,
+                                        int place) const {
     if (kind == Rows::additional) return {0, places[axis].column_length};
-    Axis along = axes[axis];
-    if (example && axis == kMaxRank - 1)
-      along = axis_of_example(along, example->queries, example->keys);
     const Sight sight = sight_of(along, kind, group, place);
     return {sight.begin, sight.end};
   }
@@ -112,8 +108,10 @@ struct SeenIntervals {
     return intervals[before + offset];
   }
   /// Computes the part of one of `threads` threads, of all axes at once: a window takes divisions.
+  /// `axis_at(a)` is axis `a` of the rows' grid.
+  template <class AxisAt>
   NATTEN_HOST_DEVICE void compute(const PassGrid& grid, Rows kind, const RowTile& rows, int thread,
-                                  int threads, const Example* example = nullptr) const {
+                                  int threads, const AxisAt& axis_at) const {
     const int after[] = {tile.extent(0), tile.extent(0) + tile.extent(1)};
     const int count = after[1] + tile.extent(2);
     NATTEN_DO_NOT_UNROLL
@@ -121,7 +119,7 @@ struct SeenIntervals {
       const int a = i < after[0] ? 0 : i < after[1] ? 1 : 2;
       const int offset = a == 0 ? i : a == 1 ? i - after[0] : i - after[1];
       intervals[i] = offset < rows.valid[a]
-                         ? grid.seen(kind, a, rows.group[a], rows.origin[a] + offset, example)
+                         ? grid.seen(kind, a, axis_at(a), rows.group[a], rows.origin[a] + offset)
                          : PlaceInterval{0, 0};
     }
   }
