@@ -114,7 +114,7 @@ TEST_P(General, QueriesThatSeeNothing) {
 /// neighborhoods.
 TEST_P(General, ExamplesOfDifferentLengths) {
   int accepted = 0;
-  const int cases = 24;
+  const int cases = 16;
   for (int i = 0; i < cases; ++i) {
     const bool is_neighborhood = i % 2 == 1;
     const PackedCase packed =
