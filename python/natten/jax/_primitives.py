@@ -141,12 +141,12 @@ class Operation:
             for w in wanted
         ]
         backend = "" if setup.backend == COMPOSED else setup.backend
+        # Any lengths do: the workspace depends on their number and sums alone.
         packing = None
-        if LENGTHS in self.inputs and every[self.inputs.index(LENGTHS)] is not None:
-            # Any lengths do: the workspace depends on their number and sums alone.
-            query, key = inputs[0], inputs[1]
-            examples = every[self.inputs.index(LENGTHS)][0][1] - 2
-            packing = (*([0] * examples + [x[0][1]] for x in (query, key)), None, None)
+        lengths, query, key = (every[i] for i in (self.inputs.index(LENGTHS), 0, 1))
+        if lengths and query and key:
+            ends = [0] * (lengths[0][1] - 2)
+            packing = [*ends, query[0][1]], [*ends, key[0][1]], None, None
         results, workspace = _core.plan(
             self.name, setup.config, setup.scale, backend, inputs, outputs, platform, packing
         )
