@@ -89,9 +89,8 @@ Call call_of(Views& views, const std::string& op, const Config& config, Scale sc
   return call;
 }
 
-std::vector<Call> examples_of(const Call& packed, const PackingOf& packing) {
-  return natten::examples_of(
-      packed, std::apply([](const auto&... lengths) { return Packing{lengths...}; }, *packing));
+Packing packing_of(const PackingOf& packing) {
+  return std::apply([](const auto&... lengths) { return Packing{lengths...}; }, *packing);
 }
 
 std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(
@@ -120,20 +119,21 @@ std::pair<std::vector<std::optional<Spec>>, std::size_t> plan(
     specs.emplace_back();
     if (v) specs.back() = Spec{{v.shape.begin(), v.shape.begin() + v.ndim}, name_of(v.dtype)};
   }
-  if (packing) examples_of(call, packing);  // for its checks
-  if (!device) {
-    describe(call);  // likewise
+  if (!device) {  // for their checks
+    packing ? static_cast<void>(examples_of(call, packing_of(packing)))
+            : static_cast<void>(describe(call));
     return {std::move(specs), 0};
   }
   Context context;
   context.backend = backend.c_str();
-  return {std::move(specs), workspace_bytes(call, context)};
+  return {std::move(specs), packing ? workspace_bytes(call, packing_of(packing), context)
+                                    : workspace_bytes(call, context)};
 }
 
-/// Runs a call, or a list of calls in one parallel region.
-template <class Calls>
+/// Runs a call, a list of calls in one parallel region, or a call and where its examples lie.
+template <class... Calls>
 void run_unlocked(HoldsLock& lock, const std::string& backend, std::optional<int> openmp_threads,
-                  Stream stream, const Allocate& allocate, Views& views, const Calls& calls) {
+                  Stream stream, const Allocate& allocate, Views& views, const Calls&... calls) {
   Context context;
   context.backend = backend.c_str();
   context.stream = reinterpret_cast<void*>(stream.value_or(0));
@@ -143,7 +143,7 @@ void run_unlocked(HoldsLock& lock, const std::string& backend, std::optional<int
   if (allocate && views.has_cuda()) {
     // Kernels use it after this returns and frees it. That is safe with the frameworks' allocators,
     // which give memory again only to work that the same stream runs later.
-    const std::size_t count = (workspace_bytes(calls, context) + 3) / sizeof(float);
+    const std::size_t count = (workspace_bytes(calls..., context) + 3) / sizeof(float);
     if (count > 0) {
       workspace = (*allocate)(nb::make_tuple(count), "float32");
       context.workspace = views.view(workspace, "workspace").data;
@@ -151,7 +151,7 @@ void run_unlocked(HoldsLock& lock, const std::string& backend, std::optional<int
     }
   }
   context.interrupted = signal_check();
-  lock.release_while([&] { run(calls, context); });
+  lock.release_while([&] { run(calls..., context); });
 }
 
 /// `allocate(shape, dtype name)` makes the outputs that are not there yet, and memory to work in.
@@ -177,8 +177,7 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
     results.append(result);
   });
   if (packing)
-    run_unlocked(lock, backend, openmp_threads, stream, allocate, views,
-                 examples_of(call, packing));
+    run_unlocked(lock, backend, openmp_threads, stream, allocate, views, call, packing_of(packing));
   else
     run_unlocked(lock, backend, openmp_threads, stream, allocate, views, call);
   return results;
@@ -461,7 +460,7 @@ NB_MODULE(_core, m) {
       "described output is (shape, dtype name), or None where it is not wanted.\n"
       "device: where tuples are: \"cpu\", \"cuda:1\", or \"cuda\" for one that is not known yet.\n"
       "None: nothing is known; no backend is chosen, and the workspace is 0.\n"
-      "packing: as in run, only checked; the workspace is that of one example.");
+      "packing: as in run.");
   m.def(
       "run", &run_call, "op"_a, "config"_a, "scale"_a.none(), "backend"_a, "inputs"_a, "outputs"_a,
       "openmp_threads"_a = nb::none(), "allocate"_a = nb::none(), "stream"_a = nb::none(),

@@ -163,7 +163,7 @@ ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
       context.workspace_size = buffer.value()->size_bytes();
     }
     if (packing)
-      run(examples_of(call, *packing), context);
+      run(call, *packing, context);
     else
       run(call, context);
     return ffi::Error::Success();

@@ -1,4 +1,4 @@
-#include "cases.h"
+#include "packed.h"
 
 namespace natten_tests {
 namespace {
@@ -110,105 +110,36 @@ TEST_P(General, QueriesThatSeeNothing) {
     }
 }
 
-/// Examples that lie one after another, some of them without queries or without keys.
+/// Examples that lie one after another, some of them without queries or without keys; then those of
+/// neighborhoods.
 TEST_P(General, ExamplesOfDifferentLengths) {
   int accepted = 0;
-  const int cases = 15;
+  const int cases = 16;
   for (int i = 0; i < cases; ++i) {
-    const std::uint64_t seed = base_seed() * 53 + static_cast<std::uint64_t>(i);
-    Rng rng(seed);
-    Case c = general_case(seed, dtype());
-    c.additional.reset();
-    c.key_mask = false;
-    c.logsumexp = c.grad_logsumexp = true;
-    c.batch = 1;
-    natten::Packing packing{{0}, {0}, {}, {}};
-    const std::int64_t count = uniform(rng, 1, 5);
-    for (auto* ends : {&packing.cumulative_seqlen_Q, &packing.cumulative_seqlen_KV})
-      for (std::int64_t j = 0; j < count; ++j)
-        ends->push_back(ends->back() + (chance(rng, 0.25) ? 0 : uniform(rng, 1, 9)));
-    c.axes[0].length = packing.cumulative_seqlen_Q.back();
-    c.keys = packing.cumulative_seqlen_KV.back();
-    SCOPED_TRACE(testing::Message()
-                 << c << " (NATTEN_TEST_SEED=" << base_seed() << ", case " << i << ")");
-    FusedProblem packed(c);
-    Buffers& b = packed.buffers;
-    std::vector<natten::Call> passes[2];
+    const bool is_neighborhood = i % 2 == 1;
+    const PackedCase packed =
+        packed_case(base_seed() * 53 + static_cast<std::uint64_t>(i), dtype(), 12, is_neighborhood);
+    FusedProblem problem(packed.c);
     bool is_accepted = true;
-    for (int pass = 0; pass < 2; ++pass) {
-      natten::Call call = natten::attention_call(b.views(), c.axes[0].is_causal, c.scale);
-      if (pass == 1) call.op = natten::Op::attention_backward;
-      call.options.allow_tf32 = c.allow_tf32;
-      passes[pass] = natten::examples_of(call, packing);
-      ASSERT_EQ(passes[pass].size(), static_cast<std::size_t>(count));
-      for (const natten::Call& example : passes[pass])
-        is_accepted = is_accepted && accepts(example);
+    for (const natten::Op op : {natten::Op::attention_forward, natten::Op::attention_backward}) {
+      natten::Call call = problem.call(op);
+      call.tensors.grad_rpb = {};
+      call.options.allow_no_keys = true;
+      const std::vector<natten::Call> examples = natten::examples_of(call, packed.packing);
+      EXPECT_EQ(examples.size(), packed.packing.cumulative_seqlen_Q.size() - 1);
+      is_accepted = is_accepted && accepts(call);
+      if (!provided())
+        for (const natten::Call& example : examples) is_accepted = is_accepted && accepts(example);
     }
-    if (!is_accepted) continue;
+    if (!is_accepted || (provided() && !packed.is_one_job())) continue;
     ++accepted;
-    for (const std::vector<natten::Call>& calls : passes) {
-      if (!provided()) {
-        ASSERT_NO_THROW(natten::run(calls, context()));
-      } else {
-        for (const natten::Call& call : calls) ASSERT_NO_THROW(run(call));
-      }
-    }
-    b.expect_gaps_intact();
-
-    for (std::size_t j = 0; j < passes[0].size(); ++j) {
-      const std::int64_t query = packing.cumulative_seqlen_Q[j];
-      const std::int64_t key = packing.cumulative_seqlen_KV[j];
-      Case of_example = c;
-      of_example.axes[0].length = packing.cumulative_seqlen_Q[j + 1] - query;
-      of_example.keys = packing.cumulative_seqlen_KV[j + 1] - key;
-      // The elements of a tensor that are the example's, of which `row` are each token's.
-      const auto part = [](Buffer& whole, Buffer& like, std::int64_t first, std::int64_t row) {
-        Dense x = like.dense();
-        for (std::int64_t e = 0; e < x.size(); ++e) x[e] = whole.get(first * row + e);
-        return x;
-      };
-      FusedProblem example(of_example);
-      Buffers& to = example.buffers;
-      struct Side {
-        Buffer Buffers::*tensor;
-        std::int64_t first, row;
-      };
-      const Side sides[] = {
-          {&Buffers::query, query, c.heads * c.dim},
-          {&Buffers::key, key, c.kv_heads * c.dim},
-          {&Buffers::value, key, c.kv_heads * c.value_dim},
-          {&Buffers::grad_output, query, c.heads * c.value_dim},
-          {&Buffers::grad_logsumexp, query, c.heads},
-      };
-      for (const Side& side : sides) {
-        Buffer& into = to.*side.tensor;
-        into = Buffer(into.view().dtype, part(b.*side.tensor, into, side.first, side.row));
-      }
-      const Dense output = part(b.output, to.output, query, c.heads * c.value_dim);
-      const Dense logsumexp = part(b.logsumexp, to.logsumexp, query, c.heads);
-      if (*of_example.keys == 0) {
-        for (std::int64_t e = 0; e < output.size(); ++e) ASSERT_EQ(output[e], 0);
-        for (std::int64_t e = 0; e < logsumexp.size(); ++e) ASSERT_EQ(logsumexp[e], -HUGE_VAL);
-        const Dense gradient = part(b.grad_query, to.grad_query, query, c.heads * c.dim);
-        for (std::int64_t e = 0; e < gradient.size(); ++e) ASSERT_EQ(gradient[e], 0);
-        continue;
-      }
-      const oracle::FusedResults expected = example.expected();
-      errors_.expect("output", dtype(), 1, relative_error(output, expected.output));
-      errors_.expect("logsumexp", dtype(), 1, logsumexp_error(logsumexp, expected.logsumexp));
-      errors_.expect("grad_query", dtype(), 1,
-                     relative_error(part(b.grad_query, to.grad_query, query, c.heads * c.dim),
-                                    expected.grad_query, example.incoming_gradient()));
-      errors_.expect("grad_key", dtype(), 1,
-                     relative_error(part(b.grad_key, to.grad_key, key, c.kv_heads * c.dim),
-                                    expected.grad_key, example.incoming_gradient()));
-      errors_.expect(
-          "grad_value", dtype(), 1,
-          relative_error(part(b.grad_value, to.grad_value, key, c.kv_heads * c.value_dim),
-                         expected.grad_value, example.incoming_gradient()));
-    }
+    expect_examples(packed, errors_, [&](const natten::Call& call, const natten::Packing& packing) {
+      if (const ProvidedBackend* b = provided()) return b->run_packed(call, packing);
+      natten::run(call, packing, context());
+    });
+    if (HasFatalFailure()) return;
   }
-  expect_accepted(accepted, cases);
+  if (!provided()) expect_accepted(accepted, cases);
 }
 
 TEST(Examples, OfBadLengthsAreRefused) {
@@ -238,11 +169,46 @@ TEST(Examples, OfBadLengthsAreRefused) {
   };
   for (const auto& [packing, text] : bad)
     EXPECT_EQ(message(packed, packing).rfind(text, 0), 0u) << message(packed, packing);
-  natten::Call neighborhood = packed;
-  neighborhood.options.separate_key_grid = false;
-  neighborhood.tensors.key = neighborhood.tensors.value = tensors.query;
-  EXPECT_EQ(message(neighborhood, {{0, 7}, {0, 7}, {}, {}}).rfind("packed: got a neighborhood", 0),
-            0u);
+  const auto changed = [&](auto&& change) {
+    natten::Call call = packed;
+    change(call);
+    return call;
+  };
+  const auto neighborhood = [&](natten::Call& call) {
+    call.options.separate_key_grid = false;
+    call.neighborhood.kernel_size = {3};
+    call.tensors.key = call.tensors.value = tensors.query;
+  };
+  const natten::Packing alike{{0, 3, 7}, {0, 3, 7}, {}, {}};
+  EXPECT_EQ(natten::examples_of(changed(neighborhood), alike).size(), 2u);
+  const std::tuple<natten::Call, natten::Packing, const char*> refused[] = {
+      {changed(neighborhood), {{0, 3, 7}, {0, 4, 7}, {}, {}}, "cumulative_seqlen_KV: must be as"},
+      {changed(neighborhood),
+       {{0, 0, 7}, {0, 0, 7}, {}, {}},
+       "cumulative_seqlen_Q: got no tokens for example 0"},
+      {changed(neighborhood),
+       {{0, 5, 7}, {0, 5, 7}, {}, {}},
+       "kernel_size: got [3] with dilation 1 on axis 0; kernel_size * dilation must not exceed the "
+       "axis, 2 tokens here, unless its border cuts windows (boundary \"cut\") (example 1)"},
+      {changed([&](natten::Call& call) {
+         neighborhood(call);
+         call.neighborhood.grid_size = {7};
+       }),
+       alike, "packed: got a part of a grid"},
+      {changed([&](natten::Call& call) {
+         call.tensors.additional_keys = call.tensors.additional_values = tensors.query;
+       }),
+       {{0, 7}, {0, 6}, {}, {}},
+       "additional_keys: got a tensor for examples"},
+      {changed([&](natten::Call& call) {
+         neighborhood(call);
+         call.op = natten::Op::qk;
+         call.tensors.query = call.tensors.key = natten::view(x, {1, 1, 7, 2});
+       }),
+       alike, "packed: got qk of rank 1"},
+  };
+  for (const auto& [call, packing, text] : refused)
+    EXPECT_EQ(message(call, packing).rfind(text, 0), 0u) << message(call, packing);
 }
 
 INSTANTIATE_TEST_SUITE_P(Registry, General,

@@ -584,6 +584,7 @@ struct ProvidedBackend {
   const char* name;
   std::string (*refuse_reason)(const natten::Problem&);
   void (*run)(const natten::Call&);
+  void (*run_packed)(const natten::Call&, const natten::Packing&);
 };
 /// Those that the tests of GPU backends add before tests are listed.
 inline std::vector<ProvidedBackend>& provided_backends() {

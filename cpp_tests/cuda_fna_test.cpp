@@ -5,6 +5,7 @@
 #include "cases.h"
 #include "cuda_machine.h"
 #include "folder.h"
+#include "packed.h"
 
 namespace natten_tests {
 namespace {
@@ -23,9 +24,17 @@ void run_emulated(const natten::Call& call, std::uint64_t seed) {
   memory.expect_guard_intact();
 }
 
+void run_packed(const natten::Call& call, const natten::Packing& packing) {
+  PackedJob packed(call, packing, cuda::fna_workspace_bytes);
+  static TileLauncher launch(1);
+  cuda::run_fna(packed.job, launch);
+  packed.memory.expect_guard_intact();
+}
+
 const bool kProvided = [] {
-  provided_backends().push_back(
-      {kFnaName, cuda::fna_refuse_reason, [](const natten::Call& call) { run_emulated(call, 1); }});
+  provided_backends().push_back({kFnaName, cuda::fna_refuse_reason,
+                                 [](const natten::Call& call) { run_emulated(call, 1); },
+                                 run_packed});
   return true;
 }();
 
@@ -248,7 +257,7 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
       const cuda::RowTile rows = cuda::row_tile(grid, static_cast<std::uint32_t>(block));
       cuda::PlaceInterval memory[kRows + 2];
       const cuda::SeenIntervals intervals{memory, grid.row_tile};
-      intervals.compute(grid, cuda::Rows::queries, rows, 0, 1);
+      intervals.compute(grid, cuda::Rows::queries, rows, 0, 1, [&](int a) { return grid.axes[a]; });
       const auto bounds = [&](int axis, int first, int count) {
         return cuda::bounds_of(intervals, grid.row_tile, rows, axis, first, first + count - 1);
       };
@@ -422,6 +431,19 @@ TEST_P(CudaFna, AdditionalTokensOfManyQueries) {
     EXPECT_EQ(cuda::additional_splits(natten::describe(problem.backward())), 2);
     expect_definition(c, deterministic ? 1 : 2,
                       [&](natten::Call& call) { call.options.deterministic = deterministic; });
+  }
+}
+
+/// In several tiles of rows and columns, of which the last ones hold tokens of other examples.
+TEST_P(CudaFna, ExamplesOfDifferentLengths) {
+  for (std::uint64_t i = 0; i < 14; ++i) {
+    PackedCase packed =
+        packed_case(base_seed() * 61 + i, GetParam(), i % 3 == 0 ? 20 : 200, i % 2 == 0);
+    Case& c = packed.c;
+    if (!takes_case(dtype(), i) || !packed.is_one_job() || c.keys == 0) continue;
+    c.is_contiguous = i % 4 != 3;
+    if (c.is_contiguous) c.dim = c.value_dim = 8 * (1 + static_cast<std::int64_t>(i) % 5);
+    expect_examples(packed, errors_, run_packed);
   }
 }
 

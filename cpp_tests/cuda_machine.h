@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "../libnatten/src/backend.h"
 #include "tensors.h"
 
 #ifdef NATTEN_PTX_FILES
@@ -102,6 +103,26 @@ class DeviceMemory {
 #ifdef NATTEN_PTX_FILES
   std::vector<std::uint64_t> addresses_;
 #endif
+};
+
+/// A job of examples that lie one after another, and the memory that it works on.
+struct PackedJob {
+  DeviceMemory memory;
+  natten::detail::Job job;
+
+  PackedJob(const natten::Call& call, const natten::Packing& packing,
+            std::size_t (*workspace_bytes)(const natten::Problem&)) {
+    natten::Call whole = call;
+    whole.options.allow_no_keys = true;
+    job.problem = natten::describe(whole);
+    job.tensors = memory.tensors(call.op, call.tensors);
+    job.examples = natten::detail::examples_in(packing);
+    const std::size_t table =
+        (job.examples.size() * sizeof(natten::detail::Example) + 63) / 64 * 64;
+    void* const workspace = memory.workspace(table + workspace_bytes(job.problem));
+    job.example_table = static_cast<natten::detail::Example*>(workspace);
+    job.workspace = static_cast<char*>(workspace) + table;
+  }
 };
 
 }  // namespace natten_tests

@@ -9,6 +9,7 @@
 #include "../libnatten/src/cuda/simt.h"
 #include "cases.h"
 #include "cuda_machine.h"
+#include "packed.h"
 
 namespace natten_tests {
 namespace {
@@ -28,8 +29,15 @@ void run_with_seed(const natten::Call& call, std::uint64_t seed) {
 }
 void run_emulated(const natten::Call& call) { run_with_seed(call, 0); }
 
+void run_packed(const natten::Call& call, const natten::Packing& packing) {
+  PackedJob packed(call, packing, cuda::simt_workspace_bytes);
+  ThreadLauncher launch;
+  cuda::run_simt(packed.job, launch);
+  packed.memory.expect_guard_intact();
+}
+
 const bool kProvided = [] {
-  provided_backends().push_back({kSimtName, cuda::simt_refuse_reason, run_emulated});
+  provided_backends().push_back({kSimtName, cuda::simt_refuse_reason, run_emulated, run_packed});
   return true;
 }();
 
@@ -52,6 +60,14 @@ class CudaSimt : public testing::TestWithParam<natten::DType> {
   static ErrorTable errors_;
 };
 ErrorTable CudaSimt::errors_;
+
+/// In several tiles of rows and chunks of columns.
+TEST_P(CudaSimt, ExamplesOfDifferentLengths) {
+  for (std::uint64_t i = 0; i < 16; ++i) {
+    const PackedCase packed = packed_case(base_seed() * 59 + i, dtype(), 90, i % 2 == 0);
+    if (takes_case(dtype(), i) && packed.is_one_job()) expect_examples(packed, errors_, run_packed);
+  }
+}
 
 /// Around the numbers of elements that a kernel keeps in registers and reads at a time.
 TEST_P(CudaSimt, HeadDims) {

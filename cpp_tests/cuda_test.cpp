@@ -82,8 +82,9 @@ class Stream {
   cudaStream_t stream_ = nullptr;
 };
 
-/// Runs a call on host tensors by a backend for the device.
-void run_on_gpu(const Call& host, const char* backend) {
+/// Runs a call, or one and where its examples lie, on host tensors by a backend for the device.
+template <class... Lengths>
+void run_on_gpu(const char* backend, const Call& host, const Lengths&... lengths) {
   Call call = host;
   std::vector<DeviceTensor> tensors;
   Buffers().for_each([&](const char*, Buffer&, TensorView natten::Tensors::*member) {
@@ -95,11 +96,11 @@ void run_on_gpu(const Call& host, const char* backend) {
   Context context;
   context.backend = backend;
   context.stream = stream.get();
-  context.workspace_size = natten::workspace_bytes(call, context);
+  context.workspace_size = natten::workspace_bytes(call, lengths..., context);
   const DeviceMemory workspace(context.workspace_size);
   context.workspace = workspace.data();
   check(cudaDeviceSynchronize(), "preparing a call");
-  natten::run(call, context);
+  natten::run(call, lengths..., context);
   check(cudaStreamSynchronize(stream.get()), "running a call");
   for (const DeviceTensor& tensor : tensors) tensor.copy_back();
 }
@@ -117,7 +118,10 @@ template <const char* kBackend>
 void provide(const char* name) {
   provided_backends().push_back(
       {name, [](const Problem& problem) { return refuse_reason_on_gpu(problem, kBackend); },
-       [](const Call& call) { run_on_gpu(call, kBackend); }});
+       [](const Call& call) { run_on_gpu(kBackend, call); },
+       [](const Call& call, const natten::Packing& packing) {
+         run_on_gpu(kBackend, call, packing);
+       }});
 }
 
 const bool kProvided = [] {
@@ -171,13 +175,13 @@ TEST_P(OnGpuAtLength, ForwardAndBackwardTwiceTheSame) {
       const Problem described = natten::describe(problem.backward());
       if (!refuse_reason_on_gpu(described, backend).empty()) continue;
       const char* name = backend;
-      expect_definition(problem, errors_, [&](const Call& call) { run_on_gpu(call, name); });
+      expect_definition(problem, errors_, [&](const Call& call) { run_on_gpu(name, call); });
       Buffers& b = problem.buffers;
 
       FusedProblem again(c);
       again.provide_logsumexp();
-      run_on_gpu(again.forward(), backend);
-      run_on_gpu(again.backward(), backend);
+      run_on_gpu(backend, again.forward());
+      run_on_gpu(backend, again.backward());
       for (Buffer Buffers::*member :
            {&Buffers::output, &Buffers::logsumexp, &Buffers::grad_query, &Buffers::grad_key,
             &Buffers::grad_value, &Buffers::grad_additional_keys, &Buffers::grad_additional_values})

@@ -190,16 +190,60 @@ def test_modules(rank, fused):
     torch.testing.assert_close(module.cuda()(x.cuda()).cpu(), want)
 
 
+def launches(function):
+    """How many of natten's kernels it has run."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        function()
+        torch.cuda.synchronize()
+    return sum("natten" in e.name for e in profile.events())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_examples_of_different_lengths(dtype):
+    """As calls for each, in as many launches as one of them takes, but for that of the lengths."""
+    queries, keys = [140, 0, 9, 70], [33, 5, 0, 150]
+    q, k, v = (
+        torch.randn(1, sum(n), h, 32, dtype=dtype, device="cuda", requires_grad=True)
+        for n, h in ((queries, 4), (keys, 2), (keys, 2))
+    )
+    lengths = {
+        name: torch.tensor(n, device="cuda")
+        for name, n in (("seqlens_Q", queries), ("seqlens_KV", keys))
+    }
+
+    def packed():
+        output = F.attention(q, k, v, is_causal=True, **lengths)
+        return output, torch.autograd.grad(output.square().sum(), (q, k, v))
+
+    output, gradients = packed()
+    parts = zip(q.split(queries, 1), k.split(keys, 1), v.split(keys, 1), strict=True)
+    want = [
+        F.attention(*x, is_causal=True) if x[1].shape[1] else torch.zeros_like(x[0]) for x in parts
+    ]
+    want = torch.cat(want, 1)
+    torch.testing.assert_close(output, want)
+    torch.testing.assert_close(gradients, torch.autograd.grad(want.square().sum(), (q, k, v)))
+
+    def alone():
+        x = (q[:, :140], k[:, :33], v[:, :33])
+        return torch.autograd.grad(F.attention(*x, is_causal=True).square().sum(), (q, k, v))
+
+    assert launches(packed) == launches(alone) + 2  # in forward and backward
+
+
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 @pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_nested(layout):
-    parts = [torch.randn(n, 2, 16, dtype=torch.float16, device="cuda") for n in (14, 9, 32)]
-    with torch.no_grad():
-        x = torch.nested.as_nested_tensor(parts, layout=layout)
-        output = F.na1d(x, x, x, 5, is_causal=True)
-        for got, part in zip(output.unbind(), parts, strict=True):
-            batch = part[None]
-            torch.testing.assert_close(got[None], F.na1d(batch, batch, batch, 5, is_causal=True))
+    parts = [torch.randn(n, 2, 16, dtype=torch.float16, device="cuda") for n in (14, 9, 132)]
+    x = torch.nested.as_nested_tensor(parts, layout=layout).requires_grad_()
+    output = F.na1d(x, x, x, 5, is_causal=True)
+    leaves = [part[None].requires_grad_() for part in parts]
+    want = [F.na1d(part, part, part, 5, is_causal=True) for part in leaves]
+    torch.testing.assert_close(list(output.unbind()), [w[0] for w in want])
+    loss = sum(part.square().sum() for part in output.unbind())
+    (gradient,) = torch.autograd.grad(loss, x)
+    expected = torch.autograd.grad(sum(w.square().sum() for w in want), leaves)
+    torch.testing.assert_close(list(gradient.unbind()), [g[0] for g in expected])
 
 
 def test_second_derivatives():

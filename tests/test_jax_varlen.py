@@ -178,8 +178,7 @@ def test_other_refusals():
     if not _core.backends("cuda"):  # the backend composed serves it
         assert "custom_call" not in traced.lower(lowering_platforms=("cuda",)).as_text()
         return
-    with pytest.raises(NotImplementedError, match="read on the CPU only"):
-        traced.lower(lowering_platforms=("cuda",))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("custom_call") == 1
 
 
 @pytest.mark.parametrize("causal", [False, True])

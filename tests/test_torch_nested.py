@@ -366,6 +366,34 @@ def test_all_examples_run_in_one_call(monkeypatch):
     assert calls == [3]
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@torch.enable_grad()
+def test_sequences_with_gradients_are_one_call(monkeypatch, layout):
+    calls = []
+    run = natten._core.run
+    monkeypatch.setattr(natten._core, "run", lambda *a: (calls.append(a[0]), run(*a))[1])
+    x = leaf(examples(1, 2, 4), layout)
+    rpb = torch.randn(2, 5, dtype=torch.float64)
+    for function in (lambda: F.na1d(x, x, x, 3, rpb=rpb), lambda: natten.attention(x, x, x)):
+        loss = sum(part.square().sum() for part in function().unbind())
+        torch.autograd.grad(loss, x)
+        assert calls == ["attention_forward", "attention_backward"]
+        calls.clear()
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@torch.enable_grad()
+def test_bad_sequences_with_gradients_are_refused(layout):
+    x = leaf(examples(1, 2, 4), layout)
+    with pytest.raises(ValueError, match=r"^kernel_size: .*must not exceed the axis, 9 tokens"):
+        F.na1d(x, x, x, 10)
+    other = leaf([part[:-1] for part in examples(1, 2, 4)], layout)
+    with pytest.raises(ValueError, match=r"^key: .*spatial shape"):
+        F.na1d(x, other, other, 3)
+    with pytest.raises(ValueError, match=r"^value: got a dense tensor; must be nested"):
+        F.na1d(x, x, torch.randn(3, 9, 2, 4, dtype=torch.float64), 3)
+
+
 def test_narrowed_sequences():
     """Jagged tensors with gaps between the examples."""
     padded = torch.randn(3, 12, 2, 4)

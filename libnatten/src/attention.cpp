@@ -28,6 +28,11 @@ struct Selected {
   detail::Job job;
   const detail::Backend* backend;
   std::size_t workspace_bytes;
+
+  Selected(const Problem& problem, const Tensors& tensors, const Context& context)
+      : job{problem, tensors, nullptr},
+        backend(&detail::select(problem, context)),
+        workspace_bytes(aligned(backend->workspace_bytes(problem))) {}
 };
 
 std::vector<Selected> select_all(const Call* calls, std::size_t count, const Context& context,
@@ -40,10 +45,7 @@ std::vector<Selected> select_all(const Call* calls, std::size_t count, const Con
       throw Error(ErrorKind::invalid_value,
                   "calls: got calls on " + name_of(selected[0].job.problem.device) + " and " +
                       name_of(problem.device) + "; must be on one device");
-    const detail::Backend& backend = detail::select(problem, context);
-    selected.push_back({{problem, calls[i].tensors, nullptr},
-                        &backend,
-                        aligned(backend.workspace_bytes(problem))});
+    selected.emplace_back(problem, calls[i].tensors, context);
   }
   return selected;
 }
@@ -64,11 +66,10 @@ void check_memory(const Call* calls, std::size_t count) {
   detail::check_memory(uses, count);
 }
 
-void run_all(const Call* calls, std::size_t count, const Context& context) {
-  std::vector<Selected> selected = select_all(calls, count, context, true);
-  check_memory(calls, count);
+/// `own` holds the workspace where the caller has given none.
+char* find_workspace(const std::vector<Selected>& selected, const Context& context,
+                     std::vector<char>& own) {
   const std::size_t needed = total_workspace(selected);
-  std::vector<char> own;
   char* workspace = static_cast<char*>(context.workspace);
   if (!workspace && needed > 0) {
     const Device device = selected[0].job.problem.device;
@@ -84,6 +85,14 @@ void run_all(const Call* calls, std::size_t count, const Context& context) {
                 "workspace: got " + std::to_string(context.workspace_size) +
                     " bytes; must hold at least " + std::to_string(needed));
   }
+  return workspace;
+}
+
+void run_all(const Call* calls, std::size_t count, const Context& context) {
+  std::vector<Selected> selected = select_all(calls, count, context, true);
+  check_memory(calls, count);
+  std::vector<char> own;
+  char* workspace = find_workspace(selected, context, own);
   // Jobs of the same backend run together; in a list of similar problems that is all of them.
   std::vector<detail::Job> jobs;
   for (std::size_t i = 0; i < selected.size(); ++i) {
@@ -107,6 +116,50 @@ void narrow(TensorView& view, int axis, std::int64_t begin, std::int64_t end) {
   view.shape[at] = end - begin;
 }
 
+/// A checked call on examples that lie one after another.
+class Packed {
+ public:
+  Packed(const Call& packed, const Packing& packing, bool for_execution)
+      : whole_(packed), packing_(packing) {
+    whole_.options.allow_no_keys = true;
+    problem_ = detail::check_packed(whole_, packing_, for_execution);
+  }
+
+  /// Whether backends take all examples at once. Circular axes of them turn at different places.
+  bool is_one_job() const {
+    return problem_.device.type != DeviceType::cpu &&
+           problem_.axes[kMaxRank - 1].boundary != Boundary::circular;
+  }
+  Selected job(const Context& context) const {
+    Selected selected(problem_, whole_.tensors, context);
+    selected.job.examples = detail::examples_in(packing_);
+    selected.workspace_bytes += aligned(count() * sizeof(detail::Example));
+    return selected;
+  }
+  /// A call for each.
+  std::vector<Call> examples() const {
+    std::vector<Call> examples(count(), whole_);
+    for (const Role& role : roles_of(whole_.op))
+      for (int axis = 0; role.dims[axis]; ++axis) {
+        const bool is_of_keys = role.dims[axis] == 'K';
+        if (!(whole_.tensors.*role.tensor) || (!is_of_keys && role.dims[axis] != 'Q')) continue;
+        const std::vector<std::int64_t>& ends = is_of_keys ? keys() : queries();
+        for (std::size_t i = 0; i < count(); ++i)
+          narrow(examples[i].tensors.*role.tensor, axis, ends[i], ends[i + 1]);
+      }
+    return examples;
+  }
+
+ private:
+  std::size_t count() const { return queries().size() - 1; }
+  const std::vector<std::int64_t>& queries() const { return packing_.cumulative_seqlen_Q; }
+  const std::vector<std::int64_t>& keys() const { return packing_.cumulative_seqlen_KV; }
+
+  Call whole_;
+  const Packing& packing_;
+  Problem problem_;
+};
+
 }  // namespace
 
 Problem describe(const Call& call) { return detail::check(call, false); }
@@ -121,6 +174,24 @@ std::size_t workspace_bytes(const std::vector<Call>& calls, const Context& conte
 void run(const Call& call, const Context& context) { run_all(&call, 1, context); }
 void run(const std::vector<Call>& calls, const Context& context) {
   run_all(calls.data(), calls.size(), context);
+}
+
+std::size_t workspace_bytes(const Call& packed, const Packing& packing, const Context& context) {
+  const Packed checked(packed, packing, false);
+  return checked.is_one_job() ? checked.job(context).workspace_bytes
+                              : workspace_bytes(checked.examples(), context);
+}
+void run(const Call& packed, const Packing& packing, const Context& context) {
+  const Packed checked(packed, packing, true);
+  if (!checked.is_one_job()) return run(checked.examples(), context);
+  check_memory(&packed, 1);
+  std::vector<Selected> selected = {checked.job(context)};
+  std::vector<char> own;
+  char* const workspace = find_workspace(selected, context, own);
+  detail::Job& job = selected[0].job;
+  job.example_table = reinterpret_cast<detail::Example*>(workspace);
+  job.workspace = workspace + aligned(job.examples.size() * sizeof(detail::Example));
+  selected[0].backend->run({job}, context);
 }
 
 TensorView expected(const Problem& problem, TensorView Tensors::*tensor) {
@@ -158,26 +229,7 @@ Call attention_call(const Tensors& tensors, bool is_causal, std::optional<double
 }
 
 std::vector<Call> examples_of(const Call& packed, const Packing& packing) {
-  Call whole = packed;
-  whole.options.allow_no_keys = true;
-  const Problem problem = describe(whole);
-  if (!whole.options.separate_key_grid || problem.rank != 1)
-    throw Error(ErrorKind::invalid_value,
-                "packed: got a neighborhood; must be attention over all keys of an example "
-                "(attention_call), or its backward pass");
-  detail::check_packing(packing, problem.queries(), problem.keys());
-  const std::size_t count = packing.cumulative_seqlen_Q.size() - 1;
-  std::vector<Call> examples(count, whole);
-  for (const Role& role : roles_of(whole.op))
-    for (int axis = 0; role.dims[axis]; ++axis) {
-      const bool is_of_keys = role.dims[axis] == 'K';
-      if (!(whole.tensors.*role.tensor) || (!is_of_keys && role.dims[axis] != 'Q')) continue;
-      const std::vector<std::int64_t>& ends =
-          is_of_keys ? packing.cumulative_seqlen_KV : packing.cumulative_seqlen_Q;
-      for (std::size_t i = 0; i < count; ++i)
-        narrow(examples[i].tensors.*role.tensor, axis, ends[i], ends[i + 1]);
-    }
-  return examples;
+  return Packed(packed, packing, false).examples();
 }
 
 void detail::run_of_rank(int rank, const Call* calls, int count, const Context& context) {

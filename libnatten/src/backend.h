@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "examples.h"
+
 namespace natten::detail {
 
 /// A checked call that a backend runs.
@@ -17,6 +19,11 @@ struct Job {
   Tensors tensors;
   void* workspace;
   Configuration configuration = {};
+  /// On CUDA a job may have several, which are grids of their own: `problem` and `tensors` are of
+  /// all their tokens. It is of rank 1, fused and not circular, without additional tokens, parts
+  /// and gradients of biases.
+  std::vector<Example> examples = {};
+  Example* example_table = nullptr;  ///< memory of the device for them, as scratch
 };
 
 /// What a backend offers to the tuner.

@@ -562,6 +562,8 @@ void check_view(const char* name, const TensorView& v) {
               shape_text(v), "; must not reach further than memory does");
 }
 
+namespace {
+
 void check_packing(const Packing& packing, std::int64_t queries, std::int64_t keys) {
   const auto& ends_of_queries = packing.cumulative_seqlen_Q;
   const auto check = [&](const char* side, const std::vector<std::int64_t>& ends,
@@ -591,6 +593,53 @@ void check_packing(const Packing& packing, std::int64_t queries, std::int64_t ke
   };
   check("Q", ends_of_queries, packing.max_seqlen_Q, queries, "query");
   check("KV", packing.cumulative_seqlen_KV, packing.max_seqlen_KV, keys, "key");
+}
+
+/// Checks that each example can have the neighborhood of a packed call, which is that of its own
+/// grid.
+void check_examples(const Neighborhood& neighborhood, const Packing& packing) {
+  const std::vector<std::int64_t>& ends = packing.cumulative_seqlen_Q;
+  if (packing.cumulative_seqlen_KV != ends)
+    bad_value("cumulative_seqlen_KV: must be as cumulative_seqlen_Q where windows are of the ",
+              "tokens around a query");
+  const bool is_circular =
+      neighborhood.boundary.size > 0 &&
+      neighborhood.boundary[0] == static_cast<std::int64_t>(Boundary::circular);
+  std::int64_t shortest = std::numeric_limits<std::int64_t>::max();
+  for (std::size_t i = 0; i + 1 < ends.size(); ++i) {
+    const std::int64_t length = ends[i + 1] - ends[i];
+    if (length == 0)
+      bad_value("cumulative_seqlen_Q: got no tokens for example ", i, "; must be one or more");
+    // On other axes one that fits the shortest fits all.
+    if (length >= shortest && !is_circular) continue;
+    shortest = length;
+    try {
+      axes_of({}, {length}, {length}, neighborhood);
+    } catch (const Error& e) {
+      throw Error(e.kind(), std::string(e.what()) + " (example " + std::to_string(i) + ")");
+    }
+  }
+}
+
+}  // namespace
+
+Problem check_packed(const Call& call, const Packing& packing, bool for_execution) {
+  const Problem problem = check(call, for_execution);
+  if (!is_fused(problem.op) || problem.rank != 1)
+    bad_value("packed: got ", name_of(problem.op), " of rank ", problem.rank,
+              "; must be attention_forward or attention_backward of rank 1");
+  if (call.neighborhood.has_parts())
+    bad_value("packed: got a part of a grid (query_offset, key_offset, grid_size); each example ",
+              "must be a whole grid");
+  if (call.tensors.additional_keys)
+    bad_value("additional_keys: got a tensor for examples that lie one after another; must be ",
+              "missing");
+  if (problem.wants_grad_rpb)
+    bad_value("grad_rpb: got a tensor for examples that lie one after another, which share rpb; ",
+              "must be missing");
+  check_packing(packing, problem.queries(), problem.keys());
+  if (!call.options.separate_key_grid) check_examples(call.neighborhood, packing);
+  return problem;
 }
 
 std::vector<Axis> axes_of(const Tuple& query_offset, const Tuple& query_length,

@@ -16,8 +16,9 @@ Problem check(const Call& call, bool for_execution);
 std::vector<Axis> axes_of(const Tuple& query_offset, const Tuple& query_length,
                           const Tuple& grid_size, const Neighborhood& neighborhood);
 
-/// Checks where examples lie among the tokens of the tensors that hold them. Throws Error.
-void check_packing(const Packing& packing, std::int64_t queries, std::int64_t keys);
+/// Checks a call on tensors that hold examples one after another, as `check` does, and where these
+/// lie. Throws Error.
+Problem check_packed(const Call& call, const Packing& packing, bool for_execution);
 
 /// What must hold of any view that is given, whatever its part: dimensions, type and device that
 /// exist, a size and strides that memory can have. Throws Error. Nothing else may be asked of a

@@ -62,10 +62,20 @@ struct Packing {
   std::optional<std::int64_t> max_seqlen_Q, max_seqlen_KV;
 };
 
-/// The call of each example, for `run`. `packed` is an attention over all keys (`attention_call`)
-/// or its backward pass, on tensors [B, sum of lengths, ...]; memory is not copied. Queries of an
-/// example without keys get output 0 and logsumexp -inf. Throws Error.
+/// The call of each example, for `run`. `packed` is a fused operation of rank 1 on tensors
+/// [B, sum of lengths, ...]; memory is not copied. It may be attention over all keys
+/// (`attention_call`): queries of an example without keys get output 0 and logsumexp -inf. Or it is
+/// a neighborhood: then cumulative_seqlen_Q and cumulative_seqlen_KV are equal, no example is
+/// empty, and each is a whole grid. All examples share rpb, which has no gradient then; there are
+/// no additional tokens. Throws Error.
 NATTEN_EXPORT std::vector<Call> examples_of(const Call& packed, const Packing& packing);
+
+/// Runs these calls: on the CPU in one parallel region; on CUDA each pass is one launch for all
+/// examples, but where their grids are circular. Its `Context::workspace` depends on the
+/// number of examples and on the sums of their lengths only, unless they are circular.
+NATTEN_EXPORT void run(const Call& packed, const Packing& packing, const Context& context = {});
+NATTEN_EXPORT std::size_t workspace_bytes(const Call& packed, const Packing& packing,
+                                          const Context& context = {});
 
 /// Combines results of attention over disjoint sets of keys into the result over their union:
 /// logsumexp = log sum_i exp(logsumexps[i]), output = sum_i exp(logsumexps[i] - logsumexp) *

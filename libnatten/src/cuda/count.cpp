@@ -42,7 +42,7 @@ Visits visits_along(const PassGrid& grid, Rows kind, int axis, int parts, int ro
       const RowTile rows =
           row_tile(grid, static_cast<std::uint32_t>(group * group_step + i * step));
       if (rows.valid[axis] == 0) continue;
-      intervals.compute(grid, kind, rows, 0, 1);
+      intervals.compute(grid, kind, rows, 0, 1, [&](int a) { return grid.axes[a]; });
       ColumnTiles columns{};
       columns.set_axis(axis, bounds_of(intervals, shape, rows, axis, 0, shape.size() - 1),
                        grid.column_tile);

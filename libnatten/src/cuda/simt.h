@@ -121,9 +121,14 @@ class Run {
  public:
   using Sum = StatisticOf<T>;
 
-  Run(const Job& job, Launcher& launch) : job_(job), p_(simplified(job.problem)), launch_(launch) {}
+  Run(const Job& job, Launcher& launch)
+      : job_(job),
+        p_(simplified(job.problem)),
+        longest_(simplified(longest_of(job.problem, job.examples))),
+        launch_(launch) {}
 
   void operator()() {
+    examples_ = write_examples(job_, launch_);
     Pieces pieces(job_.workspace);
     switch (p_.op) {
       case Op::attention_forward: return forward(pieces);
@@ -168,13 +173,15 @@ class Run {
     return additional;
   }
 
-  void fill(const FillSights& f) {
+  void fill(FillSights f) {
+    f.set_examples(examples_, longest_);
     launch_(f, (f.count() + FillSights::kThreads - 1) / FillSights::kThreads);
   }
 
   Sums<T> sums_of(Rows rows, std::int64_t heads) const {
     Sums<T> s{};
-    s.tiles = cut(p_, rows);
+    s.tiles = cut(longest_, rows);
+    s.examples = examples_;
     for (int i = 0; i < kMaxRank; ++i) s.kernel_size[i] = static_cast<int>(p_.axes[i].kernel_size);
     s.window_size = static_cast<int>(p_.window_size());
     s.heads = static_cast<int>(heads);
@@ -232,8 +239,9 @@ class Run {
       constexpr int kDims = decltype(kernel)::kSumDims;
       if constexpr (kDims > 0) s.slices = (s.sum_dims + kDims - 1) / kDims;
       kernel.in = s;
-      launch_(kernel,
-              blocks >= 0 ? blocks : p_.batch * s.heads * s.splits * s.tiles.total() * s.slices);
+      launch_(kernel, blocks >= 0 ? blocks
+                                  : p_.batch * s.heads * s.splits * s.tiles.total() *
+                                        std::max(s.examples.count, 1) * s.slices);
     };
     if constexpr (!kSums) {
       if (aligned) return launch(RowSums<T, kWeight, kKeyRows, 0, kVector, kTf32>{});
@@ -435,8 +443,9 @@ class Run {
   }
 
   const Job& job_;
-  const Problem p_;
+  const Problem p_, longest_;
   Launcher& launch_;
+  Examples examples_;
 };
 
 /// Blocks of the largest launch, at most.

@@ -58,11 +58,11 @@ struct BiasSums {
  private:
   NATTEN_DEVICE Sum sum_of_tile(std::uint32_t index, std::int64_t stored, int batch, int head,
                                 const Coordinate& offset) const {
-    const Tile tile = tiles.tile(index);
+    const Tile tile = tiles.tile(index, tiles.whole());
     Sum sum = 0;
     if (tile.is_empty) return sum;
     for (int i = 0; i < kRows; ++i) {
-      const Row row = tiles.row(tile, i);
+      const Row row = tiles.row(tile, i, tiles.whole());
       std::int64_t slot = 0;
       Coordinate place;  // of the key
       bool sees = row.is_active;

@@ -15,6 +15,7 @@
 
 #include "../dispatch.h"
 #include "../operand.h"
+#include "examples.h"
 #include "machine.h"
 #include "parts.h"
 
@@ -79,8 +80,9 @@ struct FillSights {
   static constexpr int kThreads = 128;
   static constexpr int kBlocks = 1;
   static constexpr Rows kSides[] = {Rows::queries, Rows::keys};
-  Axis axes[kMaxRank];
+  Axis axes[kMaxRank];  // of examples, the last one is that of the longest
   Places places[2][kMaxRank];
+  Examples examples;
   Sight* data;
   int sides;  // 1: of queries, 2: of keys too
 
@@ -89,6 +91,15 @@ struct FillSights {
       axes[i] = p.axes[i];
       for (int side = 0; side < 2; ++side) places[side][i] = places_of(p, i, kSides[side]);
     }
+  }
+  /// Tells examples apart. `p` is that of the longest.
+  void set_examples(const Examples& some, const Problem& p) {
+    if (!some) return;
+    constexpr int kAxis = kMaxRank - 1;
+    examples = some;
+    axes[kAxis] = p.axes[kAxis];
+    for (Places(&side)[kMaxRank] : places)
+      side[kAxis].dilation = static_cast<int>(axes[kAxis].dilation);
   }
   /// Where those of a side begin.
   Sights sights(Rows rows) const {
@@ -114,14 +125,35 @@ struct FillSights {
       for (int i = 0; i < kMaxRank; ++i) {
         const Places& along = places[side][i];
         if (number < along.row_length) {
-          const int row = static_cast<int>(number);
+          int row = static_cast<int>(number);
+          Axis axis = axes[i];
+          if (examples && i == kMaxRank - 1) {
+            const Example e = example_of(kSides[side], row);
+            axis = axis_of_example(axis, e.queries, e.keys);
+            row -= side == 0 ? e.first_query : e.first_key;
+          }
           const Group group = along.group(row % along.dilation);
-          data[item] = sight_of(axes[i], side == 0 ? Rows::queries : Rows::keys, group,
-                                row / along.dilation);
+          data[item] =
+              sight_of(axis, side == 0 ? Rows::queries : Rows::keys, group, row / along.dilation);
           return;
         }
         number -= along.row_length;
       }
+  }
+
+ private:
+  /// The example that has a row: the last of those that begin no later.
+  NATTEN_DEVICE Example example_of(Rows side, int row) const {
+    int first = 0;
+    for (int end = examples.count; end - first > 1;) {
+      const int middle = first + (end - first) / 2;
+      const Example& e = examples.data[middle];
+      if ((side == Rows::queries ? e.first_query : e.first_key) <= row)
+        first = middle;
+      else
+        end = middle;
+    }
+    return examples.data[first];
   }
 };
 
@@ -163,6 +195,11 @@ struct Tile {
   bool is_empty;  // as some are in shorter groups
 };
 
+/// Where the rows and columns of one grid begin along the last axis, and how many rows there are.
+struct Span {
+  int first_row, rows, first_column;
+};
+
 /// A grid of rows cut into tiles. All rows of a tile are of the same dilation groups.
 struct Tiles {
   Places axes[kMaxRank];
@@ -172,14 +209,18 @@ struct Tiles {
 
   std::int64_t total() const { return static_cast<std::int64_t>(count[0]) * count[1] * count[2]; }
 
+  /// Of a grid that is alone.
+  NATTEN_DEVICE Span whole() const { return {0, axes[kMaxRank - 1].row_length, 0}; }
+
   /// A tile by its number, the lowest digits of `index`, which loses them.
-  NATTEN_DEVICE Tile tile(std::uint32_t& index) const {
+  NATTEN_DEVICE Tile tile(std::uint32_t& index, const Span& span) const {
     Tile t{};
     for (int i = kMaxRank - 1; i >= 0; --i) {
       const int number = take(index, count[i]);
       t.group[i] = number % groups[i];
       t.first[i] = number / groups[i] << log2[i];
-      const int rows = axes[i].count(axes[i].row_length, t.group[i]);
+      const int length = i == kMaxRank - 1 ? span.rows : axes[i].row_length;
+      const int rows = axes[i].count(length, t.group[i]);
       const int size = 1 << log2[i];
       t.last[i] = (rows - t.first[i] < size ? rows : t.first[i] + size) - 1;
       t.is_empty = t.is_empty || t.last[i] < t.first[i];
@@ -188,7 +229,7 @@ struct Tiles {
   }
 
   /// A row of a tile that is not empty.
-  NATTEN_DEVICE Row row(const Tile& t, int thread) const {
+  NATTEN_DEVICE Row row(const Tile& t, int thread, const Span& span) const {
     Row row;
     row.is_active = true;
     for (int i = kMaxRank - 1; i >= 0; --i) {
@@ -199,11 +240,14 @@ struct Tiles {
       row.token[i] = axes[i].number(t.group[i], row.place[i]);
       row.column[i] = axes[i].group(t.group[i]).first_column;
     }
+    row.token[kMaxRank - 1] += span.first_row;
+    row.column[kMaxRank - 1] += span.first_column;
     return row;
   }
   /// What the rows of a tile see. Keys see queries of which some may not be given (`kHasGaps`).
   template <bool kHasGaps>
-  NATTEN_DEVICE View view(const Tile& t, const Row& row, const Sights& sights) const {
+  NATTEN_DEVICE View view(const Tile& t, const Row& row, const Span& span,
+                          const Sights& sights) const {
     View view;
     for (int i = kMaxRank - 1; i >= 0; --i) {
       const Places& axis = axes[i];
@@ -211,8 +255,9 @@ struct Tiles {
       int begin = own.begin, end = own.end;
       if (const Sight* of = sights.of[i]) {
         own = of[row.token[i]];
-        begin = of[axis.number(t.group[i], t.first[i])].begin;
-        end = of[axis.number(t.group[i], t.last[i])].end;
+        const int before = i == kMaxRank - 1 ? span.first_row : 0;
+        begin = of[before + axis.number(t.group[i], t.first[i])].begin;
+        end = of[before + axis.number(t.group[i], t.last[i])].end;
       }
       int origin = begin, run = kNoEnd;
       if (axis.turn > 0) {

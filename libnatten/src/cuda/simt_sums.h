@@ -52,6 +52,7 @@ struct Sums {
   bool fills_empty;               // slots without a key...
   Sum empty;                      // ...with this
   Sum* tile_weights;              // other weights: [blocks, kRows, window_size]
+  Examples examples;              // `tiles` are those of the longest
 };
 
 /// Per row: sums over the columns that it sees of weight * (c of the column), a statistic of the
@@ -80,10 +81,11 @@ struct RowSums {
   NATTEN_DEVICE void operator()(Machine& gpu) const {
     std::uint32_t index = static_cast<std::uint32_t>(gpu.block() + in.first_block);
     const int slice = take(index, in.slices);
-    const Tile tile = in.tiles.tile(index);
+    const Span span = in.examples ? take_example(index) : in.tiles.whole();
+    const Tile tile = in.tiles.tile(index, span);
     if (tile.is_empty) return;
-    const Row row = in.tiles.row(tile, gpu.thread());
-    View view = in.tiles.template view<kKeyRows>(tile, row, in.sights);
+    const Row row = in.tiles.row(tile, gpu.thread(), span);
+    View view = in.tiles.template view<kKeyRows>(tile, row, span, in.sights);
     const int split = kKeyRows ? take(index, in.splits) : 0;
     const int head = take(index, in.heads);
     const std::int64_t batch = index;
@@ -235,6 +237,13 @@ struct RowSums {
   }
 
  private:
+  /// Its number is the lowest digit of `index`, which loses it.
+  NATTEN_DEVICE Span take_example(std::uint32_t& index) const {
+    const Example e = in.examples.data[take(index, in.examples.count)];
+    if constexpr (kKeyRows) return {e.first_key, e.keys, e.first_query};
+    return {e.first_query, e.queries, e.first_key};
+  }
+
   /// Sets the weights of columns that the row does not see to 0; their sum.
   NATTEN_DEVICE static Sum masked_sum(Sum (&weight)[kChunkColumns], std::uint32_t mask) {
     Sum sum = 0;

@@ -606,8 +606,8 @@ def attention(
 
     Examples of different lengths may lie one after another in arrays of batch 1, each of which then
     attends to its own keys. An example may have no queries; those of one without keys get output 0
-    and logsumexp -inf. On CUDA that takes the backend "composed". Forward mode, and second
-    derivatives, store weights of all queries and all keys.
+    and logsumexp -inf. Forward mode, and second derivatives, store weights of all queries and all
+    keys.
 
     Args:
         query: [batch, tokens, heads, head_dim], float64, float32, bfloat16 or float16.

@@ -141,8 +141,14 @@ class Operation:
             for w in wanted
         ]
         backend = "" if setup.backend == COMPOSED else setup.backend
+        # Any lengths do: the workspace depends on their number and sums alone.
+        packing = None
+        lengths, query, key = (every[i] for i in (self.inputs.index(LENGTHS), 0, 1))
+        if lengths and query and key:
+            ends = [0] * (lengths[0][1] - 2)
+            packing = [*ends, query[0][1]], [*ends, key[0][1]], None, None
         results, workspace = _core.plan(
-            self.name, setup.config, setup.scale, backend, inputs, outputs, platform
+            self.name, setup.config, setup.scale, backend, inputs, outputs, platform, packing
         )
         specs = [None if r is None else (tuple(r[0]), r[1]) for r in results]
         if TELLS_CHOICES and platform is not None:
@@ -300,11 +306,6 @@ class Operation:
         shapes: Sequence[tuple[int, ...]],
     ) -> Sequence[Any]:
         """The call on what one device has of the inputs, for results of these shapes."""
-        if setup.config[-1] & ALLOW_NO_KEYS and platform != "cpu":
-            raise NotImplementedError(
-                "attention: lengths of examples are read on the CPU only; on CUDA call it for each "
-                f'example, or with backend="{COMPOSED}"'
-            )
         asked = _of_shapes(wanted, shapes)
         results, workspace = self._plan(arrays, setup, given, asked, platform)
         if platform == "cpu" and setup.config[-1] & (UNKNOWN_OFFSETS | ALLOW_NO_KEYS):

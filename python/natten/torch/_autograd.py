@@ -406,8 +406,11 @@ def examples_of(operator: _ops.Operator, args: Sequence[Any]) -> list[list[Any]]
     lengths = {"Q": queries.diff().tolist(), "K": keys.diff().tolist()}
     columns: list[Sequence[Any]] = []
     for role, x in zip(operator.inputs, inputs, strict=True):
-        side = "Q" if "Q" in role.dims else "K"  # each is of queries or of keys
-        columns.append([None] * len(lengths[side]) if x is None else x.split(lengths[side], 1))
+        side = next((dim for dim in "QK" if dim in role.dims), None)
+        if x is None or side is None:  # all examples share it
+            columns.append([x] * len(lengths["Q"]))
+        else:
+            columns.append(x.split(lengths[side], 1))
     return [[*example, *before, *options] for example in zip(*columns, strict=True)]
 
 

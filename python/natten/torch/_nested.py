@@ -1,11 +1,14 @@
 """Nested tensors: a batch of examples that differ in size.
 
 They run in one parallel region, unless a gradient is wanted or the backend is `composed`: then each
-is a call of its own, which PyTorch differentiates.
+is a call of its own, which PyTorch differentiates. Where gradients are wanted, or on CUDA, where a
+parallel region is a launch for each, sequences of fused attention are one call of an operator that
+has a derivative (`_packing.py`), in which they lie one after another.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from natten import _core
-from natten._args import PART_OPTIONS, options_of
+from natten._args import PART_OPTIONS, SEPARATE_KEY_GRID, Config, options_of
 from natten._choices import tell
 from natten._log import TELLS_CHOICES
 from natten._roles import Role
@@ -38,12 +41,18 @@ def call(operator: _ops.Operator, *args: Any, composed: Callable[..., Any] | Non
             )
     first = inputs[0]
     has_own_batch = first.dim() == 1 + operator.inputs[0].ndim(config[0])
+    wants_gradient = torch.is_grad_enabled() and any_requires_grad(*inputs)
+    is_fused = operator is _ops.attention_forward and not composed
+    if is_fused and not has_own_batch and (wants_gradient or first.is_cuda):
+        packed_results = _call_packed(inputs, config, scale, backend)
+        if packed_results is not None:
+            return packed_results
     columns = [
         _examples(role, x, first, has_own_batch)
         for role, x in zip(operator.inputs, inputs, strict=True)
     ]
     examples = list(zip(*columns, strict=True))
-    if composed or (torch.is_grad_enabled() and any_requires_grad(*inputs)):
+    if composed or wants_gradient:
         options = args[len(inputs) :]
         results = [(composed or operator)(*example, *options) for example in examples]
         if len(operator.outputs) == 1:
@@ -84,6 +93,71 @@ def call(operator: _ops.Operator, *args: Any, composed: Callable[..., Any] | Non
             tell(operator.name, config, scale, backend, *tensors, str(first.device))
     nested = tuple(whole for whole, _ in results)
     return nested if len(nested) > 1 else nested[0]
+
+
+def _call_packed(
+    inputs: Sequence[Tensor | None], config: Config, scale: float | None, backend: str
+) -> tuple[Tensor, Tensor] | None:
+    """Fused attention of sequences by one call, or None where that does not take them."""
+    query, key, value, rpb, *additional, mask = inputs
+    assert query is not None and key is not None and value is not None  # nobody has asked for less
+    if config[0] != 1 or any(x is not None for x in additional):
+        return None
+    if rpb is not None and (rpb.is_nested or (torch.is_grad_enabled() and rpb.requires_grad)):
+        return None
+    nested = [query, key, value, *([] if mask is None else [mask])]
+    if not all(_holds_sequences(x, query.layout) for x in nested):
+        return None
+    read: dict[int, list[int]] = {}  # of tensors that share their lengths
+    queries, keys, *others = (_ends_of(x, read) for x in nested)
+    packed = [_joined_tokens(x) for x in nested]
+    # What is wrong where these do not fit, calls for each example say.
+    has_one_grid = not config[-1] & SEPARATE_KEY_GRID
+    if any(x != keys for x in others) or (has_one_grid and queries != keys):
+        return None
+    if len(queries) != len(keys) or any(a == b for a, b in itertools.pairwise(keys)):
+        return None
+    for tokens, ends in zip(packed, (queries, keys, *others), strict=True):
+        if (ends[0], ends[-1]) != (0, tokens.shape[1]):
+            return None
+    output, logsumexp = _ops.packed_attention_forward(
+        *packed[:3], rpb, None, None, packed[3] if len(packed) > 3 else None,
+        torch.tensor(queries), torch.tensor(keys), None, None, config, scale, backend,
+    )  # fmt: skip
+    return _cut(output, queries, query), _cut(logsumexp, queries, query)
+
+
+def _holds_sequences(x: Tensor, layout: torch.layout) -> bool:
+    """Whether it is nested so, and its examples are [length, ...], alike in all else."""
+    if not x.is_nested or x.layout != layout:
+        return False
+    if x.layout == torch.jagged:
+        return _ragged_axis(x) == 0 and x.lengths() is None  # type: ignore[attr-defined]
+    return len({part.shape[1:] for part in x.unbind()}) == 1
+
+
+def _ends_of(x: Tensor, read: dict[int, list[int]]) -> list[int]:
+    """0, and where each sequence ends; `read`: what has been read of offsets, which may lie on a
+    device."""
+    if x.layout != torch.jagged:
+        return [0, *itertools.accumulate(part.shape[0] for part in x.unbind())]
+    offsets = x.offsets()  # type: ignore[attr-defined]
+    if id(offsets) not in read:
+        read[id(offsets)] = offsets.tolist()
+    return read[id(offsets)]
+
+
+def _joined_tokens(x: Tensor) -> Tensor:
+    """[1, sum of lengths, ...], the tokens of sequences."""
+    return (x.values() if x.layout == torch.jagged else torch.cat(x.unbind())).unsqueeze(0)
+
+
+def _cut(tokens: Tensor, ends: list[int], like: Tensor) -> Tensor:
+    """The inverse of `_joined_tokens`, for a tensor laid out as another one."""
+    if like.layout == torch.jagged:
+        return torch.nested.nested_tensor_from_jagged(tokens[0], offsets=like.offsets())  # type: ignore[attr-defined]
+    lengths = [b - a for a, b in itertools.pairwise(ends)]
+    return torch.nested.as_nested_tensor(list(tokens[0].split(lengths)))
 
 
 def _examples(

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../../operand.h"
+#include "../examples.h"
 #include "tiles.h"
 
 namespace natten::detail::cuda {
@@ -46,7 +47,8 @@ struct Partial {
 /// What all passes take.
 template <class T>
 struct Arguments {
-  PassGrid grid;
+  PassGrid grid;  ///< of examples: tiles are those of the longest, numbers of tokens those of all
+  Examples examples{};
   MaskWords mask;
   std::int64_t blocks_per_head;
   int heads;               ///< of the rows

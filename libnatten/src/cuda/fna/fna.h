@@ -92,9 +92,14 @@ template <class T, class Launcher>
 class TilePasses {
  public:
   TilePasses(const Job& job, Launcher& launch)
-      : job_(job), p_(simplified(job.problem)), launch_(launch), pieces_(p_, job.workspace) {}
+      : job_(job),
+        p_(simplified(job.problem)),
+        longest_(simplified(longest_of(job.problem, job.examples))),
+        launch_(launch),
+        pieces_(p_, job.workspace) {}
 
   void run() {
+    examples_ = write_examples(job_, launch_);
     if (p_.batch > 0) run_tiles();
     if (p_.op == Op::attention_backward && p_.wants_grad_rpb)  // zero for an empty batch
       simt_grad_rpb<T>(job_, pieces_.row_term, pieces_.bias, launch_);
@@ -175,7 +180,7 @@ class TilePasses {
     if constexpr (kDims > (kSumsTwo ? kMostDimsOfTwo : most_dims(sizeof(T)))) {
       return;  // never asked for
     } else {
-      PassGrid grid = grid_of(p_, rows);
+      PassGrid grid = grid_of(longest_, rows);
       if constexpr (kPass == TilePass::forward && kDims <= most_wide_dims(sizeof(T)))
         if (uses_wide_rows(grid)) return enqueue<TileKernel<T, kDims, 2, kPass>>(grid);
       using Kernel = TileKernel<T, kDims, 1, kPass>;
@@ -212,14 +217,17 @@ class TilePasses {
     constexpr double kGain = 1.2;
     constexpr std::int64_t kFewBlocks = 256;
     return is_demanded || (2 * visits_of_two <= kGain * visits_of_one &&
-                           p_.batch * p_.heads * grid.blocks_per_head() >= kFewBlocks);
+                           batches() * p_.heads * grid.blocks_per_head() >= kFewBlocks);
   }
+
+  /// Examples are one after another for each of the batch.
+  std::int64_t batches() const { return p_.batch * std::max(examples_.count, 1); }
 
   template <class Kernel>
   void enqueue(const PassGrid& grid) {
     const Kernel kernel{arguments(grid, Kernel::Traits::kRowsAreQueries)};
     const std::int64_t blocks =
-        p_.batch * kernel.a.heads * kernel.a.splits * kernel.a.blocks_per_head;
+        batches() * kernel.a.heads * kernel.a.splits * kernel.a.blocks_per_head;
     launch_(kernel, blocks, Kernel::kSharedBytes);
   }
 
@@ -245,6 +253,13 @@ class TilePasses {
     using M = Tensors;
     Arguments<T> a(grid);
     a.blocks_per_head = grid.blocks_per_head();
+    if (examples_) {
+      a.examples = examples_;
+      constexpr int kAxis = kMaxRank - 1;
+      const Places all = places_of(p_, kAxis, grid.rows);
+      a.grid.places[kAxis].row_length = all.row_length;
+      a.grid.places[kAxis].column_length = all.column_length;
+    }
     a.heads = static_cast<int>(rows_are_queries ? p_.heads : p_.kv_heads);
     a.queries_per_kv = static_cast<int>(p_.heads / p_.kv_heads);
     a.dims[0] = static_cast<int>(p_.head_dim);
@@ -311,9 +326,10 @@ class TilePasses {
   }
 
   const Job& job_;
-  const Problem p_;
+  const Problem p_, longest_;
   Launcher& launch_;
   const FnaPieces pieces_;
+  Examples examples_;
 };
 
 /// Enqueues the kernels of a job.

@@ -69,7 +69,9 @@ struct AxisCost {
       const int block =
           static_cast<int>((std::int64_t{2} * i + 1) * blocks / (std::int64_t{2} * samples));
       const int first = block * extent, last = std::min(first + extent, rows) - 1;
-      const auto seen_by = [&](int row) { return grid.seen(grid.rows, axis, group, row); };
+      const auto seen_by = [&](int row) {
+        return grid.seen(grid.rows, axis, grid.axes[axis], group, row);
+      };
       const int seen = seen_by(last).end - seen_by(first).begin;
       for (int bits = 0; bits <= kMostBits; ++bits)
         visits[bits] += static_cast<double>((std::max(seen, 0) + (1 << bits) - 1) >> bits);

@@ -40,6 +40,34 @@ NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
             : nullptr;
 }
 
+/// Moves the block, which has the first rows and columns of all examples, to one of them.
+template <class K, class Machine>
+NATTEN_DEVICE void enter_example(const Worker<K, Machine>& w) {
+  constexpr int kAxis = kMaxRank - 1;
+  constexpr bool kQueries = K::kRowsAreQueries;
+  const auto number = static_cast<std::uint32_t>(w.state.batch);
+  const auto count = static_cast<std::uint32_t>(w.a.examples.count);
+  w.state.batch = number / count;
+  const Example e = w.state.example = w.a.examples.data[number % count];
+  const int first_row = kQueries ? e.first_query : e.first_key;
+  const int first_column = kQueries ? e.first_key : e.first_query;
+  RowTile& rows = w.state.rows;
+  Group& group = rows.group[kAxis];
+  const int in_group = w.a.grid.places[kAxis].count(kQueries ? e.queries : e.keys, group.first_row);
+  rows.valid[kAxis] = w.a.grid.valid(kAxis, in_group, rows.origin[kAxis]);
+  group.first_row += first_row;
+  group.first_column += first_column;
+  w.state.column_end = first_column + (kQueries ? e.keys : e.queries);
+}
+
+/// An axis of the grid that the block is at work on.
+template <class K, class Machine>
+NATTEN_DEVICE Axis axis_of_block(const Worker<K, Machine>& w, int axis) {
+  const Axis along = w.a.grid.axes[axis];
+  if (!w.a.examples || axis != kMaxRank - 1) return along;
+  return axis_of_example(along, w.state.example.queries, w.state.example.keys);
+}
+
 /// Fills `state` and the tables. Returns false where the block has no rows.
 template <class K, class Machine>
 NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
@@ -57,6 +85,8 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
         K::kRowsAreQueries ? w.state.head / w.a.queries_per_kv : w.state.head * w.a.queries_per_kv;
     w.state.tiles.additional = (w.a.additional_columns + K::kColumns - 1) / K::kColumns;
     w.state.tiles.heads = K::kRowsAreQueries ? 1 : w.a.queries_per_kv;
+    w.state.column_end = w.a.grid.places[kMaxRank - 1].column_length;
+    if (w.a.examples) enter_example(w);
   }
   w.gpu.sync();
   const RowTile& rows = w.state.rows;
@@ -64,7 +94,8 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   const Rows kind = K::kRowsAreQueries                  ? Rows::queries
                     : w.a.grid.rows == Rows::additional ? Rows::additional
                                                         : Rows::keys;
-  w.seen_intervals().compute(w.a.grid, kind, rows, w.thread(), K::kThreads);
+  w.seen_intervals().compute(w.a.grid, kind, rows, w.thread(), K::kThreads,
+                             [&](int axis) { return axis_of_block(w, axis); });
   if (w.thread() < K::kColumns) {
     std::int64_t offsets[2] = {0, 0};
     int bias = 0;

@@ -47,11 +47,17 @@ struct PassGrid {
   NATTEN_HOST_DEVICE int longest(int axis) const {
     return places[axis].count(places[axis].row_length, 0);
   }
-  /// What the row at a place of a group sees along an axis. `kind` is that of the rows: a kernel
-  /// that knows it holds less code.
-  NATTEN_HOST_DEVICE PlaceInterval seen(Rows kind, int axis, const Group& group, int place) const {
+  /// How many of the rows from `origin` on, of a group that has `count`, a tile holds.
+  NATTEN_HOST_DEVICE int valid(int axis, int count, int origin) const {
+    const int left = count - origin, extent = row_tile.extent(axis);
+    return left < 0 ? 0 : left < extent ? left : extent;
+  }
+  /// What the row at a place of a group sees along an axis, which is `along`. `kind` is that of the
+  /// rows: a kernel that knows it holds less code.
+  NATTEN_HOST_DEVICE PlaceInterval seen(Rows kind, int axis, const Axis& along, const Group& group,
+                                        int place) const {
     if (kind == Rows::additional) return {0, places[axis].column_length};
-    const Sight sight = sight_of(axes[axis], kind, group, place);
+    const Sight sight = sight_of(along, kind, group, place);
     return {sight.begin, sight.end};
   }
 };
@@ -86,9 +92,7 @@ NATTEN_HOST_DEVICE inline RowTile row_tile(const PassGrid& grid, std::uint32_t i
     const Group group = places.group(take(grid.groups[a]));
     tile.group[a] = group;
     tile.own[a] = tile.origin[a] + static_cast<int>(group.row_position - group.column_position);
-    const int left = places.count(places.row_length, group.first_row) - tile.origin[a];
-    const int extent = grid.row_tile.extent(a);
-    tile.valid[a] = left < 0 ? 0 : left < extent ? left : extent;
+    tile.valid[a] = grid.valid(a, places.count(places.row_length, group.first_row), tile.origin[a]);
   }
   return tile;
 }
@@ -104,8 +108,10 @@ struct SeenIntervals {
     return intervals[before + offset];
   }
   /// Computes the part of one of `threads` threads, of all axes at once: a window takes divisions.
+  /// `axis_at(a)` is axis `a` of the rows' grid.
+  template <class AxisAt>
   NATTEN_HOST_DEVICE void compute(const PassGrid& grid, Rows kind, const RowTile& rows, int thread,
-                                  int threads) const {
+                                  int threads, const AxisAt& axis_at) const {
     const int after[] = {tile.extent(0), tile.extent(0) + tile.extent(1)};
     const int count = after[1] + tile.extent(2);
     NATTEN_DO_NOT_UNROLL
@@ -113,7 +119,7 @@ struct SeenIntervals {
       const int a = i < after[0] ? 0 : i < after[1] ? 1 : 2;
       const int offset = a == 0 ? i : a == 1 ? i - after[0] : i - after[1];
       intervals[i] = offset < rows.valid[a]
-                         ? grid.seen(kind, a, rows.group[a], rows.origin[a] + offset)
+                         ? grid.seen(kind, a, axis_at(a), rows.group[a], rows.origin[a] + offset)
                          : PlaceInterval{0, 0};
     }
   }

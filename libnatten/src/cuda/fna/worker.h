@@ -31,7 +31,9 @@ struct BlockState {
   ColumnTiles tiles;
   int first, count;  ///< of tiles of columns: those of this block
   int split, head, first_column_head;
+  int column_end;  ///< number past the last column along the last axis
   std::int64_t batch;
+  Example example;  ///< where there are several
   Bounds bounds[kWarps][kMaxRank];
 };
 
@@ -195,6 +197,10 @@ struct Worker {
     }
     return is_hidden;
   }
+  /// The number past the last column that is given.
+  NATTEN_DEVICE int column_end(int axis) const {
+    return axis == kMaxRank - 1 ? state.column_end : a.grid.places[axis].column_length;
+  }
   NATTEN_DEVICE bool token_of_column(const ColumnTile& at, int column, Coordinate& token) const {
     bool exists = true;
     NATTEN_EACH (i, kMaxRank) {
@@ -204,7 +210,7 @@ struct Worker {
         while (place >= places.turn) place -= places.turn;
       const int number = places.number(state.rows.group[i].first_column, place);
       token[i] = number;
-      exists = exists && number < places.column_length;
+      exists = exists && number < column_end(i);
     }
     return exists;
   }
@@ -217,7 +223,7 @@ struct Worker {
       first[i] = places.number(of_group, at.place[i]);
       // A turn is no shorter than what is given of it.
       const int last = at.place[i] + a.grid.column_tile.extent(i) - 1;
-      is_whole = is_whole && places.number(of_group, last) < places.column_length;
+      is_whole = is_whole && places.number(of_group, last) < column_end(i);
     }
     return is_whole;
   }
