@@ -139,15 +139,15 @@ def test_no_kernels():
 
 @with_kernels
 def test_kernels():
-    assert _core.backends("cuda") == ["fna", "simt"]
+    assert _core.backends("cuda") == ["fna", "gemm", "simt"]
     assert set(_core.xla_ffi_handlers()) == {"cpu", "cuda"}
     assert plan("cuda")[0] == plan("cpu")[0]
-    assert [row[0] for row in explain("cuda")] == ["fna", "simt"]
+    assert [row[0] for row in explain("cuda")] == ["fna", "gemm", "simt"]
     assert sum(chosen for _, _, chosen in explain("cuda")) == 1
     for name, refusal, chosen in explain(f"cuda:{MISSING}"):
-        assert name in ("fna", "simt") and not chosen
+        assert name in ("fna", "gemm", "simt") and not chosen
         assert refusal.startswith(f"there is no device cuda:{MISSING}")
-    with pytest.raises(ValueError, match='"vectorized"; must be one of fna, simt, or fused'):
+    with pytest.raises(ValueError, match='"vectorized"; must be one of fna, gemm, simt, or fused'):
         plan("cuda", "vectorized")
     natten.na_kernel("simt")
 
@@ -263,6 +263,22 @@ def test_kv_parallelism_reaches_the_backward_pass(step, flags):
     assert flags["attention_backward"] == _args.HAS_SCALE
 
 
+@needs_torch
+def test_switches_of_products_reach_unfused_operations(flags):
+    import torch
+
+    x = torch.randn(1, 2, 6, 4, requires_grad=True)
+    for tf32, gemm in ((False, True), (True, True), (False, False), (True, False)):
+        flags.clear()
+        natten.use_tf32_in_gemm_na(tf32)
+        natten.use_gemm_na(gemm)
+        attn = natten.functional.na1d_qk(x, x, 3)
+        natten.functional.na1d_av(attn, x, 3).sum().backward()
+        expected = (_args.ALLOW_TF32 if tf32 else 0) | (0 if gemm else _args.NO_GEMM)
+        assert set(flags) == {"qk", "av", "av_transpose"}
+        assert {f & ~_args.EMPTY_SLOTS_ZERO for f in flags.values()} == {expected}
+
+
 # ---- JAX ----
 
 
@@ -324,7 +340,7 @@ def test_jax_lowers_for_cuda():
     assert 'backend = "simt"' in lowered(("cuda",), "simt")
     with pytest.raises(ValueError, match='"simt"; must be one of vectorized, naive'):
         lowered(("cpu",), "simt")
-    with pytest.raises(ValueError, match='"naive"; must be one of fna, simt'):
+    with pytest.raises(ValueError, match='"naive"; must be one of fna, gemm, simt'):
         lowered(("cuda",), "naive")
     x = array()
     tangent = jax.jit(

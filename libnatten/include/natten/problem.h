@@ -97,6 +97,8 @@ struct Options {
   /// Products of float32 may be computed in TF32, with 11 bits of precision in place of 24, where
   /// that is faster: by backends for CUDA.
   bool allow_tf32 = false;
+  /// Unfused operations may run on tensor cores, where they are on CUDA.
+  bool allow_gemm = true;
   Tuning tuning = Tuning::any;
   /// Tile shapes and key splits are hints for backends that work on tiles: one positive integer
   /// per axis, or empty for the default.
@@ -140,6 +142,7 @@ struct Problem {
   EmptySlots empty_slots = EmptySlots::negative_infinity;
   bool deterministic = true;
   bool allow_tf32 = false;
+  bool allow_gemm = true;
   Tuple query_tile, key_tile, key_splits;
 
   std::int64_t queries() const {

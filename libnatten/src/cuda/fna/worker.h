@@ -40,6 +40,7 @@ struct BlockState {
 template <class T, int kPaddedDims, int kRowBlocks, TilePass kThePass>
 struct TileTraits {
   using Element = T;
+  using Given = Arguments<T>;
   static constexpr int kDims = kPaddedDims;
   static constexpr int kM = kRowBlocks;
   static constexpr TilePass kPass = kThePass;
@@ -127,7 +128,7 @@ template <class K, class Machine>
 struct Worker {
   using Tile = typename K::Tile;
   Machine& gpu;
-  const Arguments<typename K::Element>& a;
+  const typename K::Given& a;
   typename K::State& state;
 
   /// Opaque, for what follows from it is cheaper to compute again than to keep in a register.
@@ -195,14 +196,20 @@ struct Worker {
     }
     return is_hidden;
   }
+  /// The place of a column in the first turn of an axis.
+  NATTEN_DEVICE int place_of_column(const ColumnTile& at, int column, int axis) const {
+    const int turn = a.grid.places[axis].turn;
+    int place = at.place[axis] + a.grid.column_tile.offset(column, axis);
+    if (turn > 0)
+      while (place >= turn) place -= turn;
+    return place;
+  }
   NATTEN_DEVICE bool token_of_column(const ColumnTile& at, int column, Coordinate& token) const {
     bool exists = true;
     NATTEN_EACH (i, kMaxRank) {
       const Places& places = a.grid.places[i];
-      int place = at.place[i] + a.grid.column_tile.offset(column, i);
-      if (places.turn > 0)
-        while (place >= places.turn) place -= places.turn;
-      const int number = places.number(state.rows.group[i].first_column, place);
+      const int number = places.number(state.rows.group[i].first_column,
+                                       place_of_column(at, column, i));
       token[i] = number;
       exists = exists && number < places.column_length;
     }
