@@ -34,6 +34,10 @@ class CudaGemm : public testing::TestWithParam<Precision> {
   static void TearDownTestSuite() { errors_.print("CUDA, unfused kernels for tensor cores"); }
 
   natten::DType dtype() const { return GetParam().dtype; }
+  /// Whether the element type takes a case, of those that have numbers. Three types take all of them.
+  bool takes(std::uint64_t number) const {
+    return (number + static_cast<std::uint64_t>(dtype())) % 3 == 0;
+  }
 
   void run(UnfusedProblem& problem, Op op, Buffers& buffers, bool zero, std::uint64_t seed) {
     natten::Call call = problem.call(op, buffers);
@@ -125,7 +129,7 @@ TEST_P(CudaGemm, HeadDims) {
   for (const std::int64_t dim : {1, 16, 24, 33, 64, 65, 96, 127, 128}) {
     c.seed = ++seed;
     c.dim = dim;
-    if (takes_case(dtype(), seed)) expect_definition(c);
+    if (takes(seed)) expect_definition(c);
   }
 }
 
@@ -134,24 +138,24 @@ TEST_P(CudaGemm, TilesAndChunks) {
   using natten::Boundary;
   std::uint64_t seed = base_seed() + 100;
   for (const std::vector<oracle::Axis>& axes : std::vector<std::vector<oracle::Axis>>{
-           {{197, 37, 1, 1, false}},
-           {{450, 401, 1, 1, false}},
-           {{430, 133, 4, 3, false}},
-           {{270, 264, 1, 1, true}},
-           {{297, 237, 1, 1, false, Boundary::circular}},
-           {{297, 97, 1, 1, false, Boundary::circular, 11, -40, 60, 170}},
-           {{270, 64, 1, 1, true, Boundary::cut, 150, 50, 90, 190}},
-           {{164, 300, 7, 1, false, Boundary::cut, 40, -5, 24, 180}},
-           {{21, 7, 2, 2, false}, {19, 9, 1, 1, false}},
-           {{18, 17, 1, 1, false}, {23, 5, 5, 4, true}},
-           {{25, 13, 1, 1, false}, {20, 15, 1, 1, false, Boundary::circular}},
-           {{21, 20, 2, 1, false, Boundary::cut}, {24, 24, 1, 1, false, Boundary::circular}},
-           {{7, 5, 1, 1, true}, {9, 3, 3, 2, false}, {11, 5, 1, 1, false}},
-           {{9, 7, 1, 1, false}, {12, 6, 3, 1, false, Boundary::circular}, {17, 8, 2, 2, true}},
+           {{101, 37, 1, 1, false}},
+           {{270, 201, 1, 1, false}},
+           {{230, 73, 4, 3, false}},
+           {{230, 224, 1, 1, true}},
+           {{197, 107, 1, 1, false, Boundary::circular}},
+           {{197, 97, 1, 1, false, Boundary::circular, 11, -40, 60, 170}},
+           {{170, 64, 1, 1, true, Boundary::cut, 80, 10, 60, 160}},
+           {{104, 300, 7, 1, false, Boundary::cut, 40, -5, 24, 120}},
+           {{21, 7, 2, 2, false}, {11, 9, 1, 1, false}},
+           {{11, 10, 1, 1, false}, {23, 5, 5, 4, true}},
+           {{15, 13, 1, 1, false}, {16, 15, 1, 1, false, Boundary::circular}},
+           {{12, 11, 2, 1, false, Boundary::cut}, {20, 20, 1, 1, false, Boundary::circular}},
+           {{5, 4, 1, 1, true}, {9, 3, 3, 2, false}, {9, 5, 1, 1, false}},
+           {{7, 7, 1, 1, false}, {6, 6, 3, 1, false, Boundary::circular}, {9, 5, 2, 1, true}},
        }) {
     Case c;
     c.seed = ++seed;
-    if (!takes_case(dtype(), seed)) continue;
+    if (!takes(seed)) continue;
     c.axes = axes;
     c.heads = 2;
     c.dim = 24;
@@ -187,7 +191,7 @@ TEST_P(CudaGemm, Random) {
   for (int rank = 1; rank <= 3; ++rank)
     for (int i = 0; i < 40; ++i) {
       const Case c = random_case(++seed, dtype(), rank);
-      if (takes_case(dtype(), seed)) expect_definition(c, static_cast<std::uint64_t>(i % 3));
+      if (takes(seed)) expect_definition(c, static_cast<std::uint64_t>(i % 3));
     }
 }
 

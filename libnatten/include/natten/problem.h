@@ -97,9 +97,8 @@ struct Options {
   /// Products of float32 may be computed in TF32, with 11 bits of precision in place of 24, where
   /// that is faster: by backends for CUDA.
   bool allow_tf32 = false;
-  /// Unfused operations may run on tensor cores, where they are on CUDA.
-  bool allow_gemm = true;
   Tuning tuning = Tuning::any;
+  bool allow_gemm = true;  ///< unfused operations may run on tensor cores, on CUDA
   /// Tile shapes and key splits are hints for backends that work on tiles: one positive integer
   /// per axis, or empty for the default.
   Tuple query_tile, key_tile, backward_query_tile, backward_key_tile, key_splits;

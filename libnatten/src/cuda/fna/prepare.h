@@ -89,7 +89,7 @@ NATTEN_DEVICE void find_bounds(const Worker<K, Machine>& w) {
   w.gpu.sync_warp();
 }
 
-/// Finds the block's part of these tiles, and the first of them. One warp does it for the block.
+/// Finds the block's part of these tiles. One warp does it for the block.
 template <class K, class Machine>
 NATTEN_DEVICE void find_columns(const Worker<K, Machine>& w) {
   find_bounds(w);
@@ -99,7 +99,6 @@ NATTEN_DEVICE void find_columns(const Worker<K, Machine>& w) {
     w.state.count = static_cast<int>(count * (w.state.split + 1) / w.a.splits) - w.state.first;
   }
   w.gpu.sync_warp();
-  locate(w, 0);
 }
 
 /// Fills the tables of columns of a tile, relative to its first. `kOperands`: of columns.
@@ -140,7 +139,10 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
       w.live()[row] = w.token_of_row(row, token) && !w.is_hidden(row, token);
     }
   }
-  if (w.warp() == 0) find_columns(w);
+  if (w.warp() == 0) {
+    find_columns(w);
+    locate(w, 0);
+  }
   w.gpu.sync();
   return true;
 }

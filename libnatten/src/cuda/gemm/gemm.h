@@ -84,7 +84,6 @@ class GemmJob {
 
   template <Op kOp>
   void enqueue(Rows rows) {
-    if (p_.head_dim <= 32) return enqueue<kOp, 32>(rows);
     if (p_.head_dim <= 64) return enqueue<kOp, 64>(rows);
     enqueue<kOp, kMostGemmDims>(rows);
   }

@@ -20,35 +20,30 @@
 namespace natten::detail::cuda {
 
 /// Calls `use(i, stage)` for the block's tiles of columns, which are in shared memory then. Before
-/// that, `ahead(i + 1, stage of that)` may begin with the next one; `behind` comes after.
+/// that, `ahead(i + 1, stage of that)` may begin with the next one; `behind` comes after. Everything
+/// stands here once, which keeps kernels small: two rounds before the first tile locate and load it.
 template <class K, class Machine, class Ahead, class Use, class Behind>
 NATTEN_DEVICE void for_each_tile(const Worker<K, Machine>& w, Ahead&& ahead, Use&& use,
                                  Behind&& behind) {
-  if (w.state.count > 0) {
-    load_columns(w, 0, w.first_columns(0), w.stop_of(0));
-    ahead(0, 0);
-    behind(0, 0);
-  }
-  w.gpu.commit();
-  bool is_over = w.state.count == 0;
+  constexpr int kBatch = K::State::kBatch;
+  int i = -2;
   NATTEN_DO_NOT_UNROLL
-  for (int i = 0; !is_over; ++i) {
-    const int stage = i & 1;
+  do {
     w.gpu.template wait<0>();
     w.gpu.sync();  // the tile is there, and all warps are done with the one before
-    is_over = w.stop_of(i).is_last;
-    if (!is_over) {
-      load_columns(w, 0, w.first_columns(1 - stage), w.stop_of(i + 1));
-      ahead(i + 1, 1 - stage);
+    const bool has_next = i >= -1 && i + 1 < w.state.count;
+    const int stage = i & 1, next_stage = 1 - stage;
+    if (has_next) {
+      load_columns(w, 0, w.first_columns(next_stage), w.stop_of(i + 1));
+      ahead(i + 1, next_stage);
     }
     w.gpu.commit();
-    if (i % K::State::kBatch == 0 && w.warp() == i / K::State::kBatch % K::kWarps)
-      locate(w, i + K::State::kBatch);
+    const int batch = i == -2 ? 0 : i + kBatch;
+    if (batch % kBatch == 0 && w.warp() == batch / kBatch % K::kWarps) locate(w, batch);
     w.gpu.sync_warp();  // products need whole warps
-    use(w.gpu.opaque(i), stage);
-    if (!is_over) behind(i + 1, 1 - stage);
-  }
-  w.gpu.template wait<0>();
+    if (i >= 0) use(w.gpu.opaque(i), stage);
+    if (has_next) behind(i + 1, next_stage);
+  } while (++i < w.state.count);
 }
 template <class K, class Machine, class Use>
 NATTEN_DEVICE void for_each_tile(const Worker<K, Machine>& w, Use&& use) {
@@ -101,7 +96,6 @@ NATTEN_DEVICE void add_queries(const Worker<K, Machine>& w, Accumulators<K>& sum
   see(w);
   w.gpu.sync();
   if (w.warp() == 0) find_columns(w);
-  w.gpu.sync();
   const Share<K, Machine> share(w);
   Fetched<K> fetched;
   for_each_tile(

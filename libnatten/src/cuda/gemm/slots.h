@@ -14,7 +14,9 @@ template <class K, class Machine>
 NATTEN_DEVICE void find_chunk(const Worker<K, Machine>& w, int index) {
   using T = typename K::Element;
   w.gpu.sync();  // all warps are done with the chunk before
-  const SlotChunk chunk = w.a.slots.at(index);
+  if (w.thread() == 0) w.state.chunk = w.a.slots.at(index);
+  w.gpu.sync();
+  const SlotChunk& chunk = w.state.chunk;
   const RowTile& rows = w.state.rows;
   const TileShape& shape = w.a.grid.row_tile;
   const SeenIntervals intervals = w.seen_intervals();
@@ -59,10 +61,8 @@ NATTEN_DEVICE void find_chunk(const Worker<K, Machine>& w, int index) {
     row_slots(w)[row] = static_cast<std::uint32_t>(misalignment(line)) - before;
   }
   if (w.warp() == 0) {
-    if (w.lane() == 0) {
-      w.state.chunk = chunk;
+    if (w.lane() == 0)
       w.state.tiles.additional = chunk.is_additional ? (chunk.count - 1) / K::kColumns + 1 : 0;
-    }
     find_bounds(w);
     if (w.lane() == 0) {
       ColumnTiles& tiles = w.state.tiles;
@@ -70,8 +70,6 @@ NATTEN_DEVICE void find_chunk(const Worker<K, Machine>& w, int index) {
       w.state.count = tiles.count();
       tiles.additional += w.state.first;
     }
-    w.gpu.sync_warp();
-    locate(w, 0);
   }
   w.gpu.sync();
 }
