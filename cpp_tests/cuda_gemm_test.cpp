@@ -1,5 +1,5 @@
-// The unfused operations on tensor cores, run on host memory (cuda_machine.h). The suites of all
-// backends run them too (`provided_backends`).
+// The unfused operations on tensor cores, run on host memory (cuda_machine.h). The random cases of
+// the suites of all backends are here too, shared out over the element types.
 
 #include "../libnatten/src/cuda/gemm/gemm.h"
 #include "cuda_machine.h"
@@ -23,18 +23,13 @@ void run_emulated(const natten::Call& call, std::uint64_t seed) {
   memory.expect_guard_intact();
 }
 
-const bool kProvided = [] {
-  provided_backends().push_back({kGemmName, cuda::gemm_refuse_reason,
-                                 [](const natten::Call& call) { run_emulated(call, 1); }});
-  return true;
-}();
-
 class CudaGemm : public testing::TestWithParam<Precision> {
  protected:
   static void TearDownTestSuite() { errors_.print("CUDA, unfused kernels for tensor cores"); }
 
   natten::DType dtype() const { return GetParam().dtype; }
-  /// Whether the element type takes a case, of those that have numbers. Three types take all of them.
+  /// Whether the element type takes a case, of those that have numbers. Three types take all of
+  /// them.
   bool takes(std::uint64_t number) const {
     return (number + static_cast<std::uint64_t>(dtype())) % 3 == 0;
   }

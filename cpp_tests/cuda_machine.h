@@ -26,7 +26,7 @@ inline std::int64_t multiply_adds() { return ptx::multiply_adds(); }
 
 using TileLauncher = ptx::Launcher;    ///< for kernels of blocks whose threads meet
 using ThreadLauncher = ptx::Launcher;  ///< for kernels whose threads share nothing
-inline constexpr char kFnaName[] = "fna_ptx", kGemmName[] = "gemm_ptx", kSimtName[] = "simt_ptx";
+inline constexpr char kFnaName[] = "fna_ptx", kSimtName[] = "simt_ptx";
 /// Of many cases of one kind, each element type takes one of so many.
 inline constexpr std::uint64_t kOneOf = 3;
 #else
@@ -34,8 +34,7 @@ inline std::int64_t multiply_adds() { return emulated_multiply_adds(); }
 
 using TileLauncher = Emulator;
 using ThreadLauncher = PlainLauncher;
-inline constexpr char kFnaName[] = "fna_emulated", kGemmName[] = "gemm_emulated",
-                      kSimtName[] = "simt_emulated";
+inline constexpr char kFnaName[] = "fna_emulated", kSimtName[] = "simt_emulated";
 inline constexpr std::uint64_t kOneOf = 1;
 #endif
 

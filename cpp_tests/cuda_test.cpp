@@ -133,7 +133,8 @@ TEST(OnGpu, IsThereAndSupported) {
   if (!kProvided && std::getenv("NATTEN_TEST_NEEDS_GPU")) FAIL() << missing();
   if (!kProvided) GTEST_SKIP() << "no test has run on a GPU: " << missing();
   EXPECT_GE(natten::compute_capability(0), 80);
-  EXPECT_EQ(natten::backends(natten::DeviceType::cuda), (std::vector<std::string>{kFna, kGemm, kSimt}));
+  EXPECT_EQ(natten::backends(natten::DeviceType::cuda),
+            (std::vector<std::string>{kFna, kGemm, kSimt}));
 }
 
 /// Many tiles along every axis and the head dims of models, more than random cases have.

@@ -1,10 +1,10 @@
 """Process-wide switches, and what the CUDA device can do.
 
 `use_fused_na` makes the PyTorch modules use the fused operation; KV parallelism lets a CUDA backend
-trade determinism for speed, TF32 precision; `use_gemm_na` keeps unfused operations off tensor cores;
-`use_autotuner` has problems timed. All other switches are preferences
-for kernels of NATTEN's history: they are remembered and can be read back, no kernel has a use for
-them, and the logger `natten` says so once, at debug level.
+trade determinism for speed, TF32 precision; `use_gemm_na` says whether unfused operations may run
+on tensor cores; `use_autotuner` has problems timed. All other switches are preferences for kernels
+of NATTEN's history: they are remembered and can be read back, no kernel has a use for them, and the
+logger `natten` says so once, at debug level.
 
 A switch holds for the whole process: every thread sees it at once, and there is no lock. Set
 switches before starting threads that run models.
@@ -294,9 +294,9 @@ def is_autotuner_thorough_for_backward() -> bool:
 
 def use_gemm_na(mode: bool = True) -> None:
     """Allows unfused operations on a CUDA device's tensor cores, by the backend "gemm". On by
-    default; when off, they run on "simt", which computes the same without tensor cores. No effect on
-    the CPU, nor on fused operations. A backward pass does as its forward pass was told; JAX reads the
-    switch when it traces a function.
+    default; when off, they run on "simt", which computes the same without them. No effect on the
+    CPU. A backward pass does as its forward pass was told; JAX reads the switch when it traces a
+    function.
     """
     if not _core.backends("cuda"):
         _say_unused("gemm_na")
@@ -343,8 +343,8 @@ def use_tf32_in_gemm_na(mode: bool = True) -> None:
     the switch when it traces a function.
 
     What is multiplied is rounded to 11 significant bits, as many as float16 has; range, sums and
-    results stay those of float32. Head dims over 128 remain in float32, and so do unfused operations
-    while `use_gemm_na` is off.
+    results stay those of float32. Head dims over 128 remain in float32, and so do unfused
+    operations while `use_gemm_na` is off.
     """
     if mode and not _core.backends("cuda"):
         _say_unused("TF32")

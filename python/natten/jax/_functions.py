@@ -30,10 +30,10 @@ from natten._args import (
     integer,
     listed,
     make_config,
-    product_flags,
     named,
     offset_per_axis,
     options_of,
+    product_flags,
     real_scale,
     with_flags,
 )

@@ -22,8 +22,8 @@ from natten._args import (
     check_merge,
     listed,
     make_config,
-    product_flags,
     named,
+    product_flags,
     real_scale,
     spelled_is_causal,
 )

@@ -97,8 +97,9 @@ struct RowBias {
     constexpr int kSign = K::kRowsAreQueries ? 1 : -1;  // offsets are key - query
     NATTEN_EACH (i, kMaxRank) {
       const int own = w.state.rows.own[i] + w.a.grid.row_tile.offset(row, i);
-      offset += (kSign * (at.origin[i] - own) + static_cast<int>(w.a.grid.axes[i].kernel_size) - 1) *
-                static_cast<int>(w.a.rpb.grid[i]);
+      offset +=
+          (kSign * (at.origin[i] - own) + static_cast<int>(w.a.grid.axes[i].kernel_size) - 1) *
+          static_cast<int>(w.a.rpb.grid[i]);
     }
   }
   NATTEN_DEVICE explicit operator bool() const { return exists; }

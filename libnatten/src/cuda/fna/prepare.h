@@ -114,8 +114,7 @@ NATTEN_DEVICE void set_relative(const Worker<K, Machine>& w) {
     bias += (K::kRowsAreQueries ? 1 : -1) * offset * static_cast<int>(w.a.rpb.grid[i]);
   }
   NATTEN_EACH (which, kOperands)
-    w.relative(which)[w.thread()] =
-        static_cast<int>(offsets[which] / kChunk<typename K::Element>);
+    w.relative(which)[w.thread()] = static_cast<int>(offsets[which] / kChunk<typename K::Element>);
   w.relative_bias()[w.thread()] = bias;
 }
 

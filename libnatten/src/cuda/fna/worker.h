@@ -208,8 +208,8 @@ struct Worker {
     bool exists = true;
     NATTEN_EACH (i, kMaxRank) {
       const Places& places = a.grid.places[i];
-      const int number = places.number(state.rows.group[i].first_column,
-                                       place_of_column(at, column, i));
+      const int number =
+          places.number(state.rows.group[i].first_column, place_of_column(at, column, i));
       token[i] = number;
       exists = exists && number < places.column_length;
     }

@@ -1,7 +1,8 @@
 #pragma once
 
-// The slots of a query are cut into chunks, which lie one after another in memory. A block has those
-// of its queries in shared memory while it computes, so that it reads and writes them by whole lines.
+// The slots of a query are cut into chunks, which lie one after another in memory. A block has
+// those of its queries in shared memory while it computes, so that it reads and writes them by
+// whole lines.
 
 #include <natten/problem.h>
 

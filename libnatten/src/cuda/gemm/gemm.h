@@ -1,6 +1,7 @@
 #pragma once
 
-// The backend "gemm": the unfused operations on tensor cores, of half types and, in TF32, of float32.
+// The backend "gemm": the unfused operations on tensor cores, of half types and, in TF32, of
+// float32.
 
 #include <cstddef>
 #include <string>

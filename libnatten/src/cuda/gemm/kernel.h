@@ -7,10 +7,11 @@
 //   av            queries  keys     sum over a query's slots of attn V
 //   av_transpose  keys     queries  sum over the queries that see a key of attn Q
 //
-// over tiles of columns, by the functions of the fused kernel (fna/kernel.h). Where rows are queries,
-// a block goes through its columns once for each chunk of slots (chunks.h), and qk in a block of its
-// own for each: by the slots of a chunk, queries see a narrower window. In shared memory a row of them
-// begins as far from a multiple of 16 bytes as it does in attn, so that whole pieces are copied.
+// over tiles of columns, by the functions of the fused kernel (fna/kernel.h). Where rows are
+// queries, a block goes through its columns once for each chunk of slots (chunks.h), and qk in a
+// block of its own for each: by the slots of a chunk, queries see a narrower window. In shared
+// memory a row of them begins as far from a multiple of 16 bytes as it does in attn, so that whole
+// pieces are copied.
 
 #include "../fna/epilogue.h"
 #include "../fna/loads.h"
@@ -20,8 +21,9 @@
 namespace natten::detail::cuda {
 
 /// Calls `use(i, stage)` for the block's tiles of columns, which are in shared memory then. Before
-/// that, `ahead(i + 1, stage of that)` may begin with the next one; `behind` comes after. Everything
-/// stands here once, which keeps kernels small: two rounds before the first tile locate and load it.
+/// that, `ahead(i + 1, stage of that)` may begin with the next one; `behind` comes after.
+/// Everything stands here once, which keeps kernels small: two rounds before the first tile locate
+/// and load it.
 template <class K, class Machine, class Ahead, class Use, class Behind>
 NATTEN_DEVICE void for_each_tile(const Worker<K, Machine>& w, Ahead&& ahead, Use&& use,
                                  Behind&& behind) {

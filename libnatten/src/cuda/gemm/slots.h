@@ -45,8 +45,8 @@ NATTEN_DEVICE void find_chunk(const Worker<K, Machine>& w, int index) {
     Coordinate token;
     const int row = w.thread();
     T* line = nullptr;
-    std::uint32_t before = static_cast<std::uint32_t>(chunk.is_additional ? chunk.begin[2]
-                                                                          : chunk.first);
+    std::uint32_t before =
+        static_cast<std::uint32_t>(chunk.is_additional ? chunk.begin[2] : chunk.first);
     if (w.token_of_row(row, token)) {
       if constexpr (K::kOp == Op::qk)
         line = w.a.scores.at(w.state.batch, w.state.head, token);
@@ -75,8 +75,8 @@ NATTEN_DEVICE void find_chunk(const Worker<K, Machine>& w, int index) {
 }
 
 /// Calls `f(row, shared, memory, first)` for this lane's part of the 16-byte pieces that hold slots
-/// of the warp's rows: `shared` and `memory` say where one begins, which is slot `first` of the chunk
-/// and may lie before it.
+/// of the warp's rows: `shared` and `memory` say where one begins, which is slot `first` of the
+/// chunk and may lie before it.
 template <class K, class Machine, class F>
 NATTEN_DEVICE void for_each_piece(const Worker<K, Machine>& w, F&& f) {
   using T = typename K::Element;
@@ -89,8 +89,7 @@ NATTEN_DEVICE void for_each_piece(const Worker<K, Machine>& w, F&& f) {
     T* line = lines(w)[row];
     if (!line) continue;
     const int first = piece * kSlots - misalignment(line);
-    if (first < w.state.chunk.count)
-      f(K::slots_of(row) + piece * kChunkBytes, line + first, first);
+    if (first < w.state.chunk.count) f(K::slots_of(row) + piece * kChunkBytes, line + first, first);
   }
 }
 /// Calls `f(j)` for the slots of a piece that are of the chunk.
@@ -138,8 +137,7 @@ NATTEN_DEVICE void clear_slots(const Worker<K, Machine>& w) {
 
 /// What one of the thread's two rows sees; nothing where there is no such row. See `spread`.
 template <class K, class Machine>
-NATTEN_DEVICE std::uint64_t seen_by_own(const Worker<K, Machine>& w,
-                                        const typename K::Stop& stop) {
+NATTEN_DEVICE std::uint64_t seen_by_own(const Worker<K, Machine>& w, const typename K::Stop& stop) {
   if (!w.state.rows.holds(w.a.grid.row_tile, own_row(w))) return 0;
   return own_word(w, stop, stop.seen[w.warp()]);
 }

@@ -1,8 +1,8 @@
 #pragma once
 
-// The weights of a tile by keys, of the transposed operation: rows are keys or additional tokens, and
-// columns queries, whose slots lie in as many places of attn. Lanes take neighboring keys, which have
-// neighboring slots of a query.
+// The weights of a tile by keys, of the transposed operation: rows are keys or additional tokens,
+// and columns queries, whose slots lie in as many places of attn. Lanes take neighboring keys,
+// which have neighboring slots of a query.
 
 #include "../fna/masks.h"
 #include "slots.h"
@@ -40,11 +40,12 @@ NATTEN_DEVICE const typename K::Element* slot_of_first_row(const Worker<K, Machi
   Coordinate token;
   if (column >= K::kColumns || !w.token_of_column(at, column, token)) return nullptr;
   const auto* slot = w.a.weights.at(w.state.batch, w.state.head, token);
-  if (w.a.grid.rows == Rows::additional) return slot + w.a.slots.window_size() + w.state.rows.origin[2];
+  if (w.a.grid.rows == Rows::additional)
+    return slot + w.a.slots.window_size() + w.state.rows.origin[2];
   NATTEN_EACH (i, kMaxRank) {
     // A query of a circular axis is another for each turn that lies between it and the key.
-    const int turned = at.origin[i] + w.a.grid.column_tile.offset(column, i) -
-                       w.place_of_column(at, column, i);
+    const int turned =
+        at.origin[i] + w.a.grid.column_tile.offset(column, i) - w.place_of_column(at, column, i);
     const int first = w.a.sights.of[i][token[i]].slot + turned;
     slot += (std::int64_t{w.state.rows.origin[i]} - first) * w.a.slots.step(i);
   }
@@ -53,8 +54,8 @@ NATTEN_DEVICE const typename K::Element* slot_of_first_row(const Worker<K, Machi
 
 /// Begins to read this thread's weights of a tile.
 template <class K, class Machine>
-NATTEN_DEVICE void fetch(const Worker<K, Machine>& w, const Share<K, Machine>& share,
-                         Fetched<K>& x, const typename K::Stop& stop) {
+NATTEN_DEVICE void fetch(const Worker<K, Machine>& w, const Share<K, Machine>& share, Fetched<K>& x,
+                         const typename K::Stop& stop) {
   using T = typename K::Element;
   using Bits = std::conditional_t<std::is_same_v<T, float>, std::uint32_t, std::uint16_t>;
   std::uint32_t seen = 0;
@@ -78,8 +79,9 @@ NATTEN_DEVICE void store(const Worker<K, Machine>& w, const Share<K, Machine>& s
   using Bits = std::conditional_t<std::is_same_v<T, float>, std::uint32_t, std::uint16_t>;
   const typename K::Transposed to = K::transposed(stage);
   NATTEN_EACH (i, (Share<K, Machine>::kCount))
-    w.gpu.template shared<Bits>(to.at(share.first_column + i, share.row / kChunk<T>))
-        [share.row % kChunk<T>] = static_cast<Bits>(x[i]);
+    w.gpu.template shared<Bits>(
+        to.at(share.first_column + i, share.row / kChunk<T>))[share.row % kChunk<T>] =
+        static_cast<Bits>(x[i]);
 }
 
 /// Takes the weights of the warp's rows from there.

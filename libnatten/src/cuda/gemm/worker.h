@@ -1,7 +1,7 @@
 #pragma once
 
-// A thread that computes an unfused operation: what fna's functions want to know (fna/worker.h), and
-// the slots that its block has in shared memory.
+// A thread that computes an unfused operation: what fna's functions want to know (fna/worker.h),
+// and the slots that its block has in shared memory.
 
 #include "../fna/worker.h"
 #include "../simt_rows.h"
@@ -65,13 +65,11 @@ struct GemmTraits {
     static constexpr int kRows1 = 0;  ///< also of sums on their way out, in place of the columns
     static constexpr int kColumns1 = kOp == Op::qk ? Tile::bytes(kRows) : 0;
     static constexpr int kSlots = kColumns1 + kStages * Tile::bytes(kColumns);
-    static constexpr int kState = kSlots + (kRowsAreQueries
-                                                ? kRows * kSlotPitch
-                                                : kStages * Transposed::bytes(kColumns));
+    static constexpr int kState =
+        kSlots + (kRowsAreQueries ? kRows * kSlotPitch : kStages * Transposed::bytes(kColumns));
     static constexpr int kLines = kState + int(sizeof(State));
     static constexpr int kRowSlots = kLines + (kRowsAreQueries ? kRows * int(sizeof(T*)) : 0);
-    static constexpr int kFirstSlots =
-        kRowSlots + (kRowsAreQueries ? kRows * int(sizeof(int)) : 0);
+    static constexpr int kFirstSlots = kRowSlots + (kRowsAreQueries ? kRows * int(sizeof(int)) : 0);
     static constexpr int kRelativeSlot =
         kFirstSlots + (kRowsAreQueries ? (kRows + 2) * int(sizeof(int)) : 0);
     static constexpr int kRelativeBias =
@@ -96,8 +94,8 @@ template <class K, class Machine>
 NATTEN_DEVICE typename K::Element** lines(const Worker<K, Machine>& w) {
   return w.gpu.template shared<typename K::Element*>(K::Layout::kLines);
 }
-/// Where the slot of a row and column is in `slots_of`, in elements: the sum of a number of the row,
-/// one of the tile of columns and one of the column in it, modulo 2^32. The first,
+/// Where the slot of a row and column is in `slots_of`, in elements: the sum of a number of the
+/// row, one of the tile of columns and one of the column in it, modulo 2^32. The first,
 template <class K, class Machine>
 NATTEN_DEVICE std::uint32_t* row_slots(const Worker<K, Machine>& w) {
   return w.gpu.template shared<std::uint32_t>(K::Layout::kRowSlots);
@@ -108,8 +106,8 @@ NATTEN_DEVICE std::uint32_t slot_of_tile(const Worker<K, Machine>& w, const Colu
   if (at.is_additional) return static_cast<std::uint32_t>(at.origin[2]);
   std::uint32_t slot = 0;
   NATTEN_EACH (i, kMaxRank)
-    slot += static_cast<std::uint32_t>(at.origin[i]) *
-            static_cast<std::uint32_t>(w.a.slots.step(i));
+    slot +=
+        static_cast<std::uint32_t>(at.origin[i]) * static_cast<std::uint32_t>(w.a.slots.step(i));
   return slot;
 }
 /// and the third.
