@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 import subprocess
 import sys
 from functools import partial
@@ -298,6 +299,21 @@ def array():
 
 def lowered(platforms, backend=None):
     return gradient(backend).trace(array()).lower(lowering_platforms=platforms).as_text()
+
+
+@needs_jax
+def test_switches_of_products_reach_unfused_operations_of_jax():
+    import jax
+
+    import natten.jax as nj
+
+    for tf32, gemm in ((False, True), (True, False)):
+        natten.use_tf32_in_gemm_na(tf32)
+        natten.use_gemm_na(gemm)
+        qk = jax.make_jaxpr(lambda x: nj.na1d_qk(x, x, 3))(np.ones((1, 2, 6, 4), "float32"))
+        (config,) = re.findall(r"config=\(([^)]*)\)", str(qk))
+        expected = (_args.ALLOW_TF32 if tf32 else 0) | (0 if gemm else _args.NO_GEMM)
+        assert int(config.split(",")[-1]) == expected
 
 
 @needs_jax

@@ -13,9 +13,8 @@ namespace natten::detail::cuda {
 template <class K, class Machine>
 NATTEN_DEVICE void find_chunk(const Worker<K, Machine>& w, int index) {
   using T = typename K::Element;
-  w.gpu.sync();  // all warps are done with the chunk before
   if (w.thread() == 0) w.state.chunk = w.a.slots.at(index);
-  w.gpu.sync();
+  w.gpu.sync();  // all warps are done with the chunk before
   const SlotChunk& chunk = w.state.chunk;
   const RowTile& rows = w.state.rows;
   const TileShape& shape = w.a.grid.row_tile;
@@ -74,7 +73,7 @@ NATTEN_DEVICE void find_chunk(const Worker<K, Machine>& w, int index) {
   w.gpu.sync();
 }
 
-/// Calls `f(row, shared, memory, first)` for this lane's part of the 16-byte pieces that hold slots
+/// Calls `f(shared, memory, first)` for this lane's part of the 16-byte pieces that hold slots
 /// of the warp's rows: `shared` and `memory` say where one begins, which is slot `first` of the
 /// chunk and may lie before it.
 template <class K, class Machine, class F>
@@ -124,7 +123,7 @@ NATTEN_DEVICE void store_slots(const Worker<K, Machine>& w) {
     for_each_of_piece(w, first, [&](int j) { memory[j] = from[j]; });
   });
 }
-/// Empties the slots of the warp's rows in shared memory.
+/// Empties the slots of the warp's rows in shared memory; before a barrier.
 template <class K, class Machine>
 NATTEN_DEVICE void clear_slots(const Worker<K, Machine>& w) {
   using T = typename K::Element;
@@ -132,7 +131,6 @@ NATTEN_DEVICE void clear_slots(const Worker<K, Machine>& w) {
   if constexpr (!std::is_same_v<T, float>) word = w.gpu.template pack<T>(w.a.empty, w.a.empty);
   const std::uint32_t piece[4] = {word, word, word, word};
   for_each_piece(w, [&](int shared, const T*, int) { w.gpu.write_chunk(shared, piece); });
-  w.gpu.sync_warp();
 }
 
 /// What one of the thread's two rows sees; nothing where there is no such row. See `spread`.
