@@ -191,6 +191,13 @@ NATTEN_DEVICE void scatter(const Worker<K, Machine>& w, const typename K::Scores
   }
 }
 
+template <class T>
+NATTEN_DEVICE std::uint32_t element_bits(T x) {
+  if constexpr (std::is_same_v<T, float>)
+    return natten::detail::bits_of(x);
+  else
+    return x.bits;
+}
 /// Two neighbors of a row's weights, as bits of elements, as operand A.
 template <class T, int kK>
 NATTEN_DEVICE void set_weights(FragmentA (&x)[1][kK], int n, int half, std::uint32_t first,
@@ -208,7 +215,6 @@ template <class K, class Machine>
 NATTEN_DEVICE void gather(const Worker<K, Machine>& w, typename K::Weights& weights,
                           const typename K::Stop& stop) {
   using T = typename K::Element;
-  using Bits = std::conditional_t<std::is_same_v<T, float>, std::uint32_t, std::uint16_t>;
   const std::uint64_t word = seen_by_own(w, stop);
   NATTEN_EACH (half, 2) {
     Mask<K> mask;
@@ -217,7 +223,7 @@ NATTEN_DEVICE void gather(const Worker<K, Machine>& w, typename K::Weights& weig
     NATTEN_EACH (n, K::kN) {
       std::uint32_t x[2] = {0, 0};
       NATTEN_EACH (j, 2)
-        if (bit(mask, n, j)) x[j] = slots.template at<Bits>(n, j);
+        if (bit(mask, n, j)) x[j] = element_bits(slots.template at<T>(n, j));
       set_weights<T>(weights, n, half, x[0], x[1]);
     }
   }

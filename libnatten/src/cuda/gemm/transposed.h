@@ -57,7 +57,6 @@ template <class K, class Machine>
 NATTEN_DEVICE void fetch(const Worker<K, Machine>& w, const Share<K, Machine>& share, Fetched<K>& x,
                          const typename K::Stop& stop) {
   using T = typename K::Element;
-  using Bits = std::conditional_t<std::is_same_v<T, float>, std::uint32_t, std::uint16_t>;
   std::uint32_t seen = 0;
   if (share.is_live)
     seen = static_cast<std::uint32_t>((seen_by(w, share.row, stop.tile) & stop.shown) >>
@@ -68,7 +67,7 @@ NATTEN_DEVICE void fetch(const Worker<K, Machine>& w, const Share<K, Machine>& s
   NATTEN_EACH (i, (Share<K, Machine>::kCount)) {
     const std::uint64_t first = std::uint64_t{w.gpu.shuffle(high, i)} << 32 | w.gpu.shuffle(low, i);
     x[i] = 0;
-    if (seen >> i & 1) x[i] = *(reinterpret_cast<const Bits*>(first) + share.relative);
+    if (seen >> i & 1) x[i] = element_bits(reinterpret_cast<const T*>(first)[share.relative]);
   }
 }
 /// Puts them where all warps find them.
