@@ -41,6 +41,7 @@ Call decode_call(std::string_view op, const std::int64_t* config, std::size_t co
   o.separate_key_grid = flags & separate_key_grid;
   o.deterministic = !(flags & nondeterministic);
   o.allow_tf32 = flags & allow_tf32;
+  o.allow_gemm = !(flags & no_gemm);
   o.unknown_offsets = flags & unknown_offsets;
   o.allow_no_keys = flags & allow_no_keys;
   o.tuning = flags & nothing_tuned ? Tuning::none : flags & no_timing ? Tuning::read : Tuning::any;

@@ -22,8 +22,9 @@ enum Flag : std::int64_t {
   allow_no_keys = 64,
   no_timing = 128,
   nothing_tuned = 256,
+  no_gemm = 512,
 };
-constexpr std::int64_t kAllFlags = 511;
+constexpr std::int64_t kAllFlags = 1023;
 
 /// Throws Error.
 Op op_named(std::string_view name);

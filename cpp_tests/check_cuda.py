@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-TENSOR_CORES = r"TileKernel"  # of kernels for tensor cores, in the names of their types
+TENSOR_CORES = r"(Tile|Gemm)Kernel"  # of kernels for tensor cores, in the names of their types
 
 INSTRUCTION = re.compile(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)")  # address, predicate
 

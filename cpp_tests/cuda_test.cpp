@@ -112,7 +112,7 @@ std::string refuse_reason_on_gpu(Problem problem, const char* backend) {
   return "this build has no such backend";
 }
 
-constexpr char kFna[] = "fna", kSimt[] = "simt";
+constexpr char kFna[] = "fna", kGemm[] = "gemm", kSimt[] = "simt";
 
 template <const char* kBackend>
 void provide(const char* name) {
@@ -127,6 +127,7 @@ void provide(const char* name) {
 const bool kProvided = [] {
   if (!missing().empty()) return false;
   provide<kFna>("fna_on_gpu");
+  provide<kGemm>("gemm_on_gpu");
   provide<kSimt>("simt_on_gpu");
   return true;
 }();
@@ -136,7 +137,8 @@ TEST(OnGpu, IsThereAndSupported) {
   if (!kProvided && std::getenv("NATTEN_TEST_NEEDS_GPU")) FAIL() << missing();
   if (!kProvided) GTEST_SKIP() << "no test has run on a GPU: " << missing();
   EXPECT_GE(natten::compute_capability(0), 80);
-  EXPECT_EQ(natten::backends(natten::DeviceType::cuda), (std::vector<std::string>{kFna, kSimt}));
+  EXPECT_EQ(natten::backends(natten::DeviceType::cuda),
+            (std::vector<std::string>{kFna, kGemm, kSimt}));
 }
 
 /// Many tiles along every axis and the head dims of models, more than random cases have.

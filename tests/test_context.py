@@ -234,9 +234,9 @@ without_kernels = pytest.mark.skipif(
 @pytest.mark.parametrize(
     "switch",
     [
-        lambda: natten.use_gemm_na(False),
         lambda: natten.disable_tiled_na(),
         lambda: natten.set_memory_usage_preference("strict"),
+        pytest.param(lambda: natten.use_gemm_na(False), marks=without_kernels),
         pytest.param(lambda: natten.enable_tf32(), marks=without_kernels),
         pytest.param(lambda: natten.use_kv_parallelism_in_fused_na(), marks=without_kernels),
     ],

@@ -430,7 +430,7 @@ def test_mixed_devices():
 
 
 def test_cpu_backends_are_refused():
-    with pytest.raises(ValueError, match="must be one of fna, simt"):
+    with pytest.raises(ValueError, match="must be one of fna, gemm, simt"):
         F.na2d(*tensors(1, 20, 20, 2, 32), 5, backend="naive")
 
 

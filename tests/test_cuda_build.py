@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import re
 import subprocess
 import sys
 from functools import partial
@@ -139,15 +140,15 @@ def test_no_kernels():
 
 @with_kernels
 def test_kernels():
-    assert _core.backends("cuda") == ["fna", "simt"]
+    assert _core.backends("cuda") == ["fna", "gemm", "simt"]
     assert set(_core.xla_ffi_handlers()) == {"cpu", "cuda"}
     assert plan("cuda")[0] == plan("cpu")[0]
-    assert [row[0] for row in explain("cuda")] == ["fna", "simt"]
+    assert [row[0] for row in explain("cuda")] == ["fna", "gemm", "simt"]
     assert sum(chosen for _, _, chosen in explain("cuda")) == 1
     for name, refusal, chosen in explain(f"cuda:{MISSING}"):
-        assert name in ("fna", "simt") and not chosen
+        assert name in ("fna", "gemm", "simt") and not chosen
         assert refusal.startswith(f"there is no device cuda:{MISSING}")
-    with pytest.raises(ValueError, match='"vectorized"; must be one of fna, simt, or fused'):
+    with pytest.raises(ValueError, match='"vectorized"; must be one of fna, gemm, simt, or fused'):
         plan("cuda", "vectorized")
     natten.na_kernel("simt")
 
@@ -263,6 +264,22 @@ def test_kv_parallelism_reaches_the_backward_pass(step, flags):
     assert flags["attention_backward"] == _args.HAS_SCALE
 
 
+@needs_torch
+def test_switches_of_products_reach_unfused_operations(flags):
+    import torch
+
+    x = torch.randn(1, 2, 6, 4, requires_grad=True)
+    for tf32, gemm in ((False, True), (True, True), (False, False), (True, False)):
+        flags.clear()
+        natten.use_tf32_in_gemm_na(tf32)
+        natten.use_gemm_na(gemm)
+        attn = natten.functional.na1d_qk(x, x, 3)
+        natten.functional.na1d_av(attn, x, 3).sum().backward()
+        expected = (_args.ALLOW_TF32 if tf32 else 0) | (0 if gemm else _args.NO_GEMM)
+        assert set(flags) == {"qk", "av", "av_transpose"}
+        assert {f & ~_args.EMPTY_SLOTS_ZERO for f in flags.values()} == {expected}
+
+
 # ---- JAX ----
 
 
@@ -282,6 +299,21 @@ def array():
 
 def lowered(platforms, backend=None):
     return gradient(backend).trace(array()).lower(lowering_platforms=platforms).as_text()
+
+
+@needs_jax
+def test_switches_of_products_reach_unfused_operations_of_jax():
+    import jax
+
+    import natten.jax as nj
+
+    for tf32, gemm in ((False, True), (True, False)):
+        natten.use_tf32_in_gemm_na(tf32)
+        natten.use_gemm_na(gemm)
+        qk = jax.make_jaxpr(lambda x: nj.na1d_qk(x, x, 3))(np.ones((1, 2, 6, 4), "float32"))
+        (config,) = re.findall(r"config=\(([^)]*)\)", str(qk))
+        expected = (_args.ALLOW_TF32 if tf32 else 0) | (0 if gemm else _args.NO_GEMM)
+        assert int(config.split(",")[-1]) == expected
 
 
 @needs_jax
@@ -324,7 +356,7 @@ def test_jax_lowers_for_cuda():
     assert 'backend = "simt"' in lowered(("cuda",), "simt")
     with pytest.raises(ValueError, match='"simt"; must be one of vectorized, naive'):
         lowered(("cpu",), "simt")
-    with pytest.raises(ValueError, match='"naive"; must be one of fna, simt'):
+    with pytest.raises(ValueError, match='"naive"; must be one of fna, gemm, simt'):
         lowered(("cuda",), "naive")
     x = array()
     tangent = jax.jit(

@@ -106,5 +106,5 @@ def test_in_a_loop():
 def test_backends():
     x = jnp.ones((1, 8, 2, 4), jnp.float32)
     assert jnp.all(nj.na1d(x, x, x, 3, backend="simt") == 1)
-    with pytest.raises(ValueError, match="must be one of fna, simt"):
+    with pytest.raises(ValueError, match="must be one of fna, gemm, simt"):
         nj.na1d(x, x, x, 3, backend="naive")

@@ -1,17 +1,19 @@
 // What the tests would find: each barrier, wait and mask of the tensor-core kernels is left out
 // once, and small problems have to notice. Prints the list.
 
+#include <functional>
 #include <iomanip>
 #include <iostream>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "../../libnatten/src/cuda/fna/fna.h"
-#include "../cases.h"
+#include "../../libnatten/src/cuda/gemm/gemm.h"
 #include "../cuda_machine.h"
+#include "../unfused_problem.h"
 
 namespace natten_tests {
 namespace {
@@ -82,14 +84,15 @@ class MutatedKernels : public testing::TestWithParam<Precision> {
   }
 
   /// Runs a call. What is wrong with it, by a fault; empty where nothing is.
-  static std::string run(const natten::Call& call, std::uint64_t seed) {
+  template <class Run, class WorkspaceBytes>
+  static std::string run(const natten::Call& call, std::uint64_t seed, Run&& run_backend,
+                         WorkspaceBytes&& workspace_bytes) {
     const natten::Problem problem = natten::describe(call);
     DeviceMemory memory;
     const natten::Tensors tensors = memory.tensors(call.op, call.tensors);
     ptx::Launcher launch(seed);
     try {
-      cuda::run_fna({problem, tensors, memory.workspace(cuda::fna_workspace_bytes(problem))},
-                    launch);
+      run_backend({problem, tensors, memory.workspace(workspace_bytes(problem))}, launch);
     } catch (const ptx::Fault& fault) {
       return fault.what();
     }
@@ -100,7 +103,8 @@ class MutatedKernels : public testing::TestWithParam<Precision> {
                   std::uint64_t seed) const {
     for (natten::Call call : {problem.forward(), problem.backward()}) {
       call.options.deterministic = deterministic;
-      const std::string fault = run(call, seed);
+      const std::string fault =
+          run(call, seed, cuda::run_fna<ptx::Launcher>, cuda::fna_workspace_bytes);
       if (!fault.empty()) return fault;
     }
     Buffers& b = problem.buffers;
@@ -116,35 +120,18 @@ class MutatedKernels : public testing::TestWithParam<Precision> {
   }
 };
 
-TEST_P(MutatedKernels, AreNoticed) {
+/// Leaves out one thing after another of kernels whose names begin so, and that `noticed` runs: it
+/// returns what was wrong.
+void list_mutations(const std::string& kernels, const std::function<std::string()>& noticed) {
   for (const auto& entry : ptx::kernels().parsed()) {  // by tests before
     entry->blocks = 0;
     entry->counts.assign(entry->counts.size(), 0);
   }
-  struct Prepared {
-    FusedProblem problem;
-    oracle::FusedResults expected;
-  };
-  std::vector<Prepared> problems;
-  for (const Case& c : cases()) {
-    FusedProblem problem(c);
-    problem.provide_logsumexp();
-    problems.push_back({problem, problem.expected()});
-  }
-  const auto noticed = [&]() -> std::string {
-    for (std::uint64_t seed = 1; seed <= 2; ++seed)
-      for (Prepared& p : problems)
-        for (const bool deterministic : {true, false}) {
-          const std::string what = run(p.problem, p.expected, deterministic, seed);
-          if (!what.empty()) return what;
-        }
-    return {};
-  };
   ASSERT_EQ(noticed(), "");
 
   std::map<std::string, std::pair<int, int>> totals;  // noticed, and all
   for (const auto& entry : ptx::kernels().parsed()) {
-    if (entry->blocks == 0 || entry->name.rfind("TileKernel<", 0) != 0) continue;
+    if (entry->blocks == 0 || entry->name.rfind(kernels, 0) != 0) continue;
     int scores = 0;
     for (std::size_t at = 0; at < entry->code.size(); ++at) {
       ptx::Instruction& in = entry->code[at];
@@ -159,11 +146,107 @@ TEST_P(MutatedKernels, AreNoticed) {
       ++all;
       if (!what.empty()) ++found;
       std::cout << std::left << std::setw(24) << mutation->defect << "line " << std::setw(8)
-                << in.line << (what.empty() ? "NOT NOTICED" : what) << "  " << entry->name << "\n";
+                << in.line << (what.empty() ? "NOT NOTICED" : what) << "  " << entry->name
+                << std::endl;
     }
   }
   for (const auto& [defect, count] : totals)
     std::cout << defect << ": " << count.first << " of " << count.second << " noticed\n";
+}
+
+TEST_P(MutatedKernels, AreNoticed) {
+  struct Prepared {
+    FusedProblem problem;
+    oracle::FusedResults expected;
+  };
+  std::vector<Prepared> problems;
+  for (const Case& c : cases()) {
+    FusedProblem problem(c);
+    problem.provide_logsumexp();
+    problems.push_back({problem, problem.expected()});
+  }
+  list_mutations("TileKernel<", [&]() -> std::string {
+    for (std::uint64_t seed = 1; seed <= 2; ++seed)
+      for (Prepared& p : problems)
+        for (const bool deterministic : {true, false}) {
+          const std::string what = run(p.problem, p.expected, deterministic, seed);
+          if (!what.empty()) return what;
+        }
+    return {};
+  });
+}
+
+TEST_P(MutatedKernels, OfUnfusedOperationsAreNoticed) {
+  struct Prepared {
+    natten::Call call;
+    Buffers buffers;
+    Buffer Buffers::*result;
+    Dense expected;
+  };
+  std::vector<std::unique_ptr<Prepared>> problems;  // calls refer to their buffers
+  for (const Case& c : cases()) {
+    UnfusedProblem problem(c);
+    const auto add = [&](natten::Op op, Buffer Buffers::*result, auto&& fill, auto&& expected) {
+      problems.push_back(std::make_unique<Prepared>());
+      Prepared& p = *problems.back();
+      fill(p.buffers);
+      p.result = result;
+      p.call = problem.call(op, p.buffers);
+      p.call.options.empty_slots = natten::EmptySlots::zero;
+      p.expected = expected(p.buffers);
+    };
+    add(
+        natten::Op::qk, &Buffers::attn,
+        [&](Buffers& b) {
+          b.query = problem.input(problem.tokens);
+          b.key = problem.input(problem.keys);
+          b.additional_keys = problem.extra_input();
+          b.attn = problem.result(problem.slots);
+        },
+        [&](Buffers& b) {
+          return oracle::qk(problem.n, problem.pairs, b.query.dense(), b.key.dense(), Dense(),
+                            b.additional_keys.dense(), 0.0);
+        });
+    add(
+        natten::Op::av, &Buffers::output,
+        [&](Buffers& b) {
+          b.attn = problem.input(problem.slots);
+          poison_empty_slots(problem, b.attn);
+          b.value = problem.input(problem.keys);
+          b.additional_values = problem.extra_input();
+          b.output = problem.result(problem.tokens);
+        },
+        [&](Buffers& b) {
+          return oracle::av(problem.n, problem.pairs, b.attn.dense(), b.value.dense(),
+                            b.additional_values.dense());
+        });
+    add(
+        natten::Op::av_transpose, &Buffers::key,
+        [&](Buffers& b) {
+          b.attn = problem.input(problem.slots);
+          poison_empty_slots(problem, b.attn);
+          b.query = problem.input(problem.tokens);
+          b.key = problem.result(problem.keys);
+          b.additional_keys = problem.extra_result();
+        },
+        [&](Buffers& b) {
+          return oracle::av_transpose(problem.n, problem.pairs, b.attn.dense(), b.query.dense())
+              .key;
+        });
+  }
+  list_mutations("GemmKernel<", [&]() -> std::string {
+    for (std::uint64_t seed = 1; seed <= 2; ++seed)
+      for (const auto& p : problems) {
+        Buffer& result = p->buffers.*p->result;
+        for (std::int64_t i = 0; i < p->expected.size(); ++i) result.set(i, std::nan(""));
+        const std::string fault =
+            run(p->call, seed, cuda::run_gemm<ptx::Launcher>, cuda::gemm_workspace_bytes);
+        if (!fault.empty()) return fault;
+        if (!(relative_error(result.dense(), p->expected) <= bounds_of(GetParam()).forward))
+          return name_of(p->call.op);
+      }
+    return {};
+  });
 }
 
 INSTANTIATE_TEST_SUITE_P(Precisions, MutatedKernels,

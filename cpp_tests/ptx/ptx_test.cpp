@@ -247,6 +247,9 @@ TEST(PtxInstructions, Bits) {
   expect<U, U, U>("bfi.b32 $0, $1, $2, 3, 29;", [](U a, U b) { return (b & 7) | a << 3; });
   expect<U, U, U>("bfi.b32 $0, $1, $2, 4, 8;",
                   [](U a, U b) { return (b & ~0xff0u) | (a & 0xff) << 4; });
+  using Long = std::uint64_t;
+  expect<Long, Long, Long>("bfi.b64 $0, $1, $2, 32, 32;",
+                           [](Long a, Long b) { return (b & 0xffffffff) | a << 32; });
   expect<U, U>("mov.b32 {%rs1, %rs2}, $1;\nmov.b32 $0, {%rs2, %rs1};",
                [](U a) { return a >> 16 | a << 16; });
   expect<std::uint64_t, U, U>("mov.b64 $0, {$1, $2};",

@@ -417,12 +417,19 @@ void Warp::arithmetic(const Instruction& in, std::uint32_t lanes) {
 
 void Warp::bits(const Instruction& in, std::uint32_t lanes) {
   if (in.opcode == Opcode::bfi) {
-    if (in.type != Type::u32) unknown("bfi");
-    using U = std::uint32_t;
-    return each<U, U, U, U, U>(in, lanes, [](U a, U b, U first, U count) {
-      const U mask = first > 31 ? 0 : (count > 31 ? ~U{0} : (U{1} << count) - 1) << first;
-      return (b & ~mask) | (first > 31 ? 0 : (a << first) & mask);
-    });
+    const auto insert = [&](auto type) {
+      using U = decltype(type);
+      each<U, U, U, std::uint32_t, std::uint32_t>(
+          in, lanes, [](U a, U b, std::uint32_t first, std::uint32_t count) {
+            constexpr std::uint32_t kBits = 8 * sizeof(U);
+            const U run = count >= kBits ? ~U{0} : (U{1} << count) - 1;
+            const U mask = first >= kBits ? U{0} : run << first;
+            return (b & ~mask) | (first >= kBits ? U{0} : (a << first) & mask);
+          });
+    };
+    if (in.type == Type::u32) return insert(std::uint32_t{});
+    if (in.type == Type::u64) return insert(std::uint64_t{});
+    unknown("bfi");
   }
   const bool shifts_sign = in.opcode == Opcode::shift_right;
   if (in.opcode == Opcode::shift_left || shifts_sign)

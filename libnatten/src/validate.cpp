@@ -517,6 +517,7 @@ class Checker {
     p.empty_slots = o.empty_slots;
     p.deterministic = o.deterministic;
     p.allow_tf32 = o.allow_tf32;
+    p.allow_gemm = o.allow_gemm;
     p.query_tile = is_backward ? o.backward_query_tile : o.query_tile;
     p.key_tile = is_backward ? o.backward_key_tile : o.key_tile;
     p.key_splits = o.key_splits;

@@ -43,6 +43,7 @@ UNKNOWN_OFFSETS = 32  # query_offset and key_offset are read at run time
 ALLOW_NO_KEYS = 64  # a key grid of its own may be empty
 NO_TIMING = 128  # the tuner's choices are read, and none is made
 NOTHING_TUNED = 256
+NO_GEMM = 512
 
 _TOO_LARGE = 2**63  # for the integers that C++ takes
 _MOST_ELEMENTS = 2**57  # of a tensor; libnatten refuses larger ones
@@ -255,13 +256,19 @@ def window_size(config: Sequence[int], key_grid: Sequence[int]) -> int:
     return math.prod(key_grid if config[-1] & SEPARATE_KEY_GRID else config[1 : 1 + config[0]])
 
 
+def product_flags() -> int:
+    """What the process's switches say of products of matrices: the flags of an unfused call."""
+    flags = ALLOW_TF32 if context._switches.tf32 else 0
+    return flags if context._switches.gemm else flags | NO_GEMM
+
+
 def attention_flags(scale: float | None) -> int:
     """The flags of a fused call: what its arguments and the process's switches say."""
-    flags = 0 if scale is None else HAS_SCALE
+    flags = product_flags()  # some derivatives are made of unfused operations
+    if scale is not None:
+        flags |= HAS_SCALE
     if context._switches.kv_parallelism:
         flags |= NONDETERMINISTIC
-    if context._switches.tf32:
-        flags |= ALLOW_TF32
     return flags
 
 

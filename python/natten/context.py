@@ -1,9 +1,10 @@
 """Process-wide switches, and what the CUDA device can do.
 
 `use_fused_na` makes the PyTorch modules use the fused operation; KV parallelism lets a CUDA backend
-trade determinism for speed; `use_autotuner` has problems timed. All other switches are preferences
-for kernels of NATTEN's history: they are remembered and can be read back, no kernel has a use for
-them, and the logger `natten` says so once, at debug level.
+trade determinism for speed, TF32 precision; `use_gemm_na` says whether unfused operations may run
+on tensor cores; `use_autotuner` has problems timed. All other switches are preferences for kernels
+of NATTEN's history: they are remembered and can be read back, no kernel has a use for them, and the
+logger `natten` says so once, at debug level.
 
 A switch holds for the whole process: every thread sees it at once, and there is no lock. Set
 switches before starting threads that run models.
@@ -292,9 +293,14 @@ def is_autotuner_thorough_for_backward() -> bool:
 
 
 def use_gemm_na(mode: bool = True) -> None:
-    """Remembers whether kernels made of matrix products may be used. No effect here."""
+    """Allows unfused operations on a CUDA device's tensor cores, by the backend "gemm". On by
+    default; when off, they run on "simt", which computes the same without them. No effect on the
+    CPU. A backward pass does as its forward pass was told; JAX reads the switch when it traces a
+    function.
+    """
+    if not _core.backends("cuda"):
+        _say_unused("gemm_na")
     _switches.gemm = bool(mode)
-    _say_unused("gemm_na")
 
 
 def enable_gemm_na() -> bool:
@@ -332,12 +338,13 @@ def is_tiled_na_enabled() -> bool:
 
 
 def use_tf32_in_gemm_na(mode: bool = True) -> None:
-    """Allows fused attention on float32 to multiply in TF32, on tensor cores of a CUDA device. Off
-    by default. No effect on the CPU. A backward pass does as its forward pass was told; JAX reads
+    """Allows operations on float32 to multiply in TF32, on tensor cores of a CUDA device. Off by
+    default. No effect on the CPU. A backward pass does as its forward pass was told; JAX reads
     the switch when it traces a function.
 
     What is multiplied is rounded to 11 significant bits, as many as float16 has; range, sums and
-    results stay those of float32. Head dims over 128 and the unfused operations remain in float32.
+    results stay those of float32. Head dims over 128 remain in float32, and so do unfused
+    operations while `use_gemm_na` is off.
     """
     if mode and not _core.backends("cuda"):
         _say_unused("TF32")
@@ -436,13 +443,20 @@ has_fused_na = has_fna
 
 
 def has_gemm(device_index: Any = None) -> bool:
-    """Whether the CUDA device has GEMM-based unfused kernels. There are none."""
-    return False
-
-
-has_fp32_gemm = has_fp64_gemm = has_gemm
+    """Whether the CUDA device has unfused kernels for tensor cores."""
+    return _has(80, device_index)
 
 
 def has_tf32_gemm(device_index: Any = None) -> bool:
-    """Whether the CUDA device has kernels that multiply float32 in TF32: the fused ones."""
+    """Whether the CUDA device has kernels that multiply float32 in TF32, fused and unfused."""
     return _has(80, device_index)
+
+
+def has_fp32_gemm(device_index: Any = None) -> bool:
+    """Whether tensor cores multiply float32 without rounding it. There are none that can."""
+    return False
+
+
+def has_fp64_gemm(device_index: Any = None) -> bool:
+    """Whether there are kernels for tensor cores on float64. There are none."""
+    return False

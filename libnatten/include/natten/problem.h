@@ -98,6 +98,7 @@ struct Options {
   /// that is faster: by backends for CUDA.
   bool allow_tf32 = false;
   Tuning tuning = Tuning::any;
+  bool allow_gemm = true;  ///< unfused operations may run on tensor cores, on CUDA
   /// Tile shapes and key splits are hints for backends that work on tiles: one positive integer
   /// per axis, or empty for the default.
   Tuple query_tile, key_tile, backward_query_tile, backward_key_tile, key_splits;
@@ -140,6 +141,7 @@ struct Problem {
   EmptySlots empty_slots = EmptySlots::negative_infinity;
   bool deterministic = true;
   bool allow_tf32 = false;
+  bool allow_gemm = true;
   Tuple query_tile, key_tile, key_splits;
 
   std::int64_t queries() const {

@@ -12,6 +12,7 @@
 #include "backends.h"
 #include "device.h"
 #include "fna/fna.h"
+#include "gemm/gemm.h"
 #include "launch.h"
 #include "simt.h"
 
@@ -193,9 +194,11 @@ const Backends& backends() {
   // Tiles on tensor cores; plain arithmetic for everything else.
   static const Backend fna = {"fna", refuse_reason<fna_refuse_reason>, fna_workspace_bytes,
                               run<run_fna<Launcher>>, &tunable};
+  static const Backend gemm = {"gemm", refuse_reason<gemm_refuse_reason>, gemm_workspace_bytes,
+                               run<run_gemm<Launcher>>};
   static const Backend simt = {"simt", refuse_reason<simt_refuse_reason>, simt_workspace_bytes,
                                run<run_simt<Launcher>>};
-  static const Backends all = {&fna, &simt};
+  static const Backends all = {&fna, &gemm, &simt};
   return all;
 }
 

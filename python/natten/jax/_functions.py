@@ -33,6 +33,7 @@ from natten._args import (
     named,
     offset_per_axis,
     options_of,
+    product_flags,
     real_scale,
     with_flags,
 )
@@ -353,7 +354,7 @@ def _call_fused(
 def _call_unfused(
     operation: Operation, tensors: Tensors, config: Any, backend: str | None, autodiff: str
 ) -> Array:
-    setup = _setup(config, None, backend)
+    setup = _setup(with_flags(config, product_flags()), None, backend)
     return _call(_UNFUSED, autodiff, setup.backend, operation, setup, vary_alike(tensors))
 
 

@@ -23,6 +23,7 @@ from natten._args import (
     listed,
     make_config,
     named,
+    product_flags,
     real_scale,
     spelled_is_causal,
 )
@@ -285,6 +286,7 @@ def _make_qk(rank: int):
             query_offset=query_offset,
             key_offset=key_offset,
             grid_size=grid_size,
+            flags=product_flags(),
         )
         return _call(_ops.qk, query, key, rpb, additional_keys, key_mask, config, _backend(backend))
 
@@ -341,6 +343,7 @@ def _make_av(rank: int):
             query_offset=query_offset,
             key_offset=key_offset,
             grid_size=grid_size,
+            flags=product_flags(),
         )
         return _call(_ops.av, attn, value, additional_values, key_mask, config, _backend(backend))
 

@@ -17,27 +17,13 @@ inline std::string fna_refuse_reason(const Problem& problem) {
   const Problem p = simplified(problem);
   if (p.op != Op::attention_forward && p.op != Op::attention_backward)
     return "computes fused attention only";
-  if (p.dtype == DType::float64) return "does not compute float64";
-  if (p.dtype == DType::float32 && !p.allow_tf32)
-    return "computes float32 in TF32 only, which the call does not allow";
-  if (p.keys() == 0) return "there are no keys";
+  const std::string refusal = dtype_refusal(p);
+  if (!refusal.empty()) return refusal;
   const int most = most_dims(size_of(p.dtype));
   if (p.head_dim > most || p.value_dim > most)
     return "head dims " + std::to_string(p.head_dim) + " and " + std::to_string(p.value_dim) +
            "; the most is " + std::to_string(most) + " for " + name_of(p.dtype);
-  for (const Axis& axis : p.axes) {
-    constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
-    if (std::max(axis.query_length, axis.key_length) > kMost / 2)
-      return "an axis has more than 2^30 tokens";
-    if (axis.dilation > kMost / 256) return "a dilation is more than 2^23 - 1";  // see `number`
-    // Places go around a few times.
-    if (axis.boundary == Boundary::circular && axis.grid_length > kMost / 8)
-      return "a circular axis has more than 2^28 - 1 tokens";
-  }
-  if (p.rpb_span > std::numeric_limits<std::int32_t>::max())
-    return "rpb: its strides span " + std::to_string(p.rpb_span) +
-           " elements within a head; the most is 2^31 - 1";
-  return {};
+  return grid_refusal(p);
 }
 
 /// Where the caller does not insist on determinism, one pass over the keys computes all gradients
@@ -51,7 +37,7 @@ inline bool adds_queries(const Problem& p) {
 inline int additional_splits(const Problem& p) {
   constexpr std::int64_t kEnoughBlocks = 264, kLeastTiles = 16, kTile = 64;
   const std::int64_t blocks = p.batch * p.kv_heads * ((p.additional + kTile - 1) / kTile);
-  if (!p.wants_grad_additional || blocks == 0) return 1;
+  if (blocks == 0) return 1;
   const std::int64_t tiles = p.queries() / kTile * (p.heads / p.kv_heads);
   return static_cast<int>(
       std::max<std::int64_t>(1, std::min(kEnoughBlocks / blocks, tiles / kLeastTiles)));
@@ -67,7 +53,8 @@ struct FnaPieces {
   void* bias;        ///< what the bias gradient needs
   std::size_t bytes;
 
-  FnaPieces(const Problem& p, void* workspace) : splits(additional_splits(p)) {
+  FnaPieces(const Problem& p, void* workspace)
+      : splits(p.wants_grad_additional ? additional_splits(p) : 1) {
     simt::Pieces pieces(workspace);
     const std::int64_t rows = p.batch * p.heads * p.queries();
     row_term = pieces.take<float>(rows);
@@ -234,14 +221,6 @@ class TilePasses {
   using Member = TensorView Tensors::*;
   static constexpr Member kGradAdditional[] = {&Tensors::grad_additional_keys,
                                                &Tensors::grad_additional_values};
-  template <class E>
-  static Tokens<E> tokens(Operand<E> x, bool is_additional = false) {
-    if (is_additional) x.grid = {0, 0, x.token};
-    bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
-    const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
-    for (std::int64_t stride : strides) is_aligned = is_aligned && stride % kChunk<T> == 0;
-    return {x, is_aligned};
-  }
   Tokens<const T> input(Member member, bool is_additional = false) const {
     return tokens(operand<const T>(p_, job_.tensors, member), is_additional);
   }
@@ -274,14 +253,7 @@ class TilePasses {
     a.row_term = {row_term.data, row_term.batch, row_term.head, row_term.token, row_term.grid};
     const bool forward = p_.op == Op::attention_forward;
     a.statistic = forward ? operand<float>(p_, job_.tensors, &M::logsumexp) : row_term;
-    const KeyMask mask = key_mask(p_, job_.tensors);
-    a.row_mask = grid.rows == Rows::keys ? mask : KeyMask{};
-    a.column_mask = grid.rows == Rows::queries ? mask : KeyMask{};
-    a.hides_rows = grid.rows == Rows::keys && !is_plain(p_);
-    a.hides_columns = bool(a.column_mask);
-    for (int i = 0; i < kMaxRank; ++i)  // what keys of a circular axis see has gaps
-      a.hides_columns = a.hides_columns || (grid.rows == Rows::keys && grid.places[i].turn > 0 &&
-                                            p_.axes[i].query_length < p_.axes[i].grid_length);
+    set_masks(a, p_, job_.tensors);
     const Tokens<const T> query = input(&M::query), grad_output = input(&M::grad_output);
     if (rows_are_queries) {
       a.rows[0] = query;
@@ -311,18 +283,6 @@ class TilePasses {
     }
     for (int which = 0; which < 2; ++which) set_copies(a, which);
     return a;
-  }
-  static void set_copies(Arguments<T>& a, int which) {
-    std::int64_t furthest = 0;  // of a tile's columns, in elements
-    for (int i = 0; i < kMaxRank; ++i) {
-      const Places& places = a.grid.places[i];
-      const std::int64_t step = a.columns[which].tensor.grid[i] * places.dilation;
-      const std::int64_t turn = places.turn * step;
-      a.turn_chunks[which][i] = static_cast<int>(turn / kChunk<T>);
-      furthest += std::max(std::abs(step) * (a.grid.column_tile.extent(i) - 1), std::abs(turn));
-    }
-    a.copies_chunks[which] = a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
-                             furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
   }
 
   const Job& job_;

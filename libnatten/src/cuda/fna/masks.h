@@ -55,27 +55,70 @@ NATTEN_DEVICE bool bit(const std::uint32_t (&mask)[kWords], int n, int j) {
   return mask[n / 4] >> (8 * (n % 4) + j) & 1;
 }
 
+/// Four threads share their rows, and what rows see: each finds it out for one of them.
+template <class K, class Machine>
+NATTEN_DEVICE int own_row(const Worker<K, Machine>& w) {
+  return w.row_of(0, 0) + 8 * (w.lane() % (2 * K::kM));
+}
+template <class K, class Machine>
+NATTEN_DEVICE std::uint64_t own_word(const Worker<K, Machine>& w, const typename K::Stop& stop,
+                                     Overlap overlap) {
+  std::uint64_t word = ~std::uint64_t{0};
+  if (overlap == Overlap::some) {
+    word = seen_by(w, own_row(w), stop.tile) & stop.shown;
+  }
+  return word;
+}
+/// Then it is known to all four, each for its columns.
+template <class K, class Machine>
+NATTEN_DEVICE void spread(const Worker<K, Machine>& w, std::uint64_t word, int m, int half,
+                          Mask<K>& mask) {
+  NATTEN_EACH (i, K::kN / 4)
+    mask[i] = w.gpu.shuffle(static_cast<std::uint32_t>(word >> (32 * i)),
+                            (w.lane() & ~3) + 2 * m + half) >>
+              (2 * (w.lane() % 4));
+}
+
+/// The biases of a row and a tile's columns, where it has some.
+template <class K, class Machine>
+struct RowBias {
+  using T = typename K::Element;
+  const Worker<K, Machine>& w;
+  bool exists;
+  int offset;
+  const T* of_head;
+
+  NATTEN_DEVICE RowBias(const Worker<K, Machine>& worker, int row, const ColumnTile& at)
+      : w(worker),
+        exists(worker.a.rpb && !at.is_additional && worker.a.grid.rows != Rows::additional &&
+               worker.state.rows.holds(worker.a.grid.row_tile, row)),
+        offset(0),
+        of_head(worker.a.rpb.data + worker.query_head(at) * worker.a.rpb.head) {
+    constexpr int kSign = K::kRowsAreQueries ? 1 : -1;  // offsets are key - query
+    NATTEN_EACH (i, kMaxRank) {
+      const int own = w.state.rows.own[i] + w.a.grid.row_tile.offset(row, i);
+      offset +=
+          (kSign * (at.origin[i] - own) + static_cast<int>(w.a.grid.axes[i].kernel_size) - 1) *
+          static_cast<int>(w.a.rpb.grid[i]);
+    }
+  }
+  NATTEN_DEVICE explicit operator bool() const { return exists; }
+  /// Of element `j` of block `n` of columns.
+  NATTEN_DEVICE float at(int n, int j) const {
+    return static_cast<float>(of_head[offset + w.relative_bias()[w.column_of(n) + j]]);
+  }
+};
+
 /// Scales a row and adds its biases.
 template <class K, class Machine>
 NATTEN_DEVICE void scale_row(const Worker<K, Machine>& w, FragmentC (&scores)[K::kN], int half,
                              int row, const ColumnTile& at, const Mask<K>& mask) {
-  using T = typename K::Element;
-  const bool is_biased = w.a.rpb && !at.is_additional && w.a.grid.rows != Rows::additional &&
-                         w.state.rows.holds(w.a.grid.row_tile, row);
-  constexpr int kSign = K::kRowsAreQueries ? 1 : -1;  // offsets are key - query
-  int offset = 0;
-  NATTEN_EACH (i, kMaxRank) {
-    const int own = w.state.rows.own[i] + w.a.grid.row_tile.offset(row, i);
-    offset += (kSign * (at.origin[i] - own) + static_cast<int>(w.a.grid.axes[i].kernel_size) - 1) *
-              static_cast<int>(w.a.rpb.grid[i]);
-  }
-  const T* bias = w.a.rpb.data + w.query_head(at) * w.a.rpb.head;
+  const RowBias<K, Machine> bias(w, row, at);
   NATTEN_EACH (n, K::kN)
     NATTEN_EACH (j, 2) {
       float& score = scores[n][2 * half + j];
       score *= w.a.scale * kLog2E;
-      if (is_biased && bit(mask, n, j))
-        score += static_cast<float>(bias[offset + w.relative_bias()[w.column_of(n) + j]]) * kLog2E;
+      if (bias && bit(mask, n, j)) score += bias.at(n, j) * kLog2E;
     }
 }
 
@@ -86,19 +129,12 @@ NATTEN_DEVICE void finish_scores(const Worker<K, Machine>& w, typename K::Scores
   const ColumnTile& at = stop.tile;
   const bool scales_first = K::kScalesFirst && w.a.scales_first;
   if (overlap == Overlap::all && !scales_first) return;
-  // Four threads share their rows, and what rows see: each finds it out for one of them.
-  const int first_row = w.row_of(0, 0), own = w.lane() % (2 * K::kM);
-  std::uint64_t word = ~std::uint64_t{0};
-  if (overlap == Overlap::some) {
-    word = seen_by(w, first_row + 8 * own, at) & stop.shown;
-  }
+  const int first_row = w.row_of(0, 0);
+  const std::uint64_t word = own_word(w, stop, overlap);
   NATTEN_EACH (m, K::kM)
     NATTEN_EACH (half, 2) {
       Mask<K> mask;
-      NATTEN_EACH (i, K::kN / 4)
-        mask[i] = w.gpu.shuffle(static_cast<std::uint32_t>(word >> (32 * i)),
-                                (w.lane() & ~3) + 2 * m + half) >>
-                  (2 * (w.lane() % 4));
+      spread(w, word, m, half, mask);
       if (scales_first) scale_row(w, scores[m], half, first_row + 16 * m + 8 * half, at, mask);
       NATTEN_EACH (n, K::kN)
         NATTEN_EACH (j, 2) {

@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <string>
 #include <vector>
@@ -25,6 +26,30 @@ constexpr int most_dims(std::size_t element_bytes) { return element_bytes == 4 ?
 constexpr int most_wide_dims(std::size_t element_bytes) { return element_bytes == 4 ? 96 : 128; }
 inline constexpr int kMostDimsOfTwo = 128;
 
+/// Why tile kernels do not run a simplified problem on its element type, or its grid; or empty.
+inline std::string dtype_refusal(const Problem& p) {
+  if (p.dtype == DType::float64) return "does not compute float64";
+  if (p.dtype == DType::float32 && !p.allow_tf32)
+    return "computes float32 in TF32 only, which the call does not allow";
+  return {};
+}
+inline std::string grid_refusal(const Problem& p) {
+  constexpr std::int64_t kMost = std::numeric_limits<std::int32_t>::max();
+  if (p.keys() == 0) return "there are no keys";
+  for (const Axis& axis : p.axes) {
+    if (std::max(axis.query_length, axis.key_length) > kMost / 2)
+      return "an axis has more than 2^30 tokens";
+    if (axis.dilation > kMost / 256) return "a dilation is more than 2^23 - 1";  // see `number`
+    // Places go around a few times.
+    if (axis.boundary == Boundary::circular && axis.grid_length > kMost / 8)
+      return "a circular axis has more than 2^28 - 1 tokens";
+  }
+  if (p.rpb_span > kMost)
+    return "rpb: its strides span " + std::to_string(p.rpb_span) +
+           " elements within a head; the most is 2^31 - 1";
+  return {};
+}
+
 /// The grid of a pass of a simplified problem, but for its tiles.
 inline PassGrid grid_of(const Problem& p, Rows rows) {
   PassGrid grid{};
@@ -42,6 +67,44 @@ inline void set_row_tile(PassGrid& grid, const TileShape& tile) {
   for (int a = 0; a < kMaxRank; ++a) {
     grid.row_tiles[a] = (grid.longest(a) + tile.extent(a) - 1) >> tile.bits[a];
   }
+}
+
+template <class E>
+Tokens<E> tokens(Operand<E> x, bool is_additional = false) {
+  if (is_additional) x.grid = {0, 0, x.token};
+  bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
+  const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
+  for (std::int64_t stride : strides) is_aligned = is_aligned && stride % kChunk<E> == 0;
+  return {x, is_aligned};
+}
+
+/// How columns are copied, once they are set.
+template <class T>
+void set_copies(Arguments<T>& a, int which) {
+  std::int64_t furthest = 0;  // of a tile's columns, in elements
+  for (int i = 0; i < kMaxRank; ++i) {
+    const Places& places = a.grid.places[i];
+    const std::int64_t step = a.columns[which].tensor.grid[i] * places.dilation;
+    const std::int64_t turn = places.turn * step;
+    a.turn_chunks[which][i] = static_cast<int>(turn / kChunk<T>);
+    furthest += std::max(std::abs(step) * (a.grid.column_tile.extent(i) - 1), std::abs(turn));
+  }
+  a.copies_chunks[which] = a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
+                           furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
+}
+
+/// What is hidden of the rows and columns of a simplified problem.
+template <class T>
+void set_masks(Arguments<T>& a, const Problem& p, const Tensors& tensors) {
+  const KeyMask mask = key_mask(p, tensors);
+  const Rows rows = a.grid.rows;
+  a.row_mask = rows == Rows::keys ? mask : KeyMask{};
+  a.column_mask = rows == Rows::queries ? mask : KeyMask{};
+  a.hides_rows = rows == Rows::keys && !is_plain(p);
+  a.hides_columns = bool(a.column_mask);
+  for (int i = 0; i < kMaxRank; ++i)  // what keys of a circular axis see has gaps
+    a.hides_columns = a.hides_columns || (rows == Rows::keys && a.grid.places[i].turn > 0 &&
+                                          p.axes[i].query_length < p.axes[i].grid_length);
 }
 
 /// Calls `f(TileShape)` with every shape of 2^bits tokens for a problem of a rank.

@@ -68,10 +68,9 @@ NATTEN_DEVICE Axis axis_of_block(const Worker<K, Machine>& w, int axis) {
   return axis_of_example(along, w.state.example.queries, w.state.example.keys);
 }
 
-/// Fills `state` and the tables. Returns false where the block has no rows.
+/// Finds out which rows the block has. Returns false where it has none.
 template <class K, class Machine>
-NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
-  using T = typename K::Element;
+NATTEN_DEVICE bool find_rows(const Worker<K, Machine>& w) {
   if (w.thread() == 0) {
     const auto block = static_cast<std::uint32_t>(w.gpu.block());
     const auto per_head = static_cast<std::uint32_t>(w.a.blocks_per_head);
@@ -90,25 +89,72 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   }
   w.gpu.sync();
   const RowTile& rows = w.state.rows;
-  if (rows.valid[0] == 0 || rows.valid[1] == 0 || rows.valid[2] == 0) return false;
+  return rows.valid[0] > 0 && rows.valid[1] > 0 && rows.valid[2] > 0;
+}
+
+/// Finds out what rows see.
+template <class K, class Machine>
+NATTEN_DEVICE void see(const Worker<K, Machine>& w) {
   const Rows kind = K::kRowsAreQueries                  ? Rows::queries
                     : w.a.grid.rows == Rows::additional ? Rows::additional
                                                         : Rows::keys;
-  w.seen_intervals().compute(w.a.grid, kind, rows, w.thread(), K::kThreads,
+  w.seen_intervals().compute(w.a.grid, kind, w.state.rows, w.thread(), K::kThreads,
                              [&](int axis) { return axis_of_block(w, axis); });
-  if (w.thread() < K::kColumns) {
-    std::int64_t offsets[2] = {0, 0};
-    int bias = 0;
-    NATTEN_EACH (i, kMaxRank) {
-      const int offset = w.a.grid.column_tile.offset(w.thread(), i);
-      NATTEN_EACH (which, 2)
-        offsets[which] += w.a.columns[which].tensor.grid[i] * w.a.grid.places[i].dilation * offset;
-      bias += (K::kRowsAreQueries ? 1 : -1) * offset * static_cast<int>(w.a.rpb.grid[i]);
-    }
-    NATTEN_EACH (which, 2)
-      w.relative(which)[w.thread()] = static_cast<int>(offsets[which] / kChunk<T>);
-    w.relative_bias()[w.thread()] = bias;
+}
+
+/// Bounds of that, and the tiles of columns that cover it. One warp does it for the block.
+template <class K, class Machine>
+NATTEN_DEVICE void find_bounds(const Worker<K, Machine>& w) {
+  const RowTile& rows = w.state.rows;
+  NATTEN_EACH (i, kMaxRank) {
+    if (w.lane() % 4 != i) continue;
+    const TileShape& shape = w.a.grid.row_tile;
+    const int of_warp = w.lane() / 4, first = 16 * K::kM * of_warp;
+    if (of_warp < K::kWarps)
+      w.state.bounds[of_warp][i] =
+          bounds_of(w.seen_intervals(), shape, rows, i, first, first + 16 * K::kM - 1);
+    if (of_warp == K::kWarps)
+      w.state.tiles.set_axis(i, bounds_of(w.seen_intervals(), shape, rows, i, 0, K::kRows - 1),
+                             w.a.grid.column_tile);
   }
+  w.gpu.sync_warp();
+}
+
+/// Finds the block's part of these tiles. One warp does it for the block.
+template <class K, class Machine>
+NATTEN_DEVICE void find_columns(const Worker<K, Machine>& w) {
+  find_bounds(w);
+  if (w.lane() == 0) {
+    const std::int64_t count = w.state.tiles.count();
+    w.state.first = static_cast<int>(count * w.state.split / w.a.splits);
+    w.state.count = static_cast<int>(count * (w.state.split + 1) / w.a.splits) - w.state.first;
+  }
+  w.gpu.sync_warp();
+}
+
+/// Fills the tables of columns of a tile, relative to its first. `kOperands`: of columns.
+template <class K, int kOperands, class Machine>
+NATTEN_DEVICE void set_relative(const Worker<K, Machine>& w) {
+  if (w.thread() >= K::kColumns) return;
+  std::int64_t offsets[kOperands] = {};
+  int bias = 0;
+  NATTEN_EACH (i, kMaxRank) {
+    const int offset = w.a.grid.column_tile.offset(w.thread(), i);
+    NATTEN_EACH (which, kOperands)
+      offsets[which] += w.a.columns[which].tensor.grid[i] * w.a.grid.places[i].dilation * offset;
+    bias += (K::kRowsAreQueries ? 1 : -1) * offset * static_cast<int>(w.a.rpb.grid[i]);
+  }
+  NATTEN_EACH (which, kOperands)
+    w.relative(which)[w.thread()] = static_cast<int>(offsets[which] / kChunk<typename K::Element>);
+  w.relative_bias()[w.thread()] = bias;
+}
+
+/// Fills `state` and the tables. Returns false where the block has no rows.
+template <class K, class Machine>
+NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
+  if (!find_rows(w)) return false;
+  see(w);
+  set_relative<K, 2>(w);
   if constexpr (K::kPass == TilePass::forward) {
     for (int row = w.thread(); row < K::kRows; row += K::kThreads) {
       w.references()[row] = kNone;
@@ -124,24 +170,7 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
     }
   }
   if (w.warp() == 0) {
-    NATTEN_EACH (i, kMaxRank) {
-      if (w.lane() % 4 != i) continue;
-      const TileShape& shape = w.a.grid.row_tile;
-      const int of_warp = w.lane() / 4, first = 16 * K::kM * of_warp;
-      if (of_warp < K::kWarps)
-        w.state.bounds[of_warp][i] =
-            bounds_of(w.seen_intervals(), shape, rows, i, first, first + 16 * K::kM - 1);
-      if (of_warp == K::kWarps)
-        w.state.tiles.set_axis(i, bounds_of(w.seen_intervals(), shape, rows, i, 0, K::kRows - 1),
-                               w.a.grid.column_tile);
-    }
-    w.gpu.sync_warp();
-    if (w.lane() == 0) {
-      const std::int64_t count = w.state.tiles.count();
-      w.state.first = static_cast<int>(count * w.state.split / w.a.splits);
-      w.state.count = static_cast<int>(count * (w.state.split + 1) / w.a.splits) - w.state.first;
-    }
-    w.gpu.sync_warp();
+    find_columns(w);
     locate(w, 0);
   }
   w.gpu.sync();

@@ -103,25 +103,34 @@ struct SeenIntervals {
   PlaceInterval* intervals;  ///< at most rows + 2: of axis 0, then axis 1, then axis 2
   const TileShape& tile;
 
-  NATTEN_HOST_DEVICE PlaceInterval& at(int axis, int offset) const {
+  NATTEN_HOST_DEVICE int index(int axis, int offset) const {
     const int before = axis == 0 ? 0 : axis == 1 ? tile.extent(0) : tile.extent(0) + tile.extent(1);
-    return intervals[before + offset];
+    return before + offset;
+  }
+  NATTEN_HOST_DEVICE PlaceInterval& at(int axis, int offset) const {
+    return intervals[index(axis, offset)];
+  }
+  /// Calls `f(index, axis, offset)` for the part of one of `threads` threads.
+  template <class F>
+  NATTEN_HOST_DEVICE void for_each(int thread, int threads, F&& f) const {
+    const int after[] = {tile.extent(0), tile.extent(0) + tile.extent(1)};
+    const int count = after[1] + tile.extent(2);
+    NATTEN_DO_NOT_UNROLL
+    for (int i = thread; i < count; i += threads) {
+      const int a = i < after[0] ? 0 : i < after[1] ? 1 : 2;
+      f(i, a, a == 0 ? i : a == 1 ? i - after[0] : i - after[1]);
+    }
   }
   /// Computes the part of one of `threads` threads, of all axes at once: a window takes divisions.
   /// `axis_at(a)` is axis `a` of the rows' grid.
   template <class AxisAt>
   NATTEN_HOST_DEVICE void compute(const PassGrid& grid, Rows kind, const RowTile& rows, int thread,
                                   int threads, const AxisAt& axis_at) const {
-    const int after[] = {tile.extent(0), tile.extent(0) + tile.extent(1)};
-    const int count = after[1] + tile.extent(2);
-    NATTEN_DO_NOT_UNROLL
-    for (int i = thread; i < count; i += threads) {
-      const int a = i < after[0] ? 0 : i < after[1] ? 1 : 2;
-      const int offset = a == 0 ? i : a == 1 ? i - after[0] : i - after[1];
+    for_each(thread, threads, [&](int i, int a, int offset) {
       intervals[i] = offset < rows.valid[a]
                          ? grid.seen(kind, a, axis_at(a), rows.group[a], rows.origin[a] + offset)
                          : PlaceInterval{0, 0};
-    }
+    });
   }
 };
 

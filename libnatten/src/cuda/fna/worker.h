@@ -42,6 +42,7 @@ struct BlockState {
 template <class T, int kPaddedDims, int kRowBlocks, TilePass kThePass>
 struct TileTraits {
   using Element = T;
+  using Given = Arguments<T>;
   static constexpr int kDims = kPaddedDims;
   static constexpr int kM = kRowBlocks;
   static constexpr TilePass kPass = kThePass;
@@ -129,7 +130,7 @@ template <class K, class Machine>
 struct Worker {
   using Tile = typename K::Tile;
   Machine& gpu;
-  const Arguments<typename K::Element>& a;
+  const typename K::Given& a;
   typename K::State& state;
 
   /// Opaque, for what follows from it is cheaper to compute again than to keep in a register.
@@ -201,14 +202,20 @@ struct Worker {
   NATTEN_DEVICE int column_end(int axis) const {
     return axis == kMaxRank - 1 ? state.column_end : a.grid.places[axis].column_length;
   }
+  /// The place of a column in the first turn of an axis.
+  NATTEN_DEVICE int place_of_column(const ColumnTile& at, int column, int axis) const {
+    const int turn = a.grid.places[axis].turn;
+    int place = at.place[axis] + a.grid.column_tile.offset(column, axis);
+    if (turn > 0)
+      while (place >= turn) place -= turn;
+    return place;
+  }
   NATTEN_DEVICE bool token_of_column(const ColumnTile& at, int column, Coordinate& token) const {
     bool exists = true;
     NATTEN_EACH (i, kMaxRank) {
       const Places& places = a.grid.places[i];
-      int place = at.place[i] + a.grid.column_tile.offset(column, i);
-      if (places.turn > 0)
-        while (place >= places.turn) place -= places.turn;
-      const int number = places.number(state.rows.group[i].first_column, place);
+      const int number =
+          places.number(state.rows.group[i].first_column, place_of_column(at, column, i));
       token[i] = number;
       exists = exists && number < column_end(i);
     }
