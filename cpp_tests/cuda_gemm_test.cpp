@@ -59,7 +59,7 @@ class CudaGemm : public testing::TestWithParam<Precision> {
     Buffers b;
     b.query = problem.input(problem.tokens);
     b.key = problem.input(problem.keys);
-    b.additional_keys = problem.extra_input();
+    b.additional_keys = problem.additional_input();
     b.attn = problem.result(problem.slots);
     if (problem.c.rpb) b.rpb = problem.input(problem.bias);
     const bool zero = problem.flip();
@@ -80,7 +80,7 @@ class CudaGemm : public testing::TestWithParam<Precision> {
     b.attn = problem.input(problem.slots);
     poison_empty_slots(problem, b.attn);
     b.value = problem.input(problem.keys);
-    b.additional_values = problem.extra_input();
+    b.additional_values = problem.additional_input();
     b.output = problem.result(problem.tokens);
     run(problem, Op::av, b, false, seed);
     expect("av", problem, b.output.dense(),
@@ -93,7 +93,7 @@ class CudaGemm : public testing::TestWithParam<Precision> {
     poison_empty_slots(problem, b.attn);
     b.query = problem.input(problem.tokens);
     b.key = problem.result(problem.keys);
-    b.additional_keys = problem.extra_result();
+    b.additional_keys = problem.additional_result();
     run(problem, Op::av_transpose, b, false, seed);
     const oracle::KeySums expected =
         oracle::av_transpose(problem.n, problem.pairs, b.attn.dense(), b.query.dense());
@@ -176,7 +176,7 @@ TEST_P(CudaGemm, ManyQueriesOfAdditionalTokens) {
   b.attn = problem.result(problem.slots);
   b.query = problem.result(problem.tokens);
   b.key = problem.result(problem.keys);
-  b.additional_keys = problem.extra_result();
+  b.additional_keys = problem.additional_result();
   EXPECT_EQ(cuda::additional_splits(natten::describe(problem.call(Op::av_transpose, b))), 2);
   expect_definition(c, 1);
 }

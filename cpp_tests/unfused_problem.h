@@ -22,17 +22,17 @@ class UnfusedProblem {
     tokens = join({{c.batch, c.heads}, lengths, {c.dim}});
     keys = join({{c.batch, c.heads}, key_lengths_of(c), {c.dim}});
     slots = join({{c.batch, c.heads}, lengths, {n.window + n.additional}});
-    extra = {c.batch, c.heads, n.additional, c.dim};
+    additional = {c.batch, c.heads, n.additional, c.dim};
     bias = join({{c.heads}, offsets_of(c)});
   }
 
-  Shape tokens, keys, slots, extra, bias;
+  Shape tokens, keys, slots, additional, bias;
 
   Buffer input(const Shape& shape) { return Buffer(c.dtype, normal(rng_, shape), layout(true)); }
   Buffer result(const Shape& shape) { return Buffer(c.dtype, shape, layout(false)); }
   /// A tensor for the additional tokens, if the case has any.
-  Buffer extra_input() { return c.additional ? input(extra) : Buffer(); }
-  Buffer extra_result() { return c.additional ? result(extra) : Buffer(); }
+  Buffer additional_input() { return c.additional ? input(additional) : Buffer(); }
+  Buffer additional_result() { return c.additional ? result(additional) : Buffer(); }
   bool flip() { return chance(rng_, 0.5); }
 
   /// With the case's mask.

@@ -54,7 +54,7 @@ TEST_P(Unfused, QkForward) {
       [](UnfusedProblem& problem, Buffers& b) {
         b.query = problem.input(problem.tokens);
         b.key = problem.input(problem.keys);
-        b.additional_keys = problem.extra_input();
+        b.additional_keys = problem.additional_input();
         b.attn = problem.result(problem.slots);
         if (problem.c.rpb) b.rpb = problem.input(problem.bias);
         natten::Call call = problem.call(Op::qk, b);
@@ -77,7 +77,7 @@ TEST_P(Unfused, AvForward) {
         b.attn = problem.input(problem.slots);
         poison_empty_slots(problem, b.attn);
         b.value = problem.input(problem.keys);
-        b.additional_values = problem.extra_input();
+        b.additional_values = problem.additional_input();
         b.output = problem.result(problem.tokens);
         return problem.call(Op::av, b);
       },
@@ -96,7 +96,7 @@ TEST_P(Unfused, AvTranspose) {
         poison_empty_slots(problem, b.attn);
         b.query = problem.input(problem.tokens);
         b.key = problem.result(problem.keys);
-        b.additional_keys = problem.extra_result();
+        b.additional_keys = problem.additional_result();
         return problem.call(Op::av_transpose, b);
       },
       [&](UnfusedProblem& problem, Buffers& b, const natten::Call&) {
@@ -194,7 +194,7 @@ TEST_P(UnfusedChain, IsFusedAttention) {
     Buffers qk;
     qk.query = heads_first(f.query, problem.tokens);
     qk.key = heads_first(f.key, problem.keys);
-    qk.additional_keys = heads_first(f.additional_keys, problem.extra);
+    qk.additional_keys = heads_first(f.additional_keys, problem.additional);
     qk.rpb = f.rpb;
     qk.attn = problem.result(problem.slots);
     if (!accepts(problem.call(Op::qk, qk))) return;
@@ -212,7 +212,7 @@ TEST_P(UnfusedChain, IsFusedAttention) {
     Buffers av;
     av.attn = Buffer(c.dtype, weights);
     av.value = heads_first(f.value, problem.keys);
-    av.additional_values = heads_first(f.additional_values, problem.extra);
+    av.additional_values = heads_first(f.additional_values, problem.additional);
     av.output = problem.result(problem.tokens);
     run(Op::av, av, natten::EmptySlots::zero);
     expect_same("output", av.output, f.output);
@@ -221,7 +221,7 @@ TEST_P(UnfusedChain, IsFusedAttention) {
     d_value.attn = av.attn;
     d_value.query = heads_first(f.grad_output, problem.tokens);
     d_value.key = problem.result(problem.keys);
-    d_value.additional_keys = problem.extra_result();
+    d_value.additional_keys = problem.additional_result();
     run(Op::av_transpose, d_value, natten::EmptySlots::zero);
     expect_same("grad_value", d_value.key, f.grad_value);
     expect_same("grad_additional_values", d_value.additional_keys, f.grad_additional_values);
@@ -251,7 +251,7 @@ TEST_P(UnfusedChain, IsFusedAttention) {
     d_key.attn = d_query.attn;
     d_key.query = qk.query;
     d_key.key = problem.result(problem.keys);
-    d_key.additional_keys = problem.extra_result();
+    d_key.additional_keys = problem.additional_result();
     run(Op::av_transpose, d_key, natten::EmptySlots::zero);
     expect_same("grad_key", d_key.key, f.grad_key);
     expect_same("grad_additional_keys", d_key.additional_keys, f.grad_additional_keys);
@@ -283,7 +283,7 @@ TEST(ManyAdditionalTokens, OfTheUnfusedOperations) {
     UnfusedProblem problem(c);
     Buffers b;
     b.query = b.key = b.value = problem.input(problem.tokens);
-    b.additional_keys = b.additional_values = problem.input(problem.extra);
+    b.additional_keys = b.additional_values = problem.input(problem.additional);
     b.attn = problem.result(problem.slots);
     b.output = problem.result(problem.tokens);
     natten::Call call = problem.call(Op::qk, b);
@@ -301,7 +301,7 @@ TEST(ManyAdditionalTokens, OfTheUnfusedOperations) {
     sums.attn = b.attn;
     sums.query = b.query;
     sums.key = problem.result(problem.tokens);
-    sums.additional_keys = problem.result(problem.extra);
+    sums.additional_keys = problem.result(problem.additional);
     natten::run(problem.call(Op::av_transpose, sums), context);
     const oracle::KeySums expected =
         oracle::av_transpose(problem.n, problem.pairs, b.attn.dense(), b.query.dense());
