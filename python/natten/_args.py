@@ -183,10 +183,11 @@ _NONE_GIVEN = (0,) * len(OPTIONAL)
 _DEFAULTS = tuple(option.default for option in WINDOW_OPTIONS[1:])
 
 
-@functools.lru_cache
-def _default_config(rank: int) -> tuple[int, ...]:
-    """What a config says of `_DEFAULTS`."""
-    return tuple([n for o in WINDOW_OPTIONS[1:] for n in (rank, *o.encoded(None, rank))])
+# What a config says of `_DEFAULTS`, by rank. A table, as Dynamo warns of functions with a cache.
+_DEFAULT_CONFIGS = {
+    rank: [n for o in WINDOW_OPTIONS[1:] for n in (rank, *o.encoded(None, rank))]
+    for rank in (1, 2, 3)
+}
 
 
 def window_options(rank: int, **given: Any) -> dict[str, Any]:
@@ -224,7 +225,7 @@ def make_config(
                 config += (rank, *option.encoded(given, rank))
             break
     else:  # by far the most frequent
-        config += _default_config(rank)
+        config += _DEFAULT_CONFIGS[rank]
     for value in optional.values():
         if value is not None:
             for option in OPTIONAL:
