@@ -72,8 +72,8 @@ NATTEN_EXPORT std::vector<Call> examples_of(const Call& packed, const Packing& p
 
 /// Runs these calls: on the CPU in one parallel region; on CUDA each pass is one launch for all
 /// examples, but where their grids are circular. Its `Context::workspace` depends on the
-/// number of examples and on the sums of their lengths only, unless they are circular. `context` has
-/// no default, with which `run(call, {})` would have two meanings.
+/// number of examples and on the sums of their lengths only, unless they are circular. `context`
+/// has no default, with which `run(call, {})` would have two meanings.
 NATTEN_EXPORT void run(const Call& packed, const Packing& packing, const Context& context);
 NATTEN_EXPORT std::size_t workspace_bytes(const Call& packed, const Packing& packing,
                                           const Context& context);
