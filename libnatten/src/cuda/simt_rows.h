@@ -126,15 +126,15 @@ struct FillSights {
         const Places& along = places[side][i];
         if (number < along.row_length) {
           int row = static_cast<int>(number);
+          const Rows rows = side == 0 ? Rows::queries : Rows::keys;  // device code has no kSides
           Axis axis = axes[i];
           if (examples && i == kMaxRank - 1) {
-            const Example e = example_of(kSides[side], row);
+            const Example e = example_of(rows, row);
             axis = axis_of_example(axis, e.queries, e.keys);
             row -= side == 0 ? e.first_query : e.first_key;
           }
           const Group group = along.group(row % along.dilation);
-          data[item] =
-              sight_of(axis, side == 0 ? Rows::queries : Rows::keys, group, row / along.dilation);
+          data[item] = sight_of(axis, rows, group, row / along.dilation);
           return;
         }
         number -= along.row_length;
