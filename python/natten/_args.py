@@ -183,11 +183,13 @@ _NONE_GIVEN = (0,) * len(OPTIONAL)
 _DEFAULTS = tuple(option.default for option in WINDOW_OPTIONS[1:])
 
 
-# What a config says of `_DEFAULTS`, by rank. A table, as Dynamo warns of functions with a cache.
-_DEFAULT_CONFIGS = {
-    rank: [n for o in WINDOW_OPTIONS[1:] for n in (rank, *o.encoded(None, rank))]
-    for rank in (1, 2, 3)
-}
+def _default_config(rank: int) -> list[int]:
+    """What a config says of `_DEFAULTS`."""
+    return [n for o in WINDOW_OPTIONS[1:] for n in (rank, *o.encoded(None, rank))]
+
+
+# A table, as Dynamo warns of functions with a cache. Other ranks are for libnatten to refuse.
+_DEFAULT_CONFIGS = {rank: _default_config(rank) for rank in (1, 2, 3)}
 
 
 def window_options(rank: int, **given: Any) -> dict[str, Any]:
@@ -225,7 +227,7 @@ def make_config(
                 config += (rank, *option.encoded(given, rank))
             break
     else:  # by far the most frequent
-        config += _DEFAULT_CONFIGS[rank]
+        config += _DEFAULT_CONFIGS.get(rank) or _default_config(rank)
     for value in optional.values():
         if value is not None:
             for option in OPTIONAL:
