@@ -17,7 +17,7 @@ inline std::string fna_refuse_reason(const Problem& problem) {
   const Problem p = simplified(problem);
   if (p.op != Op::attention_forward && p.op != Op::attention_backward)
     return "computes fused attention only";
-  const std::string refusal = dtype_refusal(p);
+  std::string refusal = dtype_refusal(p);
   if (!refusal.empty()) return refusal;
   const int most = most_dims(size_of(p.dtype));
   if (p.head_dim > most || p.value_dim > most)

@@ -19,7 +19,7 @@ inline std::string gemm_refuse_reason(const Problem& problem) {
   if (p.op != Op::qk && p.op != Op::av && p.op != Op::av_transpose)
     return "computes qk, av and av_transpose only";
   if (!p.allow_gemm) return "the call does not allow it";
-  const std::string refusal = dtype_refusal(p);
+  std::string refusal = dtype_refusal(p);
   if (!refusal.empty()) return refusal;
   if (p.head_dim > kMostGemmDims)
     return "head dim " + std::to_string(p.head_dim) + "; the most is " +
