@@ -88,18 +88,22 @@ void pack_rows(Loader<T>& loader, const Plan& plan, const Work& work, const Sour
   for (std::int64_t line = 0; line < work.line_count; ++line) {
     const Coordinate first =
         work.row_at(plan, {work.first[0], work.first[1] + line, work.first[2]});
-    simd::Packing<T> packing =
-        packing_of<T>(source, plan, work, work.first_head, work.head_count, &first, work.row_count);
-    if (transposed) {
-      packing.transposed = transposed.at(line * plan.line_rows);
-      packing.transposed_stride = plan.head_rows * transposed.dim;
+    for (std::int64_t head = 0; head < work.head_count; head += simd::kMostHeads) {
+      const std::int64_t heads = std::min<std::int64_t>(simd::kMostHeads, work.head_count - head);
+      simd::Packing<T> packing =
+          packing_of<T>(source, plan, work, work.first_head + head, heads, &first, work.row_count);
+      if (transposed) {
+        packing.transposed_stride = plan.head_rows * transposed.dim;
+        packing.transposed =
+            transposed.at(line * plan.line_rows) + head * packing.transposed_stride;
+      }
+      if (plain) {
+        packing.padded = plain.dim;
+        packing.plain_stride = plan.head_rows * plain.dim;
+        packing.plain = plain.at(line * plan.line_rows) + head * packing.plain_stride;
+      }
+      loader.add(packing);
     }
-    if (plain) {
-      packing.plain = plain.at(line * plan.line_rows);
-      packing.padded = plain.dim;
-      packing.plain_stride = plan.head_rows * plain.dim;
-    }
-    loader.add(packing);
   }
 }
 
