@@ -200,7 +200,7 @@ TEST_P(MutatedKernels, OfUnfusedOperationsAreNoticed) {
         [&](Buffers& b) {
           b.query = problem.input(problem.tokens);
           b.key = problem.input(problem.keys);
-          b.additional_keys = problem.extra_input();
+          b.additional_keys = problem.additional_input();
           b.attn = problem.result(problem.slots);
         },
         [&](Buffers& b) {
@@ -213,7 +213,7 @@ TEST_P(MutatedKernels, OfUnfusedOperationsAreNoticed) {
           b.attn = problem.input(problem.slots);
           poison_empty_slots(problem, b.attn);
           b.value = problem.input(problem.keys);
-          b.additional_values = problem.extra_input();
+          b.additional_values = problem.additional_input();
           b.output = problem.result(problem.tokens);
         },
         [&](Buffers& b) {
@@ -227,7 +227,7 @@ TEST_P(MutatedKernels, OfUnfusedOperationsAreNoticed) {
           poison_empty_slots(problem, b.attn);
           b.query = problem.input(problem.tokens);
           b.key = problem.result(problem.keys);
-          b.additional_keys = problem.extra_result();
+          b.additional_keys = problem.additional_result();
         },
         [&](Buffers& b) {
           return oracle::av_transpose(problem.n, problem.pairs, b.attn.dense(), b.query.dense())
