@@ -10,18 +10,10 @@
 namespace natten_tests {
 namespace {
 
-using natten::detail::Job;
 namespace cuda = natten::detail::cuda;
 
 void run_emulated(const natten::Call& call, std::uint64_t seed) {
-  const natten::Problem problem = natten::describe(call);
-  DeviceMemory memory;
-  const natten::Tensors tensors = memory.tensors(call.op, call.tensors);
-  static std::map<std::uint64_t, TileLauncher> launchers;  // they keep their threads
-  TileLauncher& launch = launchers.try_emplace(seed, seed).first->second;
-  cuda::run_fna(Job{problem, tensors, memory.workspace(cuda::fna_workspace_bytes(problem))},
-                launch);
-  memory.expect_guard_intact();
+  run_on_tiles(call, seed, cuda::fna_workspace_bytes, cuda::run_fna<TileLauncher>);
 }
 
 void run_packed(const natten::Call& call, const natten::Packing& packing) {

@@ -7,6 +7,7 @@
 #include <natten/roles.h>
 
 #include <cstdint>
+#include <map>
 #include <vector>
 
 #include "../libnatten/src/backend.h"
@@ -104,6 +105,19 @@ class DeviceMemory {
   std::vector<std::uint64_t> addresses_;
 #endif
 };
+
+/// Runs the kernels of a call by `run(job, launcher)`, in an order of threads that `seed` says.
+template <class Run>
+void run_on_tiles(const natten::Call& call, std::uint64_t seed,
+                  std::size_t (*workspace_bytes)(const natten::Problem&), Run&& run) {
+  const natten::Problem problem = natten::describe(call);
+  DeviceMemory memory;
+  const natten::Tensors tensors = memory.tensors(call.op, call.tensors);
+  static std::map<std::uint64_t, TileLauncher> launchers;  // they keep their threads
+  TileLauncher& launch = launchers.try_emplace(seed, seed).first->second;
+  run(natten::detail::Job{problem, tensors, memory.workspace(workspace_bytes(problem))}, launch);
+  memory.expect_guard_intact();
+}
 
 /// A job of examples that lie one after another, and the memory that it works on.
 struct PackedJob {
