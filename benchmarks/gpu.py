@@ -3,6 +3,7 @@
     python benchmarks/gpu.py --json benchmarks/results/gpu.json --markdown gpu.md
     python benchmarks/gpu.py --quick                            # three cases, ours and flex
     python benchmarks/gpu.py --cases flux_na80 --ways ours flex --rounds 31
+    python benchmarks/gpu.py --cases flux_na80 --ways ours ours_64_rows ours_keys
     python benchmarks/gpu.py --device cpu --tiny                # to try it; times mean nothing
 
 Prints milliseconds, useful TFLOP/s (4 * batch * heads * tokens * window * head_dim for the forward
@@ -14,6 +15,8 @@ rounds in which all ways take turns; before each call 2 GB are written, which em
 gives Python time to enqueue the call.
 
     ours          natten, by the backend that the case names: fna or simt
+    ours_64_rows  the same with blocks of 64 queries where it takes 128; forward only
+    ours_keys     the same with `use_kv_parallelism_in_fused_na`, not deterministic; backward only
     flex          FlexAttention, compiled, tokens in row-major order
     sdpa_cudnn    scaled_dot_product_attention over all tokens, counted by the window; forward only
     sdpa_flash    the same by the other kernels
@@ -59,13 +62,24 @@ class Timed:
     milliseconds: float | None = None  # targets of ours, forward
     times_flex: float | None = None
     tflops: float | None = None
+    narrow: tuple[int, ...] | None = None  # 64 queries, half of what ours takes
 
 
 FLUX, HUNYUAN = (256, 256), (30, 48, 80)
 ALL = [  # those with targets first, in case time runs out
-    Timed(Case("1d_32k_w2048", 1, 1, (32768,), 128, (2048,)), milliseconds=0.12),
-    Timed(Case("flux_na80", 1, 24, FLUX, 128, (80, 80)), milliseconds=22, times_flex=1.4),
-    Timed(Case("hunyuan_na", 1, 24, HUNYUAN, 128, (18, 24, 24)), milliseconds=80, times_flex=1.4),
+    Timed(Case("1d_32k_w2048", 1, 1, (32768,), 128, (2048,)), milliseconds=0.12, narrow=(64,)),
+    Timed(
+        Case("flux_na80", 1, 24, FLUX, 128, (80, 80)),
+        milliseconds=22,
+        times_flex=1.4,
+        narrow=(8, 8),
+    ),
+    Timed(
+        Case("hunyuan_na", 1, 24, HUNYUAN, 128, (18, 24, 24)),
+        milliseconds=80,
+        times_flex=1.4,
+        narrow=(4, 4, 4),
+    ),
     Timed(Case("flux_na80s16", 1, 24, FLUX, 128, (80, 80), stride=16), milliseconds=17),
     Timed(case_named("2d_128_k13"), "float32", "simt", tflops=3),
     Timed(replace(case_named("2d_128_k13"), name="2d_128_k13_tf32"), "tf32"),
@@ -75,7 +89,7 @@ ALL = [  # those with targets first, in case time runs out
 ]
 QUICK = ("1d_32k_w2048", "flux_na80", "2d_128_k13")
 TINY = [
-    Timed(Case("1d_tiny", 1, 2, (64,), 16, (16,), stride=4), "float32", None, milliseconds=1e9),
+    Timed(Case("1d_tiny", 1, 2, (64,), 16, (16,), stride=4), "float32", None, milliseconds=1e9, narrow=(64,)),
     Timed(Case("3d_tiny", 1, 1, (4, 6, 5), 16, (3, 4, 4), stride=(2, 2, 1)), "tf32", None),
 ]
 
@@ -128,6 +142,27 @@ def sdpa(backend: SDPBackend) -> Callable[[Case, Inputs], Attention]:
     return build
 
 
+def key_parallel(attend: Attention) -> Attention:
+    def run(*qkv: Tensor) -> Tensor:
+        natten.use_kv_parallelism_in_fused_na(True)
+        try:
+            return attend(*qkv)
+        finally:
+            natten.use_kv_parallelism_in_fused_na(False)
+
+    return run
+
+
+def variant(way: str, timed: Timed, pass_name: str) -> Attention | None:
+    """Ours in another way, for the cases and passes that have it."""
+    if way == "ours_64_rows" and timed.narrow and pass_name == "forward":
+        return ours(timed.case, timed.backend, q_tile_shape=timed.narrow)
+    if way == "ours_keys" and timed.backend != "simt" and pass_name != "forward":
+        return key_parallel(ours(timed.case, timed.backend))
+    return None
+
+
+VARIANTS = ("ours_64_rows", "ours_keys")
 # Each with its passes. What sdpa computes is checked by `full`.
 OTHERS = {
     "flex": (flex, tuple(PASSES)),
@@ -176,6 +211,16 @@ def time_pass(
     except Exception as error:
         yield {**skipped({**head, "way": "ours"}, error), "wrong": True}
         return
+    for way in [name for name in VARIANTS if name in ways]:
+        attend = variant(way, timed, pass_name)
+        if attend is None:
+            continue
+        try:
+            call = call_of(attend, inputs, gradient, pass_name)
+            check(call(), references, precision)
+            calls[way] = call
+        except Exception as error:
+            yield {**skipped({**head, "way": way}, error), "wrong": True}
     for way in [name for name in OTHERS if name in ways]:
         build, passes = OTHERS[way]
         if pass_name not in passes:
@@ -308,7 +353,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", nargs="+", choices=[t.case.name for t in ALL], metavar="CASE")
-    parser.add_argument("--ways", nargs="+", choices=["ours", *OTHERS], default=["ours", *OTHERS])
+    parser.add_argument(
+        "--ways", nargs="+", choices=["ours", *VARIANTS, *OTHERS], default=["ours", *OTHERS]
+    )
     parser.add_argument("--passes", nargs="+", choices=list(PASSES), default=list(PASSES))
     parser.add_argument("--rounds", type=int, default=15, help="the median is reported")
     parser.add_argument(

@@ -3,7 +3,7 @@
 #
 #   tests/gpu/run.sh [REPORT [WHEELS]]
 #
-# REPORT (default: gpu_report) is a folder for at most eight files, report.md the first to
+# REPORT (default: gpu_report) is a folder for at most a dozen files, report.md the first to
 # read. It is written as stages end, so that what a stopped run has found is there. A stage that
 # fails does not keep the others from running; it makes the exit status 1.
 #
@@ -20,6 +20,7 @@ PYTHON=${PYTHON:-python3}
 BUDGET=${BUDGET:-570}
 mkdir -p "$report"
 work=build/gpu
+rm -f "$work"/*.md # of a run before
 site=$PWD/$work/site
 mkdir -p "$site"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
@@ -126,14 +127,61 @@ for variant in "$xla ON" "$xla OFF" "OFF ON"; do
   cpp_built=OFF
 done
 
-# ---- correctness ----
+# In the order of what half an hour on a GPU is for: first what says whether kernels are right, then
+# what says how fast they are and why, then the rest.
+
+# ---- C++ tests, and a few of them under sanitizers, which are slow ----
 
 gtest=$package/cpp_tests/natten_tests
 # Tests of the backends for CPUs run elsewhere.
 filter='*on_gpu*:OnGpu*'
+few='*ForwardIsTheDefinition/*on_gpu_bfloat16_rank2:*BackwardIsTheDerivative/*on_gpu_bfloat16_rank2'
 if [ "$cpp_built" = ON ]; then
   stage cpp_tests.log 120 "C++ tests" "$gtest" --gtest_brief=1 "--gtest_filter=$filter" || true
 fi
+if [ "$cpp_built" = OFF ]; then
+  skip "compute-sanitizer" "the C++ tests are not built"
+elif ! has compute-sanitizer; then
+  skip "compute-sanitizer" "not installed"
+else
+  for tool in memcheck racecheck; do
+    stage sanitizer.log "${SANITIZER_SECONDS:-60}" "compute-sanitizer $tool" compute-sanitizer \
+      --tool "$tool" --print-limit 20 --error-exitcode 1 "$gtest" --gtest_brief=1 "--gtest_filter=$few" || true
+  done
+fi
+
+# ---- times ----
+
+# benchmarks NAME SECONDS TITLE OPTION...: benchmarks/gpu.py with its figures in NAME.json
+benchmarks() {
+  local name=$1 limit=$2 title=$3
+  shift 3
+  stage benchmarks.log "$limit" "$title" "$PYTHON" benchmarks/gpu.py --limit 30 \
+    --json "$report/$name.json" --markdown "$work/$name.md" "$@" || true
+}
+large=(1d_32k_w2048 flux_na80 hunyuan_na)
+if [ "$package_built" = 1 ]; then
+  benchmarks gpu 150 "three cases beside SDPA and FlexAttention" --cases "${large[@]}" --budget 120
+  counters=gpu__time_duration.sum,sm__throughput.avg.pct_of_peak_sustained_elapsed
+  counters+=,sm__inst_executed_pipe_tensor.sum,smsp__inst_executed.sum,sm__warps_active.avg.pct_of_peak_sustained_active
+  counters+=,smsp__issue_active.avg.pct_of_peak_sustained_active,lts__throughput.avg.pct_of_peak_sustained_elapsed
+  counters+=,l1tex__data_bank_conflicts_pipe_lsu.sum
+  if ! has ncu; then
+    skip "profiler counters" "ncu is not installed"
+  elif ! ncu --launch-count 1 "$PYTHON" -c 'import torch; torch.ones(1, device="cuda")' \
+    >"$report/counters.log" 2>&1 || grep -q ERR_NVGPUCTRPERM "$report/counters.log"; then
+    skip "profiler counters" "ncu may not read them, see counters.log"
+  else
+    stage counters.log 60 "profiler counters" ncu --kernel-name-base demangled \
+      --kernel-name regex:TileKernel --launch-count 12 --metrics "$counters" "$PYTHON" \
+      benchmarks/gpu.py --cases "${large[@]}" 2d_128_k13_tf32 --ways ours --passes forward --rounds 1 || true
+  fi
+  benchmarks variants 90 "64 rows against 128, key-parallel against deterministic" \
+    --cases "${large[@]}" --ways ours ours_64_rows ours_keys --rounds 7 --budget 60
+fi
+
+# ---- the rest ----
+
 if [ "$package_built" = 1 ]; then
   stage pytest.log 120 "PyTorch tests" "$PYTHON" -m pytest -q -p no:cacheprovider \
     tests/test_cuda.py || true
@@ -143,35 +191,17 @@ if [ "$package_built" = 1 ]; then
   else
     skip "JAX tests" "built without XLA"
   fi
+  benchmarks gpu_rest "${BENCHMARK_SECONDS:-240}" "the other cases" --cases flux_na80s16 2d_128_k13 \
+    2d_128_k13_tf32 1d_32k_w2048s256 1d_32k_w2048s2048 hunyuan_na_s16_8_8 --budget 180
 fi
 
-# ---- benchmarks ----
-
-if [ "$package_built" = 1 ]; then
-  stage benchmarks.log "${BENCHMARK_SECONDS:-240}" "benchmarks" "$PYTHON" benchmarks/gpu.py \
-    ${BENCHMARK_OPTIONS:---limit 30 --budget 180} --json "$report/gpu.json" --markdown "$work/gpu.md" || true
-fi
-
-# ---- sanitizers: slow, so on few cases, and last ----
-
-few='*ForwardIsTheDefinition/*on_gpu_bfloat16_rank2:*BackwardIsTheDerivative/*on_gpu_bfloat16_rank2'
-if [ "$cpp_built" = OFF ]; then
-  skip "compute-sanitizer" "the C++ tests are not built"
-elif ! has compute-sanitizer; then
-  skip "compute-sanitizer" "not installed"
-else
-  for tool in memcheck racecheck; do
-    stage sanitizer.log "${SANITIZER_SECONDS:-90}" "compute-sanitizer $tool" compute-sanitizer \
-      --tool "$tool" --print-limit 20 --error-exitcode 1 "$gtest" --gtest_brief=1 "--gtest_filter=$few" || true
-  done
-fi
-
-if [ -e "$work/gpu.md" ]; then
+for name in gpu variants gpu_rest; do
+  [ -e "$work/$name.md" ] || continue
   note ""
-  note "## Benchmarks"
+  note "## Benchmarks: $name"
   note ""
-  cat "$work/gpu.md" >>"$report/report.md"
-fi
+  cat "$work/$name.md" >>"$report/report.md"
+done
 note ""
 note "$([ "$failed" = 0 ] && echo "All stages passed" || echo "**Some stages failed**") in $SECONDS s."
 exit "$failed"
