@@ -241,7 +241,7 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
     call.neighborhood.stride = natten::Tuple(e.stride.begin(), rank);
     const natten::Problem p = natten::describe(call);
     cuda::PassGrid grid = cuda::grid_of(p, cuda::Rows::queries);
-    cuda::choose_tiles(grid, rank, 7, 6);
+    cuda::choose_tiles(grid, rank, 7, 6, cuda::TileCost(2, 128));
 
     constexpr int kRows = 128, kWarps = 4, kWarpRows = kRows / kWarps;
     double executed = 0;
@@ -286,6 +286,34 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
     EXPECT_EQ(work.weights, executed * static_cast<double>(p.heads));
   }
 }
+
+#ifdef NATTEN_PTX_FILES
+/// Windows of published models are small, and what surrounds the products decides. No more
+/// instructions than there were, with a tenth to spare (docs/performance.md).
+TEST(CudaFnaCounts, OfSmallWindows) {
+  struct Example {
+    std::int64_t length, window, dim;
+    double thousands;
+  };
+  for (const Example& e : std::vector<Example>{{128, 13, 64, 4781}, {56, 7, 32, 515}}) {
+    Case c;
+    c.dtype = natten::DType::bfloat16;
+    c.axes = {{e.length, e.window, 1, 1, false}, {e.length, e.window, 1, 1, false}};
+    c.dim = c.value_dim = e.dim;
+    c.seed = base_seed();
+    FusedProblem problem(c);
+    const ptx::WarpCounts before = ptx::warp_counts();
+    ASSERT_NO_THROW(run_emulated(problem.forward(), 0));
+    const ptx::WarpCounts after = ptx::warp_counts();
+    const auto count = static_cast<double>(after.instructions - before.instructions);
+    const auto products = static_cast<double>(after.products - before.products);
+    std::cout << e.length << "^2, window " << e.window << "^2, head dim " << e.dim << ": "
+              << count / 1e3 << " thousand instructions, " << count / products
+              << " per product of matrices\n";
+    EXPECT_LE(count, 1.1 * 1e3 * e.thousands);
+  }
+}
+#endif
 
 /// What natten::work_of counts is what the kernels multiply.
 TEST_P(CudaFna, WorkIsCounted) {

@@ -75,6 +75,11 @@ class EmulatedThread {
   template <class T>
   void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
   template <class T>
+  void multiply(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    for (float& x : c) x = 0;
+    multiply_add<T>(c, a, b);
+  }
+  template <class T>
   std::uint32_t pack(float first, float second) {
     return static_cast<std::uint32_t>(T(first).bits) | static_cast<std::uint32_t>(T(second).bits)
                                                            << 16;

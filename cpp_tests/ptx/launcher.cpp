@@ -56,6 +56,16 @@ void print_counts(std::ostream& out) {
   }
 }
 
+WarpCounts warp_counts() {
+  WarpCounts sum;
+  for (const auto& entry : kernels().parsed())
+    for (std::size_t i = 0; i < entry->code.size(); ++i) {
+      sum.instructions += entry->counts[i];
+      if (entry->code[i].opcode == Opcode::multiply_matrices) sum.products += entry->counts[i];
+    }
+  return sum;
+}
+
 std::int64_t multiply_adds() {
   std::uint64_t sum = 0;
   for (const auto& entry : kernels().parsed())

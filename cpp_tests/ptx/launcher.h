@@ -20,6 +20,13 @@ GlobalMemory& device_memory();
 /// product of matrices.
 void print_counts(std::ostream& out);
 
+/// Of all warps, since the program began.
+struct WarpCounts {
+  std::uint64_t instructions = 0;
+  std::uint64_t products = 0;  ///< of matrices; they are instructions too
+};
+WarpCounts warp_counts();
+
 /// Of all products of matrices, since the program began.
 std::int64_t multiply_adds();
 

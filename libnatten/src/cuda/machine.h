@@ -137,6 +137,9 @@ class Gpu {
   /// have been rounded.
   template <class T>
   __device__ void multiply_add(FragmentC& c, const FragmentA& a, const FragmentB& b) const;
+  /// c = a b.
+  template <class T>
+  __device__ void multiply(FragmentC& c, const FragmentA& a, const FragmentB& b) const;
 
   /// Two elements in one register, the first in the lower half.
   template <class T>
@@ -164,14 +167,22 @@ class Gpu {
   }
 };
 
-#define NATTEN_MULTIPLY_ADD(T, variant)                                          \
-  template <>                                                                    \
-  __device__ inline void Gpu::multiply_add<T>(FragmentC & c, const FragmentA& a, \
-                                              const FragmentB& b) const {        \
-    asm("mma.sync.aligned." variant                                              \
-        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"       \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                         \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));     \
+#define NATTEN_MULTIPLY_ADD(T, variant)                                                          \
+  template <>                                                                                    \
+  __device__ inline void Gpu::multiply_add<T>(FragmentC & c, const FragmentA& a,                 \
+                                              const FragmentB& b) const {                        \
+    asm("mma.sync.aligned." variant                                                              \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                       \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                     \
+  }                                                                                              \
+  template <>                                                                                    \
+  __device__ inline void Gpu::multiply<T>(FragmentC & c, const FragmentA& a, const FragmentB& b) \
+      const {                                                                                    \
+    asm("mma.sync.aligned." variant                                                              \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, %10, %10};"                   \
+        : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(0.0f));          \
   }
 NATTEN_MULTIPLY_ADD(float16, "m16n8k16.row.col.f32.f16.f16.f32")
 NATTEN_MULTIPLY_ADD(bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")

@@ -2,19 +2,21 @@
 
 // What a block writes once it has seen all of its columns.
 
+#include "masks.h"
 #include "softmax.h"
 #include "worker.h"
 
 namespace natten::detail::cuda {
 
-/// Divides by a sum of weights. All are 0 where all scores are -inf, and so is what they weigh.
-NATTEN_DEVICE void divide(float& x, float total) { x /= total == 0 ? 1.0f : total; }
+/// What a sum of weights divides by. All are 0 where all scores are -inf, and so is what they
+/// weigh.
+NATTEN_DEVICE float divisor(float total) { return total == 0 ? 1.0f : total; }
 
 /// Writes a row's logsumexp or, less the gradient of logsumexp, its row term.
 template <class K, class Machine>
 NATTEN_DEVICE void write_statistic(const Worker<K, Machine>& w, int row, float x) {
   Coordinate token;
-  if (!w.a.statistic || w.lane() % 4 != 0 || !w.token_of_row(row, token)) return;
+  if (!w.token_of_row(row, token)) return;
   if (K::kPass != TilePass::forward && w.a.grad_logsumexp)
     x -= *w.a.grad_logsumexp.at(w.state.batch, w.state.head, token);
   *w.a.statistic.at(w.state.batch, w.state.head, token) = x;
@@ -23,7 +25,8 @@ NATTEN_DEVICE void write_statistic(const Worker<K, Machine>& w, int row, float x
 /// Writes the sums of this thread's rows over a part of the columns.
 template <class K, class Machine>
 NATTEN_DEVICE void write_partial(const Worker<K, Machine>& w, int which,
-                                 const typename K::RowSums& sums, float factor) {
+                                 const typename K::RowSums& sums,
+                                 const typename K::PerRow& factors) {
   using T = typename K::Element;
   const int dims = w.a.dims[which];
   const Coordinate lengths = w.a.row_lengths();
@@ -37,32 +40,35 @@ NATTEN_DEVICE void write_partial(const Worker<K, Machine>& w, int which,
       NATTEN_EACH (n, K::kDims / 8)
         NATTEN_EACH (j, 2) {
           const int d = dim_of<T>(w.lane(), n, j);
-          if (d < dims) to[d] = sums[m][n][2 * half + j] * factor;
+          if (d < dims) to[d] = sums[m][n][2 * half + j] * factors[m][half];
         }
     }
 }
 
-/// Writes the sums of the warp's rows, in whole rows by way of the memory that A1 had.
+/// Writes the sums of the warp's rows, times a factor of each, in whole rows by way of the memory
+/// that A1 had.
 template <class K, class Machine>
 NATTEN_DEVICE void write(const Worker<K, Machine>& w, int which, const typename K::RowSums& sums,
-                         float factor) {
+                         const typename K::PerRow& factors) {
   using T = typename K::Element;
   using Tile = typename K::Tile;
   const Tokens<T>& to = w.a.sums[which];
   if (!to.tensor) return;
-  if (!K::kRowsAreQueries && w.a.splits > 1) return write_partial(w, which, sums, factor);
+  if (!K::kRowsAreQueries && w.a.splits > 1) return write_partial(w, which, sums, factors);
   const int dims = w.a.dims[which];
   constexpr Tile staging{K::Layout::kRows1};
   w.gpu.sync_warp();
   NATTEN_EACH (m, K::kM)
-    NATTEN_EACH (half, 2) store_sums(w.gpu, sums[m], half, factor, staging, w.row_of(m, half));
+    NATTEN_EACH (half, 2)
+      store_sums(w.gpu, w.lane(), sums[m], half, factors[m][half], staging, w.row_of(m, half));
   w.gpu.sync_warp();
+  const RowPointers<T> pointers = w.pointers_of_rows(to.tensor);
   NATTEN_DO_NOT_UNROLL
-  for (int item = w.lane(); item < 16 * K::kM * Tile::kChunks; item += kLanes) {
-    const int row = 16 * K::kM * w.warp() + item / Tile::kChunks, chunk = item % Tile::kChunks;
-    Coordinate token;
-    if (chunk * kChunk<T> >= dims || !w.token_of_row(row, token)) continue;
-    T* slot = to.tensor.at(w.state.batch, w.state.head, token) + chunk * kChunk<T>;
+  for (unsigned item = w.lane(); item < 16 * K::kM * Tile::kChunks; item += kLanes) {
+    const int in_warp = item / Tile::kChunks, chunk = item % Tile::kChunks;
+    const int row = 16 * K::kM * w.warp() + in_warp;
+    if (chunk * kChunk<T> >= dims || !w.state.rows.holds(w.a.grid.row_tile, row)) continue;
+    T* slot = pointers.at(w.a.grid.row_tile, row) + chunk * kChunk<T>;
     const T* from = w.gpu.template shared<T>(staging.at(row, chunk));
     if (to.is_aligned && (chunk + 1) * kChunk<T> <= dims) {
       w.gpu.copy_chunk(slot, from);
@@ -91,26 +97,38 @@ NATTEN_DEVICE void clear_hidden_rows(const Worker<K, Machine>& w, Accumulators<K
 /// Writes what the pass computes.
 template <class K, class Machine>
 NATTEN_DEVICE void write_results(const Worker<K, Machine>& w, Accumulators<K>& sums) {
+  typename K::PerRow first_factors, second_factors;
+  NATTEN_EACH (m, K::kM)
+    NATTEN_EACH (half, 2) {
+      first_factors[m][half] = w.a.scale;
+      second_factors[m][half] = 1;
+    }
   if constexpr (K::kPass == TilePass::forward || K::kPass == TilePass::row_term) {
+    // Four threads have a row's totals, and each writes the statistic of another of their rows.
+    float own_total = 0, own_product = 0;
+    const int own = w.lane() % 4;
     NATTEN_EACH (m, K::kM)
       NATTEN_EACH (half, 2) {
-        const int row = w.row_of(m, half);
         const float total = row_sum(w, sums.totals[m][half]);
-        if constexpr (K::kPass == TilePass::forward) {
-          write_statistic(w, row, w.references()[row] * kLn2 + w.gpu.log(total));
-          NATTEN_EACH (n, K::kDims / 8)
-            NATTEN_EACH (j, 2) divide(sums.second[m][n][2 * half + j], total);
-        } else {
-          float term = row_sum(w, sums.products[m][half]);
-          divide(term, total);
-          write_statistic(w, row, term);
+        second_factors[m][half] = 1 / divisor(total);
+        if (own == 2 * m + half) own_total = total;
+        if constexpr (K::kPass == TilePass::row_term) {
+          const float product = row_sum(w, sums.products[m][half]);
+          if (own == 2 * m + half) own_product = product;
         }
       }
+    if (w.a.statistic && own < 2 * K::kM) {
+      const int row = own_row(w);
+      if constexpr (K::kPass == TilePass::forward)
+        write_statistic(w, row, w.references()[row] * kLn2 + w.gpu.log(own_total));
+      else
+        write_statistic(w, row, own_product / divisor(own_total));
+    }
   }
   if constexpr (!K::kRowsAreQueries)
     if (w.a.hides_rows) clear_hidden_rows(w, sums);
-  if constexpr (K::kSumsFirst) write(w, 0, sums.first, w.a.scale);
-  if constexpr (K::kSumsSecond) write(w, 1, sums.second, 1.0f);
+  if constexpr (K::kSumsFirst) write(w, 0, sums.first, first_factors);
+  if constexpr (K::kSumsSecond) write(w, 1, sums.second, second_factors);
 }
 
 }  // namespace natten::detail::cuda

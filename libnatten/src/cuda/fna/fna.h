@@ -177,7 +177,8 @@ class TilePasses {
   }
 
   void set_tiles(PassGrid& grid, int rows, int columns) const {
-    choose_tiles(grid, p_.rank, bits_of(rows), bits_of(columns));
+    choose_tiles(grid, p_.rank, bits_of(rows), bits_of(columns),
+                 TileCost(rows / 64, padded_dims(p_)));
     const bool queries = grid.rows == Rows::queries;
     const Tuple& row_tile = queries ? p_.query_tile : p_.key_tile;
     const Tuple& column_tile = queries ? p_.key_tile : p_.query_tile;
@@ -197,8 +198,8 @@ class TilePasses {
     if (!takes_wide_rows(p_)) return false;
     if (p_.query_tile.size > 0 && tile_of(p_.query_tile).size() == 64) return false;
     PassGrid one = grid;
-    const double visits_of_one = choose_tiles(one, p_.rank, 6, 6);
-    const double visits_of_two = choose_tiles(grid, p_.rank, 7, 6);
+    const double visits_of_one = choose_tiles(one, p_.rank, 6, 6, fewest_tiles).tiles;
+    const double visits_of_two = choose_tiles(grid, p_.rank, 7, 6, fewest_tiles).tiles;
     const bool is_demanded = p_.query_tile.size > 0;
     set_tiles(grid, 128, 64);
     constexpr double kGain = 1.2;

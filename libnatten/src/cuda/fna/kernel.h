@@ -39,7 +39,7 @@ template <class T, int kDims, int kM, TilePass kPass>
 struct TileKernel {
   using Traits = TileTraits<T, kDims, kM, kPass>;
   static constexpr int kThreads = Traits::kThreads;
-  static constexpr int kBlocks = 2;
+  static constexpr int kBlocks = Traits::kKeepsIndices && kM == 1 ? 4 : 2;
   static constexpr int kSharedBytes = Traits::Layout::kBytes;
   static_assert(kSharedBytes <= 99 * 1024, "more than compute capabilities 8.6 and 8.9 have");
 

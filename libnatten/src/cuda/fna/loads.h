@@ -26,13 +26,16 @@ NATTEN_DEVICE void load_rows(const Worker<K, Machine>& w, int which, const typen
   using T = typename K::Element;
   using Tile = typename K::Tile;
   const Tokens<const T>& x = w.a.rows[which];
+  const RowPointers<const T> pointers = w.pointers_of_rows(x.tensor);
   NATTEN_DO_NOT_UNROLL
-  for (int item = w.thread(); item < K::kRows * Tile::kChunks; item += K::kThreads) {
+  for (unsigned item = w.thread(); item < K::kRows * Tile::kChunks; item += K::kThreads) {
     const int row = item / Tile::kChunks, chunk = item % Tile::kChunks;
-    Coordinate token;
-    const bool exists = w.token_of_row(row, token) && !w.is_hidden(row, token);
-    load_chunk(w, to.at(row, chunk),
-               exists ? x.tensor.at(w.state.batch, w.state.head, token) : nullptr, chunk,
+    bool exists = w.state.rows.holds(w.a.grid.row_tile, row);
+    if constexpr (!K::kRowsAreQueries) {
+      Coordinate token;
+      exists = exists && w.token_of_row(row, token) && !w.is_hidden(row, token);
+    }
+    load_chunk(w, to.at(row, chunk), exists ? pointers.at(w.a.grid.row_tile, row) : nullptr, chunk,
                w.a.dims[which], x.is_aligned);
   }
 }
@@ -65,12 +68,14 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
       }
       return;
     }
+    if (Tile::kChunks == kUnit && element >= dims) return;
     NATTEN_UNROLL
     for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
-      const T* from = first + std::int64_t{offset[i]} * kChunk<T> + element;
+      const std::int64_t bytes = std::int64_t{offset[i]} * kChunkBytes + chunk * kChunkBytes;
+      const auto* from = reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + bytes);
       NATTEN_UNROLL
       for (int j = 0; j < Tile::kChunks; j += kUnit)
-        if (element + j * kChunk<T> < dims)
+        if (Tile::kChunks == kUnit || element + j * kChunk<T> < dims)
           w.gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + j * kChunk<T>);
     }
     return;

@@ -21,6 +21,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
 
   constexpr bool kLoadsEarly = K::kStages == 1 && !K::kSumsFirst;  // B1 is done with before B2
   bool is_over = w.state.count == 0;
+  if (!is_over) find_axis_words(w, 0);
   NATTEN_DO_NOT_UNROLL
   for (int i = 0; !is_over; ++i) {
     const int stage = K::kStages == 2 ? i & 1 : 0;
@@ -36,17 +37,18 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
     }
     if (i % K::State::kBatch == 0 && w.warp() == i / K::State::kBatch % K::kWarps)
       locate(w, i + K::State::kBatch);
+    if (!w.stop_of(i).is_last) find_axis_words(w, i + 1);
     w.gpu.sync_warp();  // products need whole warps
 
     // Opaque, as in Worker::thread: products need the registers.
-    const typename K::Stop& stop = w.stop_of(w.gpu.opaque(i));
+    const typename K::Stop& stop = w.stop_of(w.opaque(i));
     const Overlap seen = stop.seen[w.warp()];
     typename K::Scores scores;
     typename K::Weights weights;
     if (seen != Overlap::none) {
-      clear(scores);
-      multiply_rows<T>(w.gpu, scores, rows1, 16 * K::kM * w.warp(), w.first_columns(stage));
-      finish_scores(w, scores, stop, seen);
+      multiply_rows<T>(w.gpu, w.lane(), scores, rows1, 16 * K::kM * w.warp(),
+                       w.first_columns(stage));
+      finish_scores(w, scores, stop, w.opaque(i), seen);
       if constexpr (K::kPass == TilePass::forward)
         softmax(w, scores, sums.second, sums.totals);
       else
@@ -63,17 +65,17 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
       w.gpu.sync_warp();  // copies may have parted lanes
     }
     if (seen != Overlap::none) {
-      if constexpr (K::kSumsSecond) accumulate_rows<T>(w.gpu, sums.second, weights, columns2);
+      if constexpr (K::kSumsSecond)
+        accumulate_rows<T>(w.gpu, w.lane(), sums.second, weights, columns2);
       if constexpr (K::kNeedsGradWeights) {
         typename K::Scores grads;
-        clear(grads);
-        multiply_rows<T>(w.gpu, grads, rows2, 16 * K::kM * w.warp(), columns2);
+        multiply_rows<T>(w.gpu, w.lane(), grads, rows2, 16 * K::kM * w.warp(), columns2);
         if constexpr (K::kPass == TilePass::row_term) {
           add_products<K>(sums.totals, sums.products, scores, grads);
         } else {
           differentiate(w, grads, scores, of_rows, stage);
           pack_weights<T>(w.gpu, weights, grads);
-          accumulate_rows<T>(w.gpu, sums.first, weights, w.first_columns(stage));
+          accumulate_rows<T>(w.gpu, w.lane(), sums.first, weights, w.first_columns(stage));
         }
       }
     }

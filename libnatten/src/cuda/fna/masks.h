@@ -55,18 +55,53 @@ NATTEN_DEVICE bool bit(const std::uint32_t (&mask)[kWords], int n, int j) {
   return mask[n / 4] >> (8 * (n % 4) + j) & 1;
 }
 
+/// Finds out `axis_words` of tile `i` where warps need masks: a row's word is what three of them
+/// have in common, and many rows share each. The warps take turns.
+template <class K, class Machine>
+NATTEN_DEVICE void find_axis_words(const Worker<K, Machine>& w, int i) {
+  if (!K::kSharesWords || w.warp() != i % K::kWarps) return;
+  const typename K::Stop& stop = w.stop_of(i);
+  if (!stop.has_masks) return;
+  const SeenIntervals seen = w.seen_intervals();
+  std::uint64_t* const words = w.axis_words(i);
+  seen.for_each(w.lane(), kLanes, [&](int index, int axis, int) {
+    words[index] = w.a.mask.word_of_axis(w.a.grid.column_tile, axis, seen.intervals[index],
+                                         stop.tile.origin[axis]);
+  });
+}
+
 /// Four threads share their rows, and what rows see: each finds it out for one of them.
 template <class K, class Machine>
 NATTEN_DEVICE int own_row(const Worker<K, Machine>& w) {
   return w.row_of(0, 0) + 8 * (w.lane() % (2 * K::kM));
 }
 template <class K, class Machine>
-NATTEN_DEVICE std::uint64_t own_word(const Worker<K, Machine>& w, const typename K::Stop& stop,
-                                     Overlap overlap) {
-  std::uint64_t word = ~std::uint64_t{0};
-  if (overlap == Overlap::some) {
-    word = seen_by(w, own_row(w), stop.tile) & stop.shown;
+NATTEN_DEVICE void set_own_intervals(const Worker<K, Machine>& w) {
+  if constexpr (K::kSharesWords) {
+    std::uint32_t numbers = 0;
+    NATTEN_EACH (a, kMaxRank) {
+      const int offset = w.a.grid.row_tile.offset(own_row(w), a);
+      numbers |= static_cast<std::uint32_t>(w.seen_intervals().index(a, offset)) << 8 * a;
+    }
+    w.own_intervals()[w.thread()] = numbers;
   }
+}
+/// The columns of tile `i` that the row sees.
+template <class K, class Machine>
+NATTEN_DEVICE std::uint64_t seen_by_own(const Worker<K, Machine>& w, const ColumnTile& at, int i) {
+  if constexpr (!K::kSharesWords) return seen_by(w, own_row(w), at);
+  if (at.is_additional) return low_bits(w.a.additional_columns - at.origin[2]);
+  const std::uint64_t* const words = w.axis_words(i);
+  const std::uint32_t numbers = w.own_intervals()[w.thread()];
+  std::uint64_t word = ~std::uint64_t{0};
+  NATTEN_EACH (a, kMaxRank) word &= words[numbers >> 8 * a & 0xff];
+  return word;
+}
+template <class K, class Machine>
+NATTEN_DEVICE std::uint64_t own_word(const Worker<K, Machine>& w, const typename K::Stop& stop,
+                                     int i, Overlap overlap) {
+  std::uint64_t word = ~std::uint64_t{0};
+  if (overlap == Overlap::some) word = seen_by_own(w, stop.tile, i) & stop.shown;
   return word;
 }
 /// Then it is known to all four, each for its columns.
@@ -125,12 +160,12 @@ NATTEN_DEVICE void scale_row(const Worker<K, Machine>& w, FragmentC (&scores)[K:
 /// Scales where that comes first, adds biases, and gives unseen columns the score -inf.
 template <class K, class Machine>
 NATTEN_DEVICE void finish_scores(const Worker<K, Machine>& w, typename K::Scores& scores,
-                                 const typename K::Stop& stop, Overlap overlap) {
+                                 const typename K::Stop& stop, int i, Overlap overlap) {
   const ColumnTile& at = stop.tile;
   const bool scales_first = K::kScalesFirst && w.a.scales_first;
   if (overlap == Overlap::all && !scales_first) return;
   const int first_row = w.row_of(0, 0);
-  const std::uint64_t word = own_word(w, stop, overlap);
+  const std::uint64_t word = own_word(w, stop, i, overlap);
   NATTEN_EACH (m, K::kM)
     NATTEN_EACH (half, 2) {
       Mask<K> mask;

@@ -53,12 +53,11 @@ NATTEN_DEVICE void round_operand(std::uint32_t (&x)[kCount]) {
   }
 }
 
-/// c[i][j] += row i of `a` (from `first_row`) times row j of `b`.
+/// c[i][j] = row i of `a` (from `first_row`) times row j of `b`.
 template <class T, int kDims, int kM, int kN, class Machine>
-NATTEN_DEVICE void multiply_rows(Machine& gpu, FragmentC (&c)[kM][kN],
+NATTEN_DEVICE void multiply_rows(Machine& gpu, int lane, FragmentC (&c)[kM][kN],
                                  const SharedTile<T, kDims>& a, int first_row,
                                  const SharedTile<T, kDims>& b) {
-  const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
   const int a_at = a.at(first_row + lane % 16, lane / 16);
   const int b_at = b.at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
   NATTEN_EACH (k, kDims / kDepth<T>) {
@@ -74,8 +73,13 @@ NATTEN_DEVICE void multiply_rows(Machine& gpu, FragmentC (&c)[kM][kN],
       round_operand<T>(y);
       const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
       NATTEN_EACH (m, kM) {
-        gpu.template multiply_add<T>(c[m][n], x[m], low);
-        gpu.template multiply_add<T>(c[m][n + 1], x[m], high);
+        if (k == 0) {
+          gpu.template multiply<T>(c[m][n], x[m], low);
+          gpu.template multiply<T>(c[m][n + 1], x[m], high);
+        } else {
+          gpu.template multiply_add<T>(c[m][n], x[m], low);
+          gpu.template multiply_add<T>(c[m][n + 1], x[m], high);
+        }
       }
     }
   }
@@ -112,10 +116,9 @@ NATTEN_DEVICE int dim_of(int lane, int n, int j) {
 
 /// sums[i] += sum over j of weights[i][j] times row j of `b`.
 template <class T, int kDims, int kM, int kK, class Machine>
-NATTEN_DEVICE void accumulate_rows(Machine& gpu, FragmentC (&sums)[kM][kDims / 8],
+NATTEN_DEVICE void accumulate_rows(Machine& gpu, int lane, FragmentC (&sums)[kM][kDims / 8],
                                    const FragmentA (&weights)[kM][kK],
                                    const SharedTile<T, kDims>& b) {
-  const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
   if constexpr (std::is_same_v<T, float>) {
     // ldmatrix transposes 16-bit elements only. A thread reads a chunk of each of its two rows:
     // four dims, for as many blocks.
@@ -153,10 +156,9 @@ NATTEN_DEVICE void accumulate_rows(Machine& gpu, FragmentC (&sums)[kM][kDims / 8
 
 /// Puts sums of `accumulate_rows`, times a factor, into a row of shared memory.
 template <class T, int kBlocks, int kDims, class Machine>
-NATTEN_DEVICE void store_sums(Machine& gpu, const FragmentC (&sums)[kBlocks], int half,
+NATTEN_DEVICE void store_sums(Machine& gpu, int lane, const FragmentC (&sums)[kBlocks], int half,
                               float factor, const SharedTile<T, kDims>& to, int row) {
   static_assert(kBlocks * 8 == kDims);
-  const int lane = gpu.opaque(gpu.thread()) & (kLanes - 1);
   if constexpr (std::is_same_v<T, float>) {
     NATTEN_UNROLL
     for (int n = 0; n < kBlocks; n += 4)

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <limits>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -114,72 +115,133 @@ void for_each_tile_shape(int rank, int bits, F&& f) {
     for (int y = rank > 2 ? 0 : bits - x; x + y <= bits; ++y) f(TileShape{{bits - x - y, y, x}});
 }
 
-/// Tiles of columns that blocks of `row_bits` along an axis visit, over all the axis's blocks,
-/// estimated from a few of them; by the column tile's bits.
+/// What tiles of a shape cost, for a head and dilation group: blocks of rows, tiles of columns that
+/// these visit, and those that warps multiply, as they skip what their rows do not see.
+struct TileVisits {
+  double blocks = 1, tiles = 1, warp_tiles = 1;
+};
+
+/// The same along an axis, over all the axis's blocks of 2^row_bits rows, estimated from a few of
+/// them; by the column tile's bits.
 struct AxisCost {
   static constexpr int kMostBits = 7;
+  /// Four warps share a block's rows along an axis in up to four parts.
+  static constexpr int kMostPartBits = 2;
+  double blocks;
   double visits[kMostBits + 1];
+  double part_visits[kMostPartBits + 1][kMostBits + 1];  ///< by the bits of the number of parts
 
   AxisCost(const PassGrid& grid, int axis, int row_bits) {
-    constexpr int kSamples = 4;
+    constexpr int kSamples = 4, kMostParts = 1 << kMostPartBits;
     const int rows = grid.longest(axis);
     const Group group = grid.places[axis].group(0);
-    const int extent = 1 << row_bits, blocks = (rows + extent - 1) / extent;
-    const int samples = std::min(blocks, kSamples);
+    const int extent = 1 << row_bits, count = (rows + extent - 1) / extent;
+    const int samples = std::min(count, kSamples);
     std::fill(visits, visits + kMostBits + 1, 0.0);
+    for (auto& of_parts : part_visits) std::fill(of_parts, of_parts + kMostBits + 1, 0.0);
     for (int i = 0; i < samples; ++i) {
       // The middles of equal parts, so that borders count no more than they are.
       const int block =
-          static_cast<int>((std::int64_t{2} * i + 1) * blocks / (std::int64_t{2} * samples));
+          static_cast<int>((std::int64_t{2} * i + 1) * count / (std::int64_t{2} * samples));
       const int first = block * extent, last = std::min(first + extent, rows) - 1;
       const auto seen_by = [&](int row) {
         return grid.seen(grid.rows, axis, grid.axes[axis], group, row);
       };
-      const int seen = seen_by(last).end - seen_by(first).begin;
+      const PlaceInterval of_first = seen_by(first), of_last = seen_by(last);
+      const int seen = std::max(of_last.end - of_first.begin, 0);
       for (int bits = 0; bits <= kMostBits; ++bits)
-        visits[bits] += static_cast<double>((std::max(seen, 0) + (1 << bits) - 1) >> bits);
+        visits[bits] += static_cast<double>((seen + (1 << bits) - 1) >> bits);
+      // What keys see takes long to find out: their warps count as if they saw all of it.
+      if (grid.rows != Rows::queries) continue;
+      for (int part_bits = 0; part_bits <= std::min(kMostPartBits, row_bits); ++part_bits)
+        for (int part = 0; part < kMostParts >> (kMostPartBits - part_bits); ++part) {
+          const int from = first + (part << (row_bits - part_bits));
+          const int to = std::min(from + (1 << (row_bits - part_bits)) - 1, last);
+          if (from > last) continue;
+          const int begin = (from == first ? of_first : seen_by(from)).begin - of_first.begin;
+          const int end = (to == last ? of_last : seen_by(to)).end - of_first.begin;
+          if (begin >= end) continue;
+          for (int bits = 0; bits <= kMostBits; ++bits)
+            part_visits[part_bits][bits] += ((end - 1) >> bits) - (begin >> bits) + 1;
+        }
     }
-    for (double& x : visits) x *= static_cast<double>(blocks) / samples;
+    blocks = count;
+    for (double& x : visits) x *= blocks / samples;
+    for (int part_bits = 0; part_bits <= kMostPartBits; ++part_bits)
+      for (int bits = 0; bits <= kMostBits; ++bits) {
+        double& x = part_visits[part_bits][bits];
+        x = grid.rows == Rows::queries ? x * blocks / samples : visits[bits] * (1 << part_bits);
+      }
   }
 };
 
-/// Calls `f(tiles visited, shape of rows, shape of columns)` with all pairs of 2^row_bits rows and
-/// 2^column_bits columns; the visits are those for a head and dilation group.
+/// Calls `f(visits, shape of rows, shape of columns)` with all pairs of 2^row_bits rows and
+/// 2^column_bits columns.
 template <class F>
 void for_each_tile_pair(const PassGrid& grid, int rank, int row_bits, int column_bits, F&& f) {
-  double costs[kMaxRank][AxisCost::kMostBits + 1][AxisCost::kMostBits + 1];
+  std::optional<AxisCost> costs[kMaxRank][AxisCost::kMostBits + 1];
   for (int a = 0; a < kMaxRank; ++a)
     for (int bits = 0; bits <= row_bits; ++bits) {
       const bool is_used = a >= kMaxRank - rank ? rank > 1 || bits == row_bits : bits == 0;
-      if (!is_used) continue;
-      const AxisCost cost(grid, a, bits);
-      std::copy(cost.visits, cost.visits + AxisCost::kMostBits + 1, costs[a][bits]);
+      if (is_used) costs[a][bits].emplace(grid, a, bits);
     }
   for_each_tile_shape(rank, row_bits, [&](const TileShape& rows) {
+    // The numbers of a warp's rows have their upper bits in common, which outer axes have first.
+    int part_bits[kMaxRank], left = AxisCost::kMostPartBits;
+    for (int a = 0; a < kMaxRank; ++a) {
+      part_bits[a] = std::min(left, rows.bits[a]);
+      left -= part_bits[a];
+    }
     for_each_tile_shape(rank, column_bits, [&](const TileShape& columns) {
-      double visits = 1;
-      for (int a = 0; a < kMaxRank; ++a) visits *= costs[a][rows.bits[a]][columns.bits[a]];
+      TileVisits visits;
+      for (int a = 0; a < kMaxRank; ++a) {
+        const AxisCost& cost = *costs[a][rows.bits[a]];
+        visits.blocks *= cost.blocks;
+        visits.tiles *= cost.visits[columns.bits[a]];
+        visits.warp_tiles *= cost.part_visits[part_bits[a]][columns.bits[a]];
+      }
       f(visits, rows, columns);
     });
   });
 }
 
-/// Chooses the shapes of tiles, 2^row_bits rows and 2^column_bits columns, with which the blocks
-/// visit the fewest tiles; returns how many these are for a head and dilation group.
-inline double choose_tiles(PassGrid& grid, int rank, int row_bits, int column_bits) {
-  double best = std::numeric_limits<double>::infinity();
+/// Instructions of all warps, roughly, by the interpreter of PTX (docs/performance.md): they decide
+/// where windows are small.
+struct TileCost {
+  double of_block, of_tile, of_warp_tile;
+
+  TileCost(int row_blocks, int dims)
+      : of_block(3000 + row_blocks * (1000 + 20.0 * dims)),
+        of_tile(400 + 5.0 * dims),
+        of_warp_tile(row_blocks * (400 + 2.0 * dims)) {}
+  double operator()(const TileVisits& visits) const {
+    return visits.blocks * of_block + visits.tiles * of_tile + visits.warp_tiles * of_warp_tile;
+  }
+};
+
+/// Chooses the shapes of tiles, 2^row_bits rows and 2^column_bits columns, that cost least by
+/// `cost(visits)`; returns their visits.
+template <class Cost>
+TileVisits choose_tiles(PassGrid& grid, int rank, int row_bits, int column_bits, const Cost& cost) {
+  double least = std::numeric_limits<double>::infinity();
+  TileVisits best;
   TileShape row_tile{}, column_tile{};
-  for_each_tile_pair(grid, rank, row_bits, column_bits,
-                     [&](double visits, const TileShape& rows, const TileShape& columns) {
-                       if (!(visits < best)) return;
-                       best = visits;
-                       row_tile = rows;
-                       column_tile = columns;
-                     });
+  for_each_tile_pair(
+      grid, rank, row_bits, column_bits,
+      [&](const TileVisits& visits, const TileShape& rows, const TileShape& columns) {
+        const double x = cost(visits);
+        if (!(x < least)) return;
+        least = x;
+        best = visits;
+        row_tile = rows;
+        column_tile = columns;
+      });
   grid.column_tile = column_tile;
   set_row_tile(grid, row_tile);
   return best;
 }
+/// Those with which blocks visit the fewest tiles.
+inline double fewest_tiles(const TileVisits& visits) { return visits.tiles; }
 
 inline int bits_of(std::int64_t size) {
   int bits = 0;
@@ -268,18 +330,19 @@ inline std::vector<Configuration> tile_candidates(const Problem& problem, bool t
   const TileBits rows = query_bits(p);
   for (int bits = rows.least; bits <= rows.most; ++bits)
     for_each_tile_pair(grid_of(p, Rows::queries), problem.rank, bits, 6,
-                       [&](double visits, const TileShape& query, const TileShape& key) {
+                       [&](const TileVisits& visits, const TileShape& query, const TileShape& key) {
                          Configuration pair;
                          pair.query_tile = tuple(query);
                          pair.key_tile = tuple(key);
-                         pairs.push_back({visits * (1 << bits), pair});
+                         pairs.push_back({visits.tiles * (1 << bits), pair});
                        });
   if (p.op == Op::attention_backward) {
     std::size_t at = 0;
     std::vector<double> by_keys;  // in the order of keys, then of queries
-    for_each_tile_pair(
-        grid_of(p, Rows::keys), problem.rank, 6, 6,
-        [&](double visits, const TileShape&, const TileShape&) { by_keys.push_back(visits); });
+    for_each_tile_pair(grid_of(p, Rows::keys), problem.rank, 6, 6,
+                       [&](const TileVisits& visits, const TileShape&, const TileShape&) {
+                         by_keys.push_back(visits.tiles);
+                       });
     std::size_t shapes = 0;
     for_each_tile_shape(problem.rank, 6, [&](const TileShape&) { ++shapes; });
     for (Pair& pair : pairs) {

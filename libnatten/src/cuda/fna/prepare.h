@@ -23,12 +23,18 @@ NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
   }
   std::uint64_t shown = kAll;
   if (w.a.hides_columns || !w.gpu.all(is_whole)) shown = shown_columns(w, tile, exists);
+  Overlap seen = Overlap::none;
+  if (exists && shown != 0) seen = overlap(w, tile, of_warp);
+  if (seen == Overlap::all && shown != kAll) seen = Overlap::some;
+  const std::uint32_t has_mask = seen == Overlap::some;
+  std::uint32_t has_masks = 0;
+  NATTEN_EACH (warp, K::kWarps)
+    has_masks |= w.gpu.shuffle(has_mask, w.lane() % K::State::kBatch + K::State::kBatch * warp);
   if (!exists) return;
   typename K::Stop& stop = w.stop_of(i);
-  Overlap seen = overlap(w, tile, of_warp);
-  if (seen == Overlap::all && shown != kAll) seen = Overlap::some;
-  stop.seen[of_warp] = shown == 0 ? Overlap::none : seen;
+  stop.seen[of_warp] = seen;
   if (of_warp != 0) return;
+  stop.has_masks = has_masks != 0;
   stop.tile = tile;
   stop.shown = shown;
   stop.is_whole = is_whole && shown == kAll;
@@ -154,6 +160,7 @@ template <class K, class Machine>
 NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   if (!find_rows(w)) return false;
   see(w);
+  set_own_intervals(w);
   set_relative<K, 2>(w);
   if constexpr (K::kPass == TilePass::forward) {
     for (int row = w.thread(); row < K::kRows; row += K::kThreads) {

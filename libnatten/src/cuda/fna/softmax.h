@@ -57,11 +57,11 @@ NATTEN_DEVICE void softmax(const Worker<K, Machine>& w, typename K::Scores& scor
   }
   NATTEN_EACH (m, K::kM)
     NATTEN_EACH (half, 2) {
-      const float subtracted = reference[m][half] == kNone ? 0.0f : reference[m][half];
+      const float added = reference[m][half] == kNone ? 0.0f : -reference[m][half];
       NATTEN_EACH (n, K::kN)
         NATTEN_EACH (j, 2) {
           float& x = scores[m][n][2 * half + j];
-          x = w.gpu.exp2(x * w.a.factor - subtracted);
+          x = w.gpu.exp2(std::fma(x, w.a.factor, added));
           totals[m][half] += x;
         }
     }

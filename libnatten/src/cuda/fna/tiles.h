@@ -22,10 +22,13 @@ struct TileShape {
 
   NATTEN_HOST_DEVICE int extent(int axis) const { return 1 << bits[axis]; }
   NATTEN_HOST_DEVICE int size() const { return 1 << (bits[0] + bits[1] + bits[2]); }
+  /// The bits of a token's number below those of an axis.
+  NATTEN_HOST_DEVICE int below(int axis) const {
+    return axis == 2 ? 0 : axis == 1 ? bits[2] : bits[2] + bits[1];
+  }
   /// Where token `i` lies along an axis, from the tile's first token.
   NATTEN_HOST_DEVICE int offset(int i, int axis) const {
-    const int below = axis == 2 ? 0 : axis == 1 ? bits[2] : bits[2] + bits[1];
-    return (i >> below) & (extent(axis) - 1);
+    return (i >> below(axis)) & (extent(axis) - 1);
   }
 };
 
@@ -182,23 +185,23 @@ struct MaskWords {
       repeat[a] = period >= 6 ? 1 : ~std::uint64_t{0} / low_bits(1 << period);
     }
   }
+  /// The columns of a tile from `origin` on along an axis that lie in an interval along it.
+  NATTEN_HOST_DEVICE std::uint64_t word_of_axis(const TileShape& tile, int axis,
+                                                const PlaceInterval& seen, int origin) const {
+    const int extent = tile.extent(axis), below = tile.below(axis);
+    int begin = seen.begin - origin, end = seen.end - origin;
+    begin = begin < 0 ? 0 : begin;
+    end = end > extent ? extent : end;
+    const std::uint64_t run =
+        begin < end ? low_bits(end << below) & ~low_bits(begin << below) : std::uint64_t{0};
+    return run * repeat[axis];
+  }
   /// The columns of the tile at `origin` that lie in a row's intervals.
   NATTEN_HOST_DEVICE std::uint64_t word(const TileShape& tile,
                                         const PlaceInterval (&seen)[kMaxRank],
                                         const int (&origin)[kMaxRank]) const {
     std::uint64_t word = ~std::uint64_t{0};
-    int below = 0;
-    NATTEN_UNROLL
-    for (int a = kMaxRank - 1; a >= 0; --a) {
-      const int extent = tile.extent(a);
-      int begin = seen[a].begin - origin[a], end = seen[a].end - origin[a];
-      begin = begin < 0 ? 0 : begin;
-      end = end > extent ? extent : end;
-      const std::uint64_t run =
-          begin < end ? low_bits(end << below) & ~low_bits(begin << below) : std::uint64_t{0};
-      word &= run * repeat[a];
-      below += tile.bits[a];
-    }
+    NATTEN_EACH (a, kMaxRank) word &= word_of_axis(tile, a, seen[a], origin[a]);
     return word;
   }
 };

@@ -15,6 +15,7 @@ struct ColumnStop {
   Overlap seen[kWarps];  ///< by the rows of each warp
   bool is_whole;         ///< all columns are shown, and lie one after another
   bool is_last;          ///< of the block's
+  bool has_masks;        ///< some warp's rows see a part of it
   /// The first token of B1 and B2 where they can be copied by chunks, else null.
   const T* first[2];
   std::uint64_t shown;  ///< a bit for each column: given, and not hidden
@@ -57,6 +58,9 @@ struct TileTraits {
                                       kPass == TilePass::grad_key_value ||
                                       kPass == TilePass::grad_value || kAddsQueries;
   static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == TilePass::row_term;
+  /// Whether registers hold what is the same for all tiles of columns; else it is cheaper to
+  /// compute that again.
+  static constexpr bool kKeepsIndices = kPass == TilePass::forward && kM * kDims <= 64;
   /// Whether scores can be scaled, and biased, before all else. Kernels with 32 rows per warp leave
   /// that to those with 16: they have no registers to spare.
   static constexpr bool kScalesFirst = kM == 1;
@@ -70,6 +74,9 @@ struct TileTraits {
   /// Tiles of B1 in shared memory. Where it serves twice per tile, the next one is loaded beside
   /// it.
   static constexpr int kStages = kSumsFirst && Tile::kPitch <= 384 ? 2 : 1;
+  /// Whether masks are made of words that rows share (masks.h): where shared memory has room for
+  /// these, and there are registers to spare.
+  static constexpr bool kSharesWords = Tile::kPitch <= 384 && kM * kDims <= 192;
   using State = BlockState<T, kWarps>;
   using Stop = ColumnStop<T, kWarps>;
 
@@ -96,7 +103,12 @@ struct TileTraits {
     static constexpr int kReferences = kRelative + 2 * kColumns * int(sizeof(int));
     static constexpr int kSeenIntervals =
         kReferences + (kPass == TilePass::forward ? kRows * int(sizeof(float)) : 0);
-    static constexpr int kLive = kSeenIntervals + (kRows + 2) * int(sizeof(PlaceInterval));
+    static constexpr int kAxisWords = kSeenIntervals + (kRows + 2) * int(sizeof(PlaceInterval));
+    static_assert(kAxisWords % int(sizeof(std::uint64_t)) == 0, "words are aligned");
+    static constexpr int kOwnIntervals =
+        kAxisWords + (kSharesWords ? 2 * (kRows + 2) * int(sizeof(std::uint64_t)) : 0);
+    static constexpr int kLive =
+        kOwnIntervals + (kSharesWords ? kThreads * int(sizeof(std::uint32_t)) : 0);
     static constexpr int kBytes = kLive + (kAddsQueries ? kRows : 0);
   };
 };
@@ -123,6 +135,19 @@ struct Accumulators {
   }
 };
 
+/// Where a block's rows are in a tensor: from the first one, so many elements further for each row
+/// along an axis.
+template <class E>
+struct RowPointers {
+  E* first;
+  std::int64_t step[kMaxRank];
+
+  NATTEN_DEVICE E* at(const TileShape& tile, int row) const {
+    return first + tile.offset(row, 0) * step[0] + tile.offset(row, 1) * step[1] +
+           tile.offset(row, 2) * step[2];
+  }
+};
+
 /// One thread at work on one tile of rows: what it is given, which rows and columns of matrices it
 /// holds, and where tokens and tables are. `K` is the TileTraits of the kernel, here and in all
 /// functions that take a worker.
@@ -133,8 +158,9 @@ struct Worker {
   const typename K::Given& a;
   typename K::State& state;
 
-  /// Opaque, for what follows from it is cheaper to compute again than to keep in a register.
-  NATTEN_DEVICE int thread() const { return gpu.opaque(gpu.thread()) & (K::kThreads - 1); }
+  /// `x`, from which nothing is computed ahead of where it is used, unless registers are at hand.
+  NATTEN_DEVICE int opaque(int x) const { return K::kKeepsIndices ? x : gpu.opaque(x); }
+  NATTEN_DEVICE int thread() const { return opaque(gpu.thread()) & (K::kThreads - 1); }
   NATTEN_DEVICE int lane() const { return thread() % kLanes; }
   NATTEN_DEVICE int warp() const { return thread() / kLanes; }
   /// The row of a C fragment's elements 2 half and 2 half + 1.
@@ -178,6 +204,17 @@ struct Worker {
     return {gpu.template shared<PlaceInterval>(K::Layout::kSeenIntervals), a.grid.row_tile};
   }
 
+  /// What is seen of a tile of columns by each of these intervals alone, a bit for each column. Of
+  /// tile i the words at i modulo 2.
+  NATTEN_DEVICE std::uint64_t* axis_words(int i) const {
+    return gpu.template shared<std::uint64_t>(K::Layout::kAxisWords) + (i & 1) * (K::kRows + 2);
+  }
+
+  /// The numbers of the intervals of the row whose mask a thread finds out, a byte for each axis.
+  NATTEN_DEVICE std::uint32_t* own_intervals() const {
+    return gpu.template shared<std::uint32_t>(K::Layout::kOwnIntervals);
+  }
+
   /// Whether rows exist and somebody sees them, where that is asked for each tile of columns.
   NATTEN_DEVICE bool* live() const { return gpu.template shared<bool>(K::Layout::kLive); }
 
@@ -187,6 +224,15 @@ struct Worker {
       token[i] = a.grid.places[i].number(state.rows.group[i].first_row,
                                          state.rows.origin[i] + a.grid.row_tile.offset(row, i));
     return state.rows.holds(a.grid.row_tile, row);
+  }
+  template <class E>
+  NATTEN_DEVICE RowPointers<E> pointers_of_rows(const Operand<E>& x) const {
+    RowPointers<E> rows;
+    Coordinate first;
+    token_of_row(0, first);
+    rows.first = x.at(state.batch, state.head, first);
+    NATTEN_EACH (i, kMaxRank) rows.step[i] = x.grid[i] * a.grid.places[i].dilation;
+    return rows;
   }
   /// Whether nobody sees a row, so that its gradients are 0 whatever it holds.
   NATTEN_DEVICE bool is_hidden(int row, const Coordinate& token) const {
@@ -241,7 +287,7 @@ struct Worker {
     return K::kRowsAreQueries ? state.head : column_head(at);
   }
   NATTEN_DEVICE typename K::Stop& stop_of(int i) const {
-    return state.stops[i % (2 * K::State::kBatch)];
+    return state.stops[static_cast<unsigned>(i) % (2 * K::State::kBatch)];
   }
 };
 

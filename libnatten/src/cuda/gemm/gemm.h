@@ -96,7 +96,7 @@ class GemmJob {
     PassGrid grid = grid_of(p_, rows);
     if (Traits::kRowsAreQueries)  // for the windows that blocks go through
       for (int i = 0; i < kMaxRank; ++i) grid.axes[i].kernel_size = slots.extent[i];
-    choose_tiles(grid, p_.rank, bits_of(Traits::kRows), bits_of(Traits::kColumns));
+    choose_tiles(grid, p_.rank, bits_of(Traits::kRows), bits_of(Traits::kColumns), fewest_tiles);
     std::copy(p_.axes, p_.axes + kMaxRank, grid.axes);
     Kernel kernel{arguments(grid, slots)};
     if (kOp == Op::qk) kernel.a.splits = slots.count();

@@ -65,8 +65,7 @@ NATTEN_DEVICE void write_scores(const Worker<K, Machine>& w) {
     const typename K::Stop& stop = w.stop_of(i);
     if (stop.seen[w.warp()] == Overlap::none) return;
     typename K::Scores scores;
-    clear(scores);
-    multiply_rows<T>(w.gpu, scores, rows, 16 * K::kM * w.warp(), w.first_columns(stage));
+    multiply_rows<T>(w.gpu, w.lane(), scores, rows, 16 * K::kM * w.warp(), w.first_columns(stage));
     scatter(w, scores, stop);
   });
   store_slots(w);
@@ -86,7 +85,7 @@ NATTEN_DEVICE void add_slots(const Worker<K, Machine>& w, Accumulators<K>& sums)
       typename K::Weights weights;
       gather(w, weights, stop);
       w.gpu.sync_warp();  // to gather may have parted lanes
-      accumulate_rows<T>(w.gpu, sums.first, weights, w.first_columns(stage));
+      accumulate_rows<T>(w.gpu, w.lane(), sums.first, weights, w.first_columns(stage));
     });
   }
 }
@@ -106,7 +105,7 @@ NATTEN_DEVICE void add_queries(const Worker<K, Machine>& w, Accumulators<K>& sum
         if (w.stop_of(i).seen[w.warp()] == Overlap::none) return;
         typename K::Weights weights;
         read(w, weights, stage);
-        accumulate_rows<T>(w.gpu, sums.first, weights, w.first_columns(stage));
+        accumulate_rows<T>(w.gpu, w.lane(), sums.first, weights, w.first_columns(stage));
       },
       [&](int, int stage) { store(w, share, fetched, stage); });
 }

@@ -135,9 +135,11 @@ NATTEN_DEVICE void clear_slots(const Worker<K, Machine>& w) {
 
 /// What one of the thread's two rows sees; nothing where there is no such row. See `spread`.
 template <class K, class Machine>
-NATTEN_DEVICE std::uint64_t seen_by_own(const Worker<K, Machine>& w, const typename K::Stop& stop) {
-  if (!w.state.rows.holds(w.a.grid.row_tile, own_row(w))) return 0;
-  return own_word(w, stop, stop.seen[w.warp()]);
+NATTEN_DEVICE std::uint64_t word_of_own(const Worker<K, Machine>& w, const typename K::Stop& stop) {
+  const int row = own_row(w);
+  if (!w.state.rows.holds(w.a.grid.row_tile, row)) return 0;
+  if (stop.seen[w.warp()] == Overlap::all) return ~std::uint64_t{0};
+  return seen_by(w, row, stop.tile) & stop.shown;
 }
 
 /// Where the slots are of one of this thread's rows and the columns of a tile.
@@ -165,7 +167,7 @@ NATTEN_DEVICE void scatter(const Worker<K, Machine>& w, const typename K::Scores
                            const typename K::Stop& stop) {
   using T = typename K::Element;
   const ColumnTile& at = stop.tile;
-  const std::uint64_t word = seen_by_own(w, stop);
+  const std::uint64_t word = word_of_own(w, stop);
   NATTEN_EACH (half, 2) {
     Mask<K> mask;
     spread(w, word, 0, half, mask);
@@ -215,7 +217,7 @@ template <class K, class Machine>
 NATTEN_DEVICE void gather(const Worker<K, Machine>& w, typename K::Weights& weights,
                           const typename K::Stop& stop) {
   using T = typename K::Element;
-  const std::uint64_t word = seen_by_own(w, stop);
+  const std::uint64_t word = word_of_own(w, stop);
   NATTEN_EACH (half, 2) {
     Mask<K> mask;
     spread(w, word, 0, half, mask);
