@@ -251,6 +251,7 @@ TEST_P(MutatedKernels, OfUnfusedOperationsAreNoticed) {
 
 INSTANTIATE_TEST_SUITE_P(Precisions, MutatedKernels,
                          testing::Values(Precision(natten::DType::bfloat16),
+                                         Precision(natten::DType::float16),
                                          Precision(natten::DType::float32, true)),
                          [](const auto& info) { return info.param.name(); });
 
