@@ -34,6 +34,14 @@ inline int case_count(int count) {
 inline const natten::DType kDTypes[] = {natten::DType::float64, natten::DType::float32,
                                         natten::DType::bfloat16, natten::DType::float16};
 
+/// Whether kernels for the CPU multiply elements of a type in pairs, as they are.
+inline bool are_multiplied_in_pairs(natten::DType dtype) {
+  for (const natten::InstructionSetInfo& isa : natten::build_info().instruction_sets)
+    if (isa.chosen && isa.name.find("bf16") != std::string::npos)
+      return dtype == natten::DType::bfloat16;
+  return false;
+}
+
 /// Largest relative errors that the definition of the library allows.
 struct Bounds {
   double forward, gradient;

@@ -456,8 +456,12 @@ TEST(FloatingPointMode, OfTheCallerChangesNoResultAndIsKept) {
   constexpr unsigned kFlushToZero = 0x8000, kDenormalsAreZero = 0x40, kRoundUp = 0x4000;
   Threads four(4);
   const auto expected = subnormal_results(0);
-  for (const auto& bytes : expected)
-    EXPECT_TRUE(std::any_of(bytes.begin(), bytes.end(), [](unsigned char b) { return b != 0; }));
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    const bool is_zero =
+        std::all_of(expected[i].begin(), expected[i].end(), [](unsigned char b) { return b == 0; });
+    // In pairs such numbers count as 0.
+    EXPECT_TRUE(!is_zero || are_multiplied_in_pairs(kDTypes[i / 3]));
+  }
   for (unsigned mode : {kFlushToZero | kDenormalsAreZero, kFlushToZero, kDenormalsAreZero,
                         kRoundUp | kFlushToZero}) {
     std::unique_ptr<SmallPool> pool;

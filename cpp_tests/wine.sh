@@ -40,7 +40,7 @@ cmake --build $build_dir
 
 export WINEPREFIX=$PWD/$build_dir/prefix WINEDEBUG=-all
 skipped=0
-for isa in base avx2 avx512 avx512wide; do
+for isa in base avx2 avx512 avx512wide avx512bf16; do
   echo "== $isa"
   output=$(NATTEN_CPU_ISA=$isa "$wine" $build_dir/bin/natten_tests.exe --gtest_brief=1 "$@" 2>&1) || {
     if grep -q 'this processor runs' <<< "$output"; then
@@ -53,4 +53,4 @@ for isa in base avx2 avx512 avx512wide; do
   }
   tail -n 3 <<< "$output"
 done
-[ $skipped -lt 4 ]
+[ $skipped -lt 5 ]

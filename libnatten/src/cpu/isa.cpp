@@ -20,8 +20,14 @@ extern const InstructionSet isa_avx2;
 extern const InstructionSet isa_avx512;
 extern const InstructionSet isa_avx512wide;
 #endif
+#if NATTEN_HAVE_AVX512BF16
+extern const PairKernels isa_avx512bf16;
+#endif
 #if NATTEN_HAVE_AVX2WIDE
 extern const InstructionSet isa_avx2wide;
+#endif
+#if NATTEN_HAVE_AVX2BF16
+extern const PairKernels isa_avx2bf16;
 #endif
 }  // namespace simd
 
@@ -38,6 +44,7 @@ struct Candidate {
 struct Processor {
   bool avx2 = false;    // with FMA and F16C
   bool avx512 = false;  // with all that kernels are compiled for
+  bool bf16 = false;    // AVX512-BF16
   bool wide_units;      // faster with vectors of 512 bits
 
   Processor() {
@@ -61,17 +68,34 @@ struct Processor {
     avx2 = has(ebx, 1u << 5);
     constexpr unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31;
     avx512 = avx2 && has(saved, avx512_registers) && has(ebx, f | dq | bw | vl);
+    bf16 = avx512 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && has(eax, 1u << 5);
   }
 
   static bool has(unsigned word, unsigned bits) { return (word & bits) == bits; }
 };
 #endif
 
+/// `isa`, with kernels for pairs of bfloat16 beside its others.
+[[maybe_unused]] simd::InstructionSet with_pairs(const char* name, simd::InstructionSet isa,
+                                                 const simd::PairKernels& pairs) {
+  isa.name = name;
+  isa.pairs = pairs.kernels;
+  isa.convert.pack_pairs = pairs.pack;
+  return isa;
+}
+
 /// Best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> found;
 #if NATTEN_HAVE_X86_ISAS
   const Processor processor;
+#if NATTEN_HAVE_AVX512BF16
+  // Pairs are faster with vectors of 512 bits on a Zen 4 too.
+  static const simd::InstructionSet avx512bf16 =
+      with_pairs("avx512bf16", processor.wide_units ? simd::isa_avx512wide : simd::isa_avx512,
+                 simd::isa_avx512bf16);
+  found.push_back({&avx512bf16, processor.bf16, true});
+#endif
 #if NATTEN_HAVE_AVX512
   found.push_back({&simd::isa_avx512wide, processor.avx512, processor.wide_units});
   found.push_back({&simd::isa_avx512, processor.avx512, true});
@@ -79,6 +103,11 @@ std::vector<Candidate> candidates() {
   found.push_back({&simd::isa_avx2, processor.avx2, true});
 #if NATTEN_HAVE_AVX2WIDE
   found.push_back({&simd::isa_avx2wide, processor.avx2, false});
+#endif
+#if NATTEN_HAVE_AVX2BF16
+  static const simd::InstructionSet avx2bf16 =
+      with_pairs("avx2bf16", simd::isa_avx2, simd::isa_avx2bf16);
+  found.push_back({&avx2bf16, processor.avx2, false});
 #endif
 #endif
   found.push_back({&simd::isa_base, true, true});

@@ -19,8 +19,12 @@ class AdditionalTokens {
 
   void take(Arena& arena, const Plan& plan) {
     const std::int64_t piece = std::min(plan.problem().additional, kAdditionalPiece);
-    keys_plain_ = arena.take<T>(plan.column_heads * piece * plan.padded);
-    values_plain_ = arena.take<T>(plan.column_heads * piece * plan.value_padded);
+    const std::int64_t keys = plan.column_heads * piece * plan.padded;
+    const std::int64_t values = plan.column_heads * piece * plan.value_padded;
+    keys_plain_ = arena.take<T>(keys);
+    values_plain_ = arena.take<T>(values);
+    keys_scored_ = plan.in_pairs ? arena.take<T>(keys) : keys_plain_;
+    values_scored_ = plan.in_pairs ? arena.take<T>(values) : values_plain_;
     loaded_ = -1;
   }
 
@@ -32,9 +36,15 @@ class AdditionalTokens {
     if (loaded_ == of) return;
     loaded_ = of;
     count_ = std::min(p.additional - first, kAdditionalPiece);
-    const auto pack_piece = [&](const Operand<const E>& from, std::int64_t dim, T* to,
+    const auto pack_piece = [&](const Operand<const E>& from, std::int64_t dim, T* to, T* scored,
                                 std::int64_t padded) {
       if (!from) return;
+      for (std::int64_t i = 0; i < work.column_head_count * count_ && plan.in_pairs; ++i) {
+        const E* token = from.at(work.batch, work.column_head + i / count_, first + i % count_);
+        auto* pairs = reinterpret_cast<E*>(scored + i * padded);
+        std::copy_n(token, dim, pairs);
+        if (dim % 2 != 0) pairs[dim] = E{};
+      }
       simd::Packing<T> packing;
       packing.from = from.at(work.batch, work.column_head, first);
       packing.stride = from.token;
@@ -45,24 +55,30 @@ class AdditionalTokens {
       packing.plain = to;
       packing.padded = padded;
       packing.plain_stride = count_ * padded;
-      pack(isa, p.dtype, packing);
+      pack(isa, p.dtype, packing, plan.in_pairs);
     };
-    pack_piece(keys_, p.head_dim, keys_plain_, plan.padded);
-    pack_piece(values_, p.value_dim, values_plain_, plan.value_padded);
+    pack_piece(keys_, p.head_dim, keys_plain_, keys_scored_, plan.padded);
+    pack_piece(values_, p.value_dim, values_plain_, values_scored_, plan.value_padded);
   }
   std::int64_t count() const { return count_; }
 
   /// The packed tokens of a head of columns, as the only line.
   simd::Line<T> line(const Plan& plan, std::int64_t head) const {
     simd::Line<T> line;
-    line.transposed = line.plain_grad = keys_plain_ + head * count_ * plan.padded;
-    line.transposed_grad = line.plain = values_plain_ + head * count_ * plan.value_padded;
+    const std::int64_t keys = head * count_ * plan.padded;
+    const std::int64_t values = head * count_ * plan.value_padded;
+    line.transposed = keys_scored_ + keys;
+    line.transposed_grad = values_scored_ + values;
+    line.plain = values_plain_ + values;
+    line.plain_grad = keys_plain_ + keys;
     return line;
   }
 
  private:
   Operand<const E> keys_, values_;
-  T *keys_plain_ = nullptr, *values_plain_ = nullptr;  // [head][token][padded]
+  // [head][token][padded]. If in pairs: plain ones of tokens, those for scores of dims.
+  T *keys_plain_ = nullptr, *values_plain_ = nullptr;
+  T *keys_scored_ = nullptr, *values_scored_ = nullptr;
   std::int64_t count_ = 0;
   std::int64_t loaded_ = -1;
 };

@@ -28,8 +28,8 @@ class BackwardKey final : public Pass<E> {
 
   void take_memory(Arena& arena) override {
     const Problem& p = plan.problem();
-    key_rows_ = take_rows<T>(arena, plan, p.head_dim);
-    value_rows_ = take_rows<T>(arena, plan, p.value_dim);
+    key_rows_ = take_rows<T>(arena, plan, plan.elements(p.head_dim));
+    value_rows_ = take_rows<T>(arena, plan, plan.elements(p.value_dim));
     key_sums_ = take_rows<T>(arena, plan, plan.padded);
     value_sums_ = take_rows<T>(arena, plan, plan.value_padded);
   }
@@ -45,7 +45,7 @@ class BackwardKey final : public Pass<E> {
   void pack_line(const Work& work, const LineToPack<T>& line, Loader<T>& loader) override {
     const Problem& p = plan.problem();
     const LineMemory<T>& to = line.memory;
-    pack_columns(loader, plan, work, line, Source<E>{query_, p.head_dim, p.scale},
+    pack_columns(loader, plan, work, line, Source<E>{query_, p.head_dim, plan.query_scale()},
                  Source<E>{grad_output_, p.value_dim});
     for_each_run(
         plan, work, line.first, line.count,
@@ -79,7 +79,8 @@ class BackwardKey final : public Pass<E> {
     const Problem& p = plan.problem();
     clear_hidden(plan, work, mask, key_sums_);
     clear_hidden(plan, work, mask, value_sums_);
-    unpack_rows(isa, plan, work, key_sums_, Target<E, T>{grad_key_, p.head_dim});
+    unpack_rows(isa, plan, work, key_sums_,
+                Target<E, T>{grad_key_, p.head_dim, plan.score_scale()});
     unpack_rows(isa, plan, work, value_sums_, Target<E, T>{grad_value_, p.value_dim});
   }
 

@@ -29,8 +29,8 @@ class BackwardQuery final : public Pass<E> {
 
   void take_memory(Arena& arena) override {
     const Problem& p = plan.problem();
-    query_rows_ = take_rows<T>(arena, plan, p.head_dim);
-    grad_output_rows_ = take_rows<T>(arena, plan, p.value_dim);
+    query_rows_ = take_rows<T>(arena, plan, plan.elements(p.head_dim));
+    grad_output_rows_ = take_rows<T>(arena, plan, plan.elements(p.value_dim));
     if (plan.partial.additional > 0) {
       plain_query_ = take_rows<T>(arena, plan, plan.padded);
       plain_grad_output_ = take_rows<T>(arena, plan, plan.value_padded);
@@ -46,10 +46,20 @@ class BackwardQuery final : public Pass<E> {
 
   void load_rows(const Work& work, Loader<T>& loader) override {
     const Problem& p = plan.problem();
-    pack_rows(loader, plan, work, Source<E>{query_, p.head_dim, p.scale}, query_rows_,
-              plain_query_);
+    // Together, if they are alike.
+    const bool apart = plan.in_pairs && plain_query_;
+    const RowBuffer<T> none;
+    pack_rows(loader, plan, work, Source<E>{query_, p.head_dim, plan.query_scale()}, query_rows_,
+              apart ? none : plain_query_);
     pack_rows(loader, plan, work, Source<E>{grad_output_, p.value_dim}, grad_output_rows_,
-              plain_grad_output_);
+              apart ? none : plain_grad_output_);
+    if (apart) {
+      Loader<T> numbers(isa, p.dtype);
+      pack_rows(numbers, plan, work, Source<E>{query_, p.head_dim, p.scale}, none, plain_query_);
+      pack_rows(numbers, plan, work, Source<E>{grad_output_, p.value_dim}, none,
+                plain_grad_output_);
+      numbers.run();
+    }
     sums_.fill(plan, work, T(0));
     row_term_.fill(plan, work, T(0));
     // Lost in a sum of weights, and can be divided by where there are none.

@@ -27,11 +27,14 @@ class Count final : public Pass<E> {
   void load_rows(const Work& work, Loader<T>&) override {
     const Problem& p = plan.problem();
     rows_ = as_double(work.line_count * work.row_count * work.head_count);
-    std::int64_t elements = p.head_dim, numbers = 0;
-    if (plan.kind() != PassKind::forward) elements += p.value_dim;
+    std::int64_t elements = p.head_dim, packed = plan.elements(p.head_dim), numbers = 0;
+    if (plan.kind() != PassKind::forward) {
+      elements += p.value_dim;
+      packed += plan.elements(p.value_dim);
+    }
     if (plan.kind() == PassKind::backward_query) numbers = 1;  // logsumexp
     to_.read += rows_ * bytes_of(elements, numbers);
-    to_.packed += rows_ * as_double(elements) * sizeof(T);
+    to_.packed += rows_ * as_double(packed) * sizeof(T);
   }
 
   int rounds() const override {

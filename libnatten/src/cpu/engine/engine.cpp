@@ -16,7 +16,7 @@ Engine<E>::Engine(Pass<E>& pass, const AdditionalTokens<E>& additional, const Bi
     : pass_(pass),
       plan_(pass.plan),
       p_(plan_.problem()),
-      loader_(pass.isa, p_.dtype),
+      loader_(pass.isa, p_.dtype, plan_.in_pairs),
       additional_(additional),
       biases_(biases) {}
 
@@ -28,7 +28,8 @@ void Engine<E>::take_memory(std::vector<char>& memory) {
     additional_.take(arena, plan_);
     biases_.take(arena, plan_);
     pass_.take_memory(arena);
-    scratch_ = arena.take<T>(static_cast<std::int64_t>(kernels_for<T>(pass_.isa).scratch_elements));
+    scratch_ = arena.take<T>(
+        static_cast<std::int64_t>(kernels_for<T>(pass_.isa, plan_.in_pairs).scratch_elements));
     if (round == 0) arena.begin();
   }
   lines_.resize(plan_.piece_lines);
@@ -181,10 +182,11 @@ void Engine<E>::visit_blocks(Work work, const Columns<T>& columns) {
   block.line_count = columns.line_count;
   block.ld = packed_.ld();
   block.bias_stride = biases_.stride();
-  block.dim = p_.head_dim;
-  block.value_dim = p_.value_dim;
+  block.dim = plan_.elements(p_.head_dim);
+  block.value_dim = plan_.elements(p_.value_dim);
   block.padded = plan_.padded;
   block.value_padded = plan_.value_padded;
+  block.scale = static_cast<T>(plan_.score_scale());
   block.scratch = scratch_;
   const std::int64_t most_rows = (block.adjacent ? kMostVectors : 1) * plan_.width;
   for (work.row = 0; work.row < work.row_count; work.row += most_rows) {

@@ -23,7 +23,7 @@ class Forward final : public Pass<E> {
         logsumexp_(operand<T>(job.problem, job.tensors, &Tensors::logsumexp)) {}
 
   void take_memory(Arena& arena) override {
-    query_rows_ = take_rows<T>(arena, plan, plan.problem().head_dim);
+    query_rows_ = take_rows<T>(arena, plan, plan.elements(plan.problem().head_dim));
     sums_ = take_rows<T>(arena, plan, plan.value_padded);
     largest_ = take_rows<T>(arena, plan, 1);
     total_ = take_rows<T>(arena, plan, 1);
@@ -31,7 +31,7 @@ class Forward final : public Pass<E> {
 
   void load_rows(const Work& work, Loader<T>& loader) override {
     const Problem& p = plan.problem();
-    pack_rows(loader, plan, work, Source<E>{query_, p.head_dim, p.scale}, query_rows_);
+    pack_rows(loader, plan, work, Source<E>{query_, p.head_dim, plan.query_scale()}, query_rows_);
     sums_.fill(plan, work, T(0));
     largest_.fill(plan, work, -std::numeric_limits<T>::infinity());
     total_.fill(plan, work, T(0));

@@ -12,13 +12,15 @@ namespace natten::detail::cpu::engine {
 template <class T>
 class Loader {
  public:
-  Loader(const simd::InstructionSet& isa, DType dtype) : isa_(isa), dtype_(dtype) {}
+  /// `in_pairs`: see Plan.
+  Loader(const simd::InstructionSet& isa, DType dtype, bool in_pairs = false)
+      : isa_(isa), dtype_(dtype), in_pairs_(in_pairs) {}
 
   void add(const simd::Packing<T>& packing) { list_.push_back(packing); }
   /// Packs all that has been added.
   void run() {
     for (std::size_t i = 0; i + 1 < list_.size(); ++i) list_[i].next = &list_[i + 1];
-    for (const simd::Packing<T>& packing : list_) pack(isa_, dtype_, packing);
+    for (const simd::Packing<T>& packing : list_) pack(isa_, dtype_, packing, in_pairs_);
     forget();
   }
   /// Packs nothing of it.
@@ -27,6 +29,7 @@ class Loader {
  private:
   const simd::InstructionSet& isa_;
   const DType dtype_;
+  const bool in_pairs_;
   std::vector<simd::Packing<T>> list_;
 };
 

@@ -134,6 +134,7 @@ void pack_columns(Loader<T>& loader, const Plan& plan, const Work& work, const L
                  packing.plain = plain ? plain + at * padded : nullptr;
                  packing.padded = padded;
                  packing.plain_stride = line.head_stride;
+                 packing.continues = at > 0;
                  loader.add(packing);
                });
 }

@@ -47,7 +47,7 @@ class Pass {
   Pass(const Pass&) = default;
   ~Pass() = default;
 
-  const simd::Kernels<T>& kernels() const { return kernels_for<T>(isa); }
+  const simd::Kernels<T>& kernels() const { return kernels_for<T>(isa, plan.in_pairs); }
 };
 
 // The passes, as phases of independent units.

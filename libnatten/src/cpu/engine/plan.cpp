@@ -34,11 +34,11 @@ ColumnShape column_shape(const Plan& plan) {
     column.plain = plan.padded;
     return column;
   }
-  column.transposed = p.head_dim;
+  column.transposed = plan.elements(p.head_dim);
   if (kind == PassKind::qk) return column;
   if (kind != PassKind::backward_query) column.plain = plan.value_padded;
   if (kind == PassKind::forward) return column;
-  column.transposed_grad = p.value_dim;
+  column.transposed_grad = plan.elements(p.value_dim);
   column.plain_grad = plan.padded;
   column.statistics = kind == PassKind::backward_key;
   return column;
@@ -225,12 +225,13 @@ PassKind first_pass(Op op) {
 }
 
 Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::size_t element_bytes,
-               int threads, const Configuration& asked) {
+               bool in_pairs, int threads, const Configuration& asked) {
   Plan plan;
   plan.grid.problem = problem;
   plan.grid.kind = kind;
   plan.width = vector_width;
   plan.element_bytes = element_bytes;
+  plan.in_pairs = in_pairs;
   plan.padded = round_up(problem.head_dim, plan.width);
   plan.value_padded = round_up(problem.value_dim, plan.width);
   plan.column = column_shape(plan);

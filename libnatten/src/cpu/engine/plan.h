@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "../../dispatch.h"
 #include "../../operand.h"
@@ -128,8 +129,9 @@ struct PartialSums {
 /// threads.
 struct Plan {
   RowGrid grid;
-  std::int64_t width = 0;                     // of vectors
-  std::size_t element_bytes = 0;              // of sums
+  std::int64_t width = 0;         // of vectors
+  std::size_t element_bytes = 0;  // of sums
+  bool in_pairs = false;          // what is packed are pairs of bfloat16: see simd::Line
   std::int64_t padded = 0, value_padded = 0;  // head dims as multiples of the vector width
   ColumnShape column;                         // what is packed of each
   std::int64_t row_heads = 0;                 // heads of rows that are handled together
@@ -152,6 +154,12 @@ struct Plan {
 
   const Problem& problem() const { return grid.problem; }
   PassKind kind() const { return grid.kind; }
+  /// Of a transposed operand, by row or column.
+  std::int64_t elements(std::int64_t dim) const { return in_pairs ? (dim + 1) / 2 : dim; }
+  /// The problem's scale is in packed queries, or where pairs are packed as they are, in what the
+  /// kernels make of them: scores, and once sums are written gradients of keys.
+  double query_scale() const { return in_pairs ? 1.0 : problem().scale; }
+  double score_scale() const { return in_pairs ? problem().scale : 1.0; }
   std::int64_t head_groups() const { return (grid.heads() + row_heads - 1) / row_heads; }
   std::int64_t groups() const { return grid.groups(0) * grid.groups(1) * grid.groups(2); }
   /// Rows that a thread has at hand.
@@ -166,9 +174,9 @@ struct Plan {
   std::int64_t total_units() const { return grid.problem.batch * head_groups() * units; }
 };
 
-/// `element_bytes`: of sums. `threads`: that take part.
+/// `element_bytes`: of sums. `in_pairs`: see Plan. `threads`: that take part.
 Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::size_t element_bytes,
-               int threads, const Configuration& configuration = {});
+               bool in_pairs, int threads, const Configuration& configuration = {});
 
 /// Whether two plans of a pass sum up the same numbers in the same order. May be false where they
 /// do.
@@ -179,7 +187,9 @@ template <class E>
 Plan plan_for(const Problem& problem, PassKind kind, int threads,
               const Configuration& configuration = {}) {
   using T = StatisticOf<E>;
-  return make_plan(problem, kind, kernels_for<T>(instruction_set()).width, sizeof(T), threads,
+  const simd::InstructionSet& isa = instruction_set();
+  const bool in_pairs = std::is_same_v<E, bfloat16> && isa.convert.pack_pairs && is_fused(kind);
+  return make_plan(problem, kind, kernels_for<T>(isa, in_pairs).width, sizeof(T), in_pairs, threads,
                    configuration);
 }
 

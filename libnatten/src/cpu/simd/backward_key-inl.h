@@ -8,16 +8,17 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
-template <class T>
+template <class F, class T = typename F::Sum>
 void backward_key(const BackwardKey<T>& f) {
   const Block<T>& block = f.block;
   const Walk<T> walk(block);
   T* weights = block.scratch;
   T* grads = weights + kMostVectors * kScores<T>;
   for_each_batch(walk, [&](const Batch& batch) {
-    column_products(walk, batch, f.key, &Line<T>::transposed, block.dim, block.padded, weights);
-    column_products(walk, batch, f.value, &Line<T>::transposed_grad, block.value_dim,
-                    block.value_padded, grads);
+    column_products<F>(walk, batch, f.key, &Line<T>::transposed, block.dim, block.padded, weights,
+                       block.scale);
+    column_products<F>(walk, batch, f.value, &Line<T>::transposed_grad, block.value_dim,
+                       block.value_padded, grads);
     for (int v = 0; v < block.vectors; ++v) {
       T* w = weights + v * kScores<T>;
       T* g = grads + v * kScores<T>;
@@ -36,17 +37,17 @@ void backward_key(const BackwardKey<T>& f) {
               store(w + offset, weight);
               store(g + offset, grad);
             });
-        // Stacked rows read what they see, each by itself.
-        if (plain.value && block.adjacent) {
+        // Stacked rows read what they see, each by itself, but for the other one of a pair.
+        if (plain.value && (block.adjacent || F::kCount > 1)) {
           set_unseen(walk, batch, v, w, T(0));
           set_unseen(walk, batch, v, g, T(0));
         }
       });
-      clear_padding(batch, w);
-      clear_padding(batch, g);
+      finish_weights<F>(walk, batch, v, w);
+      finish_weights<F>(walk, batch, v, g);
     }
-    row_products(walk, batch, weights, &Line<T>::plain, block.value_padded, f.grad_value);
-    row_products(walk, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_key);
+    row_products<F>(walk, batch, weights, &Line<T>::plain, block.value_padded, f.grad_value);
+    row_products<F>(walk, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_key);
   });
 }
 

@@ -27,7 +27,7 @@ NATTEN_INLINE void add_to_columns(const Walk<T>& walk, const Batch& batch, int v
     run.last = static_cast<int>(min(kRowGroup, batch.step1 - step));
     p.weights = weights + v * kScores<T> + (batch.at(0) + step) * kWidth<T>;
     p.sums = sums + step * padded;
-    row_tiles<T>(run.last, p);
+    row_tiles<Single<T>>(run.last, p);
   }
 }
 
@@ -47,7 +47,7 @@ NATTEN_INLINE void add_to_bias(const Walk<T>& walk, const Batch& batch, int v, c
   });
 }
 
-template <class T>
+template <class F, class T = typename F::Sum>
 void backward_query(const BackwardQuery<T>& f) {
   const Block<T>& block = f.block;
   const Walk<T> walk(block);
@@ -69,9 +69,10 @@ void backward_query(const BackwardQuery<T>& f) {
     const bool sums_gradients = round == 0 ? at_once : f.sum_gradients && !at_once;
     if (!sums_row_term && !sums_gradients) continue;
     for_each_batch(walk, [&](const Batch& batch) {
-      column_products(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded, weights);
-      column_products(walk, batch, f.grad_output, &Line<T>::transposed_grad, block.value_dim,
-                      block.value_padded, grads);
+      column_products<F>(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded,
+                         weights, block.scale);
+      column_products<F>(walk, batch, f.grad_output, &Line<T>::transposed_grad, block.value_dim,
+                         block.value_padded, grads);
       for (int v = 0; v < block.vectors; ++v) {
         T* w = weights + v * kScores<T>;
         T* g = grads + v * kScores<T>;
@@ -107,15 +108,16 @@ void backward_query(const BackwardQuery<T>& f) {
         for_each_step(walk, batch, v, [&](std::int64_t offset, const Line<T>&, std::int64_t) {
           store(g + offset, load(w + offset) * (load(g + offset) - row_term));
         });
-        clear_padding(batch, g);
         if (block.lines->grad_bias) add_to_bias(walk, batch, v, g);
-        if (!f.grad_key) continue;
-        add_to_columns(walk, batch, v, grads, f.plain_query, block.padded, f.grad_key);
-        add_to_columns(walk, batch, v, weights, f.plain_grad_output, block.value_padded,
-                       f.grad_value);
+        if (f.grad_key) {
+          add_to_columns(walk, batch, v, grads, f.plain_query, block.padded, f.grad_key);
+          add_to_columns(walk, batch, v, weights, f.plain_grad_output, block.value_padded,
+                         f.grad_value);
+        }
+        finish_weights<F>(walk, batch, v, g);
       }
       if (sums_gradients)
-        row_products(walk, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_query);
+        row_products<F>(walk, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_query);
     });
     if (round == 0 && f.sum_gradients && !at_once)
       for (int v = 0; v < block.vectors; ++v) finish_row_term(v);

@@ -35,10 +35,12 @@ struct BFloat16 {
     return reinterpret_cast<Vector<float>>(__builtin_convertvector(load_halves(from), Bits) << 16);
   }
   static NATTEN_INLINE void write(Element* to, Vector<float> v) {
+    store_halves(to, __builtin_convertvector(rounded(v) >> 16, Halves));
+  }
+  /// The nearest, in the high half; the low one is to be ignored.
+  static NATTEN_INLINE Bits rounded(Vector<float> v) {
     const Bits b = reinterpret_cast<Bits>(v);
-    const Bits rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    const Bits half = (b & 0x7fffffffu) > 0x7f800000u ? (b >> 16) | 0x40u : rounded;
-    store_halves(to, __builtin_convertvector(half, Halves));
+    return (b & 0x7fffffffu) > 0x7f800000u ? b | 0x400000u : b + 0x7fffu + ((b >> 16) & 1u);
   }
 };
 

@@ -8,14 +8,14 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
-template <class T>
+template <class F, class T = typename F::Sum>
 void forward(const Forward<T>& f) {
   constexpr int kW = kWidth<T>;
   const Block<T>& block = f.block;
   const Walk<T> walk(block);
   for_each_batch(walk, [&](const Batch& batch) {
-    column_products(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded,
-                    block.scratch);
+    column_products<F>(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded,
+                       block.scratch, block.scale);
     for (int v = 0; v < block.vectors; ++v) {
       T* scores = block.scratch + v * kScores<T>;
       const std::int64_t first_row = v * block.vector_stride;
@@ -39,7 +39,7 @@ void forward(const Forward<T>& f) {
         store(scores + offset, weight);
         total += weight;
       });
-      clear_padding(batch, scores);
+      finish_weights<F>(walk, batch, v, scores);
       const Vector<T> shrink = exp<T>(before - reference);
       store(f.total + first_row, load(f.total + first_row) * shrink + total);
       store(f.largest + first_row, largest);
@@ -50,7 +50,7 @@ void forward(const Forward<T>& f) {
           store(sums + d, load(sums + d) * shrink[row]);
       }
     }
-    row_products(walk, batch, block.scratch, &Line<T>::plain, block.value_padded, f.sums);
+    row_products<F>(walk, batch, block.scratch, &Line<T>::plain, block.value_padded, f.sums);
   });
 }
 

@@ -1,4 +1,5 @@
-// Compiled once per instruction set, with NATTEN_ISA naming it and NATTEN_VECTOR_BYTES. Everything
+// Compiled once per instruction set, with NATTEN_ISA naming it and NATTEN_VECTOR_BYTES; with
+// NATTEN_PAIRS, only what such a set has beside that of another, for pairs of bfloat16. Everything
 // is in an unnamed namespace and nothing from the standard library or the other headers is used, so
 // that the object file shares no inline function with code for other processors. The files *-inl.h
 // are parts of this one.
@@ -16,10 +17,24 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
+/// Those of fused passes.
+template <class F, class T = typename F::Sum>
+constexpr Kernels<T> kernels_of() {
+  Kernels<T> k{};
+  k.forward = forward<F>;
+  k.finish = finish<T>;
+  k.backward_query = backward_query<F>;
+  k.backward_key = backward_key<F>;
+  k.count = count<T>;
+  k.scratch_elements = static_cast<std::size_t>(2 * kMostVectors * kScores<T>);
+  k.width = kWidth<T>;
+  return k;
+}
+
+#if !NATTEN_PAIRS
 template <class T>
 constexpr Kernels<T> kernels() {
-  Kernels<T> k{};
-  k.forward = forward<T>;
+  Kernels<T> k = kernels_of<Single<T>>();
   // By DType, of which float64 comes first.
   if constexpr (sizeof(T) == sizeof(double)) {
     k.stream[0] = stream<Same<double>>;
@@ -28,14 +43,8 @@ constexpr Kernels<T> kernels() {
     k.stream[2] = stream<BFloat16>;
     k.stream[3] = stream<Float16>;
   }
-  k.finish = finish<T>;
-  k.backward_query = backward_query<T>;
-  k.backward_key = backward_key<T>;
   k.score = score<T>;
   k.weigh = weigh<T>;
-  k.count = count<T>;
-  k.scratch_elements = static_cast<std::size_t>(2 * kMostVectors * kScores<T>);
-  k.width = kWidth<T>;
   return k;
 }
 
@@ -52,6 +61,7 @@ constexpr Conversions conversions() {
   c.unpack[3] = unpack<Float16>;
   return c;
 }
+#endif
 
 }  // namespace
 
@@ -60,8 +70,13 @@ constexpr Conversions conversions() {
 #define NATTEN_TEXT_OF(a) #a
 #define NATTEN_TEXT(a) NATTEN_TEXT_OF(a)
 
+#if NATTEN_PAIRS
+extern const PairKernels NATTEN_NAMED(isa_, NATTEN_ISA);
+const PairKernels NATTEN_NAMED(isa_, NATTEN_ISA) = {kernels_of<Pair>(), pack_pairs};
+#else
 extern const InstructionSet NATTEN_NAMED(isa_, NATTEN_ISA);
-const InstructionSet NATTEN_NAMED(isa_, NATTEN_ISA) = {NATTEN_TEXT(NATTEN_ISA), kernels<float>(),
-                                                       kernels<double>(), conversions()};
+const InstructionSet NATTEN_NAMED(isa_, NATTEN_ISA) = {
+    NATTEN_TEXT(NATTEN_ISA), kernels<float>(), kernels<double>(), conversions(), {}};
+#endif
 
 }  // namespace natten::detail::cpu::simd

@@ -26,7 +26,10 @@ inline constexpr int kPaddingSteps = 3;
 inline constexpr int kMostStreamRows = 16, kMostStreamColumns = 256;
 
 /// The packed tokens of one line of the innermost axis, converted to the type that sums are kept
-/// in. Transposed operands are [dim][ld], plain ones [column][padded dim].
+/// in. Transposed operands are [dim][ld], plain ones [column][padded dim]. Kernels for pairs read
+/// two bfloat16 instead, the first in the low half of an element: dims 2 i and 2 i + 1 in
+/// transposed operands, [dim / 2][ld], and a column and the next one in plain ones, [column][padded
+/// dim].
 template <class T>
 struct Line {
   const T* transposed = nullptr;       // of the product that gives scores
@@ -63,8 +66,9 @@ struct Block {
   std::int64_t first_slot[kMostVectors * kMostWidth];  // of the first column, for Weights
   std::int64_t position;        // of row 0, for the bias; rows after it follow
   std::int64_t bias_stride;     // elements from the biases of one stacked vector to the next
-  std::int64_t dim, value_dim;  // summed over in scores and in gradients of weights
+  std::int64_t dim, value_dim;  // elements summed over in scores and in gradients of weights
   std::int64_t padded, value_padded;
+  T scale;     // of scores of pairs; else it is in an operand
   T* scratch;  // scratch_elements
 };
 
@@ -173,7 +177,8 @@ struct Packing {
   const void* from = nullptr;  // null: zeros
   std::int64_t stride = 0, count = 0, dim = 0;
   int heads = 1;
-  std::int64_t head_stride = 0;        // elements from a head to the next
+  bool continues = false;        // these complete the last pair of tokens that are packed already
+  std::int64_t head_stride = 0;  // elements from a head to the next
   const std::uint8_t* seen = nullptr;  // of each token, 0 where it is packed as zeros; null: none
   std::int64_t seen_stride = 0;
   T scale = 1;
@@ -220,7 +225,8 @@ struct Kernels {
 /// Conversion between tensor elements and sums, per element type in the order of DType.
 struct Conversions {
   void (*pack_f64)(const Packing<double>&);
-  void (*pack[4])(const Packing<float>&);  // [0] unused
+  void (*pack[4])(const Packing<float>&);     // [0] unused
+  void (*pack_pairs)(const Packing<float>&);  // of bfloat16; null where there are no units for it
   void (*unpack_f64)(const Unpacking<double>&);
   void (*unpack[4])(const Unpacking<float>&);
 };
@@ -230,6 +236,13 @@ struct InstructionSet {
   Kernels<float> f32;
   Kernels<double> f64;
   Conversions convert;
+  Kernels<float> pairs;  // of fused passes alone; weights are rounded to bfloat16
+};
+
+/// What an instruction set for pairs of bfloat16 has beside that of another.
+struct PairKernels {
+  Kernels<float> kernels;
+  void (*pack)(const Packing<float>&);
 };
 
 }  // namespace natten::detail::cpu::simd

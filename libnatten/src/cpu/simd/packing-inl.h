@@ -109,6 +109,65 @@ void pack(const Packing<typename Type::Sum>& p) {
   }
 }
 
+#if NATTEN_PAIRS
+/// Packs pairs of bfloat16, without a scale.
+void pack_pairs(const Packing<float>& p) {
+  using Element = BFloat16::Element;
+  constexpr int kW = kWidth<float>;
+  constexpr std::int64_t kElements = 2 * kPiece<float>;  // of a token, at a time
+  static constexpr Element zeros[kElements] = {};
+  const auto* from = static_cast<const Element*>(p.from);
+  Packing<float> in_pairs = p;
+  in_pairs.dim = ceil_div(p.dim, 2);
+  for (std::int64_t first = 0; first < p.count; first += kW) {
+    const int count = static_cast<int>(min(kW, p.count - first));
+    for (std::int64_t d = 0; d < p.dim; d += kElements) {
+      const std::int64_t length = min(kElements, p.dim - d);
+      Element parts[kMostHeads][kW + 1][kElements];
+      // The token after these is the second of the last pair.
+      const Element* tokens[kMostHeads][kW + 1];
+      for (int i = 0; i <= kW; ++i) {
+        const std::int64_t index = first + i;
+        const bool is_zero =
+            !from || index >= p.count || (p.seen && p.seen[index * p.seen_stride] == 0);
+        if (d == 0 && i < count) fetch<Element>(p, index + kAhead);
+        for (int head = 0; head < p.heads; ++head) {
+          const Element* token = zeros;
+          if (!is_zero) token = from + index * p.stride + head * p.head_stride + d;
+          if (!is_zero && length % (2 * kW) != 0) {
+            Element* part = parts[head][i];
+            for (std::int64_t e = 0; e < length; ++e) part[e] = token[e];
+            for (std::int64_t e = length; e % (2 * kW) != 0; ++e) part[e] = 0;
+            token = part;
+          }
+          tokens[head][i] = token;
+        }
+      }
+      for (int head = 0; head < p.heads; ++head) {
+        if (p.transposed) {
+          const float* pairs[kW];
+          for (int i = 0; i < kW; ++i) pairs[i] = reinterpret_cast<const float*>(tokens[head][i]);
+          spread(in_pairs, head, first, d / 2, ceil_div(length, 2), pairs);
+        }
+        if (!p.plain) continue;
+        float* to = p.plain + head * p.plain_stride + first * p.padded + d;
+        const auto bits = [](const Element* token) {
+          return __builtin_convertvector(load_halves(token), Bits);
+        };
+        for (std::int64_t e = 0; e < length && first == 0 && p.continues; e += kW)
+          store(to - p.padded + e,
+                reinterpret_cast<Vector<float>>(reinterpret_cast<Bits>(load(to - p.padded + e)) |
+                                                bits(tokens[head][0] + e) << 16));
+        for (int i = 0; i < count; ++i, to += p.padded)
+          for (std::int64_t e = 0; e < length; e += kW)
+            store(to + e, reinterpret_cast<Vector<float>>(bits(tokens[head][i] + e) |
+                                                          bits(tokens[head][i + 1] + e) << 16));
+      }
+    }
+  }
+}
+#endif
+
 template <class Type>
 void unpack(const Unpacking<typename Type::Sum>& u) {
   using T = typename Type::Sum;

@@ -1,9 +1,9 @@
 #pragma once
 
 // Products in tiles that fit the registers: of rows with columns, which gives scores, and of
-// weights with columns, which gives sums.
+// weights with columns, which gives sums. F says what elements of operands are: see factors-inl.h.
 
-#include "vectors-inl.h"
+#include "factors-inl.h"
 
 namespace natten::detail::cpu::simd {
 namespace {
@@ -24,13 +24,14 @@ struct ColumnProducts {
   const T* rows;            // transposed
   std::int64_t row_stride;  // from a vector of rows to the next
   std::int64_t next_column, next_dim;
-  Ints<T> index;  // of columns that are permuted
-  std::int64_t dim;
+  Ints<T> index;            // of columns that are permuted
+  std::int64_t dim;         // elements of a row
+  T scale;                  // of products of pairs
   std::int64_t out_stride;  // from the products of one vector of rows to those of the next
 };
 
 /// out[n][m][row] = <rows of vector n, their columns m>, for vectors from `first` on.
-template <class T, Access kAccess, int N, int M>
+template <class F, Access kAccess, int N, int M, class T = typename F::Sum>
 void column_tile(const ColumnProducts<T>& p, int first, const T* columns, T* out) {
   const T* rows = p.rows + first * p.row_stride;
   Vector<T> c[N][M] = {};
@@ -43,34 +44,38 @@ void column_tile(const ColumnProducts<T>& p, int first, const T* columns, T* out
       Vector<T> column;
       if constexpr (kAccess == Access::following) column = load(columns + m);
       if constexpr (kAccess == Access::permuted) column = permute<T>(load(columns + m), p.index);
-      if constexpr (kAccess == Access::same) column = broadcast<T>(columns[m * p.next_column]);
+      if constexpr (kAccess == Access::same)
+        column = F::broadcast_from(columns + m * p.next_column);
 #pragma GCC unroll 8
-      for (int n = 0; n < N; ++n) c[n][m] += row[n] * column;
+      for (int n = 0; n < N; ++n) c[n][m] = F::multiply_add(row[n], column, c[n][m]);
     }
   }
   for (int n = 0; n < N; ++n)
-    for (int m = 0; m < M; ++m) store(out + n * p.out_stride + m * kWidth<T>, c[n][m]);
+    for (int m = 0; m < M; ++m) {
+      if constexpr (F::kCount > 1) c[n][m] *= p.scale;
+      store(out + n * p.out_stride + m * kWidth<T>, c[n][m]);
+    }
 }
 
 /// Calls column_tile with the sizes as template arguments.
-template <class T, Access kAccess, int N, int M = kTileColumns<N>>
+template <class F, Access kAccess, int N, int M = kTileColumns<N>, class T = typename F::Sum>
 NATTEN_INLINE void column_tile_of(int m, const ColumnProducts<T>& p, int first, const T* columns,
                                   T* out) {
   if constexpr (M > 1)
-    if (m < M) return column_tile_of<T, kAccess, N, M - 1>(m, p, first, columns, out);
-  column_tile<T, kAccess, N, M>(p, first, columns, out);
+    if (m < M) return column_tile_of<F, kAccess, N, M - 1>(m, p, first, columns, out);
+  column_tile<F, kAccess, N, M>(p, first, columns, out);
 }
 
 /// The products of vectors first to first + N with `count` columns, in tiles.
-template <class T, Access kAccess, int N = kMostVectors>
+template <class F, Access kAccess, int N = kMostVectors, class T = typename F::Sum>
 void column_tiles(int n, const ColumnProducts<T>& p, int first, const T* columns,
                   std::int64_t count, T* out) {
   if constexpr (N > 1)
-    if (n < N) return column_tiles<T, kAccess, N - 1>(n, p, first, columns, count, out);
+    if (n < N) return column_tiles<F, kAccess, N - 1>(n, p, first, columns, count, out);
   while (count > 0) {
     // As even a split as possible: a tile of one column would wait for its own sums.
     const auto m = static_cast<int>(ceil_div(count, ceil_div(count, kTileColumns<N>)));
-    column_tile_of<T, kAccess, N>(m, p, first, columns, out);
+    column_tile_of<F, kAccess, N>(m, p, first, columns, out);
     columns += m * p.next_column;
     out += m * kWidth<T>;
     count -= m;
@@ -80,7 +85,8 @@ void column_tiles(int n, const ColumnProducts<T>& p, int first, const T* columns
 /// Rows of one vector whose products with weights share columns, where vectors are adjacent.
 constexpr int kRowGroup = 4;
 
-/// The weights of some entries (sums) for adjacent columns of a line.
+/// The weights of some entries (sums) for adjacent columns of a line. An element of a pair has the
+/// next column, or weight, too: of those that follow each other every second is read.
 template <class T>
 struct Run {
   const T* plain;        // of the line
@@ -106,34 +112,37 @@ template <int G>
 constexpr int kTileVectors = static_cast<int>(min(8, (kRegisters - 1 - G) / G));
 
 /// Adds a run's products to the sums of entries kFirst to kLast, or tries other entries.
-template <class T, int G, int N, int kFirst = 0, int kLast = G>
+template <class F, int G, int N, int kFirst = 0, int kLast = G, class T = typename F::Sum>
 NATTEN_INLINE void add_run(const RowProducts<T>& p, const Run<T>& run, const T* weights,
                            const T* plain, Vector<T> (&c)[G][N]) {
   if (run.first == kFirst && run.last == kLast) {
-    for (std::int64_t i = 0; i < p.count; ++i, weights += p.next_column, plain += p.padded) {
+    for (std::int64_t i = 0; i < p.count; i += F::kCount) {
       Vector<T> weight[G];
 #pragma GCC unroll 8
-      for (int g = kFirst; g < kLast; ++g) weight[g] = broadcast<T>(weights[g * p.next_entry]);
+      for (int g = kFirst; g < kLast; ++g)
+        weight[g] = F::broadcast_from(weights + g * p.next_entry);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         const Vector<T> column = load(plain + n * kWidth<T>);
 #pragma GCC unroll 8
-        for (int g = kFirst; g < kLast; ++g) c[g][n] += weight[g] * column;
+        for (int g = kFirst; g < kLast; ++g) c[g][n] = F::multiply_add(weight[g], column, c[g][n]);
       }
+      weights += F::kCount * p.next_column;
+      plain += F::kCount * p.padded;
     }
   } else if constexpr (kLast - kFirst > 1) {
-    add_run<T, G, N, kFirst, kLast - 1>(p, run, weights, plain, c);
+    add_run<F, G, N, kFirst, kLast - 1>(p, run, weights, plain, c);
   } else if constexpr (kFirst + 1 < G) {
-    add_run<T, G, N, kFirst + 1, G>(p, run, weights, plain, c);
+    add_run<F, G, N, kFirst + 1, G>(p, run, weights, plain, c);
   }
 }
 
 /// The products for N vectors of sums from element `first` on.
-template <class T, int G, int N>
+template <class F, int G, int N, class T = typename F::Sum>
 void row_tile(const RowProducts<T>& p, std::int64_t first) {
   Vector<T> c[G][N] = {};
   for (int r = 0; r < p.run_count; ++r)
-    add_run<T, G, N>(p, p.runs[r], p.weights + p.runs[r].weights,
+    add_run<F, G, N>(p, p.runs[r], p.weights + p.runs[r].weights,
                      p.runs[r].plain + p.column * p.padded + first, c);
   for (int g = 0; g < G; ++g)
     for (int n = 0; n < N; ++n) {
@@ -141,21 +150,21 @@ void row_tile(const RowProducts<T>& p, std::int64_t first) {
       store(to, load(to) + c[g][n]);
     }
 }
-template <class T, int G, int N = kTileVectors<G>>
+template <class F, int G, int N = kTileVectors<G>, class T = typename F::Sum>
 NATTEN_INLINE void row_tile_of(int n, const RowProducts<T>& p, std::int64_t first) {
   if constexpr (N > 1)
-    if (n < N) return row_tile_of<T, G, N - 1>(n, p, first);
-  row_tile<T, G, N>(p, first);
+    if (n < N) return row_tile_of<F, G, N - 1>(n, p, first);
+  row_tile<F, G, N>(p, first);
 }
 /// The products for all of the sums' vectors, in tiles.
-template <class T, int G = kRowGroup>
+template <class F, int G = kRowGroup, class T = typename F::Sum>
 void row_tiles(int entries, const RowProducts<T>& p) {
   if constexpr (G > 1)
-    if (entries < G) return row_tiles<T, G - 1>(entries, p);
+    if (entries < G) return row_tiles<F, G - 1>(entries, p);
   const std::int64_t vectors = p.padded / kWidth<T>;
   for (std::int64_t d = 0; d < vectors;) {
     const auto n = static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kTileVectors<G>)));
-    row_tile_of<T, G>(n, p, d * kWidth<T>);
+    row_tile_of<F, G>(n, p, d * kWidth<T>);
     d += n;
   }
 }

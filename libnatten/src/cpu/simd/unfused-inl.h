@@ -64,7 +64,8 @@ void score(const Weights<T>& w) {
   const Walk<T> walk(w.block);
   for_each_batch(walk, [&](const Batch& batch) {
     T* scores = w.block.scratch;
-    column_products(walk, batch, w.rows, &Line<T>::transposed, w.block.dim, w.block.padded, scores);
+    column_products<Single<T>>(walk, batch, w.rows, &Line<T>::transposed, w.block.dim,
+                               w.block.padded, scores);
     if (w.block.lines->bias || w.block.lines->hidden)
       for (int v = 0; v < w.block.vectors; ++v)
         for_each_step(
@@ -94,7 +95,7 @@ void weigh(const Weights<T>& w) {
                         const Vector<T> hidden = walk.read(line.hidden, v, step);
                         store(at, hidden == 0 ? load(at) : Vector<T>{});
                       });
-    row_products(walk, batch, w.block.scratch, &Line<T>::plain, w.block.padded, w.sums);
+    row_products<Single<T>>(walk, batch, w.block.scratch, &Line<T>::plain, w.block.padded, w.sums);
   });
 }
 

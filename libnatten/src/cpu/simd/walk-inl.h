@@ -135,10 +135,11 @@ NATTEN_INLINE void for_each_batch(const Walk<T>& walk, F&& f) {
               padding});
 }
 
-/// out[v][step][r] = <row r of vector v, its column of the step>.
-template <class T, Access kAccess>
+/// out[v][step][r] = <row r of vector v, its column of the step>; of pairs, times `scale`.
+template <class F, Access kAccess, class T = typename F::Sum>
 void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
-                     const T* Line<T>::*operand, std::int64_t dim, std::int64_t padded, T* out) {
+                     const T* Line<T>::*operand, std::int64_t dim, std::int64_t padded, T* out,
+                     T scale) {
   const Block<T>& block = walk.block;
   constexpr bool kTransposed = kAccess != Access::same;
   ColumnProducts<T> p;
@@ -148,6 +149,7 @@ void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
   p.next_dim = kTransposed ? block.ld : 1;
   p.index = walk.index;
   p.dim = dim;
+  p.scale = scale;
   p.out_stride = kScores<T> - walk.shift * kWidth<T>;
   const std::int64_t count = batch.step1 - batch.step0, shift = walk.shift;
   const std::int64_t span = count + (block.vectors - 1) * shift;
@@ -165,21 +167,21 @@ void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
       const std::int64_t step = batch.step0 + at;
       // Between the columns of two adjacent vectors there may be some that none sees.
       if (v0 < v1)
-        column_tiles<T, kAccess>(v1 - v0, p, v0,
+        column_tiles<F, kAccess>(v1 - v0, p, v0,
                                  line.*operand + (walk.first + step) * p.next_column, end - at,
                                  out + v0 * p.out_stride + (batch.at(l) + step) * kWidth<T>);
       at = end;
     }
   }
 }
-template <class T>
+template <class F, class T = typename F::Sum>
 NATTEN_INLINE void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
                                    const T* Line<T>::*operand, std::int64_t dim,
-                                   std::int64_t padded, T* out) {
-  const auto products = walk.access == Access::following  ? column_products<T, Access::following>
-                        : walk.access == Access::permuted ? column_products<T, Access::permuted>
-                                                          : column_products<T, Access::same>;
-  products(walk, batch, rows, operand, dim, padded, out);
+                                   std::int64_t padded, T* out, T scale = 1) {
+  const auto products = walk.access == Access::following  ? column_products<F, Access::following>
+                        : walk.access == Access::permuted ? column_products<F, Access::permuted>
+                                                          : column_products<F, Access::same>;
+  products(walk, batch, rows, operand, dim, padded, out, scale);
 }
 
 struct Steps {
@@ -204,7 +206,7 @@ NATTEN_INLINE Steps steps_of_group(const Walk<T>& walk, const Batch& batch, int 
 }
 
 /// sums[row] += sum over the batch's columns of weights * operand[column].
-template <class T>
+template <class F, class T = typename F::Sum>
 void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
                   const T* Line<T>::*operand, std::int64_t padded, T* sums) {
   constexpr int kW = kWidth<T>;
@@ -226,7 +228,7 @@ void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
     p.count = high - low;
     p.weights = weights + v * kScores<T> + low * kW + row;
     p.sums = sums + (v * block.vector_stride + row) * padded;
-    row_tiles<T>(entries, p);
+    row_tiles<F>(entries, p);
   };
   if (!block.adjacent) {
     p.next_entry = kScores<T>;
@@ -270,6 +272,29 @@ NATTEN_INLINE void clear_padding(const Batch& batch, T* weights) {
       store(weights + (batch.at(l) + batch.step0 - i) * kWidth<T>, Vector<T>{});
       store(weights + (batch.at(l) + batch.step1 - 1 + i) * kWidth<T>, Vector<T>{});
     }
+}
+
+/// Makes the weights of a vector ready for row_products: sets those of steps of padding to 0 and,
+/// where elements are pairs, puts the weight of the next step of a line beside each.
+template <class F, class T = typename F::Sum>
+NATTEN_INLINE void finish_weights(const Walk<T>& walk, const Batch& batch, int v, T* weights) {
+  clear_padding(batch, weights);
+  if constexpr (F::kCount > 1) {
+    constexpr int kW = kWidth<T>;
+    for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+      const Line<T>& line = walk.block.lines[l];
+      if (v < line.first_vector || v >= line.last_vector) continue;
+      T* at = weights + (batch.at(l) + batch.step0) * kW;
+      Vector<T> weight = load(at);
+      if (batch.padding > 0) store(at - kW, F::of(Vector<T>{}, weight));
+      for (std::int64_t step = batch.step0 + 1; step < batch.step1; ++step, at += kW) {
+        const Vector<T> next = load(at + kW);
+        store(at, F::of(weight, next));
+        weight = next;
+      }
+      store(at, F::of(weight, Vector<T>{}));
+    }
+  }
 }
 
 }  // namespace
