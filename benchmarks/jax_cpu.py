@@ -65,7 +65,7 @@ from cases import (
     Skip,
     Wrong,
     bias_index,
-    case_named,
+    cases_named,
     check,
     medians,
     parser_of,
@@ -360,7 +360,7 @@ def main() -> int:
     print("small calls, microseconds:")
     print(*(f"    {name:15} {time:7.2f}" for name, time in figures["calls"].items()), sep="\n")
     if not args.calls:
-        for case in map(case_named, args.cases):
+        for case in cases_named(args.cases):
             for dtype in args.dtypes:
                 figures["rows"] += time_case(case, dtype, args.ways, args.repeats)
     if args.json:
