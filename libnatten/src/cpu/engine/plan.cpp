@@ -8,8 +8,8 @@ namespace {
 using simd::kMostVectors;
 
 // Packed columns and rows of a thread: strips are as long as fits. Heads take turns, and what one
-// of them needs at a time fits the L2 cache; packing less often is worth more than packing less.
-constexpr std::size_t kMostBytes = 3 << 20;
+// of them needs at a time fits the L2 cache, unless shorter strips would pack much more often.
+constexpr std::size_t kMostBytes = 3 << 20, kMostBytesOfHead = 3 << 18;
 // The same of plans that are asked for.
 constexpr std::size_t kMostBytesAskedFor = 2 * kMostBytes;
 // Of a line that is cut into pieces.
@@ -51,13 +51,17 @@ std::int64_t column_elements(const Plan& plan) {
          c.plain_grad;
 }
 
-/// Of the packed columns and rows, with strips of some rows.
-std::size_t packed_bytes(const Plan& plan, std::int64_t rows) {
+/// Of the packed columns of some heads and the rows that see them, with strips of `rows`.
+std::size_t packed_bytes(const Plan& plan, std::int64_t rows, std::int64_t column_heads,
+                         std::int64_t row_heads) {
   const std::int64_t columns =
-      plan.column_heads * plan.ring0 * plan.ring1 * plan.grid.most_columns(2, rows);
+      column_heads * plan.ring0 * plan.ring1 * plan.grid.most_columns(2, rows);
   return static_cast<std::size_t>(column_elements(plan) *
-                                  (columns + plan.row_heads * plan.stack * rows)) *
+                                  (columns + row_heads * plan.stack * rows)) *
          plan.element_bytes;
+}
+std::size_t packed_bytes(const Plan& plan, std::int64_t rows) {
+  return packed_bytes(plan, rows, plan.column_heads, plan.row_heads);
 }
 
 /// Has `count` heads handled together, or the most below that fit the groups that share a key head.
@@ -87,9 +91,16 @@ void fit_cache(Plan& plan, const Configuration& asked) {
     set_fewer_heads(plan);
   plan.strip =
       round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip), plan.width);
-  while (asked.strip == 0 && plan.strip > least_strip &&
-         packed_bytes(plan, plan.strip) > kMostBytes)
-    plan.strip = std::max(least_strip, round_up(plan.strip / 2, plan.width));
+  const auto is_too_long = [&](std::int64_t strip, std::int64_t shorter) {
+    return packed_bytes(plan, strip) > kMostBytes ||
+           (packed_bytes(plan, strip, 1, 1) > kMostBytesOfHead &&
+            4 * plan.grid.most_columns(2, shorter) <= 3 * plan.grid.most_columns(2, strip));
+  };
+  while (asked.strip == 0 && plan.strip > least_strip) {
+    const std::int64_t shorter = std::max(least_strip, round_up(plan.strip / 2, plan.width));
+    if (!is_too_long(plan.strip, shorter)) break;
+    plan.strip = shorter;
+  }
   plan.piece_lines = plan.lines;
   plan.in_pieces =
       packed_bytes(plan, plan.strip) > (asked.is_default() ? kMostBytes : kMostBytesAskedFor);
