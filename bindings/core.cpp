@@ -242,6 +242,7 @@ nb::list work_of_call(const std::string& op, const Config& config, const nb::seq
     row["packed"] = p.packed;
     row["read"] = p.read;
     row["written"] = p.written;
+    row["balance"] = p.balance;
     rows.append(row);
   }
   return rows;

@@ -89,8 +89,9 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
       first_slot_by_row_[r] =
           seen_by_row_[r].begin - first_slot(p_.axes[2], work.group[2], position);
   }
-  const std::int64_t last = std::min(rows[1].begin + (sweep + 1) * plan_.sweep, rows[1].end);
-  for (std::int64_t line = rows[1].begin + sweep * plan_.sweep; line < last; line += plan_.stack) {
+  const std::int64_t last = std::min(rows[1].begin + plan_.first_line(sweep + 1), rows[1].end);
+  for (std::int64_t line = rows[1].begin + plan_.first_line(sweep); line < last;
+       line += plan_.stack) {
     work.first[1] = line;
     work.line_count = std::min(plan_.stack, last - line);
     run_rows(work);
