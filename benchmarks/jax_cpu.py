@@ -105,7 +105,9 @@ def direct(
     """Calls of the library, with outputs that `allocate` makes once. By default these are arrays of
     JAX, whose memory is written to: so alignment and pages are as in jit, and numpy has no
     bfloat16."""
-    config = make_config(len(case.grid), case.kernel, case.dilation, case.is_causal, case.stride)
+    config = make_config(
+        len(case.grid), case.kernel, case.dilation, case.is_causal, case.stride, case.boundary
+    )
 
     def prepare(op: str, given: dict[str, Array], wanted: Sequence[str]) -> Callable[[], list]:
         sources, targets = roles_of(op)
@@ -142,6 +144,7 @@ def ours(case: Case) -> Attention:
             stride=case.stride,
             dilation=case.dilation,
             is_causal=case.is_causal,
+            boundary=case.boundary,
             rpb=bias,
         )
 
