@@ -9,7 +9,8 @@ namespace {
 using simd::kMostVectors;
 
 // Packed columns and rows of a thread: strips are as long as fits. Heads take turns, and what one
-// of them needs at a time fits the L2 cache, unless shorter strips would pack much more often.
+// of them needs at a time fits the L2 cache, unless strips would pack more than 1.5 columns per
+// row.
 constexpr std::size_t kMostBytes = 3 << 20, kMostBytesOfHead = 3 << 18;
 // The same of plans that are asked for.
 constexpr std::size_t kMostBytesAskedFor = 2 * kMostBytes;
@@ -97,7 +98,7 @@ void fit_cache(Plan& plan, const Configuration& asked) {
   const auto is_too_long = [&](std::int64_t strip, std::int64_t shorter) {
     return packed_bytes(plan, strip) > kMostBytes ||
            (packed_bytes(plan, strip, 1, 1) > kMostBytesOfHead &&
-            4 * plan.grid.most_columns(2, shorter) <= 3 * plan.grid.most_columns(2, strip));
+            2 * plan.grid.most_columns(2, shorter) <= 3 * shorter);
   };
   while (asked.strip == 0 && plan.strip > least_strip) {
     const std::int64_t shorter = std::max(least_strip, round_up(plan.strip / 2, plan.width));
