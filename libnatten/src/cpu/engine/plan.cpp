@@ -184,7 +184,7 @@ void cut_into_items(Plan& plan, int threads) {
   plan.strips = (longest + plan.strip - 1) / plan.strip;
   plan.stacks = (lines + plan.stack - 1) / plan.stack;
   const auto set_sweeps = [&](std::int64_t count) {
-    plan.sweeps = std::min(count, plan.stacks);
+    plan.sweeps = std::clamp<std::int64_t>(count, 1, std::max<std::int64_t>(plan.stacks, 1));
     plan.items = plan.groups() * plan.grid.most_rows(0) * plan.sweeps * plan.strips;
   };
   const auto all_items = [&] { return plan.problem().batch * plan.head_groups() * plan.items; };
@@ -195,7 +195,7 @@ void cut_into_items(Plan& plan, int threads) {
   while (too_few() && longest_of(plan.sweeps) * plan.stack > 2 * lines_at_hand)
     set_sweeps(2 * plan.sweeps);
   while (too_few() && plan.row_heads > 1) set_fewer_heads(plan);
-  if (threads == 1 || plan.stacks == 1) return;
+  if (threads <= 1 || plan.stacks <= 1) return;
   const std::int64_t others = all_items() / plan.sweeps;
   // More are never needed.
   const std::int64_t most = std::min(
