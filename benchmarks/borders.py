@@ -22,7 +22,7 @@ import statistics
 from collections.abc import Callable
 
 import torch
-from cases import PASSES, Case, Row, case_named, parser_of, processor, seconds
+from cases import PASSES, Case, Row, cases_named, parser_of, processor, seconds
 from tensors import call_of, ours, tensors_of
 
 from natten import _core
@@ -116,7 +116,7 @@ def main() -> None:
     rows = []
     names = "".join(f"{name:>10}" for name in ("cut", "circular", "mask", "part"))
     print(f"{'':44}{'shift':>12}{names}")
-    for case in map(case_named, args.cases):
+    for case in cases_named(args.cases):
         if len(case.grid) == 1:
             continue
         for dtype in args.dtypes:

@@ -34,7 +34,13 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-4, "tf32": 1e-2, "float16": 1e-2, 
 
 
 def window(
-    token: Array, length: int, kernel: int, stride: int, dilation: int, is_causal: bool
+    token: Array,
+    length: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    is_causal: bool,
+    is_cut: bool = False,
 ) -> tuple[Array, Array]:
     """Begin and end of what tokens of an axis see, as positions in their dilation groups."""
     position = token // dilation
@@ -43,8 +49,10 @@ def window(
     if is_causal:
         leader = (first + stride - 1).clip(max=size - 1)
         return (leader - kernel + 1).clip(min=0), position + 1
-    leader = (first + stride // 2).clip(max=size - 1)
-    begin = (leader - kernel // 2).clip(min=0).clip(max=size - kernel)
+    begin = (first + stride // 2).clip(max=size - 1) - kernel // 2
+    if is_cut:
+        return begin.clip(min=0), (begin + kernel).clip(max=size)
+    begin = begin.clip(min=0).clip(max=size - kernel)
     return begin, begin + kernel
 
 
@@ -60,6 +68,7 @@ class Case:
     dilation: int = 1
     is_causal: bool = False
     has_bias: bool = False
+    boundary: str = "shift"  # or "cut"
 
     @property
     def tokens(self) -> int:
@@ -85,8 +94,9 @@ class Case:
     def window(self, axis: int, token: Array) -> tuple[Array, Array]:
         stride = self.stride if isinstance(self.stride, int) else self.stride[axis]
         return window(
-            token, self.grid[axis], self.kernel[axis], stride, self.dilation, self.is_causal
-        )
+            token, self.grid[axis], self.kernel[axis], stride, self.dilation, self.is_causal,
+            self.boundary == "cut",
+        )  # fmt: skip
 
 
 CASES = [
@@ -102,6 +112,30 @@ CASES = [
     Case("2d_128_k13d4", 1, 4, (128, 128), 64, (13, 13), dilation=4),
     Case("3d_16_k577", 1, 4, (16, 32, 32), 64, (5, 7, 7)),
 ]
+
+# Layers of published models, with the batches that these run in.
+MODELS = [
+    # DiNAT-Mini, a training step on 224^2 images: its four stages, and the dilations of each.
+    Case("dinat_56", 8, 2, (56, 56), 32, (7, 7), has_bias=True),
+    Case("dinat_56d8", 8, 2, (56, 56), 32, (7, 7), dilation=8, has_bias=True),
+    Case("dinat_28", 8, 4, (28, 28), 32, (7, 7), has_bias=True),
+    Case("dinat_28d4", 8, 4, (28, 28), 32, (7, 7), dilation=4, has_bias=True),
+    Case("dinat_14", 8, 8, (14, 14), 32, (7, 7), has_bias=True),
+    Case("dinat_14d2", 8, 8, (14, 14), 32, (7, 7), dilation=2, has_bias=True),
+    Case("dinat_7", 8, 16, (7, 7), 32, (7, 7), has_bias=True),
+    # HDiT (k-diffusion, oxford_flowers) on 64^2 patches of one image: its two levels of windows.
+    Case("hdit_64", 1, 2, (64, 64), 64, (7, 7)),
+    Case("hdit_32", 1, 4, (32, 32), 64, (7, 7)),
+    # All-In-One on 300 s of music, 100 frames a second, four stems: some of its eleven dilations.
+    Case("allin1_d1", 4, 2, (30000,), 12, (5,), has_bias=True),
+    Case("allin1_d32", 4, 2, (30000,), 12, (5,), dilation=32, has_bias=True),
+    Case("allin1_d1024", 4, 2, (30000,), 12, (5,), dilation=1024, has_bias=True),
+    # A tile of a video decoder as LTX-2 has it.
+    Case("ltx_377", 1, 16, (4, 16, 16), 64, (3, 7, 7)),
+    # AlphaFold 3's atoms: blocks of 32 atoms see 128 around them; five samples.
+    Case("af3_atoms", 5, 4, (4608,), 32, (128,), stride=32, boundary="cut"),
+]
+SETS = {"cases": CASES, "models": MODELS}
 
 
 def coordinates(case: Case, *tokens: Array) -> Iterator[tuple[int, list[Array]]]:
@@ -197,9 +231,12 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = [case.name for case in CASES]
+    names = [*SETS, *(case.name for case in CASES + MODELS)]
     dtypes = ["float32", "bfloat16", "float16", "float64"]
-    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE")
+    parser.add_argument(
+        "--cases", nargs="+", choices=names, default=["cases"], metavar="CASE",
+        help="names, or sets: cases (the default) and models, layers of published models",
+    )  # fmt: skip
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, default=["float32"], metavar="DTYPE")
     parser.add_argument("--repeats", type=int, default=7, help="the median is reported")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
@@ -207,4 +244,9 @@ def parser_of(doc: str | None) -> argparse.ArgumentParser:
 
 
 def case_named(name: str) -> Case:
-    return next(case for case in CASES if case.name == name)
+    return next(case for case in CASES + MODELS if case.name == name)
+
+
+def cases_named(names: Sequence[str]) -> list[Case]:
+    """Of cases and of sets of them."""
+    return [case for name in names for case in SETS.get(name) or [case_named(name)]]

@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")
 
 import matplotlib.pyplot as plt
-from cases import CASES, Case, case_named
+from cases import CASES, MODELS, Case, case_named
 from matplotlib.patches import Patch
 
 # What is drawn: ways to compute the same thing. The tables have the rest.
@@ -46,7 +46,7 @@ def draw(machine: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> Non
     """Bars of the ratio to the matrix product: cases from top to bottom, a panel per pass."""
     timed = [row for row in rows if "ratio" in row and row["way"] in WAYS]
     timed.sort(key=lambda row: list(WAYS).index(row["way"]))
-    timed.sort(key=lambda row: CASES.index(case_named(row["case"])))
+    timed.sort(key=lambda row: (CASES + MODELS).index(case_named(row["case"])))
     passes = list(dict.fromkeys(row["pass"] for row in timed))
     dtypes = list(dict.fromkeys(row["dtype"] for row in timed))
     places: dict[tuple[str, str, str], float] = {}  # of case, dtype and way

@@ -20,7 +20,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from cases import PASSES, Case, case_named, parser_of, seconds
+from cases import PASSES, Case, cases_named, parser_of, seconds
 from tensors import call_of, ours, tensors_of
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     with start(args.builds[0]) as first, start(args.builds[1]) as second:
-        for case in map(case_named, args.cases):
+        for case in cases_named(args.cases):
             for dtype in args.dtypes:
                 for name in PASSES:
                     call = (measure, case, dtype, name)

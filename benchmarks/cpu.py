@@ -43,7 +43,7 @@ from cases import (
     Row,
     Skip,
     Wrong,
-    case_named,
+    cases_named,
     medians,
     parser_of,
     processor,
@@ -178,7 +178,7 @@ def main() -> int:
         figures = {"machine": machine(), "rows": rows}
         print(*(f"{name}: {value}" for name, value in figures["machine"].items()), sep="\n")
         ways = list(WAYS) if "all" in args.ways else args.ways
-        for case in map(case_named, args.cases):
+        for case in cases_named(args.cases):
             for dtype in args.dtypes:
                 if args.memory:
                     rows += measure_memory(case, dtype)

@@ -65,7 +65,7 @@ from cases import (
     Skip,
     Wrong,
     bias_index,
-    case_named,
+    cases_named,
     check,
     medians,
     parser_of,
@@ -105,7 +105,9 @@ def direct(
     """Calls of the library, with outputs that `allocate` makes once. By default these are arrays of
     JAX, whose memory is written to: so alignment and pages are as in jit, and numpy has no
     bfloat16."""
-    config = make_config(len(case.grid), case.kernel, case.dilation, case.is_causal, case.stride)
+    config = make_config(
+        len(case.grid), case.kernel, case.dilation, case.is_causal, case.stride, case.boundary
+    )
 
     def prepare(op: str, given: dict[str, Array], wanted: Sequence[str]) -> Callable[[], list]:
         sources, targets = roles_of(op)
@@ -142,6 +144,7 @@ def ours(case: Case) -> Attention:
             stride=case.stride,
             dilation=case.dilation,
             is_causal=case.is_causal,
+            boundary=case.boundary,
             rpb=bias,
         )
 
@@ -360,7 +363,7 @@ def main() -> int:
     print("small calls, microseconds:")
     print(*(f"    {name:15} {time:7.2f}" for name, time in figures["calls"].items()), sep="\n")
     if not args.calls:
-        for case in map(case_named, args.cases):
+        for case in cases_named(args.cases):
             for dtype in args.dtypes:
                 figures["rows"] += time_case(case, dtype, args.ways, args.repeats)
     if args.json:

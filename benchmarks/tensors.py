@@ -36,7 +36,8 @@ def ours(case: Case, backend: str | None = None, **options: Any) -> Attention:
     def run(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
         return function(
             query, key, value, case.kernel, stride=case.stride, dilation=case.dilation,
-            is_causal=case.is_causal, rpb=bias, backend=backend, **options,
+            is_causal=case.is_causal, rpb=bias, backend=backend,
+            **{"boundary": case.boundary, **options},
         )  # fmt: skip
 
     return run

@@ -38,8 +38,8 @@ def heads_last(case: Case, x: Tensor) -> Tensor:
 
 def gather(case: Case, inputs: Inputs) -> Attention:
     """What one writes without a kernel. Its memory grows with tokens * window."""
-    if case.is_causal:
-        raise Skip("causal windows are not full")
+    if case.is_causal or case.boundary == "cut":
+        raise Skip("not all windows are full")
     window = math.prod(case.kernel)
     needed = 2 * inputs[0].nbytes * window
     if needed > MAX_BYTES:
@@ -143,7 +143,12 @@ def unfused(case: Case, inputs: Inputs) -> tuple[Attention, Attention]:
     query, key, value = (x.detach().movedim(-2, 1).contiguous() for x in inputs[:3])
     query *= case.head_dim**-0.5
     bias = inputs[3].detach() if case.has_bias else None
-    parameters = {"dilation": case.dilation, "is_causal": case.is_causal, "stride": case.stride}
+    parameters = {
+        "dilation": case.dilation,
+        "is_causal": case.is_causal,
+        "stride": case.stride,
+        "boundary": case.boundary,
+    }
     qk, av = (getattr(F, f"na{len(case.grid)}d_{name}") for name in ("qk", "av"))
 
     def scores(*_: Tensor) -> Tensor:

@@ -18,6 +18,7 @@
 #include <vector>
 
 #include "call.h"
+#include "huge_pages.h"
 #include "openmp.h"
 #include "unlocked.h"
 #include "views.h"
@@ -167,13 +168,16 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
   bind_tensors(call, outputs, true, [&](const Role& role, const nb::object& object) {
     nb::object result = object;
     const bool is_wanted = object.is(nb::handle(Py_True));
-    if (allocate && (is_wanted || nb::isinstance<nb::tuple>(object))) {
+    const bool is_new = allocate && (is_wanted || nb::isinstance<nb::tuple>(object));
+    if (is_new) {
       if (is_wanted && !problem) problem = describe(call);
       const TensorView view =
           is_wanted ? expected(*problem, role.tensor) : views.view(object, role.name);
       result = (*allocate)(shape_of(view), name_of(view.dtype));
     }
-    call.tensors.*role.tensor = views.view(result, role.name, true);
+    const TensorView view = views.view(result, role.name, true);
+    if (is_new) advise_huge_pages(view);
+    call.tensors.*role.tensor = view;
     results.append(result);
   });
   if (packing)
@@ -238,6 +242,7 @@ nb::list work_of_call(const std::string& op, const Config& config, const nb::seq
     row["packed"] = p.packed;
     row["read"] = p.read;
     row["written"] = p.written;
+    row["balance"] = p.balance;
     rows.append(row);
   }
   return rows;

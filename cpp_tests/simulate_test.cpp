@@ -98,6 +98,26 @@ TEST_P(Simulated, ThreadsChangeNoArithmetic) {
   });
 }
 
+/// No thread has much more to do than the others: 128 lines in stacks of three that 64 threads
+/// share make 0.896 at best.
+TEST(SimulatedThreads, ShareWorkEvenly) {
+  for (std::int64_t dilation : {1, 4}) {
+    Case c;
+    c.dtype = natten::DType::float32;
+    c.axes = {{128, 13, 1, dilation, false}, {128, 13, 1, dilation, false}};
+    c.heads = c.kv_heads = 4;
+    c.dim = c.value_dim = 64;
+    FusedProblem problem(c);
+    for (const natten::Call& call : {problem.forward(), problem.backward()})
+      for (int threads = 1; threads <= 64; threads *= 2)
+        for (const PassWork& pass : natten::work_of(call, threads)) {
+          EXPECT_GE(pass.balance, threads <= 32 ? 0.9 : 0.85)
+              << pass.name << " with dilation " << dilation << " on " << threads << " threads";
+          EXPECT_LE(pass.balance, 1.0 + 1e-9);
+        }
+  }
+}
+
 /// Attention of everything to everything fills vectors and hides nothing.
 TEST_P(Simulated, WholeVectorsAreCountedExactly) {
   Case c;

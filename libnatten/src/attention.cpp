@@ -3,6 +3,7 @@
 #include <natten/roles.h>
 
 #include <algorithm>
+#include <memory>
 #include <string>
 
 #include "memory.h"
@@ -66,9 +67,10 @@ void check_memory(const Call* calls, std::size_t count) {
   detail::check_memory(uses, count);
 }
 
-/// `own` holds the workspace where the caller has given none.
+/// `own` holds the workspace where the caller has given none. It is first written by the threads
+/// that use it, so that on a machine of several nodes it is near to them.
 char* find_workspace(const std::vector<Selected>& selected, const Context& context,
-                     std::vector<char>& own) {
+                     std::unique_ptr<char[]>& own) {
   const std::size_t needed = total_workspace(selected);
   char* workspace = static_cast<char*>(context.workspace);
   if (!workspace && needed > 0) {
@@ -77,9 +79,9 @@ char* find_workspace(const std::vector<Selected>& selected, const Context& conte
       throw Error(ErrorKind::invalid_value, "workspace: missing; on " + name_of(device) +
                                                 " this needs " + std::to_string(needed) +
                                                 " bytes of its memory");
-    own.resize(needed + kAlignment);
-    const auto address = reinterpret_cast<std::uintptr_t>(own.data());
-    workspace = own.data() + (aligned(address) - address);
+    own.reset(new char[needed + kAlignment]);
+    const auto address = reinterpret_cast<std::uintptr_t>(own.get());
+    workspace = own.get() + (aligned(address) - address);
   } else if (workspace && context.workspace_size < needed) {
     throw Error(ErrorKind::invalid_value,
                 "workspace: got " + std::to_string(context.workspace_size) +
@@ -91,7 +93,7 @@ char* find_workspace(const std::vector<Selected>& selected, const Context& conte
 void run_all(const Call* calls, std::size_t count, const Context& context) {
   std::vector<Selected> selected = select_all(calls, count, context, true);
   check_memory(calls, count);
-  std::vector<char> own;
+  std::unique_ptr<char[]> own;
   char* workspace = find_workspace(selected, context, own);
   // Jobs of the same backend run together; in a list of similar problems that is all of them.
   std::vector<detail::Job> jobs;
@@ -186,7 +188,7 @@ void run(const Call& packed, const Packing& packing, const Context& context) {
   if (!checked.is_one_job()) return run(checked.examples(), context);
   check_memory(&packed, 1);
   std::vector<Selected> selected = {checked.job(context)};
-  std::vector<char> own;
+  std::unique_ptr<char[]> own;
   char* const workspace = find_workspace(selected, context, own);
   detail::Job& job = selected[0].job;
   job.example_table = reinterpret_cast<detail::Example*>(workspace);

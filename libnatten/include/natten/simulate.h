@@ -24,6 +24,8 @@ struct PassWork {
   double packed = 0;       ///< bytes that are packed, or copied to shared memory
   double read = 0;         ///< bytes read from tensors, those that are read again counted again
   double written = 0;      ///< bytes written to tensors
+  /// Work of a thread, on average, by that of the one that has most; 1 on a GPU and for streams.
+  double balance = 1;
 };
 
 /// What fused attention would do, found by the kernels' own walk over windows without running

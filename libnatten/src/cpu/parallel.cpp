@@ -189,8 +189,7 @@ void run_phase(const std::vector<const Phase*>& phases, Executor& executor, Inte
     }
     return call.rethrow();
   }
-  // More chunks than threads even out items of unequal cost and threads that start late.
-  const std::int64_t chunks = std::min(items, threads * 8);
+  const std::int64_t chunks = chunks_of(items, threads);
   auto region = std::make_shared<Region>(
       chunks,
       [&](std::int64_t chunk) { run_items(items * chunk / chunks, items * (chunk + 1) / chunks); },

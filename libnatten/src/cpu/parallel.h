@@ -2,6 +2,7 @@
 
 #include <natten/context.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <functional>
 #include <vector>
@@ -14,6 +15,12 @@ struct Phase {
   std::int64_t items;
   std::function<void(std::int64_t begin, std::int64_t end)> body;
 };
+
+/// How many runs of items are handed out to threads as these get free. More than threads even out
+/// items of unequal cost and threads that start late.
+inline std::int64_t chunks_of(std::int64_t items, std::int64_t threads) {
+  return std::min(items, 8 * threads);
+}
 
 /// Has no thread but that of the caller.
 Executor& calling_thread();

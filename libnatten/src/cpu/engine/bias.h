@@ -35,11 +35,13 @@ class BiasTables {
     loaded_head_ = work.query_head;
     for (std::int64_t h = 0; h < work.head_count; ++h) {
       T* to = table(h);
-      for (std::int64_t i = 0; i < volume(shape_); ++i) {
-        Coordinate at = unravel(i, shape_);
-        if (is_reversed_) at[2] = shape_[2] - 1 - at[2];
-        to[i] = static_cast<T>(*biases_.at(0, work.query_head + h, at));
-      }
+      Coordinate at{};
+      for (at[0] = 0; at[0] < shape_[0]; ++at[0])
+        for (at[1] = 0; at[1] < shape_[1]; ++at[1], to += shape_[2]) {
+          const E* from = biases_.at(0, work.query_head + h, at);
+          for (std::int64_t i = 0; i < shape_[2]; ++i)
+            to[is_reversed_ ? shape_[2] - 1 - i : i] = static_cast<T>(from[i * biases_.grid[2]]);
+        }
     }
   }
 

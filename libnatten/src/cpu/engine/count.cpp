@@ -1,5 +1,9 @@
 #include "count.h"
 
+#include <algorithm>
+#include <numeric>
+
+#include "../parallel.h"
 #include "engine.h"
 #include "stream.h"
 
@@ -13,16 +17,39 @@ constexpr const char* kNames[] = {"forward", "backward_query", "backward_key"};
 
 double as_double(std::int64_t n) { return static_cast<double>(n); }
 
+/// Of a unit, in multiply-adds: a byte takes as long to pack as some of them.
+double work_in(const PassWork& pass) { return pass.executed + 6 * pass.packed; }
+
+/// PassWork::balance of units that are handed out as threads get free. `groups`: the units of each
+/// group of heads of a batch entry, in turn.
+double balance_of(const std::vector<std::vector<double>>& groups, std::int64_t batch, int threads) {
+  std::vector<double> units;
+  for (std::int64_t b = 0; b < batch; ++b)
+    for (const std::vector<double>& group : groups)
+      units.insert(units.end(), group.begin(), group.end());
+  std::vector<double> busy(static_cast<std::size_t>(threads));  // until when each thread is
+  const auto count = static_cast<std::int64_t>(units.size());
+  const std::int64_t chunks = chunks_of(count, threads);
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk)
+    *std::min_element(busy.begin(), busy.end()) += std::accumulate(
+        units.begin() + count * chunk / chunks, units.begin() + count * (chunk + 1) / chunks, 0.0);
+  return std::accumulate(busy.begin(), busy.end(), 0.0) / threads /
+         *std::max_element(busy.begin(), busy.end());
+}
+
 template <class E>
 class Count final : public Pass<E> {
  public:
   using T = StatisticOf<E>;
   using Pass<E>::plan;
 
-  Count(const Job& job, PassKind kind, int threads, PassWork& to)
-      : Pass<E>(job, kind, threads), to_(to) {}
+  /// `by_unit` gets the work done before each unit.
+  Count(const Job& job, PassKind kind, int threads, PassWork& to, std::vector<double>& by_unit)
+      : Pass<E>(job, kind, threads), to_(to), by_unit_(by_unit) {}
 
   void take_memory(Arena&) override {}
+
+  void begin_unit(const Work&) override { by_unit_.push_back(work_in(to_)); }
 
   void load_rows(const Work& work, Loader<T>&) override {
     const Problem& p = plan.problem();
@@ -91,6 +118,7 @@ class Count final : public Pass<E> {
   }
 
   PassWork& to_;
+  std::vector<double>& by_unit_;
   double rows_ = 0;  // at hand
 };
 
@@ -109,18 +137,25 @@ PassWork count_pass(const Job& job, PassKind kind, int threads) {
   const Plan plan = plan_for<E>(p, kind, threads);
   // Batch entries are alike, and so are groups of heads but the last, which may hold fewer.
   const std::int64_t groups = plan.head_groups();
+  std::vector<std::vector<double>> units;  // of each group
   const auto count_group = [&](std::int64_t group, std::int64_t times) {
     PassWork one;
-    Count<E> pass(job, kind, threads, one);
+    std::vector<double> by_unit;
+    Count<E> pass(job, kind, threads, one, by_unit);
     Engine<E> engine(pass, AdditionalTokens<E>(job), BiasTables<E>(job, plan));
     engine.run(group * plan.units, (group + 1) * plan.units);
     add(result, one, as_double(times * p.batch));
+    by_unit.push_back(work_in(one));
+    std::adjacent_difference(by_unit.begin(), by_unit.end(), by_unit.begin());
+    by_unit.erase(by_unit.begin());
+    units.insert(units.end(), static_cast<std::size_t>(times), by_unit);
   };
   const bool is_even = plan.grid.heads() % plan.row_heads == 0;
   if (is_even || groups > 1) count_group(0, is_even ? groups : groups - 1);
   if (!is_even) count_group(groups - 1, 1);
   result.name = kNames[static_cast<int>(kind)];
   result.units = plan.total_units();
+  result.balance = balance_of(units, p.batch, threads);
   return result;
 }
 

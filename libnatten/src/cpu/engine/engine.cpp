@@ -90,8 +90,9 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
       first_slot_by_row_[r] =
           seen_by_row_[r].begin - first_slot(p_.axes[2], work.group[2], position);
   }
-  const std::int64_t last = std::min(rows[1].begin + (sweep + 1) * plan_.sweep, rows[1].end);
-  for (std::int64_t line = rows[1].begin + sweep * plan_.sweep; line < last; line += plan_.stack) {
+  const std::int64_t last = std::min(rows[1].begin + plan_.first_line(sweep + 1), rows[1].end);
+  for (std::int64_t line = rows[1].begin + plan_.first_line(sweep); line < last;
+       line += plan_.stack) {
     work.first[1] = line;
     work.line_count = std::min(plan_.stack, last - line);
     run_rows(work);
@@ -131,9 +132,15 @@ void Engine<E>::visit_windows(Work work) {
       const std::int64_t count = std::min(seen.count() - l, plan_.piece_lines);
       for (work.head = 0; work.head < work.head_count; ++work.head) {
         for (std::int64_t i = 0; i < count; ++i) {
-          Coordinate position = seen.line(l + i);
-          position[2] = part.begin;
-          lines_[i] = line_of(work, seen, i, position, part.size());
+          const auto position = [&]() -> Coordinate {
+            const Coordinate at = seen.line(l + i);
+            return {at[0], at[1], part.begin};
+          };
+          if (work.head == 0)
+            lines_[i] = line_of(work, seen, i, position(), part.size());
+          else if (plan_.column_heads > 1)
+            packed_.to_next_head(lines_[i]);
+          if (biases_) biases_.set(lines_[i], plan_, work, position(), pass_.grad_bias(work));
         }
         visit_blocks(work, {lines_.data(), count, part, &seen});
       }
@@ -146,9 +153,9 @@ simd::Line<StatisticOf<E>> Engine<E>::line_of(const Work& work, const LinesSeen&
                                               std::int64_t number, const Coordinate& position,
                                               std::int64_t count) {
   const std::int64_t entry = packed_.entry_of(plan_, number, position);
-  if (work.head == 0 && packed_.admit(plan_, number, position))
+  if (packed_.admit(plan_, number, position))
     pass_.pack_line(work, packed_.to_pack(entry, position, count), loader_);
-  simd::Line<T> line = packed_.line(entry, plan_.column_heads == 1 ? 0 : work.head);
+  simd::Line<T> line = packed_.line(entry);
   if (plan_.stack > 1) {
     while (line.first_vector < work.line_count && seen.axis1[line.first_vector].end <= position[1])
       ++line.first_vector;
@@ -156,7 +163,6 @@ simd::Line<StatisticOf<E>> Engine<E>::line_of(const Work& work, const LinesSeen&
     while (line.last_vector < work.line_count && seen.axis1[line.last_vector].begin <= position[1])
       ++line.last_vector;
   }
-  if (biases_) biases_.set(line, plan_, work, position, pass_.grad_bias(work));
   pass_.locate_weights(line, number, position, seen);
   return line;
 }

@@ -26,8 +26,9 @@ class Engine {
   void run_rows(Work work);
   /// Runs the rows at hand over the lines that they see.
   void visit_windows(Work work);
-  /// A line of columns at `position`, of those that begin at position[2], for the kernels; packs it
-  /// if it is not there. `number`: of the lines at hand.
+  /// A line of columns of the first head at `position`, of those that begin at position[2], for the
+  /// kernels, without biases; packs it of all heads if it is not there. `number`: of the lines at
+  /// hand.
   simd::Line<T> line_of(const Work& work, const LinesSeen& seen, std::int64_t number,
                         const Coordinate& position, std::int64_t count);
   /// Runs the rows at hand over the additional tokens from `first` on that are packed together.

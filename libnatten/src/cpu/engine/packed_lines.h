@@ -92,21 +92,24 @@ class PackedLines {
   LineToPack<T> to_pack(std::int64_t entry, const Coordinate& first, std::int64_t count) const {
     return {entries_[entry].memory, ld_, head_stride_, first, count};
   }
-  /// The line in an entry, of one of the heads.
-  simd::Line<T> line(std::int64_t entry, std::int64_t head) const {
+  /// The line in an entry, of the first head.
+  simd::Line<T> line(std::int64_t entry) const {
     const LineMemory<T>& memory = entries_[entry].memory;
-    const auto of_head = [&](const T* first) {
-      return first ? first + head * head_stride_ : nullptr;
-    };
     simd::Line<T> line;
-    line.transposed = of_head(memory.transposed);
-    line.transposed_grad = of_head(memory.transposed_grad);
-    line.plain = of_head(memory.plain);
-    line.plain_grad = of_head(memory.plain_grad);
-    line.logsumexp = of_head(memory.logsumexp);
-    line.row_term = of_head(memory.row_term);
+    line.transposed = memory.transposed;
+    line.transposed_grad = memory.transposed_grad;
+    line.plain = memory.plain;
+    line.plain_grad = memory.plain_grad;
+    line.logsumexp = memory.logsumexp;
+    line.row_term = memory.row_term;
     line.hidden = memory.hidden;
     return line;
+  }
+  /// Makes a line of a head that of the next one.
+  void to_next_head(simd::Line<T>& line) const {
+    for (const T** operand : {&line.transposed, &line.transposed_grad, &line.plain,
+                              &line.plain_grad, &line.logsumexp, &line.row_term})
+      if (*operand) *operand += head_stride_;
   }
 
  private:

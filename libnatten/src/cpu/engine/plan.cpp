@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace natten::detail::cpu::engine {
 namespace {
@@ -8,8 +9,9 @@ namespace {
 using simd::kMostVectors;
 
 // Packed columns and rows of a thread: strips are as long as fits. Heads take turns, and what one
-// of them needs at a time fits the L2 cache; packing less often is worth more than packing less.
-constexpr std::size_t kMostBytes = 3 << 20;
+// of them needs at a time fits the L2 cache, unless strips would pack more than 1.5 columns per
+// row.
+constexpr std::size_t kMostBytes = 3 << 20, kMostBytesOfHead = 3 << 18;
 // The same of plans that are asked for.
 constexpr std::size_t kMostBytesAskedFor = 2 * kMostBytes;
 // Of a line that is cut into pieces.
@@ -17,6 +19,8 @@ constexpr std::int64_t kPieceColumns = 256;
 constexpr std::int64_t kLongestStrip = 256, kLongestStripOfPieces = 128, kShortestStrip = 16;
 // At least, to even out threads that start late.
 constexpr std::int64_t kItemsPerThread = 2;
+// How much of an item's time is lost to these.
+constexpr double kLateStart = 0.25;
 // Partial sums are cut for so many threads, whatever there are: how they are cut shows in the
 // result.
 constexpr int kThreadsOfPartialSums = 16;
@@ -51,13 +55,17 @@ std::int64_t column_elements(const Plan& plan) {
          c.plain_grad;
 }
 
-/// Of the packed columns and rows, with strips of some rows.
-std::size_t packed_bytes(const Plan& plan, std::int64_t rows) {
+/// Of the packed columns of some heads and the rows that see them, with strips of `rows`.
+std::size_t packed_bytes(const Plan& plan, std::int64_t rows, std::int64_t column_heads,
+                         std::int64_t row_heads) {
   const std::int64_t columns =
-      plan.column_heads * plan.ring0 * plan.ring1 * plan.grid.most_columns(2, rows);
+      column_heads * plan.ring0 * plan.ring1 * plan.grid.most_columns(2, rows);
   return static_cast<std::size_t>(column_elements(plan) *
-                                  (columns + plan.row_heads * plan.stack * rows)) *
+                                  (columns + row_heads * plan.stack * rows)) *
          plan.element_bytes;
+}
+std::size_t packed_bytes(const Plan& plan, std::int64_t rows) {
+  return packed_bytes(plan, rows, plan.column_heads, plan.row_heads);
 }
 
 /// Has `count` heads handled together, or the most below that fit the groups that share a key head.
@@ -87,9 +95,16 @@ void fit_cache(Plan& plan, const Configuration& asked) {
     set_fewer_heads(plan);
   plan.strip =
       round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip), plan.width);
-  while (asked.strip == 0 && plan.strip > least_strip &&
-         packed_bytes(plan, plan.strip) > kMostBytes)
-    plan.strip = std::max(least_strip, round_up(plan.strip / 2, plan.width));
+  const auto is_too_long = [&](std::int64_t strip, std::int64_t shorter) {
+    return packed_bytes(plan, strip) > kMostBytes ||
+           (packed_bytes(plan, strip, 1, 1) > kMostBytesOfHead &&
+            2 * plan.grid.most_columns(2, shorter) <= 3 * shorter);
+  };
+  while (asked.strip == 0 && plan.strip > least_strip) {
+    const std::int64_t shorter = std::max(least_strip, round_up(plan.strip / 2, plan.width));
+    if (!is_too_long(plan.strip, shorter)) break;
+    plan.strip = shorter;
+  }
   plan.piece_lines = plan.lines;
   plan.in_pieces =
       packed_bytes(plan, plan.strip) > (asked.is_default() ? kMostBytes : kMostBytesAskedFor);
@@ -144,25 +159,59 @@ std::int64_t keep_planes(Plan& plan) {
   return lines;
 }
 
+/// What a sweep packs before its first lines of rows, by what each stack of these takes: its own
+/// columns, and products.
+double cost_of_sweep(const Plan& plan, std::int64_t lines_at_hand) {
+  constexpr double kPackedByte = 6;  // in multiply-adds
+  const Problem& p = plan.problem();
+  // Of planes that are kept only one is new.
+  const std::int64_t planes = plan.ring1 > lines_at_hand ? 1 : plan.ring0;
+  const double line =
+      kPackedByte * static_cast<double>(plan.element_bytes) *
+      static_cast<double>(column_elements(plan) * planes * plan.grid.most_columns(2, plan.strip));
+  const double products = static_cast<double>(plan.stack * plan.strip * p.window_size()) *
+                          static_cast<double>(p.head_dim + p.value_dim);
+  return static_cast<double>(lines_at_hand - plan.stack) * line /
+         (static_cast<double>(plan.stack) * line + products);
+}
+
 /// Makes items for all threads: by shorter sweeps as long as few lines are packed twice, then by
-/// fewer heads, which reads memory in pieces, then by even shorter sweeps.
+/// fewer heads, which reads memory in pieces. Then sweeps are chosen that share the work evenly.
 void cut_into_items(Plan& plan, int threads) {
   const std::int64_t longest = plan.grid.most_rows(2), lines = plan.grid.most_rows(1);
   const std::int64_t lines_at_hand = plan.ring1;
   const std::int64_t longest_sweep = keep_planes(plan);
   plan.strips = (longest + plan.strip - 1) / plan.strip;
-  const auto set_sweep = [&](std::int64_t length) {
-    plan.sweep = std::min(lines, round_up(length, plan.stack));
-    plan.sweeps = (lines + plan.sweep - 1) / plan.sweep;
+  plan.stacks = (lines + plan.stack - 1) / plan.stack;
+  const auto set_sweeps = [&](std::int64_t count) {
+    plan.sweeps = std::clamp<std::int64_t>(count, 1, std::max<std::int64_t>(plan.stacks, 1));
     plan.items = plan.groups() * plan.grid.most_rows(0) * plan.sweeps * plan.strips;
   };
-  set_sweep(longest_sweep);
-  const auto too_few = [&] {
-    return plan.items * plan.problem().batch * plan.head_groups() < kItemsPerThread * threads;
-  };
-  while (too_few() && plan.sweep > 2 * lines_at_hand) set_sweep(plan.sweep / 2);
+  const auto all_items = [&] { return plan.problem().batch * plan.head_groups() * plan.items; };
+  const auto too_few = [&] { return all_items() < kItemsPerThread * threads; };
+  const auto longest_of = [&](std::int64_t sweeps) { return (plan.stacks + sweeps - 1) / sweeps; };
+  const std::int64_t least = (lines + longest_sweep - 1) / longest_sweep;
+  set_sweeps(least);
+  while (too_few() && longest_of(plan.sweeps) * plan.stack > 2 * lines_at_hand)
+    set_sweeps(2 * plan.sweeps);
   while (too_few() && plan.row_heads > 1) set_fewer_heads(plan);
-  while (too_few() && plan.sweep > plan.stack) set_sweep(plan.sweep / 2);
+  if (threads <= 1 || plan.stacks <= 1) return;
+  const std::int64_t others = all_items() / plan.sweeps;
+  // More are never needed.
+  const std::int64_t most = std::min(
+      plan.stacks,
+      std::max(plan.sweeps, 4 * kItemsPerThread * threads / std::max<std::int64_t>(others, 1)));
+  const double cost = cost_of_sweep(plan, lines_at_hand);
+  std::int64_t best = plan.sweeps;
+  double best_time = std::numeric_limits<double>::infinity();
+  for (std::int64_t sweeps = least; sweeps <= most; ++sweeps) {
+    const auto rounds = static_cast<double>((others * sweeps + threads - 1) / threads);
+    const double time = (rounds + kLateStart) * (static_cast<double>(longest_of(sweeps)) + cost);
+    if (time >= best_time) continue;
+    best = sweeps;
+    best_time = time;
+  }
+  set_sweeps(best);
 }
 
 /// Gathers items into units, where these have partial sums.

@@ -141,11 +141,12 @@ struct Plan {
   std::int64_t ring0 = 0, ring1 = 0;          // lines of axes 0 and 1 that are packed together
   std::int64_t ring2 = 0;                     // columns of a line that a row sees at most
   std::int64_t strip = 0;                     // rows of a line that share packed columns
-  std::int64_t sweep = 0;                     // lines of axis 1 that one item handles in turn
+  std::int64_t stacks = 0;                    // of lines, along axis 1
   bool in_pieces = false;                     // columns do not fit a ring
   std::int64_t piece_lines = 0;               // lines that are packed at a time
   std::int64_t piece_columns = 0;             // and columns of each
-  std::int64_t strips = 0, sweeps = 0;        // along axes 2 and 1
+  std::int64_t strips = 0;                    // along axis 2
+  std::int64_t sweeps = 0;                    // along axis 1: of stacks that one item goes through
   std::int64_t items = 0;                     // per batch entry and group of heads
   std::int64_t units = 0;                     // likewise; each is a run of items
   PartialSums partial;                        // of each unit and head
@@ -164,6 +165,8 @@ struct Plan {
   std::int64_t groups() const { return grid.groups(0) * grid.groups(1) * grid.groups(2); }
   /// Rows that a thread has at hand.
   std::int64_t rows() const { return row_heads * head_rows; }
+  /// The line of rows, of those of axis 1, that a sweep begins with.
+  std::int64_t first_line(std::int64_t number) const { return stacks * number / sweeps * stack; }
   /// Which of the lines at one position of axis 2 a line is: where the ring holds a circular axis
   /// whole, each turn has the same.
   Coordinate line_in_ring(Coordinate line) const {

@@ -1,4 +1,5 @@
 #include <limits>
+#include <type_traits>
 
 #include "engine.h"
 
@@ -57,24 +58,27 @@ class Unfused : public Pass<E> {
     simd::Weights<T> w{block};
     w.weights = weights_;
     w.stride = stride_;
+    w.vector_stride = plan.width * stride_;
     return w;
   }
 
-  /// Visits the rows of a block, which are queries: `f(their weights, their place in attn)`.
+  /// Visits the rows of a block, which are queries, in runs of tokens that are `token_stride` apart
+  /// in attn: `f(weights of the first, its place in attn, rows)`.
   template <class F>
   void for_each_weights(const Work& work, const Columns<T>& columns, const simd::Block<T>& block,
                         F&& f) const {
     const Problem& p = plan.problem();
     const std::int64_t slot = columns.are_additional() ? p.window_size() + columns.part.begin : 0;
-    for (std::int64_t v = 0; v < block.vectors; ++v) {
-      const std::int64_t line = block.adjacent ? 0 : v, first = block.adjacent ? v * plan.width : 0;
-      for (std::int64_t r = 0; r < std::min(plan.width, block.rows - first); ++r) {
-        const Coordinate query = work.row_at(
-            plan, {work.first[0], work.first[1] + line, work.first[2] + work.row + first + r});
-        f(weights_of(v, r), attn_.at(work.batch, work.first_head + work.head, query) + slot);
-      }
+    for (std::int64_t v = 0; v < (block.adjacent ? 1 : block.vectors); ++v) {
+      const Coordinate query =
+          work.row_at(plan, {work.first[0], work.first[1] + v, work.first[2] + work.row});
+      f(weights_of(v, 0), attn_.at(work.batch, work.first_head + work.head, query) + slot,
+        block.rows);
     }
   }
+  std::int64_t token_stride() const { return attn_.grid[2] * plan.problem().axes[2].dilation; }
+  std::int64_t line_stride() const { return attn_.grid[1] * plan.problem().axes[1].dilation; }
+  std::int64_t weights_stride() const { return stride_; }
   /// Slots of a row that belong to the columns.
   std::int64_t slots_of(const Columns<T>& columns) const {
     return columns.are_additional() ? columns.part.size() : plan.problem().window_size();
@@ -122,11 +126,13 @@ class Qk final : public Unfused<E> {
     w.hidden_score = empty;
     w.rows = query_rows_.at(work.row_index(plan));
     this->kernels().score(w);
-    this->for_each_weights(work, columns, block, [&](const T* weights, E* attn) {
+    this->for_each_weights(work, columns, block, [&](const T* weights, E* attn, int rows) {
       simd::Unpacking<T> unpacking;
       unpacking.from = weights;
+      unpacking.padded = this->weights_stride();
       unpacking.to = attn;
-      unpacking.count = 1;
+      unpacking.stride = this->token_stride();
+      unpacking.count = rows;
       unpacking.dim = this->slots_of(columns);
       unpack(isa, p.dtype, unpacking);
     });
@@ -153,8 +159,8 @@ class WeightedSums : public Unfused<E> {
 
   void run_block(const Work& work, const Columns<T>& columns,
                  const simd::Block<T>& block) override {
-    load_weights(work, columns, block);
     simd::Weights<T> w = this->kernel_arguments(block);
+    load_weights(work, columns, w);
     w.sums = sums_.at(work.row_index(plan));
     this->kernels().weigh(w);
   }
@@ -178,8 +184,8 @@ class WeightedSums : public Unfused<E> {
   }
 
  private:
-  /// Fills the buffer from attn.
-  virtual void load_weights(const Work&, const Columns<T>&, const simd::Block<T>&) = 0;
+  /// Fills the buffer from attn, or has the kernel read attn itself.
+  virtual void load_weights(const Work&, const Columns<T>&, simd::Weights<T>&) = 0;
 
   Operand<E> output_;
   RowBuffer<T> sums_;
@@ -201,14 +207,31 @@ class Av final : public WeightedSums<E> {
   }
 
  private:
-  void load_weights(const Work& work, const Columns<T>& columns,
-                    const simd::Block<T>& block) override {
-    this->for_each_weights(work, columns, block, [&](T* weights, const E* attn) {
+  void load_weights(const Work& work, const Columns<T>& columns, simd::Weights<T>& w) override {
+    if constexpr (std::is_same_v<E, T>) {
+      w.stride = this->token_stride();
+      bool is_first = true;
+      this->for_each_weights(work, columns, w.block, [&](T*, E* attn, int rows) {
+        if (is_first) w.weights = attn;
+        is_first = false;
+        // The next block's, of which the last of a line may not be there.
+        constexpr auto per_line = static_cast<std::int64_t>(64 / sizeof(T));
+        for (std::int64_t r = 0; r < std::min<std::int64_t>(rows, work.row_count - work.row - rows);
+             ++r)
+          for (std::int64_t slot = 0; slot < this->slots_of(columns); slot += per_line)
+            __builtin_prefetch(attn + (rows + r) * w.stride + slot);
+      });
+      w.vector_stride = w.block.adjacent ? plan.width * w.stride : this->line_stride();
+      return;
+    }
+    this->for_each_weights(work, columns, w.block, [&](T* weights, const E* attn, int rows) {
       simd::Packing<T> packing;
       packing.from = attn;
-      packing.count = 1;
+      packing.stride = this->token_stride();
+      packing.count = rows;
       packing.dim = this->slots_of(columns);
       packing.plain = weights;
+      packing.padded = this->weights_stride();
       pack(isa, plan.problem().dtype, packing);
     });
   }
@@ -235,8 +258,8 @@ class AvTranspose final : public WeightedSums<E> {
 
  private:
   /// Collects weights from the windows of the queries.
-  void load_weights(const Work& work, const Columns<T>& columns,
-                    const simd::Block<T>& block) override {
+  void load_weights(const Work& work, const Columns<T>& columns, simd::Weights<T>& w) override {
+    const simd::Block<T>& block = w.block;
     const Problem& p = plan.problem();
     const Axis* axes = p.axes;
     const std::int64_t low = block.begin[0], high = block.end[block.rows - 1];

@@ -88,12 +88,51 @@ struct Float16 {
   }
 };
 
+/// Copies fewer elements than `kMost`, in at most one move of each size.
+template <int kMost, class Element>
+NATTEN_INLINE void copy_part(Element* to, const Element* from, std::int64_t count) {
+#pragma GCC unroll 8
+  for (int n = kMost / 2; n > 0; n /= 2)
+    if (count & n) {
+      __builtin_memcpy(to, from, static_cast<std::size_t>(n) * sizeof(Element));
+      to += n;
+      from += n;
+    }
+}
+
 /// The first `count` elements, fewer than fill a vector, and zeros.
 template <class Type>
 NATTEN_INLINE Vector<typename Type::Sum> read_part(const typename Type::Element* from,
                                                    std::int64_t count) {
-  typename Type::Element part[kWidth<typename Type::Sum>] = {};
-  for (std::int64_t i = 0; i < count; ++i) part[i] = from[i];
+  using T = typename Type::Sum;
+#if defined(__AVX512VL__)
+  // By a mask: a vector that has just been stored in parts would have to wait for them.
+  if constexpr (sizeof(typename Type::Element) == sizeof(T)) {
+    const auto mask = static_cast<std::uint8_t>((1u << count) - 1);
+    if constexpr (kVectorBytes == 64) {
+      if constexpr (sizeof(T) == 4)
+        return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1), from);
+      else
+        return _mm512_maskz_loadu_pd(mask, from);
+    } else {
+      if constexpr (sizeof(T) == 4)
+        return _mm256_maskz_loadu_ps(mask, from);
+      else
+        return _mm256_maskz_loadu_pd(mask, from);
+    }
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(typename Type::Element) == sizeof(T) && kVectorBytes == 32) {
+    const auto mask =
+        reinterpret_cast<__m256i>(lanes<T>() < static_cast<typename VectorOf<T>::Int>(count));
+    if constexpr (sizeof(T) == 4)
+      return _mm256_maskload_ps(from, mask);
+    else
+      return _mm256_maskload_pd(from, mask);
+  }
+#endif
+  typename Type::Element part[kWidth<T>] = {};
+  copy_part<kWidth<T>>(part, from, count);
   return Type::read(part);
 }
 

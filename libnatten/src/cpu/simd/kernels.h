@@ -155,10 +155,11 @@ template <class T>
 struct Weights {
   const Block<T>& block;
   T* weights = nullptr;
-  std::int64_t stride = 0;  // from a row to the next
-  const T* rows = nullptr;  // `score` reads them, transposed
-  T hidden_score = 0;       // `score` writes it for hidden keys
-  T* sums = nullptr;        // `weigh` adds to them: [rows][padded]
+  std::int64_t stride = 0;         // from a row to the next
+  std::int64_t vector_stride = 0;  // and from a vector of rows
+  const T* rows = nullptr;         // `score` reads them, transposed
+  T hidden_score = 0;              // `score` writes it for hidden keys
+  T* sums = nullptr;               // `weigh` adds to them: [rows][padded]
 };
 
 /// What the kernels of fused passes do with blocks.

@@ -183,7 +183,7 @@ void unpack(const Unpacking<typename Type::Sum>& u) {
       if (i == u.dim) continue;
       typename Type::Element rest[kW];
       Type::write(rest, load(from + i) * scale);
-      for (std::int64_t k = 0; k < u.dim - i; ++k) to[i + k] = rest[k];
+      copy_part<kW>(to + i, rest, u.dim - i);
     }
   }
 }

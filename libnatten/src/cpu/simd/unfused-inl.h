@@ -2,12 +2,14 @@
 
 // The unfused operations, whose weights are in memory.
 
+#include "conversions-inl.h"
 #include "scores-inl.h"
 
 namespace natten::detail::cpu::simd {
 namespace {
 
-/// Copies a batch's weights between the scratch, [step][row], and Weights, [row][slot].
+/// Copies a batch's weights between the scratch, [step][row], and Weights, [row][slot]. Reads those
+/// of the batch alone, for they may lie in a tensor; writes to a vector's end.
 template <bool kToScratch, class T>
 NATTEN_INLINE void copy_weights(const Walk<T>& walk, const Batch& batch, const Weights<T>& w) {
   constexpr int kW = kWidth<T>;
@@ -20,14 +22,18 @@ NATTEN_INLINE void copy_weights(const Walk<T>& walk, const Batch& batch, const W
       const Line<T>& line = walk.block.lines[l];
       if (v < line.first_vector || v >= line.last_vector) continue;
       T* in_scratch = w.block.scratch + v * kScores<T> + batch.at(l) * kW;
-      T* by_row = w.weights + v * kW * w.stride + line.weights[v];
+      T* by_row = w.weights + v * w.vector_stride + line.weights[v];
       if (by_square) {
         by_row += first_slot[0];
         for (std::int64_t step = batch.step0; step < batch.step1; step += kW) {
           const std::int64_t count = min(kW, batch.step1 - step);
           Vector<T> square[kW];
           if constexpr (kToScratch) {
-            for (int i = 0; i < kW; ++i) square[i] = load(by_row + i * w.stride + step);
+            // Rows of padding are the last one again: what is added to them is never read.
+            for (int i = 0; i < kW; ++i) {
+              const T* from = by_row + min(i, walk.rows_of(v) - 1) * w.stride + step;
+              square[i] = count == kW ? load(from) : read_part<Same<T>>(from, count);
+            }
             transpose<T>(square);
             for (int i = 0; i < count; ++i) store(in_scratch + (step + i) * kW, square[i]);
           } else {
