@@ -11,6 +11,7 @@ struct Work {
   std::int64_t batch = 0, first_head = 0, head_count = 0;
   std::int64_t unit = 0;  // of these heads
   // The item, and the lines of rows in it that are at hand: a strip of each.
+  std::int64_t strip = 0, sweep = 0;  // numbers
   Coordinate group{};           // dilation group
   Coordinate first{};           // position in the group of the first row
   std::int64_t line_count = 0;  // along axis 1

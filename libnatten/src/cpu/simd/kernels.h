@@ -19,7 +19,7 @@ inline constexpr int kMostHeads = 8;
 inline constexpr int kPaddingVectors = kMostVectors;
 /// Most steps of a row over columns that are handled at once. It bounds the scratch, and the number
 /// of terms that are summed in one go.
-inline constexpr int kBatchSteps = 512;
+inline constexpr int kBatchSteps = 1024;
 /// Steps of weight 0 before and after those of a line, where vectors are adjacent.
 inline constexpr int kPaddingSteps = 3;
 /// Most rows of a line, and most columns that each of them sees, of `Stream`.
@@ -35,6 +35,8 @@ struct Line {
   const T* plain_grad = nullptr;       // what gradients of scores multiply
   const T* bias = nullptr;  // of vector 0, for a row at `position` and column c: bias[c - position]
   T* grad_bias = nullptr;   // accumulated, likewise
+  T* grad_key = nullptr;    // accumulated by column: [column][padded]; null: not wanted
+  T* grad_value = nullptr;  // likewise [column][value_padded]
   const T* logsumexp = nullptr;  // by column, where columns are queries
   const T* row_term = nullptr;   // by column, where columns are queries
   const T* hidden = nullptr;     // by column, not 0 where a mask hides the key; null: none is
@@ -131,8 +133,6 @@ struct BackwardQuery {
   bool sum_row_term = false;             // first round
   bool sum_gradients = false;  // second round; both at once where all columns of the rows are here
   T* grad_query = nullptr;     // [rows][padded], accumulated, lacks the scale and 1 / total
-  T* grad_key = nullptr;       // [columns of the only line][padded], accumulated; may be null
-  T* grad_value = nullptr;     // likewise [value_padded]
 };
 
 /// Gradients of a block of keys, the rows, from the queries that see them, the columns.

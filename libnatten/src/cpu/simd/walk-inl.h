@@ -250,6 +250,127 @@ void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
     }
 }
 
+/// The sums of the columns of a line, and of the lines after it of which each is seen by vectors
+/// from no earlier to no earlier on: `lines` of them. Rows are stacked.
+template <class T>
+void sum_columns_of_lines(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
+                          std::int64_t line, int lines, T* Line<T>::*sums, ColumnSums<T>& p) {
+  constexpr int kW = kWidth<T>;
+  const Block<T>& block = walk.block;
+  const Line<T>* seen = block.lines + line;
+  p.next_column = batch.per_line() * kW;
+  p.vectors = 0;
+  for (int v = seen->first_vector; v < static_cast<int>(min(seen[lines - 1].last_vector, block.vectors)); ++v) {
+    RowsOfColumns<T>& rows = p.rows[p.vectors];
+    rows.first = 0;
+    while (rows.first < lines && seen[rows.first].last_vector <= v) ++rows.first;
+    rows.last = rows.first;
+    while (rows.last < lines && seen[rows.last].first_vector <= v) ++rows.last;
+    if (rows.first == rows.last) continue;
+    rows.weights = weights + v * kScores<T> + batch.at(line) * kW;
+    rows.plain = plain + v * block.vector_stride * p.padded;
+    ++p.vectors;
+  }
+  // Columns of which each row sees a run; each row's begins and ends no earlier than that of the one before.
+  std::int64_t begin[kMostWidth], end[kMostWidth];
+  std::int64_t first = 0, last = 0;
+  for (int row = 0; row < block.rows; ++row) {
+    begin[row] = walk.base(0, row) + max(walk.low[0][row], batch.step0);
+    end[row] = walk.base(0, row) + min(walk.high[0][row], batch.step1);
+    if (begin[row] >= end[row]) continue;
+    first = first == last ? begin[row] : min(first, begin[row]);
+    last = max(last, end[row]);
+  }
+  for (std::int64_t column = first; column < last; ++column) {
+    for (int g = 0; g < lines; ++g) p.sums[g] = seen[g].*sums + column * p.padded;
+    for (int row = 0; row < block.rows;) {
+      const int from = row;
+      while (row < block.rows && begin[row] <= column && column < end[row]) ++row;
+      if (row == from) {
+        ++row;
+        continue;
+      }
+      for (int v = 0; v < p.vectors; ++v) {
+        p.rows[v].begin = from;
+        p.rows[v].end = row;
+      }
+      column_sum_tiles<T, kMostVectors>(lines, p);
+    }
+    for (int v = 0; v < p.vectors; ++v) p.rows[v].weights += kW;
+  }
+}
+
+/// Likewise of a line whose columns are taken some at a time: rows are adjacent, or see all.
+template <class T>
+void sum_columns_of_line(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
+                         std::int64_t line, T* Line<T>::*sums, ColumnSums<T>& p) {
+  constexpr int kW = kWidth<T>;
+  const Block<T>& block = walk.block;
+  p.next_column = kW;
+  std::int64_t first = 0, last = 0;
+  for (int v = 0; v < block.vectors; ++v)
+    for (int row = 0; row < walk.rows_of(v); ++row) {
+      const std::int64_t begin = walk.base(v, row) + max(walk.low[walk.of(v)][row], batch.step0);
+      const std::int64_t end = walk.base(v, row) + min(walk.high[walk.of(v)][row], batch.step1);
+      if (begin >= end) continue;
+      first = first == last ? begin : min(first, begin);
+      last = max(last, end);
+    }
+  for (std::int64_t column = first; column < last; column += kRowGroup) {
+    const auto count = static_cast<int>(min(kRowGroup, last - column));
+    for (int g = 0; g < count; ++g) p.sums[g] = block.lines[line].*sums + (column + g) * p.padded;
+    p.vectors = 0;
+    for (int v = 0; v < block.vectors; ++v) {
+      RowsOfColumns<T>& rows = p.rows[p.vectors];
+      const std::int64_t base = walk.base(v, 0);
+      rows.first = 0;
+      rows.last = count;
+      // A row sees some of the columns.
+      const auto sees = [&](int row) {
+        const int at = walk.of(v);
+        return walk.base(v, row) + max(walk.low[at][row], batch.step0) < column + count &&
+               walk.base(v, row) + min(walk.high[at][row], batch.step1) > column;
+      };
+      rows.begin = 0;
+      rows.end = walk.rows_of(v);
+      while (rows.begin < rows.end && !sees(static_cast<int>(rows.begin))) ++rows.begin;
+      while (rows.begin < rows.end && !sees(static_cast<int>(rows.end - 1))) --rows.end;
+      if (rows.begin == rows.end) continue;
+      rows.weights = weights + v * kScores<T> + (batch.at(line) + column - base) * kW;
+      rows.plain = plain + v * block.vector_stride * p.padded;
+      ++p.vectors;
+    }
+    if (p.vectors > 0) column_sum_tiles<T>(count, p);
+  }
+}
+
+/// sums[column] += sum over the batch's rows of weights * plain[row], for lines that have sums.
+template <class T>
+void column_sums(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
+                 std::int64_t padded, T* Line<T>::*sums) {
+  const Block<T>& block = walk.block;
+  if (!(block.lines->*sums)) return;
+  std::int64_t offsets[kWidth<T>];
+  for (int row = 0; row < kWidth<T>; ++row)
+    offsets[row] = row - std::int64_t{walk.index[row]} * kWidth<T>;
+  ColumnSums<T> p;
+  p.offsets = offsets;
+  p.padded = padded;
+  for (std::int64_t line = batch.line0; line < batch.line1;) {
+    if (block.adjacent || block.everywhere) {
+      sum_columns_of_line(walk, batch, weights, plain, line++, sums, p);
+      continue;
+    }
+    int lines = 1;
+    while (lines < kMostVectors && line + lines < batch.line1 &&
+           block.lines[line + lines].first_vector >= block.lines[line + lines - 1].first_vector &&
+           block.lines[line + lines].last_vector >= block.lines[line + lines - 1].last_vector)
+      ++lines;
+    sum_columns_of_lines(walk, batch, weights, plain, line, lines, sums, p);
+    line += lines;
+  }
+}
+
 /// Visits a batch's steps of one vector: `f(offset, line, step)`.
 template <class T, class F>
 NATTEN_INLINE void for_each_step(const Walk<T>& walk, const Batch& batch, int v, F&& f) {
