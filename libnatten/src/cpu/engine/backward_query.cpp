@@ -186,12 +186,7 @@ class BackwardQuery final : public Pass<E> {
       unpacking.from = from + first * padded;
       unpacking.padded = padded;
       unpacking.from_stride = sums.head_stride;
-      unpacking.to = to.at(work.batch, work.first_head, key);
-      unpacking.stride = to.grid[2] * plan.problem().axes[2].dilation;
-      unpacking.count = last - first;
-      unpacking.dim = dim;
-      unpacking.heads = static_cast<int>(work.head_count);
-      unpacking.head_stride = to.head;
+      set_target(unpacking, plan, work, to, key, last - first, dim);
       unpack(isa, plan.problem().dtype, unpacking);
     });
   }

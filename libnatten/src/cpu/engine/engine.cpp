@@ -38,7 +38,8 @@ template <class E>
 void Engine<E>::run(std::int64_t first, std::int64_t last) {
   ThreadMemory memory;
   take_memory(memory.bytes());
-  std::int64_t columns_of = -1;  // which items the packed columns serve
+  Coordinate columns_of{-1, -1, -1};  // which items the packed columns serve
+  std::int64_t sums_of = -1;          // and whose sums they have
   for (std::int64_t unit = first; unit < last; ++unit) {
     Work work;
     work.unit = unit % plan_.units;
@@ -50,12 +51,14 @@ void Engine<E>::run(std::int64_t first, std::int64_t last) {
     const std::int64_t together = plan_.items_together(), runs = plan_.items / together;
     for (std::int64_t item = runs * work.unit / plan_.units * together;
          item < runs * (work.unit + 1) / plan_.units * together; ++item) {
-      // Items that are neighbors along axis 0 alone see columns in common.
-      const std::int64_t serves = unit / plan_.units * plan_.items + item / plan_.grid.most_rows(0);
-      if (serves != columns_of) {
-        store_columns();
-        packed_.forget();
-      }
+      // Items of a strip and dilation group see columns in common; those that are neighbors along
+      // axis 0 alone add to the same ones.
+      const std::int64_t of = unit / plan_.units, cut = item / plan_.grid.most_rows(0);
+      const Coordinate serves{of, cut / plan_.strips / plan_.sweeps, cut % plan_.strips};
+      const std::int64_t sums = of * plan_.items + cut;
+      if (sums != sums_of) store_columns();
+      if (serves != columns_of) packed_.forget();
+      sums_of = sums;
       columns_of = serves;
       run_item(work, item);
     }

@@ -24,6 +24,8 @@ constexpr int kThreadsOfPartialSums = 16;
 constexpr std::int64_t kUnitsOfPartialSums = 32;
 // Items of whose rows the columns' gradients are summed at once, of all batch entries and heads.
 constexpr std::int64_t kUnitsOfColumnSums = 64;
+// With fewer, other threads than these would have nothing to do, so that two passes are better.
+constexpr std::int64_t kLeastUnitsOfColumnSums = 12;
 // Packed columns and rows of a thread, and the sums of columns.
 constexpr std::size_t kMostBytesOfColumnSums = 4 << 20;
 // Bytes of partial sums, if there is more than one of each gradient.
@@ -185,12 +187,13 @@ bool meets_in_pairs(const Plan& plan, int axis, std::int64_t cuts) {
   return true;
 }
 
-/// Plans one pass for the gradients of queries, keys and values, if the sums of the columns that
-/// are seen at a time fit beside them; else leaves the plan. How rows are cut shows in these sums,
-/// so it depends on the problem alone.
+/// Plans one pass for the gradients of queries, keys and values: `plan` then has sums of columns.
+/// Tells whether there is such a plan. How it cuts rows shows in these sums, so that depends on the
+/// problem alone; only heads depend on threads.
 bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   const Problem& p = plan.problem();
   if (p.heads != p.kv_heads || !(p.wants_grad_key || p.wants_grad_value)) return false;
+  // Then every key is seen by some query, and its gradient written.
   for (const Axis& a : p.axes) {
     const bool is_whole = a.query_offset == 0 && a.key_offset == 0 &&
                           a.query_length == a.grid_length && a.key_length == a.grid_length;
@@ -198,41 +201,46 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   }
   Plan found = plan;
   const RowGrid& grid = plan.grid;
-  const std::int64_t lines = grid.most_rows(1), longest = grid.most_rows(2);
+  const std::int64_t planes = grid.most_rows(0), lines = grid.most_rows(1),
+                     longest = grid.most_rows(2);
   found.sums_columns = true;
   found.column = column_shape(found);
-  found.row_heads = found.column_heads = 1;
-  found.strip = round_up(std::min(longest, kLongestStrip), plan.width);
+  set_heads(found, 1);
+  found.strip = round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip),
+                         plan.width);
   found.strips = (longest + found.strip - 1) / found.strip;
-  const bool has_planes = grid.most_rows(0) > 1 && plan.ring0 > 1;
-  const std::int64_t others = std::max<std::int64_t>(1, p.batch * p.heads * found.strips);
-  // The halo of a sweep, lines that are seen from the next one too, is packed and summed twice.
-  const std::int64_t halo = plan.ring1 - plan.stack;
-  const std::int64_t wanted = std::max<std::int64_t>(1, kUnitsOfColumnSums / others);
-  found.sweep = std::max((lines + wanted - 1) / wanted, 2 * halo);
-  const auto fits = [&](std::int64_t sweep) {
+  const auto set_sweep = [&](std::int64_t sweep) {
     found.sweep = std::min(lines, round_up(sweep, plan.stack));
     found.sweeps = (lines + found.sweep - 1) / found.sweep;
-    // Cut along both axes, items would meet in fours.
-    if (found.sweeps > 1 && found.strips > 1) return false;
-    found.ring1 = has_planes ? grid.most_columns(1, found.sweep) : plan.ring1;
-    return packed_bytes(found, found.strip) <= kMostBytesOfColumnSums &&
-           meets_in_pairs(found, 1, found.sweeps) && meets_in_pairs(found, 2, found.strips);
+    // Lines stay for the next plane that sees them.
+    if (plan.ring0 > 1 && planes > 1) found.ring1 = grid.most_columns(1, found.sweep);
   };
-  if (found.strips > 1) found.sweep = lines;
-  while (!fits(found.sweep)) {
-    if (!has_planes || found.strips > 1 || found.sweep <= std::max(halo, plan.stack)) return false;
-    found.sweep = std::max(halo, found.sweep - plan.stack);
+  const auto units = [&] {
+    return found.groups() * found.sweeps * found.strips * p.batch * found.head_groups();
+  };
+  // Lines that the next sweep sees too are summed twice.
+  const std::int64_t halo = plan.ring1 - plan.stack;
+  set_sweep(lines);
+  if (found.strips == 1 && units() < kUnitsOfColumnSums)
+    set_sweep(std::max(2 * halo, lines * units() / kUnitsOfColumnSums));
+  while (packed_bytes(found, found.strip) > kMostBytesOfColumnSums) {
+    if (found.sweep <= plan.stack || found.ring1 <= plan.ring1) return false;
+    set_sweep(found.sweep - plan.stack);
   }
-  found.items = found.groups() * grid.most_rows(0) * found.sweeps * found.strips;
+  // What is cut along both axes would meet in fours.
+  if (found.sweeps > 1 && found.strips > 1) return false;
+  if (!meets_in_pairs(found, 1, found.sweeps) || !meets_in_pairs(found, 2, found.strips))
+    return false;
+  if (units() < kLeastUnitsOfColumnSums) return false;
   const std::int64_t most_heads =
       std::min<std::int64_t>(grid.heads(), asked.heads > 0 ? asked.heads : simd::kMostHeads);
   for (std::int64_t count = most_heads; count > 1; --count) {
     set_heads(found, count);
-    const std::int64_t items = found.items / grid.most_rows(0) * p.batch * found.head_groups();
-    if (packed_bytes(found, found.strip) <= kMostBytes && items >= 4 * kItemsPerThread * threads) break;
+    if (packed_bytes(found, found.strip) <= kMostBytes && units() >= 4 * kItemsPerThread * threads)
+      break;
     set_heads(found, 1);
   }
+  found.items = found.groups() * planes * found.sweeps * found.strips;
   found.piece_lines = found.lines;
   found.piece_columns = grid.most_columns(2, found.strip);
   plan = found;

@@ -199,6 +199,7 @@ struct Unpacking {
   std::int64_t stride = 0, count = 0, dim = 0;  // of tokens
   int heads = 1;
   std::int64_t head_stride = 0;
+  bool streams = false;  // past the caches, which cannot hold all that is written
 };
 
 template <class T>

@@ -120,6 +120,9 @@ void unpack(const Unpacking<typename Type::Sum>& u) {
       const T* from = u.from + head * u.from_stride + r * u.padded;
       const T scale = u.scales ? u.scale * u.scales[head * u.scales_stride + r] : u.scale;
       std::int64_t i = 0;
+      if constexpr (kCanStream && sizeof(typename Type::Element) == sizeof(T))
+        if (u.streams && reinterpret_cast<std::uintptr_t>(to) % kVectorBytes == 0)
+          for (; i + kW <= u.dim; i += kW) stream_to<T>(to + i, load(from + i) * scale);
       for (; i + kW <= u.dim; i += kW) Type::write(to + i, load(from + i) * scale);
       if (i == u.dim) continue;
       typename Type::Element rest[kW];
@@ -127,6 +130,7 @@ void unpack(const Unpacking<typename Type::Sum>& u) {
       for (std::int64_t k = 0; k < u.dim - i; ++k) to[i + k] = rest[k];
     }
   }
+  if (u.streams) end_stream();
 }
 
 }  // namespace
