@@ -222,7 +222,7 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   const std::int64_t halo = plan.ring1 - plan.stack;
   set_sweep(lines);
   if (found.strips == 1 && units() < kUnitsOfColumnSums)
-    set_sweep(std::max(2 * halo, lines * units() / kUnitsOfColumnSums));
+    set_sweep(std::max({plan.stack, 2 * halo, lines * units() / kUnitsOfColumnSums}));
   while (packed_bytes(found, found.strip) > kMostBytesOfColumnSums) {
     if (found.sweep <= plan.stack || found.ring1 <= plan.ring1) return false;
     set_sweep(found.sweep - plan.stack);

@@ -31,10 +31,9 @@ void backward_query(const BackwardQuery<T>& f) {
   T* weights = block.scratch;
   T* grads = weights + kMostVectors * kScores<T>;
   // Both rounds at once need all steps in one batch.
-  int batches = 0;
-  for_each_batch(walk, [&](const Batch&) { ++batches; });
+  const bool at_once = f.sum_row_term && f.sum_gradients && fits_at_once(walk);
+  const std::int64_t most_steps = at_once ? kMostStepsAtOnce : kBatchSteps;
   const bool sums_columns = block.lines->grad_key || block.lines->grad_value;
-  const bool at_once = f.sum_row_term && f.sum_gradients && batches == 1;
   // The weights of a row sum up to 1 only as well as its logsumexp is rounded, which is the worse
   // the larger scores are. With the quotient the gradients of a row's scores still sum up to 0.
   const auto finish_row_term = [&](int v) {
@@ -46,7 +45,7 @@ void backward_query(const BackwardQuery<T>& f) {
     const bool sums_row_term = round == 0 && f.sum_row_term;
     const bool sums_gradients = round == 0 ? at_once : f.sum_gradients && !at_once;
     if (!sums_row_term && !sums_gradients) continue;
-    for_each_batch(walk, [&](const Batch& batch) {
+    for_each_batch(walk, most_steps, [&](const Batch& batch) {
       column_products(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded, weights);
       column_products(walk, batch, f.grad_output, &Line<T>::transposed_grad, block.value_dim,
                       block.value_padded, grads);

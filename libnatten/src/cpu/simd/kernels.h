@@ -19,7 +19,9 @@ inline constexpr int kMostHeads = 8;
 inline constexpr int kPaddingVectors = kMostVectors;
 /// Most steps of a row over columns that are handled at once. It bounds the scratch, and the number
 /// of terms that are summed in one go.
-inline constexpr int kBatchSteps = 1024;
+inline constexpr int kBatchSteps = 512;
+/// Likewise of gradients from queries: with all steps at once these need no second round.
+inline constexpr int kMostStepsAtOnce = 1024;
 /// Steps of weight 0 before and after those of a line, where vectors are adjacent.
 inline constexpr int kPaddingSteps = 3;
 /// Most rows of a line, and most columns that each of them sees, of `Stream`.
@@ -159,11 +161,13 @@ struct Weights {
 
 /// What the kernels of fused passes do with blocks.
 struct StepCount {
+  bool at_once = false;      // if they can be, as in BackwardQuery
   std::int64_t batches = 0;  // in which the steps are handled
   std::int64_t visits = 0;   // of vectors at lines
   std::int64_t steps = 0;    // of vectors; each makes a vector of scores
   std::int64_t masked = 0;   // of these, in which some row sees nothing
   std::int64_t sums = 0;     // columns that rows add to their sums
+  std::int64_t column_sums = 0;  // rows that columns add to theirs
 };
 
 /// How to pack a line: `count` tokens of `dim` elements, `stride` elements apart, of some heads.

@@ -169,12 +169,12 @@ void row_tiles(int entries, const RowProducts<T>& p) {
   }
 }
 
-/// Some rows of a vector that see columns whose sums they add to.
+/// Rows of a vector, begin to end, and those of some columns that see them.
 template <class T>
 struct RowsOfColumns {
-  const T* weights;  // of the first of the columns, of the vector's row 0
-  const T* plain;    // of the vector's row 0
-  int first, last;   // the columns that see these rows
+  const T* weights;  // of row 0 and the first column
+  const T* plain;    // of row 0
+  int first, last;   // columns
   std::int64_t begin, end;
 };
 
