@@ -83,8 +83,7 @@ TEST_P(Simulated, CountsPairsAndBytes) {
       ASSERT_EQ(backward.size(), 1U);
       EXPECT_GE(backward[0].executed, pairs * (3 * d + 2 * dv));
       // What two items of work see is written by both.
-      EXPECT_GE(backward[0].written,
-                rows * (d * bytes + statistic) + columns * (d + dv) * bytes);
+      EXPECT_GE(backward[0].written, rows * (d * bytes + statistic) + columns * (d + dv) * bytes);
       return;
     }
     ASSERT_EQ(backward.size(), 2U);

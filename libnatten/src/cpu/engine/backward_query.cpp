@@ -173,22 +173,23 @@ class BackwardQuery final : public Pass<E> {
   void for_each_gradient(const LineSums<T>& sums, F&& f) const {
     const Problem& p = plan.problem();
     if (sums.memory.grad_key) f(grad_key_, sums.memory.grad_key, p.head_dim, plan.padded);
-    if (sums.memory.grad_value) f(grad_value_, sums.memory.grad_value, p.value_dim, plan.value_padded);
+    if (sums.memory.grad_value)
+      f(grad_value_, sums.memory.grad_value, p.value_dim, plan.value_padded);
   }
   /// Writes sums of columns first to last of a line.
   void write(const Work& work, const LineSums<T>& sums, std::int64_t first,
              std::int64_t last) const {
     const Coordinate key =
         work.column_at(plan, {sums.first[0], sums.first[1], sums.first[2] + first});
-    for_each_gradient(sums, [&](const Operand<E>& to, const T* from, std::int64_t dim,
-                                std::int64_t padded) {
-      simd::Unpacking<T> unpacking;
-      unpacking.from = from + first * padded;
-      unpacking.padded = padded;
-      unpacking.from_stride = sums.head_stride;
-      set_target(unpacking, plan, work, to, key, last - first, dim);
-      unpack(isa, plan.problem().dtype, unpacking);
-    });
+    for_each_gradient(
+        sums, [&](const Operand<E>& to, const T* from, std::int64_t dim, std::int64_t padded) {
+          simd::Unpacking<T> unpacking;
+          unpacking.from = from + first * padded;
+          unpacking.padded = padded;
+          unpacking.from_stride = sums.head_stride;
+          set_target(unpacking, plan, work, to, key, last - first, dim);
+          unpack(isa, plan.problem().dtype, unpacking);
+        });
   }
   /// As `write`, of columns that another item gives sums to. Tensors of sums can hold those of the
   /// item that comes first.
@@ -203,29 +204,31 @@ class BackwardQuery final : public Pass<E> {
         elements,
         [&](T* memory) {
           if (kHolds) return write(work, sums, first, last);
-          for_each_gradient(sums, [&](const Operand<E>&, const T* from, std::int64_t,
-                                      std::int64_t padded) {
-            for (std::int64_t h = 0; h < work.head_count; ++h)
-              memory = std::copy(from + h * sums.head_stride + first * padded,
-                                 from + h * sums.head_stride + last * padded, memory);
-          });
+          for_each_gradient(
+              sums, [&](const Operand<E>&, const T* from, std::int64_t, std::int64_t padded) {
+                for (std::int64_t h = 0; h < work.head_count; ++h)
+                  memory = std::copy(from + h * sums.head_stride + first * padded,
+                                     from + h * sums.head_stride + last * padded, memory);
+              });
         },
         [&](const T* memory) {
-          for_each_gradient(sums, [&](const Operand<E>& to, T* own, std::int64_t dim,
-                                      std::int64_t padded) {
-            for (std::int64_t h = 0; h < work.head_count; ++h) {
-              T* of_head = own + h * sums.head_stride;
-              if constexpr (kHolds) {
-                for_each_column(work, sums, first, last, [&](std::int64_t column, const Coordinate& key) {
-                  const T* left = to.at(work.batch, work.first_head + h, key);
-                  for (std::int64_t d = 0; d < dim; ++d) of_head[column * padded + d] += left[d];
-                });
-              } else {
-                for (std::int64_t i = first * padded; i < last * padded; ++i)
-                  of_head[i] += *memory++;
-              }
-            }
-          });
+          for_each_gradient(
+              sums, [&](const Operand<E>& to, T* own, std::int64_t dim, std::int64_t padded) {
+                for (std::int64_t h = 0; h < work.head_count; ++h) {
+                  T* of_head = own + h * sums.head_stride;
+                  if constexpr (kHolds) {
+                    for_each_column(work, sums, first, last,
+                                    [&](std::int64_t column, const Coordinate& key) {
+                                      const T* left = to.at(work.batch, work.first_head + h, key);
+                                      for (std::int64_t d = 0; d < dim; ++d)
+                                        of_head[column * padded + d] += left[d];
+                                    });
+                  } else {
+                    for (std::int64_t i = first * padded; i < last * padded; ++i)
+                      of_head[i] += *memory++;
+                  }
+                }
+              });
           write(work, sums, first, last);
         });
   }

@@ -71,15 +71,15 @@ class Count final : public Pass<E> {
     to_.tiles += as_double(n.visits);
     to_.weights += as_double(times * n.steps * plan.width);
     to_.masked += as_double(times * n.masked * plan.width);
-    to_.executed += as_double(times * n.steps * plan.width * scores + n.sums * sums +
-                               (is_last ? n.column_sums : 0) * (plan.column.grad_key +
-                                                                plan.column.grad_value));
+    to_.executed +=
+        as_double(times * n.steps * plan.width * scores + n.sums * sums +
+                  (is_last ? n.column_sums : 0) * (plan.column.grad_key + plan.column.grad_value));
   }
 
   void store_columns(const Work& work, const LineSums<T>& sums) override {
     const Problem& p = plan.problem();
-    const std::int64_t elements = (p.wants_grad_key ? p.head_dim : 0) +
-                                  (p.wants_grad_value ? p.value_dim : 0);
+    const std::int64_t elements =
+        (p.wants_grad_key ? p.head_dim : 0) + (p.wants_grad_value ? p.value_dim : 0);
     to_.written += as_double(sums.count * work.head_count) * bytes_of(elements, 0);
   }
 

@@ -10,8 +10,8 @@
 namespace natten::detail::cpu::engine {
 
 /// Where two items of work that give sums to the same columns meet, on whatever threads they run.
-/// The first leaves its sums, the second adds them to its own. As a + b is b + a, it does not matter
-/// which comes first.
+/// The first leaves its sums, the second adds them to its own. As a + b is b + a, it does not
+/// matter which comes first.
 template <class T>
 class Exchange {
  public:

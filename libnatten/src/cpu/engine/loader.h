@@ -117,8 +117,8 @@ void clear_hidden(const Plan& plan, const Work& work, const KeyMask& mask,
   });
 }
 
-// Tensors of as many bytes are written past the caches: what is written last would displace what was
-// written first, and each cache line would be read before.
+// Tensors of as many bytes are written past the caches: what is written last would displace what
+// was written first, and each cache line would be read before.
 constexpr std::int64_t kStreamedBytes = 8 << 20;
 
 /// Says to which tokens of a tensor sums are written: `count` from the one with number `first` on,
@@ -134,9 +134,9 @@ void set_target(simd::Unpacking<T>& unpacking, const Plan& plan, const Work& wor
   unpacking.dim = dim;
   unpacking.heads = static_cast<int>(work.head_count);
   unpacking.head_stride = to.head;
-  unpacking.streams = p.batch * p.heads * p.queries() * dim *
-                          static_cast<std::int64_t>(sizeof(E)) >=
-                      kStreamedBytes;
+  unpacking.streams =
+      p.batch * p.heads * p.queries() * dim * static_cast<std::int64_t>(sizeof(E)) >=
+      kStreamedBytes;
 }
 
 /// Where sums of rows are written, and with what factors: one, and one of each row.

@@ -206,8 +206,8 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   found.sums_columns = true;
   found.column = column_shape(found);
   set_heads(found, 1);
-  found.strip = round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip),
-                         plan.width);
+  found.strip =
+      round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip), plan.width);
   found.strips = (longest + found.strip - 1) / found.strip;
   const auto set_sweep = [&](std::int64_t sweep) {
     found.sweep = std::min(lines, round_up(sweep, plan.stack));

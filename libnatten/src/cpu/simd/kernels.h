@@ -161,12 +161,12 @@ struct Weights {
 
 /// What the kernels of fused passes do with blocks.
 struct StepCount {
-  bool at_once = false;      // if they can be, as in BackwardQuery
-  std::int64_t batches = 0;  // in which the steps are handled
-  std::int64_t visits = 0;   // of vectors at lines
-  std::int64_t steps = 0;    // of vectors; each makes a vector of scores
-  std::int64_t masked = 0;   // of these, in which some row sees nothing
-  std::int64_t sums = 0;     // columns that rows add to their sums
+  bool at_once = false;          // if they can be, as in BackwardQuery
+  std::int64_t batches = 0;      // in which the steps are handled
+  std::int64_t visits = 0;       // of vectors at lines
+  std::int64_t steps = 0;        // of vectors; each makes a vector of scores
+  std::int64_t masked = 0;       // of these, in which some row sees nothing
+  std::int64_t sums = 0;         // columns that rows add to their sums
   std::int64_t column_sums = 0;  // rows that columns add to theirs
 };
 

@@ -293,9 +293,9 @@ NATTEN_INLINE void for_each_column(const Walk<T>& walk, const Batch& batch, F&& 
     }
 }
 
-/// Visits rows that are adjacent, or see everything, by groups of columns: `f(first column, columns,
-/// v, first row of vector v that sees any of them, past the last)`, and after the last vector
-/// `done(first column, columns)`.
+/// Visits rows that are adjacent, or see everything, by groups of columns: `f(first column,
+/// columns, v, first row of vector v that sees any of them, past the last)`, and after the last
+/// vector `done(first column, columns)`.
 template <class T, class F, class Done>
 NATTEN_INLINE void for_each_column_group(const Walk<T>& walk, const Batch& batch, F&& f,
                                          Done&& done) {
@@ -323,8 +323,8 @@ NATTEN_INLINE void for_each_column_group(const Walk<T>& walk, const Batch& batch
   }
 }
 
-/// The sums of the columns of some lines that follow each other, at most kMostVectors, of which each
-/// is seen from no earlier to no earlier a vector than the line before. Rows are stacked.
+/// The sums of the columns of some lines that follow each other, at most kMostVectors, of which
+/// each is seen from no earlier to no earlier a vector than the line before. Rows are stacked.
 template <class T>
 void sum_columns_of_lines(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
                           std::int64_t line, int lines, T* Line<T>::*sums, ColumnSums<T>& p) {
@@ -365,9 +365,12 @@ void sum_columns_of_line(const Walk<T>& walk, const Batch& batch, const T* weigh
       walk, batch,
       [&](std::int64_t column, int columns, int v, int begin, int end) {
         const std::int64_t step = column - walk.first - v * walk.shift;
-        p.rows[p.vectors++] = {
-            weights + v * kScores<T> + (batch.at(line) + step) * kWidth<T>,
-            plain + v * walk.block.vector_stride * p.padded, 0, columns, begin, end};
+        p.rows[p.vectors++] = {weights + v * kScores<T> + (batch.at(line) + step) * kWidth<T>,
+                               plain + v * walk.block.vector_stride * p.padded,
+                               0,
+                               columns,
+                               begin,
+                               end};
       },
       [&](std::int64_t column, int columns) {
         for (int g = 0; g < columns; ++g)
