@@ -393,6 +393,58 @@ TEST(ManyAdditionalTokens, AreTheDefinitionForAnyNumberOfThreads) {
   natten::set_num_threads(threads);
 }
 
+/// Keys get their gradients from queries of one or two items of work, on whatever threads these
+/// run: of sweeps of lines, of strips of a long line, and of planes.
+TEST(BackwardInOnePass, IsTheDerivativeForAnyNumberOfThreads) {
+  const int threads = natten::num_threads();
+  const std::vector<std::vector<oracle::Axis>> grids = {
+      {{700, 65, 1, 1, false}},
+      {{1300, 40, 3, 2, true}},
+      {{41, 5, 1, 1, false}, {20, 7, 2, 1, false}},
+      {{64, 3, 1, 3, false}, {19, 5, 1, 1, true}},
+      {{70, 9, 4, 1, true}, {9, 4, 1, 1, false, natten::Boundary::cut}},
+      {{6, 3, 1, 1, false}, {30, 5, 2, 1, false}, {12, 3, 1, 1, true}},
+  };
+  ErrorTable errors;
+  int number = 0;
+  for (const std::vector<oracle::Axis>& grid : grids)
+    for (const natten::DType dtype : {natten::DType::float32, natten::DType::float64,
+                                      natten::DType::bfloat16, natten::DType::float16}) {
+      Case c;
+      c.seed = base_seed() + 700 + static_cast<std::uint64_t>(number);
+      c.dtype = dtype;
+      c.axes = grid;
+      c.heads = c.kv_heads = 5;
+      c.dim = 12 + number % 3;
+      c.value_dim = 8;
+      c.key_mask = number % 4 == 1;
+      c.rpb = number % 3 == 1;
+      c.additional = number % 5 == 1 ? 3 : 0;
+      c.grad_logsumexp = number % 2 == 1;
+      ++number;
+      FusedProblem problem(c);
+      if (!c.key_mask && !c.rpb && *c.additional == 0) {
+        EXPECT_EQ(natten::work_of(problem.backward()).size(), 1U) << c;
+      }
+      std::vector<std::vector<unsigned char>> first;
+      for (int count : {1, 3, 16}) {
+        natten::set_num_threads(count);
+        std::vector<std::vector<unsigned char>> bytes;
+        problem.provide_logsumexp();
+        natten::run(problem.forward(), vectorized());
+        natten::run(problem.backward(), vectorized());
+        problem.buffers.for_each(
+            [&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*) {
+              bytes.push_back(buffer.bytes());
+            });
+        if (first.empty()) first = bytes;
+        EXPECT_TRUE(bytes == first) << c << " with " << count << " threads";
+      }
+      expect_definition(problem, errors, [](const natten::Call&) {});  // has run
+    }
+  natten::set_num_threads(threads);
+}
+
 /// Beyond one number per query and head, memory is bounded: by 16 MiB, or what one set of biases'
 /// gradients per batch entry takes.
 TEST(Workspace, OfPartialSumsIsBounded) {

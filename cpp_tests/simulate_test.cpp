@@ -77,10 +77,17 @@ TEST_P(Simulated, CountsPairsAndBytes) {
     EXPECT_GE(forward[0].read, rows * d * bytes);
 
     const std::vector<PassWork> backward = natten::work_of(problem.backward());
-    ASSERT_EQ(backward.size(), 2U);
     EXPECT_EQ(sum_of(backward, &PassWork::useful), pairs * (3 * d + 2 * dv));
-    EXPECT_GE(sum_of(backward, &PassWork::executed), pairs * (4 * d + 3 * dv));
     EXPECT_GE(backward[0].weights, pairs);
+    if (backward[0].name == "backward") {
+      ASSERT_EQ(backward.size(), 1U);
+      EXPECT_GE(backward[0].executed, pairs * (3 * d + 2 * dv));
+      // What two items of work see is written by both.
+      EXPECT_GE(backward[0].written, rows * (d * bytes + statistic) + columns * (d + dv) * bytes);
+      return;
+    }
+    ASSERT_EQ(backward.size(), 2U);
+    EXPECT_GE(sum_of(backward, &PassWork::executed), pairs * (4 * d + 3 * dv));
     EXPECT_EQ(backward[0].written, rows * (d * bytes + statistic));
     EXPECT_EQ(backward[1].written, columns * (d + dv) * bytes);
   });

@@ -41,7 +41,7 @@ def same_threads(monkeypatch):
     """And no measurements of this processor, nor a large product."""
     before = natten._core.num_threads()
     row = (1e-9,) * len(_calibration.COUNTS)
-    names = ("forward", "backward_query", "backward_key")
+    names = ("forward", "backward", "backward_query", "backward_key")
     measured = lambda *_: _calibration.Prices(dict.fromkeys(names, row), 1)  # noqa: E731
     _calibration._prices.cache_clear()
     monkeypatch.delenv("NATTEN_CACHE_DIR", raising=False)

@@ -73,9 +73,11 @@ std::vector<PassWork> work_of(const Call& call, int threads) {
     const auto is = [&](std::initializer_list<const char*> names) {
       return std::find(names.begin(), names.end(), pass.name) != names.end();
     };
-    double dims = is({"forward", "row_term", "backward_query", "grad_all"}) ? d + dv : 0;
-    if (is({"backward_query", "grad_query", "grad_all"}) && problem.wants_grad_query) dims += d;
-    const bool of_keys = is({"backward_key", "grad_key_value", "grad_all"});
+    double dims =
+        is({"forward", "row_term", "backward_query", "backward", "grad_all"}) ? d + dv : 0;
+    if (is({"backward_query", "backward", "grad_query", "grad_all"}) && problem.wants_grad_query)
+      dims += d;
+    const bool of_keys = is({"backward_key", "backward", "grad_key_value", "grad_all"});
     if ((of_keys || is({"grad_key"})) && problem.wants_grad_key) dims += d;
     if ((of_keys || is({"grad_value"})) && problem.wants_grad_value) dims += dv;
     pass.useful = pairs * dims;

@@ -72,11 +72,17 @@ def random_layer(rng: random.Random, dtype: str, most_flops: float) -> Layer:
         kernel = tuple(rng.randint(1, min(m, widest)) for m in most)
         stride = tuple(rng.choice((1, 1, rng.randint(1, k))) for k in kernel)
         causal = tuple(rng.random() < 0.15 for _ in grid)
+        # Circular grids have a backward pass of their own.
+        wraps = rng.random() < 0.4
+        boundary = tuple(
+            "circular" if wraps and s == d == 1 and not c else "shift"
+            for s, d, c in zip(stride, dilation, causal, strict=True)
+        )
         heads, head_dim = rng.choice((1, 2, 4, 8)), rng.choice((16, 32, 48, 64, 96, 128))
         flops = 4 * heads * math.prod(grid) * math.prod(kernel) * head_dim
         if most_flops / 50 <= flops <= most_flops:
             return make_layer(
-                grid, kernel, stride, dilation, causal, "shift", 1, heads, head_dim, dtype
+                grid, kernel, stride, dilation, causal, boundary, 1, heads, head_dim, dtype
             )
 
 

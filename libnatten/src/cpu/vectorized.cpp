@@ -32,10 +32,9 @@ template <class E>
 std::vector<Phase> backward_phases(const Job& job, int threads) {
   const Problem& p = job.problem;
   std::vector<Phase> phases{engine::backward_query<E>(job, threads)};
-  if (p.wants_grad_key || p.wants_grad_value)
-    phases.push_back(engine::backward_key<E>(job, threads));
-  if (!p.wants_grad_rpb && !p.wants_grad_additional) return phases;
   const Plan plan = engine::plan_for<E>(p, PassKind::backward_query, threads);
+  if ((p.wants_grad_key || p.wants_grad_value) && !plan.sums_columns)
+    phases.push_back(engine::backward_key<E>(job, threads));
   if (p.wants_grad_rpb) phases.push_back(engine::sum_grad_bias<E>(job, plan));
   if (plan.partial.additional > 0)
     phases.push_back(engine::sum_grad_additional<E>(job, plan));

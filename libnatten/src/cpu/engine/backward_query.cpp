@@ -1,6 +1,8 @@
 #include <limits>
+#include <memory>
 
 #include "engine.h"
+#include "exchange.h"
 #include "workspace.h"
 
 namespace natten::detail::cpu::engine {
@@ -25,13 +27,16 @@ class BackwardQuery final : public Pass<E> {
         logsumexp_(operand<const T>(job.problem, job.tensors, &Tensors::logsumexp)),
         grad_logsumexp_(operand<const T>(job.problem, job.tensors, &Tensors::grad_logsumexp)),
         grad_query_(operand<E>(job.problem, job.tensors, &Tensors::grad_query)),
-        workspace_(job, plan) {}
+        grad_key_(operand<E>(job.problem, job.tensors, &Tensors::grad_key)),
+        grad_value_(operand<E>(job.problem, job.tensors, &Tensors::grad_value)),
+        workspace_(job, plan),
+        exchange_(plan.sums_columns ? std::make_shared<Exchange<T>>() : nullptr) {}
 
   void take_memory(Arena& arena) override {
     const Problem& p = plan.problem();
     query_rows_ = take_rows<T>(arena, plan, plan.elements(p.head_dim));
     grad_output_rows_ = take_rows<T>(arena, plan, plan.elements(p.value_dim));
-    if (plan.partial.additional > 0) {
+    if (plan.partial.additional > 0 || plan.sums_columns) {
       plain_query_ = take_rows<T>(arena, plan, plan.padded);
       plain_grad_output_ = take_rows<T>(arena, plan, plan.value_padded);
     }
@@ -83,17 +88,23 @@ class BackwardQuery final : public Pass<E> {
   T* grad_bias(const Work& work) const override { return workspace_.grad_bias(work); }
 
   void run_block(const Work& work, const Columns<T>& columns,
-                 const simd::Block<T>& block) override {
+                 const simd::Block<T>& given) override {
     const std::int64_t row = work.row_index(plan);
+    simd::Block<T> block = given;
     simd::BackwardQuery<T> f{block};
     f.query = query_rows_.at(row);
     f.grad_output = grad_output_rows_.at(row);
-    if (columns.are_additional() && plan.partial.additional > 0) {
+    if (plain_query_) {
       f.plain_query = plain_query_.at(row);
       f.plain_grad_output = plain_grad_output_.at(row);
+    }
+    simd::Line<T> additional;
+    if (columns.are_additional() && plan.partial.additional > 0) {
+      additional = *columns.lines;
       const std::int64_t first = columns.part.begin;
-      f.grad_key = workspace_.grad_additional_keys(work) + first * plan.padded;
-      f.grad_value = workspace_.grad_additional_values(work) + first * plan.value_padded;
+      additional.grad_key = workspace_.grad_additional_keys(work) + first * plan.padded;
+      additional.grad_value = workspace_.grad_additional_values(work) + first * plan.value_padded;
+      block.lines = &additional;
     }
     f.logsumexp = logsumexp_rows_.at(row);
     f.grad_logsumexp = grad_logsumexp_rows_.at(row);
@@ -111,6 +122,27 @@ class BackwardQuery final : public Pass<E> {
       row_term_[r] = row_term_[r] / total_[r] - grad_logsumexp_rows_[r];
   }
 
+  void store_columns(const Work& work, const LineSums<T>& sums) override {
+    clear_hidden_columns(work, sums);
+    if (plan.shared_axis() == 1) {
+      const std::int64_t line = sums.first[1];
+      for (const std::int64_t lower : {work.sweep - 1, work.sweep})
+        if (plan.columns_of_cut(1, work.group[1], lower).contains(line) &&
+            plan.columns_of_cut(1, work.group[1], lower + 1).contains(line))
+          return meet(work, sums, 0, sums.count, lower);
+      return write(work, sums, 0, sums.count);
+    }
+    // The first columns are the strip's before too, the last ones the next one's.
+    const std::int64_t begin = sums.first[2], end = begin + sums.count;
+    const Interval before = plan.columns_of_cut(2, work.group[2], work.strip - 1);
+    const Interval next = plan.columns_of_cut(2, work.group[2], work.strip + 1);
+    const std::int64_t own = before.size() > 0 ? std::max(begin, before.end) : begin;
+    const std::int64_t shared = next.size() > 0 ? std::min(end, next.begin) : end;
+    if (begin < own) meet(work, sums, 0, own - begin, work.strip - 1);
+    if (own < shared) write(work, sums, own - begin, shared - begin);
+    if (shared < end) meet(work, sums, shared - begin, end - begin, work.strip);
+  }
+
   void store_rows(const Work& work) override {
     const Problem& p = plan.problem();
     for (std::int64_t r = 0; r < work.head_count * plan.head_rows; ++r) total_[r] = 1 / total_[r];
@@ -121,10 +153,101 @@ class BackwardQuery final : public Pass<E> {
   }
 
  private:
+  /// Sets the sums of columns that are hidden keys to 0, as queries that are no numbers may have
+  /// spoiled them.
+  void clear_hidden_columns(const Work& work, const LineSums<T>& sums) const {
+    if (!mask) return;
+    for_each_column(work, sums, 0, sums.count, [&](std::int64_t column, const Coordinate& key) {
+      if (!mask.hides(work.batch, key)) return;
+      for (std::int64_t h = 0; h < work.head_count; ++h) {
+        const auto clear = [&](T* of, std::int64_t padded) {
+          if (of) std::fill_n(of + h * sums.head_stride + column * padded, padded, T(0));
+        };
+        clear(sums.memory.grad_key, plan.padded);
+        clear(sums.memory.grad_value, plan.value_padded);
+      }
+    });
+  }
+  /// Columns first to last of a line: `f(column, its number among the keys)`.
+  template <class F>
+  void for_each_column(const Work& work, const LineSums<T>& sums, std::int64_t first,
+                       std::int64_t last, F&& f) const {
+    Coordinate key = work.column_at(plan, {sums.first[0], sums.first[1], sums.first[2] + first});
+    for (std::int64_t column = first; column < last; ++column) {
+      f(column, key);
+      key[2] += plan.problem().axes[2].dilation;
+    }
+  }
+  /// Both gradients, if they are wanted: `f(tensor, sums, dim, padded)`.
+  template <class F>
+  void for_each_gradient(const LineSums<T>& sums, F&& f) const {
+    const Problem& p = plan.problem();
+    if (sums.memory.grad_key) f(grad_key_, sums.memory.grad_key, p.head_dim, plan.padded);
+    if (sums.memory.grad_value)
+      f(grad_value_, sums.memory.grad_value, p.value_dim, plan.value_padded);
+  }
+  /// Writes sums of columns first to last of a line.
+  void write(const Work& work, const LineSums<T>& sums, std::int64_t first,
+             std::int64_t last) const {
+    const Coordinate key =
+        work.column_at(plan, {sums.first[0], sums.first[1], sums.first[2] + first});
+    for_each_gradient(
+        sums, [&](const Operand<E>& to, const T* from, std::int64_t dim, std::int64_t padded) {
+          simd::Unpacking<T> unpacking;
+          unpacking.from = from + first * padded;
+          unpacking.padded = padded;
+          unpacking.from_stride = sums.head_stride;
+          set_target(unpacking, plan, work, to, key, last - first, dim);
+          unpack(isa, plan.problem().dtype, unpacking);
+        });
+  }
+  /// As `write`, of columns that another item gives sums to. Tensors of sums can hold those of the
+  /// item that comes first.
+  void meet(const Work& work, const LineSums<T>& sums, std::int64_t first, std::int64_t last,
+            std::int64_t lower) const {
+    constexpr bool kHolds = std::is_same_v<E, T>;
+    const std::int64_t elements =
+        kHolds ? 0 : (last - first) * work.head_count * (plan.padded + plan.value_padded);
+    exchange_->meet(
+        {work.batch, work.first_head, work.token(plan, 0, sums.first[0]),
+         work.token(plan, 1, sums.first[1]), work.group[2], lower},
+        elements,
+        [&](T* memory) {
+          if (kHolds) return write(work, sums, first, last);
+          for_each_gradient(
+              sums, [&](const Operand<E>&, const T* from, std::int64_t, std::int64_t padded) {
+                for (std::int64_t h = 0; h < work.head_count; ++h)
+                  memory = std::copy(from + h * sums.head_stride + first * padded,
+                                     from + h * sums.head_stride + last * padded, memory);
+              });
+        },
+        [&](const T* memory) {
+          for_each_gradient(
+              sums, [&](const Operand<E>& to, T* own, std::int64_t dim, std::int64_t padded) {
+                for (std::int64_t h = 0; h < work.head_count; ++h) {
+                  T* of_head = own + h * sums.head_stride;
+                  if constexpr (kHolds) {
+                    for_each_column(work, sums, first, last,
+                                    [&](std::int64_t column, const Coordinate& key) {
+                                      const T* left = to.at(work.batch, work.first_head + h, key);
+                                      for (std::int64_t d = 0; d < dim; ++d)
+                                        of_head[column * padded + d] += left[d];
+                                    });
+                  } else {
+                    for (std::int64_t i = first * padded; i < last * padded; ++i)
+                      of_head[i] += *memory++;
+                  }
+                }
+              });
+          write(work, sums, first, last);
+        });
+  }
+
   Operand<const E> query_, key_, value_, grad_output_;
   Operand<const T> logsumexp_, grad_logsumexp_;
-  Operand<E> grad_query_;
+  Operand<E> grad_query_, grad_key_, grad_value_;
   Workspace<T> workspace_;
+  std::shared_ptr<Exchange<T>> exchange_;  // of all threads
   RowBuffer<T> query_rows_, grad_output_rows_, plain_query_, plain_grad_output_;
   RowBuffer<T> sums_, total_, logsumexp_rows_, row_term_, grad_logsumexp_rows_;
 };

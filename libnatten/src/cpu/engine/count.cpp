@@ -14,6 +14,7 @@ namespace natten::detail::cpu::engine {
 namespace {
 
 constexpr const char* kNames[] = {"forward", "backward_query", "backward_key"};
+constexpr const char* kNameOfBoth = "backward";  // of the last two
 
 double as_double(std::int64_t n) { return static_cast<double>(n); }
 
@@ -86,6 +87,7 @@ class Count final : public Pass<E> {
   void run_block(const Work& work, const Columns<T>&, const simd::Block<T>& block) override {
     const Problem& p = plan.problem();
     simd::StepCount n;
+    n.at_once = plan.kind() == PassKind::backward_query;
     this->kernels().count(block, n);
     const bool is_first = work.round == 0, is_last = work.round == rounds() - 1;
     std::int64_t scores = p.head_dim, sums = plan.value_padded;
@@ -99,7 +101,16 @@ class Count final : public Pass<E> {
     to_.tiles += as_double(n.visits);
     to_.weights += as_double(times * n.steps * plan.width);
     to_.masked += as_double(times * n.masked * plan.width);
-    to_.executed += as_double(times * n.steps * plan.width * scores + n.sums * sums);
+    to_.executed +=
+        as_double(times * n.steps * plan.width * scores + n.sums * sums +
+                  (is_last ? n.column_sums : 0) * (plan.column.grad_key + plan.column.grad_value));
+  }
+
+  void store_columns(const Work& work, const LineSums<T>& sums) override {
+    const Problem& p = plan.problem();
+    const std::int64_t elements =
+        (p.wants_grad_key ? p.head_dim : 0) + (p.wants_grad_value ? p.value_dim : 0);
+    to_.written += as_double(sums.count * work.head_count) * bytes_of(elements, 0);
   }
 
   void store_rows(const Work&) override {
@@ -153,7 +164,7 @@ PassWork count_pass(const Job& job, PassKind kind, int threads) {
   const bool is_even = plan.grid.heads() % plan.row_heads == 0;
   if (is_even || groups > 1) count_group(0, is_even ? groups : groups - 1);
   if (!is_even) count_group(groups - 1, 1);
-  result.name = kNames[static_cast<int>(kind)];
+  result.name = plan.sums_columns ? kNameOfBoth : kNames[static_cast<int>(kind)];
   result.units = plan.total_units();
   result.balance = balance_of(units, p.batch, threads);
   return result;
@@ -176,7 +187,7 @@ std::vector<PassWork> count_passes(const Problem& problem, int threads) {
       return;
     }
     passes.push_back(count_pass<E>(job, PassKind::backward_query, threads));
-    if (problem.wants_grad_key || problem.wants_grad_value)
+    if ((problem.wants_grad_key || problem.wants_grad_value) && passes[0].name != kNameOfBoth)
       passes.push_back(count_pass<E>(job, PassKind::backward_key, threads));
   });
   return passes;

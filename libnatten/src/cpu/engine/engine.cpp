@@ -39,7 +39,8 @@ template <class E>
 void Engine<E>::run(std::int64_t first, std::int64_t last) {
   ThreadMemory memory;
   take_memory(memory.bytes());
-  std::int64_t columns_of = -1;  // which items the packed columns serve
+  Coordinate columns_of{-1, -1, -1};  // which items the packed columns serve
+  std::int64_t sums_of = -1;          // and whose sums they have
   for (std::int64_t unit = first; unit < last; ++unit) {
     Work work;
     work.unit = unit % plan_.units;
@@ -48,15 +49,27 @@ void Engine<E>::run(std::int64_t first, std::int64_t last) {
     work.first_head = head_group * plan_.row_heads;
     work.head_count = std::min(plan_.row_heads, plan_.grid.heads() - work.first_head);
     pass_.begin_unit(work);
-    for (std::int64_t item = plan_.items * work.unit / plan_.units;
-         item < plan_.items * (work.unit + 1) / plan_.units; ++item) {
-      // Items that are neighbors along axis 0 alone see columns in common.
-      const std::int64_t serves = unit / plan_.units * plan_.items + item / plan_.grid.most_rows(0);
+    const std::int64_t together = plan_.items_together(), runs = plan_.items / together;
+    for (std::int64_t item = runs * work.unit / plan_.units * together;
+         item < runs * (work.unit + 1) / plan_.units * together; ++item) {
+      // Items of a strip and dilation group see columns in common; those that are neighbors along
+      // axis 0 alone add to the same ones.
+      const std::int64_t of = unit / plan_.units, cut = item / plan_.grid.most_rows(0);
+      const Coordinate serves{of, cut / plan_.strips / plan_.sweeps, cut % plan_.strips};
+      const std::int64_t sums = of * plan_.items + cut;
+      if (sums != sums_of) store_columns();
       if (serves != columns_of) packed_.forget();
+      sums_of = sums;
       columns_of = serves;
       run_item(work, item);
     }
   }
+  store_columns();
+}
+
+template <class E>
+void Engine<E>::store_columns() {
+  packed_.take_all_sums([&](const LineSums<T>& sums) { pass_.store_columns(summed_, sums); });
 }
 
 template <class E>
@@ -90,6 +103,9 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
       first_slot_by_row_[r] =
           seen_by_row_[r].begin - first_slot(p_.axes[2], work.group[2], position);
   }
+  work.strip = strip;
+  work.sweep = sweep;
+  summed_ = work;
   const std::int64_t last = std::min(rows[1].begin + plan_.first_line(sweep + 1), rows[1].end);
   for (std::int64_t line = rows[1].begin + plan_.first_line(sweep); line < last;
        line += plan_.stack) {
@@ -153,8 +169,11 @@ simd::Line<StatisticOf<E>> Engine<E>::line_of(const Work& work, const LinesSeen&
                                               std::int64_t number, const Coordinate& position,
                                               std::int64_t count) {
   const std::int64_t entry = packed_.entry_of(plan_, number, position);
-  if (packed_.admit(plan_, number, position))
+  if (packed_.admit(plan_, number, position)) {
+    packed_.take_sums(entry, [&](const LineSums<T>& sums) { pass_.store_columns(work, sums); });
     pass_.pack_line(work, packed_.to_pack(entry, position, count), loader_);
+  }
+  if (plan_.sums_columns) packed_.begin_sums(plan_, entry, position, count);
   simd::Line<T> line = packed_.line(entry);
   if (plan_.stack > 1) {
     while (line.first_vector < work.line_count && seen.axis1[line.first_vector].end <= position[1])

@@ -11,7 +11,17 @@ struct LineMemory {
   T *transposed = nullptr, *transposed_grad = nullptr;
   T *plain = nullptr, *plain_grad = nullptr;
   T *logsumexp = nullptr, *row_term = nullptr;
+  T *grad_key = nullptr, *grad_value = nullptr;
   T* hidden = nullptr;  // of all heads
+};
+
+/// The sums that rows have given to a line of columns.
+template <class T>
+struct LineSums {
+  const LineMemory<T>& memory;  // grad_key, grad_value
+  std::int64_t head_stride;
+  Coordinate first;  // position of the first column
+  std::int64_t count;
 };
 
 /// A part of a line of columns that is to be packed.
@@ -58,6 +68,8 @@ class PackedLines {
         memory.plain = take_plain(column.plain);
         memory.transposed_grad = take_transposed(column.transposed_grad);
         memory.plain_grad = take_plain(column.plain_grad);
+        memory.grad_key = take_plain(column.grad_key);
+        memory.grad_value = take_plain(column.grad_value);
         memory.logsumexp = take_transposed(column.statistics ? 1 : 0);
         memory.row_term = take_transposed(column.statistics ? 1 : 0);
         if (head == 0) entry.memory = memory;
@@ -71,6 +83,34 @@ class PackedLines {
   /// Forgets all lines, before others of the same position are packed.
   void forget() {
     for (Entry& entry : entries_) entry.is_packed = false;
+  }
+  /// Calls `f` with the sums of a line, if it has any, and sets them to 0; or of all lines.
+  template <class F>
+  void take_sums(std::int64_t number, F&& f) {
+    Entry& entry = entries_[number];
+    if (!entry.has_sums) return;
+    f(LineSums<T>{entry.memory, head_stride_, entry.first, entry.count});
+    entry.has_sums = false;
+  }
+  template <class F>
+  void take_all_sums(F&& f) {
+    for (std::size_t i = 0; i < entries_.size(); ++i) take_sums(static_cast<std::int64_t>(i), f);
+  }
+  /// Starts sums of `count` columns of a line, for all heads.
+  void begin_sums(const Plan& plan, std::int64_t number, const Coordinate& first,
+                  std::int64_t count) {
+    Entry& entry = entries_[number];
+    if (entry.has_sums) return;
+    entry.has_sums = true;
+    entry.first = first;
+    entry.count = count;
+    for (std::int64_t head = 0; head < plan.column_heads; ++head) {
+      const auto clear = [&](T* sums, std::int64_t padded) {
+        if (sums) std::fill_n(sums + head * head_stride_, count * padded, T(0));
+      };
+      clear(entry.memory.grad_key, plan.padded);
+      clear(entry.memory.grad_value, plan.value_padded);
+    }
   }
   /// The entry of line `number` of those that are at hand together.
   std::int64_t entry_of(const Plan& plan, std::int64_t number, const Coordinate& line) const {
@@ -102,6 +142,8 @@ class PackedLines {
     line.plain_grad = memory.plain_grad;
     line.logsumexp = memory.logsumexp;
     line.row_term = memory.row_term;
+    line.grad_key = memory.grad_key;
+    line.grad_value = memory.grad_value;
     line.hidden = memory.hidden;
     return line;
   }
@@ -110,6 +152,8 @@ class PackedLines {
     for (const T** operand : {&line.transposed, &line.transposed_grad, &line.plain,
                               &line.plain_grad, &line.logsumexp, &line.row_term})
       if (*operand) *operand += head_stride_;
+    for (T** sums : {&line.grad_key, &line.grad_value})
+      if (*sums) *sums += head_stride_;
   }
 
  private:
@@ -117,6 +161,9 @@ class PackedLines {
     LineMemory<T> memory;
     bool is_packed = false;
     std::int64_t line0 = 0, line1 = 0;  // which line it holds
+    bool has_sums = false;
+    Coordinate first{};      // of their columns
+    std::int64_t count = 0;  // likewise
   };
   std::vector<Entry> entries_;
   std::int64_t ld_ = 0;

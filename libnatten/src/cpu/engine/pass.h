@@ -36,6 +36,8 @@ class Pass {
   /// Runs a block of rows over columns.
   virtual void run_block(const Work&, const Columns<T>&, const simd::Block<T>&) = 0;
   virtual void end_round(const Work&) {}
+  /// Writes the sums of a line of columns, to which no rows of `work` and its like will add.
+  virtual void store_columns(const Work&, const LineSums<T>&) {}
   /// Writes the results of the rows at hand.
   virtual void store_rows(const Work&) = 0;
 
@@ -54,7 +56,8 @@ class Pass {
 
 template <class E>
 Phase forward(const Job& job, int threads);
-/// Gradients of queries, row terms and the partial sums of biases and additional tokens.
+/// Gradients of queries, row terms and the partial sums of biases and additional tokens; where its
+/// plan sums columns, gradients of keys and values too.
 template <class E>
 Phase backward_query(const Job& job, int threads);
 /// Gradients of keys and values. Needs the row terms.

@@ -26,6 +26,12 @@ constexpr double kLateStart = 0.25;
 constexpr int kThreadsOfPartialSums = 16;
 // Units with partial sums, of all batch entries and heads, that are enough for any machine.
 constexpr std::int64_t kUnitsOfPartialSums = 32;
+// Items of whose rows the columns' gradients are summed at once, of all batch entries and heads.
+constexpr std::int64_t kUnitsOfColumnSums = 64;
+// With fewer, other threads than these would have nothing to do, so that two passes are better.
+constexpr std::int64_t kLeastUnitsOfColumnSums = 12;
+// Packed columns and rows of a thread, and the sums of columns.
+constexpr std::size_t kMostBytesOfColumnSums = 4 << 20;
 // Bytes of partial sums, if there is more than one of each gradient.
 constexpr std::size_t kMostPartialBytes = 16 << 20;
 
@@ -45,6 +51,10 @@ ColumnShape column_shape(const Plan& plan) {
   column.transposed_grad = plan.elements(p.value_dim);
   column.plain_grad = plan.padded;
   column.statistics = kind == PassKind::backward_key;
+  if (plan.sums_columns) {
+    column.grad_key = p.wants_grad_key ? plan.padded : 0;
+    column.grad_value = p.wants_grad_value ? plan.value_padded : 0;
+  }
   return column;
 }
 
@@ -52,7 +62,7 @@ ColumnShape column_shape(const Plan& plan) {
 std::int64_t column_elements(const Plan& plan) {
   const ColumnShape& c = plan.column;
   return round_up(c.transposed, plan.width) + round_up(c.transposed_grad, plan.width) + c.plain +
-         c.plain_grad;
+         c.plain_grad + c.grad_key + c.grad_value;
 }
 
 /// Of the packed columns of some heads and the rows that see them, with strips of `rows`.
@@ -214,14 +224,92 @@ void cut_into_items(Plan& plan, int threads) {
   set_sweeps(best);
 }
 
+/// Whether no column is seen from more than two sweeps of axis 1, or strips of axis 2.
+bool meets_in_pairs(const Plan& plan, int axis, std::int64_t cuts) {
+  for (std::int64_t i = 0; i < plan.grid.groups(axis) && cuts > 2; ++i) {
+    const std::int64_t group = plan.grid.group(axis, i);
+    for (std::int64_t n = 0; n + 2 < cuts; ++n) {
+      const Interval later = plan.columns_of_cut(axis, group, n + 2);
+      if (later.size() > 0 && later.begin < plan.columns_of_cut(axis, group, n).end) return false;
+    }
+  }
+  return true;
+}
+
+/// Plans one pass for the gradients of queries, keys and values: `plan` then has sums of columns.
+/// Tells whether there is such a plan. How it cuts rows shows in these sums, so that depends on the
+/// problem alone; only heads depend on threads.
+bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
+  const Problem& p = plan.problem();
+  if (p.heads != p.kv_heads || !(p.wants_grad_key || p.wants_grad_value)) return false;
+  // Then every key is seen by some query, and its gradient written.
+  for (const Axis& a : p.axes) {
+    const bool is_whole = a.query_offset == 0 && a.key_offset == 0 &&
+                          a.query_length == a.grid_length && a.key_length == a.grid_length;
+    if (!is_whole || a.boundary == Boundary::circular) return false;
+  }
+  Plan found = plan;
+  const RowGrid& grid = plan.grid;
+  const std::int64_t planes = grid.most_rows(0), lines = grid.most_rows(1),
+                     longest = grid.most_rows(2);
+  found.sums_columns = true;
+  found.column = column_shape(found);
+  set_heads(found, 1);
+  found.strip =
+      round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip), plan.width);
+  found.strips = (longest + found.strip - 1) / found.strip;
+  found.stacks = (lines + plan.stack - 1) / plan.stack;
+  const auto set_sweeps = [&](std::int64_t count) {
+    found.sweeps = std::clamp<std::int64_t>(count, 1, found.stacks);
+    if (plan.ring0 <= 1 || planes <= 1) return;
+    // Lines stay for the next plane that sees them.
+    for (std::int64_t i = 0; i < grid.groups(1); ++i)
+      for (std::int64_t n = 0; n < found.sweeps; ++n)
+        found.ring1 = std::max(i + n == 0 ? 1 : found.ring1,
+                               found.columns_of_cut(1, grid.group(1, i), n).size());
+  };
+  const auto units = [&] {
+    return found.groups() * found.sweeps * found.strips * p.batch * found.head_groups();
+  };
+  // Lines that the next sweep sees too are summed twice.
+  const std::int64_t halo = plan.ring1 - plan.stack;
+  set_sweeps(1);
+  if (found.strips == 1)
+    set_sweeps(std::min((kUnitsOfColumnSums + units() - 1) / units(),
+                        lines / std::max<std::int64_t>(1, 2 * halo)));
+  while (packed_bytes(found, found.strip) > kMostBytesOfColumnSums) {
+    if (found.sweeps == found.stacks || found.ring1 <= plan.ring1) return false;
+    set_sweeps(found.sweeps + 1);
+  }
+  // What is cut along both axes would meet in fours.
+  if (found.sweeps > 1 && found.strips > 1) return false;
+  if (!meets_in_pairs(found, 1, found.sweeps) || !meets_in_pairs(found, 2, found.strips))
+    return false;
+  if (units() < kLeastUnitsOfColumnSums) return false;
+  const std::int64_t most_heads =
+      std::min<std::int64_t>(grid.heads(), asked.heads > 0 ? asked.heads : simd::kMostHeads);
+  for (std::int64_t count = most_heads; count > 1; --count) {
+    set_heads(found, count);
+    if (packed_bytes(found, found.strip) <= kMostBytes && units() >= 4 * kItemsPerThread * threads)
+      break;
+    set_heads(found, 1);
+  }
+  found.items = found.groups() * planes * found.sweeps * found.strips;
+  found.piece_lines = found.lines;
+  found.piece_columns = grid.most_columns(2, found.strip);
+  plan = found;
+  return true;
+}
+
 /// Gathers items into units, where these have partial sums.
 void cut_into_units(Plan& plan) {
-  plan.units = plan.items;
+  const std::int64_t items = plan.items / plan.items_together();
+  plan.units = items;
   const Problem& p = plan.problem();
   if (plan.kind() != PassKind::backward_query) return;
   const std::int64_t others = std::max<std::int64_t>(1, p.batch * plan.head_groups());
   const std::int64_t wanted =
-      std::min(plan.items, std::max<std::int64_t>(1, kUnitsOfPartialSums / others));
+      std::min(items, std::max<std::int64_t>(1, kUnitsOfPartialSums / others));
   const std::int64_t most_elements =
       static_cast<std::int64_t>(kMostPartialBytes / plan.element_bytes) /
       std::max<std::int64_t>(1, p.batch * p.heads);
@@ -260,7 +348,19 @@ bool is_one_batch(const Plan& plan) {
 
 }  // namespace
 
+Interval Plan::columns_of_cut(int axis, std::int64_t group, std::int64_t number) const {
+  const auto begin_of = [&](std::int64_t n) { return axis == 1 ? first_line(n) : n * strip; };
+  const Interval rows = grid.rows(axis, group);
+  const std::int64_t first = rows.begin + begin_of(number);
+  if (number < 0 || number >= (axis == 1 ? sweeps : strips) || first >= rows.end) return {0, 0};
+  const std::int64_t last = std::min(rows.begin + begin_of(number + 1), rows.end) - 1;
+  return {grid.columns(axis, group, first).begin, grid.columns(axis, group, last).end};
+}
+
 bool sums_alike(const Plan& a, const Plan& b) {
+  if (a.sums_columns != b.sums_columns) return false;
+  if (a.sums_columns && (a.stack != b.stack || a.strip != b.strip || a.sweeps != b.sweeps))
+    return false;
   if (a.in_pieces || b.in_pieces || a.partial.elements() > 0 || b.partial.elements() > 0)
     return false;
   return have_same_blocks(a, b) || (is_one_batch(a) && is_one_batch(b));
@@ -294,10 +394,13 @@ Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::siz
   plan.ring1 = std::max<std::int64_t>(1, grid.most_columns(1, plan.stack));
   plan.ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));
   plan.lines = plan.ring0 * plan.ring1;
-  fit_cache(plan, asked);
   const bool sums_up =
       kind == PassKind::backward_query && (problem.wants_grad_rpb || problem.wants_grad_additional);
-  cut_into_items(plan, sums_up ? kThreadsOfPartialSums : threads);
+  if (sums_up) threads = kThreadsOfPartialSums;
+  if (kind != PassKind::backward_query || !plan_sums_of_columns(plan, threads, asked)) {
+    fit_cache(plan, asked);
+    cut_into_items(plan, threads);
+  }
   cut_into_units(plan);
   plan.line_rows = round_up(plan.strip, plan.width);
   plan.head_rows = plan.stack * plan.line_rows;

@@ -111,6 +111,8 @@ struct ColumnShape {
   std::int64_t plain_grad = 0;       // likewise
   bool statistics = false;           // logsumexp and row term
   bool hidden = false;               // whether a mask hides it
+  std::int64_t grad_key = 0;         // sums of its gradients, padded
+  std::int64_t grad_value = 0;       // likewise
 };
 
 /// Sums over queries that several items contribute to, those of biases and additional tokens, go
@@ -142,6 +144,7 @@ struct Plan {
   std::int64_t ring2 = 0;                     // columns of a line that a row sees at most
   std::int64_t strip = 0;                     // rows of a line that share packed columns
   std::int64_t stacks = 0;                    // of lines, along axis 1
+  bool sums_columns = false;                  // rows give gradients to the columns that they see
   bool in_pieces = false;                     // columns do not fit a ring
   std::int64_t piece_lines = 0;               // lines that are packed at a time
   std::int64_t piece_columns = 0;             // and columns of each
@@ -163,6 +166,12 @@ struct Plan {
   double score_scale() const { return in_pairs ? problem().scale : 1.0; }
   std::int64_t head_groups() const { return (grid.heads() + row_heads - 1) / row_heads; }
   std::int64_t groups() const { return grid.groups(0) * grid.groups(1) * grid.groups(2); }
+  /// Items of a unit are a multiple of these, which have sums of columns in common.
+  std::int64_t items_together() const { return sums_columns ? grid.most_rows(0) : 1; }
+  /// The axis along which items give sums to the same columns, if any.
+  int shared_axis() const { return sweeps > 1 ? 1 : 2; }
+  /// The columns that a sweep (of axis 1), or a strip (of axis 2), sees; none beyond the last.
+  Interval columns_of_cut(int axis, std::int64_t group, std::int64_t number) const;
   /// Rows that a thread has at hand.
   std::int64_t rows() const { return row_heads * head_rows; }
   /// The line of rows, of those of axis 1, that a sweep begins with.

@@ -8,29 +8,6 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
-/// Adds the gradients that rows give to columns, which all rows see.
-template <class T>
-NATTEN_INLINE void add_to_columns(const Walk<T>& walk, const Batch& batch, int v, const T* weights,
-                                  const T* plain, std::int64_t padded, T* sums) {
-  // Columns are the entries here, and what their weights multiply is a run of rows.
-  Run<T> run = {plain + v * walk.block.vector_stride * padded, 0, 0, 0};
-  RowProducts<T> p;
-  p.runs = &run;
-  p.run_count = 1;
-  p.column = 0;
-  p.count = walk.rows_of(v);
-  p.next_entry = kWidth<T>;
-  p.next_column = 1;
-  p.padded = padded;
-  p.sums_stride = padded;
-  for (std::int64_t step = batch.step0; step < batch.step1; step += kRowGroup) {
-    run.last = static_cast<int>(min(kRowGroup, batch.step1 - step));
-    p.weights = weights + v * kScores<T> + (batch.at(0) + step) * kWidth<T>;
-    p.sums = sums + step * padded;
-    row_tiles<Single<T>>(run.last, p);
-  }
-}
-
 /// Adds gradients of scores to those of the biases.
 template <class T>
 NATTEN_INLINE void add_to_bias(const Walk<T>& walk, const Batch& batch, int v, const T* grads) {
@@ -54,9 +31,9 @@ void backward_query(const BackwardQuery<T>& f) {
   T* weights = block.scratch;
   T* grads = weights + kMostVectors * kScores<T>;
   // Both rounds at once need all steps in one batch.
-  int batches = 0;
-  for_each_batch(walk, [&](const Batch&) { ++batches; });
-  const bool at_once = f.sum_row_term && f.sum_gradients && batches == 1;
+  const bool at_once = f.sum_row_term && f.sum_gradients && fits_at_once(walk);
+  const std::int64_t most_steps = at_once ? kMostStepsAtOnce : kBatchSteps;
+  const bool sums_columns = block.lines->grad_key || block.lines->grad_value;
   // The weights of a row sum up to 1 only as well as its logsumexp is rounded, which is the worse
   // the larger scores are. With the quotient the gradients of a row's scores still sum up to 0.
   const auto finish_row_term = [&](int v) {
@@ -68,7 +45,7 @@ void backward_query(const BackwardQuery<T>& f) {
     const bool sums_row_term = round == 0 && f.sum_row_term;
     const bool sums_gradients = round == 0 ? at_once : f.sum_gradients && !at_once;
     if (!sums_row_term && !sums_gradients) continue;
-    for_each_batch(walk, [&](const Batch& batch) {
+    for_each_batch(walk, most_steps, [&](const Batch& batch) {
       column_products<F>(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded,
                          weights, block.scale);
       column_products<F>(walk, batch, f.grad_output, &Line<T>::transposed_grad, block.value_dim,
@@ -109,15 +86,24 @@ void backward_query(const BackwardQuery<T>& f) {
           store(g + offset, load(w + offset) * (load(g + offset) - row_term));
         });
         if (block.lines->grad_bias) add_to_bias(walk, batch, v, g);
-        if (f.grad_key) {
-          add_to_columns(walk, batch, v, grads, f.plain_query, block.padded, f.grad_key);
-          add_to_columns(walk, batch, v, weights, f.plain_grad_output, block.value_padded,
-                         f.grad_value);
-        }
-        finish_weights<F>(walk, batch, v, g);
+        if (!sums_columns) continue;
+        // Some rows at a time are multiplied with some columns, which not all of them see. Stacked
+        // rows read what they see, each by itself.
+        clear_padding(batch, w);
+        clear_padding(batch, g);
+        if (!block.adjacent) continue;
+        set_unseen(walk, batch, v, w, T(0));
+        set_unseen(walk, batch, v, g, T(0));
       }
-      if (sums_gradients)
-        row_products<F>(walk, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_query);
+      if (!sums_gradients) return;
+      if (sums_columns) {
+        column_sums(walk, batch, grads, f.plain_query, block.padded, &Line<T>::grad_key);
+        column_sums(walk, batch, weights, f.plain_grad_output, block.value_padded,
+                    &Line<T>::grad_value);
+      }
+      for (int v = 0; v < block.vectors; ++v)
+        finish_weights<F>(walk, batch, v, grads + v * kScores<T>);
+      row_products<F>(walk, batch, grads, &Line<T>::plain_grad, block.padded, f.grad_query);
     });
     if (round == 0 && f.sum_gradients && !at_once)
       for (int v = 0; v < block.vectors; ++v) finish_row_term(v);

@@ -10,7 +10,9 @@ namespace {
 template <class T>
 void count(const Block<T>& block, StepCount& counts) {
   const Walk<T> walk(block);
-  for_each_batch(walk, [&](const Batch& batch) {
+  const std::int64_t most_steps =
+      counts.at_once && fits_at_once(walk) ? kMostStepsAtOnce : kBatchSteps;
+  for_each_batch(walk, most_steps, [&](const Batch& batch) {
     ++counts.batches;
     std::int64_t lines_of[kMostVectors] = {}, visits = 0;
     for (std::int64_t l = batch.line0; l < batch.line1; ++l)
@@ -31,8 +33,17 @@ void count(const Block<T>& block, StepCount& counts) {
         counts.sums +=
             visits *
             max(min(walk.high[0][row], batch.step1) - max(walk.low[0][row], batch.step0), 0);
+      for_each_column(walk, batch, [&](std::int64_t, int begin, int end) {
+        counts.column_sums += visits * (end - begin);
+      });
       return;
     }
+    for_each_column_group(
+        walk, batch,
+        [&](std::int64_t, int columns, int, int begin, int end) {
+          counts.column_sums += (batch.line1 - batch.line0) * columns * (end - begin);
+        },
+        [](std::int64_t, int) {});
     for (int v = 0; v < block.vectors; ++v)
       for (int row = 0; row < walk.rows_of(v); row += kRowGroup) {
         const auto entries = static_cast<int>(min(kRowGroup, walk.rows_of(v) - row));

@@ -20,6 +20,8 @@ inline constexpr int kPaddingVectors = kMostVectors;
 /// Most steps of a row over columns that are handled at once. It bounds the scratch, and the number
 /// of terms that are summed in one go.
 inline constexpr int kBatchSteps = 512;
+/// Likewise of gradients from queries: with all steps at once these need no second round.
+inline constexpr int kMostStepsAtOnce = 1024;
 /// Steps of weight 0 before and after those of a line, where vectors are adjacent.
 inline constexpr int kPaddingSteps = 3;
 /// Most rows of a line, and most columns that each of them sees, of `Stream`.
@@ -38,6 +40,8 @@ struct Line {
   const T* plain_grad = nullptr;       // what gradients of scores multiply
   const T* bias = nullptr;  // of vector 0, for a row at `position` and column c: bias[c - position]
   T* grad_bias = nullptr;   // accumulated, likewise
+  T* grad_key = nullptr;    // accumulated by column: [column][padded]; null: not wanted
+  T* grad_value = nullptr;  // likewise [column][value_padded]
   const T* logsumexp = nullptr;  // by column, where columns are queries
   const T* row_term = nullptr;   // by column, where columns are queries
   const T* hidden = nullptr;     // by column, not 0 where a mask hides the key; null: none is
@@ -135,8 +139,6 @@ struct BackwardQuery {
   bool sum_row_term = false;             // first round
   bool sum_gradients = false;  // second round; both at once where all columns of the rows are here
   T* grad_query = nullptr;     // [rows][padded], accumulated, lacks the scale and 1 / total
-  T* grad_key = nullptr;       // [columns of the only line][padded], accumulated; may be null
-  T* grad_value = nullptr;     // likewise [value_padded]
 };
 
 /// Gradients of a block of keys, the rows, from the queries that see them, the columns.
@@ -164,11 +166,13 @@ struct Weights {
 
 /// What the kernels of fused passes do with blocks.
 struct StepCount {
-  std::int64_t batches = 0;  // in which the steps are handled
-  std::int64_t visits = 0;   // of vectors at lines
-  std::int64_t steps = 0;    // of vectors; each makes a vector of scores
-  std::int64_t masked = 0;   // of these, in which some row sees nothing
-  std::int64_t sums = 0;     // columns that rows add to their sums
+  bool at_once = false;          // if they can be, as in BackwardQuery
+  std::int64_t batches = 0;      // in which the steps are handled
+  std::int64_t visits = 0;       // of vectors at lines
+  std::int64_t steps = 0;        // of vectors; each makes a vector of scores
+  std::int64_t masked = 0;       // of these, in which some row sees nothing
+  std::int64_t sums = 0;         // columns that rows add to their sums
+  std::int64_t column_sums = 0;  // rows that columns add to theirs
 };
 
 /// How to pack a line: `count` tokens of `dim` elements, `stride` elements apart, of some heads.
@@ -205,6 +209,7 @@ struct Unpacking {
   std::int64_t stride = 0, count = 0, dim = 0;  // of tokens
   int heads = 1;
   std::int64_t head_stride = 0;
+  bool streams = false;  // past the caches, which cannot hold all that is written
 };
 
 template <class T>

@@ -179,6 +179,9 @@ void unpack(const Unpacking<typename Type::Sum>& u) {
       const T* from = u.from + head * u.from_stride + r * u.padded;
       const T scale = u.scales ? u.scale * u.scales[head * u.scales_stride + r] : u.scale;
       std::int64_t i = 0;
+      if constexpr (kCanStream && sizeof(typename Type::Element) == sizeof(T))
+        if (u.streams && reinterpret_cast<std::uintptr_t>(to) % kVectorBytes == 0)
+          for (; i + kW <= u.dim; i += kW) stream_to<T>(to + i, load(from + i) * scale);
       for (; i + kW <= u.dim; i += kW) Type::write(to + i, load(from + i) * scale);
       if (i == u.dim) continue;
       typename Type::Element rest[kW];
@@ -186,6 +189,7 @@ void unpack(const Unpacking<typename Type::Sum>& u) {
       copy_part<kW>(to + i, rest, u.dim - i);
     }
   }
+  if (u.streams) end_stream();
 }
 
 }  // namespace

@@ -111,29 +111,31 @@ struct RowProducts {
 template <int G>
 constexpr int kTileVectors = static_cast<int>(min(8, (kRegisters - 1 - G) / G));
 
-/// Adds a run's products to the sums of entries kFirst to kLast, or tries other entries.
-template <class F, int G, int N, int kFirst = 0, int kLast = G, class T = typename F::Sum>
-NATTEN_INLINE void add_run(const RowProducts<T>& p, const Run<T>& run, const T* weights,
-                           const T* plain, Vector<T> (&c)[G][N]) {
-  if (run.first == kFirst && run.last == kLast) {
-    for (std::int64_t i = 0; i < p.count; i += F::kCount) {
+/// Adds products to the sums of entries first to last, of kFirst to kLast. `at`: where the weights
+/// of the i-th operand are, of entry 0.
+template <class F, int G, int N, int kFirst = 0, int kLast = G, class T = typename F::Sum, class At>
+NATTEN_INLINE void add_products(int first, int last, std::int64_t count, const T* weights, At&& at,
+                                std::int64_t next_entry, const T* plain, std::int64_t padded,
+                                Vector<T> (&c)[G][N]) {
+  if (first == kFirst && last == kLast) {
+    for (std::int64_t i = 0; i < count; i += F::kCount, plain += F::kCount * padded) {
+      const T* w = weights + at(i);
       Vector<T> weight[G];
 #pragma GCC unroll 8
-      for (int g = kFirst; g < kLast; ++g)
-        weight[g] = F::broadcast_from(weights + g * p.next_entry);
+      for (int g = kFirst; g < kLast; ++g) weight[g] = F::broadcast_from(w + g * next_entry);
 #pragma GCC unroll 8
       for (int n = 0; n < N; ++n) {
         const Vector<T> column = load(plain + n * kWidth<T>);
 #pragma GCC unroll 8
         for (int g = kFirst; g < kLast; ++g) c[g][n] = F::multiply_add(weight[g], column, c[g][n]);
       }
-      weights += F::kCount * p.next_column;
-      plain += F::kCount * p.padded;
     }
   } else if constexpr (kLast - kFirst > 1) {
-    add_run<F, G, N, kFirst, kLast - 1>(p, run, weights, plain, c);
+    add_products<F, G, N, kFirst, kLast - 1>(first, last, count, weights, at, next_entry, plain,
+                                             padded, c);
   } else if constexpr (kFirst + 1 < G) {
-    add_run<F, G, N, kFirst + 1, G>(p, run, weights, plain, c);
+    add_products<F, G, N, kFirst + 1, G>(first, last, count, weights, at, next_entry, plain, padded,
+                                         c);
   }
 }
 
@@ -141,9 +143,13 @@ NATTEN_INLINE void add_run(const RowProducts<T>& p, const Run<T>& run, const T* 
 template <class F, int G, int N, class T = typename F::Sum>
 void row_tile(const RowProducts<T>& p, std::int64_t first) {
   Vector<T> c[G][N] = {};
-  for (int r = 0; r < p.run_count; ++r)
-    add_run<F, G, N>(p, p.runs[r], p.weights + p.runs[r].weights,
-                     p.runs[r].plain + p.column * p.padded + first, c);
+  for (int r = 0; r < p.run_count; ++r) {
+    const Run<T>& run = p.runs[r];
+    add_products<F, G, N>(
+        run.first, run.last, p.count, p.weights + run.weights,
+        [&](std::int64_t i) { return i * p.next_column; }, p.next_entry,
+        run.plain + p.column * p.padded + first, p.padded, c);
+  }
   for (int g = 0; g < G; ++g)
     for (int n = 0; n < N; ++n) {
       T* to = p.sums + g * p.sums_stride + first + n * kWidth<T>;
@@ -165,6 +171,58 @@ void row_tiles(int entries, const RowProducts<T>& p) {
   for (std::int64_t d = 0; d < vectors;) {
     const auto n = static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kTileVectors<G>)));
     row_tile_of<F, G>(n, p, d * kWidth<T>);
+    d += n;
+  }
+}
+
+/// Rows of a vector, begin to end, and those of some columns that see them.
+template <class T>
+struct RowsOfColumns {
+  const T* weights;  // of row 0 and the first column
+  const T* plain;    // of row 0
+  int first, last;   // columns
+  std::int64_t begin, end;
+};
+
+/// sums[column][d] += sum over rows of weight(column, row) * plain[row][d].
+template <class T>
+struct ColumnSums {
+  RowsOfColumns<T> rows[kMostVectors];
+  int vectors;
+  const std::int64_t* offsets;  // of a row's weights
+  std::int64_t next_column;     // in weights
+  std::int64_t padded;
+  T* sums[kRowGroup];
+};
+
+/// The sums of G columns, N vectors of each at a time.
+template <class T, int G, int N = kTileVectors<G>>
+NATTEN_INLINE void column_sum_tile(int n, const ColumnSums<T>& p, std::int64_t first) {
+  if constexpr (N > 1)
+    if (n < N) return column_sum_tile<T, G, N - 1>(n, p, first);
+  Vector<T> c[G][N] = {};
+  for (int v = 0; v < p.vectors; ++v) {
+    const RowsOfColumns<T>& rows = p.rows[v];
+    const std::int64_t* offsets = p.offsets + rows.begin;
+    add_products<Single<T>, G, N>(
+        rows.first, rows.last, rows.end - rows.begin, rows.weights,
+        [&](std::int64_t i) { return offsets[i]; }, p.next_column,
+        rows.plain + rows.begin * p.padded + first, p.padded, c);
+  }
+  for (int g = 0; g < G; ++g)
+    for (int i = 0; i < N; ++i) {
+      T* to = p.sums[g] + first + i * kWidth<T>;
+      store(to, load(to) + c[g][i]);
+    }
+}
+template <class T, int G = kRowGroup>
+void column_sum_tiles(int columns, const ColumnSums<T>& p) {
+  if constexpr (G > 1)
+    if (columns < G) return column_sum_tiles<T, G - 1>(columns, p);
+  const std::int64_t vectors = p.padded / kWidth<T>;
+  for (std::int64_t d = 0; d < vectors;) {
+    const auto n = static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kTileVectors<G>)));
+    column_sum_tile<T, G>(n, p, d * kWidth<T>);
     d += n;
   }
 }

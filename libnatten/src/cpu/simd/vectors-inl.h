@@ -4,7 +4,7 @@
 
 #include "kernels.h"
 
-#if defined(__F16C__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -55,6 +55,32 @@ template <class T>
 NATTEN_INLINE void store(T* to, Vector<T> v) {
   __builtin_memcpy(to, &v, sizeof v);
 }
+
+/// Whether vectors can be written past the caches, to where they are aligned.
+#if defined(__AVX__)
+constexpr bool kCanStream = true;
+template <class T>
+NATTEN_INLINE void stream_to(T* to, Vector<T> v) {
+#if defined(__AVX512F__)
+  if constexpr (kVectorBytes == 64)
+    return _mm512_stream_si512(reinterpret_cast<__m512i*>(to), reinterpret_cast<__m512i>(v));
+#endif
+  if constexpr (kVectorBytes == 32)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to), reinterpret_cast<__m256i>(v));
+  else
+    store(to, v);
+}
+/// Other threads then see what has been written.
+NATTEN_INLINE void end_stream() { _mm_sfence(); }
+#else
+constexpr bool kCanStream = false;
+template <class T>
+NATTEN_INLINE void stream_to(T* to, Vector<T> v) {
+  store(to, v);
+}
+NATTEN_INLINE void end_stream() {}
+#endif
+
 template <class T>
 NATTEN_INLINE Vector<T> broadcast(T x) {
   return x - Vector<T>{};  // not +, which would make 0 of -0

@@ -10,7 +10,7 @@ namespace {
 static_assert(kPaddingSteps == kRowGroup - 1);
 /// Elements of one vector's scores: [step][row].
 template <class T>
-constexpr std::int64_t kScores = std::int64_t{kBatchSteps} * kWidth<T>;
+constexpr std::int64_t kScores = std::int64_t{kMostStepsAtOnce} * kWidth<T>;
 
 /// How a block's rows walk over columns, all at the same pace: at step j row r of vector v is at
 /// column base(v, r) + j of each line that the vector sees.
@@ -123,16 +123,26 @@ struct Batch {
   }
 };
 
-/// Visits all steps of a block in batches that fit the scratch.
+/// Visits all steps of a block in batches of at most `most_steps`.
 template <class T, class F>
-NATTEN_INLINE void for_each_batch(const Walk<T>& walk, F&& f) {
+NATTEN_INLINE void for_each_batch(const Walk<T>& walk, std::int64_t most_steps, F&& f) {
   const std::int64_t padding = walk.block.adjacent ? kPaddingSteps : 0;
-  const std::int64_t steps = min(walk.count, kBatchSteps - 2 * padding);
-  const std::int64_t lines = kBatchSteps / (steps + 2 * padding);
+  const std::int64_t steps = min(walk.count, most_steps - 2 * padding);
+  const std::int64_t lines = most_steps / (steps + 2 * padding);
   for (std::int64_t line = 0; line < walk.block.line_count; line += lines)
     for (std::int64_t step = 0; step < walk.count; step += steps)
       f(Batch{line, min(line + lines, walk.block.line_count), step, min(step + steps, walk.count),
               padding});
+}
+template <class T, class F>
+NATTEN_INLINE void for_each_batch(const Walk<T>& walk, F&& f) {
+  for_each_batch(walk, std::int64_t{kBatchSteps}, f);
+}
+/// Whether all steps fit into one batch, if that may be longer.
+template <class T>
+NATTEN_INLINE bool fits_at_once(const Walk<T>& walk) {
+  const std::int64_t padding = walk.block.adjacent ? kPaddingSteps : 0;
+  return walk.block.line_count * (walk.count + 2 * padding) <= kMostStepsAtOnce;
 }
 
 /// out[v][step][r] = <row r of vector v, its column of the step>; of pairs, times `scale`.
@@ -211,7 +221,7 @@ void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
                   const T* Line<T>::*operand, std::int64_t padded, T* sums) {
   constexpr int kW = kWidth<T>;
   const Block<T>& block = walk.block;
-  Run<T> runs[kBatchSteps];
+  Run<T> runs[kMostStepsAtOnce];
   int run_count = 0;
   for (std::int64_t l = batch.line0; l < batch.line1; ++l)
     runs[run_count++] = {block.lines[l].*operand, batch.at(l) * kW, block.lines[l].first_vector,
@@ -250,6 +260,157 @@ void row_products(const Walk<T>& walk, const Batch& batch, const T* weights,
       }
       add(entries, v, row, low, high);
     }
+}
+
+/// Columns of a batch that a row sees.
+struct ColumnsSeen {
+  std::int64_t begin, end;
+};
+template <class T>
+NATTEN_INLINE ColumnsSeen columns_seen(const Walk<T>& walk, const Batch& batch, int v, int row) {
+  const std::int64_t base = walk.base(v, row);
+  return {base + max(walk.low[walk.of(v)][row], batch.step0),
+          base + min(walk.high[walk.of(v)][row], batch.step1)};
+}
+
+/// Visits stacked rows by column: `f(column, first row that sees it, past the last)`.
+template <class T, class F>
+NATTEN_INLINE void for_each_column(const Walk<T>& walk, const Batch& batch, F&& f) {
+  ColumnsSeen seen[kWidth<T>];
+  std::int64_t first = 0, last = 0;
+  for (int row = 0; row < walk.block.rows; ++row) {
+    seen[row] = columns_seen(walk, batch, 0, row);
+    if (seen[row].begin >= seen[row].end) continue;
+    first = first == last ? seen[row].begin : min(first, seen[row].begin);
+    last = max(last, seen[row].end);
+  }
+  const auto sees = [&](int row, std::int64_t column) {
+    return seen[row].begin <= column && column < seen[row].end;
+  };
+  for (std::int64_t column = first; column < last; ++column)
+    for (int row = 0; row < walk.block.rows; ++row) {
+      const int begin = row;
+      while (row < walk.block.rows && sees(row, column)) ++row;
+      if (row > begin) f(column, begin, row);
+    }
+}
+
+/// Visits rows that are adjacent, or see everything, by groups of columns: `f(first column,
+/// columns, v, first row of vector v that sees any of them, past the last)`, and after the last
+/// vector `done(first column, columns)`.
+template <class T, class F, class Done>
+NATTEN_INLINE void for_each_column_group(const Walk<T>& walk, const Batch& batch, F&& f,
+                                         Done&& done) {
+  std::int64_t first = 0, last = 0;
+  for (int v = 0; v < walk.block.vectors; ++v)
+    for (int row = 0; row < walk.rows_of(v); ++row) {
+      const ColumnsSeen seen = columns_seen(walk, batch, v, row);
+      if (seen.begin >= seen.end) continue;
+      first = first == last ? seen.begin : min(first, seen.begin);
+      last = max(last, seen.end);
+    }
+  for (std::int64_t column = first; column < last; column += kRowGroup) {
+    const auto columns = static_cast<int>(min(kRowGroup, last - column));
+    const auto sees_any = [&](int v, int row) {
+      const ColumnsSeen seen = columns_seen(walk, batch, v, row);
+      return seen.begin < seen.end && seen.begin < column + columns && column < seen.end;
+    };
+    for (int v = 0; v < walk.block.vectors; ++v) {
+      int begin = 0, end = walk.rows_of(v);
+      while (begin < end && !sees_any(v, begin)) ++begin;
+      while (begin < end && !sees_any(v, end - 1)) --end;
+      if (begin < end) f(column, columns, v, begin, end);
+    }
+    done(column, columns);
+  }
+}
+
+/// The sums of the columns of some lines that follow each other, at most kMostVectors, of which
+/// each is seen from no earlier to no earlier a vector than the line before. Rows are stacked.
+template <class T>
+void sum_columns_of_lines(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
+                          std::int64_t line, int lines, T* Line<T>::*sums, ColumnSums<T>& p) {
+  const Block<T>& block = walk.block;
+  const Line<T>* seen = block.lines + line;
+  p.next_column = batch.per_line() * kWidth<T>;
+  const T* first_weights[kMostVectors];  // by vector, of step 0 of row 0
+  p.vectors = 0;
+  for (int v = 0; v < block.vectors; ++v) {
+    RowsOfColumns<T>& rows = p.rows[p.vectors];
+    rows.first = 0;
+    while (rows.first < lines && seen[rows.first].last_vector <= v) ++rows.first;
+    rows.last = rows.first;
+    while (rows.last < lines && seen[rows.last].first_vector <= v) ++rows.last;
+    if (rows.first == rows.last) continue;
+    first_weights[p.vectors] = weights + v * kScores<T> + batch.at(line) * kWidth<T>;
+    rows.plain = plain + v * block.vector_stride * p.padded;
+    ++p.vectors;
+  }
+  for_each_column(walk, batch, [&](std::int64_t column, int begin, int end) {
+    for (int g = 0; g < lines; ++g) p.sums[g] = seen[g].*sums + column * p.padded;
+    for (int i = 0; i < p.vectors; ++i) {
+      p.rows[i].weights = first_weights[i] + (column - walk.first) * kWidth<T>;
+      p.rows[i].begin = begin;
+      p.rows[i].end = end;
+    }
+    column_sum_tiles<T, kMostVectors>(lines, p);
+  });
+}
+
+/// The sums of the columns of a line, of some at a time. Rows are adjacent, or see everything.
+template <class T>
+void sum_columns_of_line(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
+                         std::int64_t line, T* Line<T>::*sums, ColumnSums<T>& p) {
+  p.next_column = kWidth<T>;
+  p.vectors = 0;
+  for_each_column_group(
+      walk, batch,
+      [&](std::int64_t column, int columns, int v, int begin, int end) {
+        const std::int64_t step = column - walk.first - v * walk.shift;
+        p.rows[p.vectors++] = {weights + v * kScores<T> + (batch.at(line) + step) * kWidth<T>,
+                               plain + v * walk.block.vector_stride * p.padded,
+                               0,
+                               columns,
+                               begin,
+                               end};
+      },
+      [&](std::int64_t column, int columns) {
+        for (int g = 0; g < columns; ++g)
+          p.sums[g] = walk.block.lines[line].*sums + (column + g) * p.padded;
+        column_sum_tiles<T>(columns, p);
+        p.vectors = 0;
+      });
+}
+
+/// sums[column] += sum over the rows that see it of weights * plain[row], if lines have such sums.
+template <class T>
+void column_sums(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
+                 std::int64_t padded, T* Line<T>::*sums) {
+  const Block<T>& block = walk.block;
+  if (!(block.lines->*sums)) return;
+  // The column of step 0 of row 0 is that of an earlier step of the rows after it.
+  std::int64_t offsets[kWidth<T>];
+  for (int row = 0; row < kWidth<T>; ++row)
+    offsets[row] = row - std::int64_t{walk.index[row]} * kWidth<T>;
+  ColumnSums<T> p;
+  p.offsets = offsets;
+  p.padded = padded;
+  for (std::int64_t line = batch.line0; line < batch.line1;) {
+    if (block.adjacent || block.everywhere) {
+      sum_columns_of_line(walk, batch, weights, plain, line++, sums, p);
+      continue;
+    }
+    const auto continues = [&](const Line<T>& next) {
+      return next.first_vector >= (&next - 1)->first_vector &&
+             next.last_vector >= (&next - 1)->last_vector;
+    };
+    int lines = 1;
+    while (lines < kMostVectors && line + lines < batch.line1 &&
+           continues(block.lines[line + lines]))
+      ++lines;
+    sum_columns_of_lines(walk, batch, weights, plain, line, lines, sums, p);
+    line += lines;
+  }
 }
 
 /// Visits a batch's steps of one vector: `f(offset, line, step)`.
