@@ -241,7 +241,8 @@ bool meets_in_pairs(const Plan& plan, int axis, std::int64_t cuts) {
 /// problem alone; only heads depend on threads.
 bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   const Problem& p = plan.problem();
-  if (p.heads != p.kv_heads || !(p.wants_grad_key || p.wants_grad_value)) return false;
+  const bool gives = p.batch > 0 && (p.wants_grad_key || p.wants_grad_value);
+  if (!gives || p.heads != p.kv_heads) return false;
   // Then every key is seen by some query, and its gradient written.
   for (const Axis& a : p.axes) {
     const bool is_whole = a.query_offset == 0 && a.key_offset == 0 &&
@@ -272,11 +273,14 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
     return found.groups() * found.sweeps * found.strips * p.batch * found.head_groups();
   };
   // Lines that the next sweep sees too are summed twice.
-  const std::int64_t halo = plan.ring1 - plan.stack;
+  const std::int64_t halo = std::max<std::int64_t>(0, plan.ring1 - plan.stack);
   set_sweeps(1);
-  if (found.strips == 1)
-    set_sweeps(std::min((kUnitsOfColumnSums + units() - 1) / units(),
-                        lines / std::max<std::int64_t>(1, 2 * halo)));
+  if (found.strips == 1) {
+    // The longer a sweep is than what it shares, the less is summed twice; planes weigh more.
+    const std::int64_t least = (plan.ring0 > 1 && planes > 1 ? 4 * halo : 3 * halo) / 2;
+    const std::int64_t most = found.stacks / ((least + plan.stack - 1) / plan.stack + (least == 0));
+    set_sweeps(std::min((kUnitsOfColumnSums + units() - 1) / units(), most));
+  }
   while (packed_bytes(found, found.strip) > kMostBytesOfColumnSums) {
     if (found.sweeps == found.stacks || found.ring1 <= plan.ring1) return false;
     set_sweeps(found.sweeps + 1);
