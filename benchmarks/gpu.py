@@ -89,7 +89,13 @@ ALL = [  # those with targets first, in case time runs out
 ]
 QUICK = ("1d_32k_w2048", "flux_na80", "2d_128_k13")
 TINY = [
-    Timed(Case("1d_tiny", 1, 2, (64,), 16, (16,), stride=4), "float32", None, milliseconds=1e9, narrow=(64,)),
+    Timed(
+        Case("1d_tiny", 1, 2, (64,), 16, (16,), stride=4),
+        "float32",
+        None,
+        milliseconds=1e9,
+        narrow=(64,),
+    ),
     Timed(Case("3d_tiny", 1, 1, (4, 6, 5), 16, (3, 4, 4), stride=(2, 2, 1)), "tf32", None),
 ]
 

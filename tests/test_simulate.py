@@ -27,7 +27,11 @@ def prices(monkeypatch):
     """A processor on which only multiply-adds take time."""
 
     def measured(dtype, op):
-        names = ("forward",) if op.endswith("forward") else ("backward", "backward_query", "backward_key")
+        names = (
+            ("forward",)
+            if op.endswith("forward")
+            else ("backward", "backward_query", "backward_key")
+        )
         row = tuple(1e-9 if name == "executed" else 0.0 for name in _calibration.COUNTS)
         return _calibration.Prices(dict.fromkeys(names, row), natten._core.num_threads())
 
