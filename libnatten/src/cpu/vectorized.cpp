@@ -22,9 +22,6 @@ namespace {
 using engine::PassKind;
 using engine::Plan;
 
-// Multiply-adds, below which waking other threads takes longer than they save: some 30 us of work.
-constexpr double kLeastSharedWork = 1 << 19;
-
 /// There are no sums to compute, only zeros to write.
 bool is_empty(const Problem& p) { return p.queries() == 0 || p.keys() == 0; }
 
@@ -85,18 +82,10 @@ std::size_t workspace_bytes(const Problem& p) {
   });
 }
 
-/// Multiply-adds of a call, roughly.
-double work(const Problem& p) {
-  const double pairs =
-      static_cast<double>(p.batch * p.heads * p.queries()) * static_cast<double>(p.slots());
-  const auto dims = static_cast<double>(std::max<std::int64_t>(p.head_dim + p.value_dim, 1));
-  return (p.op == Op::attention_backward ? 2.5 : 1.0) * pairs * dims;
-}
-
 void run(const std::vector<Job>& jobs, const Context& context) {
   double total = 0;
-  for (const Job& job : jobs) total += work(job.problem);
-  Executor& executor = total < kLeastSharedWork ? calling_thread()
+  for (const Job& job : jobs) total += engine::multiply_adds(job.problem);
+  Executor& executor = total < engine::kLeastSharedWork ? calling_thread()
                        : context.executor       ? *context.executor
                                                 : default_executor();
   std::vector<std::vector<Phase>> phases;

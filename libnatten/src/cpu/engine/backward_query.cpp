@@ -153,13 +153,19 @@ class BackwardQuery final : public Pass<E> {
   }
 
  private:
+  /// Those of keys to which the rows at hand give sums.
+  Heads heads_of_sums(const Work& work) const {
+    const Problem& p = plan.problem();
+    const std::int64_t group = p.heads / p.kv_heads;
+    return {work.first_head / group, work.head_count / group};
+  }
   /// Sets the sums of columns that are hidden keys to 0, as queries that are no numbers may have
   /// spoiled them.
   void clear_hidden_columns(const Work& work, const LineSums<T>& sums) const {
     if (!mask) return;
     for_each_column(work, sums, 0, sums.count, [&](std::int64_t column, const Coordinate& key) {
       if (!mask.hides(work.batch, key)) return;
-      for (std::int64_t h = 0; h < work.head_count; ++h) {
+      for (std::int64_t h = 0; h < heads_of_sums(work).count; ++h) {
         const auto clear = [&](T* of, std::int64_t padded) {
           if (of) std::fill_n(of + h * sums.head_stride + column * padded, padded, T(0));
         };
@@ -197,7 +203,7 @@ class BackwardQuery final : public Pass<E> {
           unpacking.from = from + first * padded;
           unpacking.padded = padded;
           unpacking.from_stride = sums.head_stride;
-          set_target(unpacking, plan, work, to, key, last - first, dim);
+          set_target(unpacking, plan, work, heads_of_sums(work), to, key, last - first, dim);
           unpack(isa, plan.problem().dtype, unpacking);
         });
   }
@@ -206,17 +212,18 @@ class BackwardQuery final : public Pass<E> {
   void meet(const Work& work, const LineSums<T>& sums, std::int64_t first, std::int64_t last,
             std::int64_t lower) const {
     constexpr bool kHolds = std::is_same_v<E, T>;
+    const Heads heads = heads_of_sums(work);
     const std::int64_t elements =
-        kHolds ? 0 : (last - first) * work.head_count * (plan.padded + plan.value_padded);
+        kHolds ? 0 : (last - first) * heads.count * (plan.padded + plan.value_padded);
     exchange_->meet(
-        {work.batch, work.first_head, work.token(plan, 0, sums.first[0]),
+        {work.batch, heads.first, work.token(plan, 0, sums.first[0]),
          work.token(plan, 1, sums.first[1]), work.group[2], lower},
         elements,
         [&](T* memory) {
           if (kHolds) return write(work, sums, first, last);
           for_each_gradient(
               sums, [&](const Operand<E>&, const T* from, std::int64_t, std::int64_t padded) {
-                for (std::int64_t h = 0; h < work.head_count; ++h)
+                for (std::int64_t h = 0; h < heads.count; ++h)
                   memory = std::copy(from + h * sums.head_stride + first * padded,
                                      from + h * sums.head_stride + last * padded, memory);
               });
@@ -224,12 +231,12 @@ class BackwardQuery final : public Pass<E> {
         [&](const T* memory) {
           for_each_gradient(
               sums, [&](const Operand<E>& to, T* own, std::int64_t dim, std::int64_t padded) {
-                for (std::int64_t h = 0; h < work.head_count; ++h) {
+                for (std::int64_t h = 0; h < heads.count; ++h) {
                   T* of_head = own + h * sums.head_stride;
                   if constexpr (kHolds) {
                     for_each_column(work, sums, first, last,
                                     [&](std::int64_t column, const Coordinate& key) {
-                                      const T* left = to.at(work.batch, work.first_head + h, key);
+                                      const T* left = to.at(work.batch, heads.first + h, key);
                                       for (std::int64_t d = 0; d < dim; ++d)
                                         of_head[column * padded + d] += left[d];
                                     });

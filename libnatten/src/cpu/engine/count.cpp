@@ -110,7 +110,8 @@ class Count final : public Pass<E> {
     const Problem& p = plan.problem();
     const std::int64_t elements =
         (p.wants_grad_key ? p.head_dim : 0) + (p.wants_grad_value ? p.value_dim : 0);
-    to_.written += as_double(sums.count * work.head_count) * bytes_of(elements, 0);
+    to_.written +=
+        as_double(sums.count * work.head_count * p.kv_heads / p.heads) * bytes_of(elements, 0);
   }
 
   void store_rows(const Work&) override {

@@ -120,22 +120,27 @@ void clear_hidden(const Plan& plan, const Work& work, const KeyMask& mask,
   });
 }
 
+/// Heads that follow each other.
+struct Heads {
+  std::int64_t first, count;
+};
+
 // Tensors of as many bytes are written past the caches: what is written last would displace what
 // was written first, and each cache line would be read before.
 constexpr std::int64_t kStreamedBytes = 8 << 20;
 
-/// Says to which tokens of a tensor sums are written: `count` from the one with number `first` on,
-/// along the innermost axis.
+/// Says to which tokens of a tensor sums are written: of some heads, `count` from the one with
+/// number `first` on, along the innermost axis.
 template <class T, class E>
-void set_target(simd::Unpacking<T>& unpacking, const Plan& plan, const Work& work,
+void set_target(simd::Unpacking<T>& unpacking, const Plan& plan, const Work& work, Heads heads,
                 const Operand<E>& to, const Coordinate& first, std::int64_t count,
                 std::int64_t dim) {
   const Problem& p = plan.problem();
-  unpacking.to = to.at(work.batch, work.first_head, first);
+  unpacking.to = to.at(work.batch, heads.first, first);
   unpacking.stride = to.grid[2] * p.axes[2].dilation;
   unpacking.count = count;
   unpacking.dim = dim;
-  unpacking.heads = static_cast<int>(work.head_count);
+  unpacking.heads = static_cast<int>(heads.count);
   unpacking.head_stride = to.head;
   unpacking.streams =
       p.batch * p.heads * p.queries() * dim * static_cast<std::int64_t>(sizeof(E)) >=
@@ -169,7 +174,8 @@ void unpack_rows(const simd::InstructionSet& isa, const Plan& plan, const Work& 
     unpacking.scales = target.scales ? target.scales.at(row) : nullptr;
     unpacking.scales_stride = plan.head_rows;
     unpacking.scale = static_cast<T>(target.scale);
-    set_target(unpacking, plan, work, to, first, work.row_count, target.dim);
+    set_target(unpacking, plan, work, {work.first_head, work.head_count}, to, first, work.row_count,
+               target.dim);
     unpack(isa, p.dtype, unpacking);
   }
 }

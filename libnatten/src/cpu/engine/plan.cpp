@@ -30,8 +30,8 @@ constexpr std::int64_t kUnitsOfPartialSums = 32;
 constexpr std::int64_t kUnitsOfColumnSums = 64;
 // With fewer, other threads than these would have nothing to do, so that two passes are better.
 constexpr std::int64_t kLeastUnitsOfColumnSums = 12;
-// Packed columns and rows of a thread, and the sums of columns.
-constexpr std::size_t kMostBytesOfColumnSums = 4 << 20;
+// Of the packed columns and rows of a thread, and the sums of columns: 4 MiB of float32.
+constexpr std::int64_t kMostElementsOfColumnSums = 1 << 20;
 // Bytes of partial sums, if there is more than one of each gradient.
 constexpr std::size_t kMostPartialBytes = 16 << 20;
 
@@ -241,8 +241,7 @@ bool meets_in_pairs(const Plan& plan, int axis, std::int64_t cuts) {
 /// problem alone; only heads depend on threads.
 bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   const Problem& p = plan.problem();
-  const bool gives = p.batch > 0 && (p.wants_grad_key || p.wants_grad_value);
-  if (!gives || p.heads != p.kv_heads) return false;
+  if (p.batch == 0 || !(p.wants_grad_key || p.wants_grad_value)) return false;
   // Then every key is seen by some query, and its gradient written.
   for (const Axis& a : p.axes) {
     const bool is_whole = a.query_offset == 0 && a.key_offset == 0 &&
@@ -255,7 +254,9 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
                      longest = grid.most_rows(2);
   found.sums_columns = true;
   found.column = column_shape(found);
-  set_heads(found, 1);
+  // All heads that share one of keys add to its sums in turn.
+  const std::int64_t group = p.heads / p.kv_heads;
+  set_heads(found, group);
   found.strip =
       round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip), plan.width);
   found.strips = (longest + found.strip - 1) / found.strip;
@@ -274,14 +275,15 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   };
   // Lines that the next sweep sees too are summed twice.
   const std::int64_t halo = std::max<std::int64_t>(0, plan.ring1 - plan.stack);
+  const bool is_shared = multiply_adds(p) >= kLeastSharedWork;  // by threads
   set_sweeps(1);
-  if (found.strips == 1) {
+  if (found.strips == 1 && is_shared) {
     // The longer a sweep is than what it shares, the less is summed twice; planes weigh more.
     const std::int64_t least = (plan.ring0 > 1 && planes > 1 ? 4 * halo : 3 * halo) / 2;
     const std::int64_t most = found.stacks / ((least + plan.stack - 1) / plan.stack + (least == 0));
     set_sweeps(std::min((kUnitsOfColumnSums + units() - 1) / units(), most));
   }
-  while (packed_bytes(found, found.strip) > kMostBytesOfColumnSums) {
+  while (packed_bytes(found, found.strip) > kMostElementsOfColumnSums * plan.element_bytes) {
     if (found.sweeps == found.stacks || found.ring1 <= plan.ring1) return false;
     set_sweeps(found.sweeps + 1);
   }
@@ -289,14 +291,13 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   if (found.sweeps > 1 && found.strips > 1) return false;
   if (!meets_in_pairs(found, 1, found.sweeps) || !meets_in_pairs(found, 2, found.strips))
     return false;
-  if (units() < kLeastUnitsOfColumnSums) return false;
-  const std::int64_t most_heads =
-      std::min<std::int64_t>(grid.heads(), asked.heads > 0 ? asked.heads : simd::kMostHeads);
-  for (std::int64_t count = most_heads; count > 1; --count) {
-    set_heads(found, count);
-    if (packed_bytes(found, found.strip) <= kMostBytes && units() >= 4 * kItemsPerThread * threads)
-      break;
-    set_heads(found, 1);
+  if (is_shared && units() < kLeastUnitsOfColumnSums) return false;
+  if (group == 1) {
+    found.row_heads = found.column_heads =
+        std::min<std::int64_t>(grid.heads(), asked.heads > 0 ? asked.heads : simd::kMostHeads);
+    while (found.row_heads > 1 && (packed_bytes(found, found.strip) > kMostBytes ||
+                                   units() < 4 * kItemsPerThread * threads))
+      set_heads(found, found.row_heads - 1);
   }
   found.items = found.groups() * planes * found.sweeps * found.strips;
   found.piece_lines = found.lines;
@@ -351,6 +352,13 @@ bool is_one_batch(const Plan& plan) {
 }
 
 }  // namespace
+
+double multiply_adds(const Problem& p) {
+  const double pairs =
+      static_cast<double>(p.batch * p.heads * p.queries()) * static_cast<double>(p.slots());
+  const auto dims = static_cast<double>(std::max<std::int64_t>(p.head_dim + p.value_dim, 1));
+  return (p.op == Op::attention_backward ? 2.5 : 1.0) * pairs * dims;
+}
 
 Interval Plan::columns_of_cut(int axis, std::int64_t group, std::int64_t number) const {
   const auto begin_of = [&](std::int64_t n) { return axis == 1 ? first_line(n) : n * strip; };

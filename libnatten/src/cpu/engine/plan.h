@@ -40,6 +40,11 @@ inline constexpr std::int64_t kMostWeights = 4096;
 /// Elements around a table of biases that vectors may touch.
 inline constexpr std::int64_t kBiasPadding = 64;
 
+/// Multiply-adds, below which waking other threads takes longer than they save: some 30 us of work.
+inline constexpr double kLeastSharedWork = 1 << 19;
+/// Of a call, roughly.
+double multiply_adds(const Problem&);
+
 inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;
 }
