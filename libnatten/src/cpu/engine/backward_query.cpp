@@ -51,20 +51,10 @@ class BackwardQuery final : public Pass<E> {
 
   void load_rows(const Work& work, Loader<T>& loader) override {
     const Problem& p = plan.problem();
-    // Together, if they are alike.
-    const bool apart = plan.in_pairs && plain_query_;
-    const RowBuffer<T> none;
     pack_rows(loader, plan, work, Source<E>{query_, p.head_dim, plan.query_scale()}, query_rows_,
-              apart ? none : plain_query_);
+              plain_query_);
     pack_rows(loader, plan, work, Source<E>{grad_output_, p.value_dim}, grad_output_rows_,
-              apart ? none : plain_grad_output_);
-    if (apart) {
-      Loader<T> numbers(isa, p.dtype);
-      pack_rows(numbers, plan, work, Source<E>{query_, p.head_dim, p.scale}, none, plain_query_);
-      pack_rows(numbers, plan, work, Source<E>{grad_output_, p.value_dim}, none,
-                plain_grad_output_);
-      numbers.run();
-    }
+              plain_grad_output_);
     sums_.fill(plan, work, T(0));
     row_term_.fill(plan, work, T(0));
     // Lost in a sum of weights, and can be divided by where there are none.

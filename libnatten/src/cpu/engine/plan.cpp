@@ -281,7 +281,9 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
     // The longer a sweep is than what it shares, the less is summed twice; planes weigh more.
     const std::int64_t least = (plan.ring0 > 1 && planes > 1 ? 4 * halo : 3 * halo) / 2;
     const std::int64_t most = found.stacks / ((least + plan.stack - 1) / plan.stack + (least == 0));
-    set_sweeps(std::min((kUnitsOfColumnSums + units() - 1) / units(), most));
+    const auto sweeps_for = [&](std::int64_t count) { return (count + units() - 1) / units(); };
+    set_sweeps(std::max(std::min(sweeps_for(kUnitsOfColumnSums), most),
+                        sweeps_for(kLeastUnitsOfColumnSums)));
   }
   while (packed_bytes(found, found.strip) > kMostElementsOfColumnSums * plan.element_bytes) {
     if (found.sweeps == found.stacks || found.ring1 <= plan.ring1) return false;

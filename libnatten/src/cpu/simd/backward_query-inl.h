@@ -97,9 +97,18 @@ void backward_query(const BackwardQuery<T>& f) {
       }
       if (!sums_gradients) return;
       if (sums_columns) {
-        column_sums(walk, batch, grads, f.plain_query, block.padded, &Line<T>::grad_key);
-        column_sums(walk, batch, weights, f.plain_grad_output, block.value_padded,
-                    &Line<T>::grad_value);
+        const auto sum = [&](const T* of, T scale, const T* plain, std::int64_t padded,
+                             T* Line<T>::*sums) {
+          if constexpr (F::kCount > 1) {
+            T* pairs = grads + kMostVectors * kScores<T>;
+            for (int v = 0; v < block.vectors; ++v)
+              pair_rows<F>(walk, batch, v, of + v * kScores<T>, pairs + v * kScores<T>, scale);
+            of = pairs;
+          }
+          column_sums<F>(walk, batch, of, plain, padded, sums);
+        };
+        sum(grads, block.scale, f.plain_query, block.padded, &Line<T>::grad_key);
+        sum(weights, T(1), f.plain_grad_output, block.value_padded, &Line<T>::grad_value);
       }
       for (int v = 0; v < block.vectors; ++v)
         finish_weights<F>(walk, batch, v, grads + v * kScores<T>);

@@ -26,7 +26,9 @@ constexpr Kernels<T> kernels_of() {
   k.backward_query = backward_query<F>;
   k.backward_key = backward_key<F>;
   k.count = count<T>;
-  k.scratch_elements = static_cast<std::size_t>(2 * kMostVectors * kScores<T>);
+  // Of weights, their gradients and, if these are in pairs of steps, pairs of rows.
+  k.scratch_elements =
+      static_cast<std::size_t>((F::kCount > 1 ? 3 : 2) * kMostVectors * kScores<T>);
   k.width = kWidth<T>;
   return k;
 }

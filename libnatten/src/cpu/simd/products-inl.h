@@ -184,7 +184,7 @@ struct RowsOfColumns {
   std::int64_t begin, end;
 };
 
-/// sums[column][d] += sum over rows of weight(column, row) * plain[row][d].
+/// sums[column][d] += sum over rows of weight(column, row) * plain[row][d]. Pairs are of rows.
 template <class T>
 struct ColumnSums {
   RowsOfColumns<T> rows[kMostVectors];
@@ -196,15 +196,15 @@ struct ColumnSums {
 };
 
 /// The sums of G columns, N vectors of each at a time.
-template <class T, int G, int N = kTileVectors<G>>
+template <class F, int G, int N = kTileVectors<G>, class T = typename F::Sum>
 NATTEN_INLINE void column_sum_tile(int n, const ColumnSums<T>& p, std::int64_t first) {
   if constexpr (N > 1)
-    if (n < N) return column_sum_tile<T, G, N - 1>(n, p, first);
+    if (n < N) return column_sum_tile<F, G, N - 1>(n, p, first);
   Vector<T> c[G][N] = {};
   for (int v = 0; v < p.vectors; ++v) {
     const RowsOfColumns<T>& rows = p.rows[v];
     const std::int64_t* offsets = p.offsets + rows.begin;
-    add_products<Single<T>, G, N>(
+    add_products<F, G, N>(
         rows.first, rows.last, rows.end - rows.begin, rows.weights,
         [&](std::int64_t i) { return offsets[i]; }, p.next_column,
         rows.plain + rows.begin * p.padded + first, p.padded, c);
@@ -215,14 +215,14 @@ NATTEN_INLINE void column_sum_tile(int n, const ColumnSums<T>& p, std::int64_t f
       store(to, load(to) + c[g][i]);
     }
 }
-template <class T, int G = kRowGroup>
+template <class F, int G = kRowGroup, class T = typename F::Sum>
 void column_sum_tiles(int columns, const ColumnSums<T>& p) {
   if constexpr (G > 1)
-    if (columns < G) return column_sum_tiles<T, G - 1>(columns, p);
+    if (columns < G) return column_sum_tiles<F, G - 1>(columns, p);
   const std::int64_t vectors = p.padded / kWidth<T>;
   for (std::int64_t d = 0; d < vectors;) {
     const auto n = static_cast<int>(ceil_div(vectors - d, ceil_div(vectors - d, kTileVectors<G>)));
-    column_sum_tile<T, G>(n, p, d * kWidth<T>);
+    column_sum_tile<F, G>(n, p, d * kWidth<T>);
     d += n;
   }
 }

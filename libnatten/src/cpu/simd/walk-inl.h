@@ -327,7 +327,7 @@ NATTEN_INLINE void for_each_column_group(const Walk<T>& walk, const Batch& batch
 
 /// The sums of the columns of some lines that follow each other, at most kMostVectors, of which
 /// each is seen from no earlier to no earlier a vector than the line before. Rows are stacked.
-template <class T>
+template <class F, class T = typename F::Sum>
 void sum_columns_of_lines(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
                           std::int64_t line, int lines, T* Line<T>::*sums, ColumnSums<T>& p) {
   const Block<T>& block = walk.block;
@@ -353,12 +353,12 @@ void sum_columns_of_lines(const Walk<T>& walk, const Batch& batch, const T* weig
       p.rows[i].begin = begin;
       p.rows[i].end = end;
     }
-    column_sum_tiles<T, kMostVectors>(lines, p);
+    column_sum_tiles<F, kMostVectors>(lines, p);
   });
 }
 
 /// The sums of the columns of a line, of some at a time. Rows are adjacent, or see everything.
-template <class T>
+template <class F, class T = typename F::Sum>
 void sum_columns_of_line(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
                          std::int64_t line, T* Line<T>::*sums, ColumnSums<T>& p) {
   p.next_column = kWidth<T>;
@@ -377,13 +377,13 @@ void sum_columns_of_line(const Walk<T>& walk, const Batch& batch, const T* weigh
       [&](std::int64_t column, int columns) {
         for (int g = 0; g < columns; ++g)
           p.sums[g] = walk.block.lines[line].*sums + (column + g) * p.padded;
-        column_sum_tiles<T>(columns, p);
+        column_sum_tiles<F>(columns, p);
         p.vectors = 0;
       });
 }
 
 /// sums[column] += sum over the rows that see it of weights * plain[row], if lines have such sums.
-template <class T>
+template <class F, class T = typename F::Sum>
 void column_sums(const Walk<T>& walk, const Batch& batch, const T* weights, const T* plain,
                  std::int64_t padded, T* Line<T>::*sums) {
   const Block<T>& block = walk.block;
@@ -397,7 +397,7 @@ void column_sums(const Walk<T>& walk, const Batch& batch, const T* weights, cons
   p.padded = padded;
   for (std::int64_t line = batch.line0; line < batch.line1;) {
     if (block.adjacent || block.everywhere) {
-      sum_columns_of_line(walk, batch, weights, plain, line++, sums, p);
+      sum_columns_of_line<F>(walk, batch, weights, plain, line++, sums, p);
       continue;
     }
     const auto continues = [&](const Line<T>& next) {
@@ -408,7 +408,7 @@ void column_sums(const Walk<T>& walk, const Batch& batch, const T* weights, cons
     while (lines < kMostVectors && line + lines < batch.line1 &&
            continues(block.lines[line + lines]))
       ++lines;
-    sum_columns_of_lines(walk, batch, weights, plain, line, lines, sums, p);
+    sum_columns_of_lines<F>(walk, batch, weights, plain, line, lines, sums, p);
     line += lines;
   }
 }
@@ -433,6 +433,40 @@ NATTEN_INLINE void clear_padding(const Batch& batch, T* weights) {
       store(weights + (batch.at(l) + batch.step0 - i) * kWidth<T>, Vector<T>{});
       store(weights + (batch.at(l) + batch.step1 - 1 + i) * kWidth<T>, Vector<T>{});
     }
+}
+
+/// Makes weights of a vector ready for column_sums: times `scale`, in pairs of a row and the next
+/// one, which comes to the same column some steps earlier. `to` is not `from`.
+template <class F, class T = typename F::Sum>
+NATTEN_INLINE void pair_rows(const Walk<T>& walk, const Batch& batch, int v, const T* from, T* to,
+                             T scale) {
+  constexpr int kW = kWidth<T>;
+  Ints<T> next = lanes_after<T>(), earlier{};
+  std::int64_t most = 0;
+  for (int l = 0; l + 1 < kW; ++l) {
+    const auto steps = static_cast<std::int64_t>(walk.index[l + 1] - walk.index[l]);
+    earlier[l] = l + 1 < walk.rows_of(v) ? static_cast<typename Walk<T>::Int>(steps) : -1;
+    if (l + 1 < walk.rows_of(v)) most = max(most, steps);
+  }
+  earlier[kW - 1] = -1;  // in another vector
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+    const Line<T>& line = walk.block.lines[l];
+    if (v < line.first_vector || v >= line.last_vector) continue;
+    const std::int64_t at = batch.at(l);
+    // Beyond the last step of a row those after it may go on.
+    for (std::int64_t step = batch.step0; step < batch.step1 + batch.padding; ++step) {
+      Vector<T> second{};
+      for (std::int64_t d = 0; d <= most && step - d >= batch.step0; ++d)
+        if (step - d < batch.step1)
+          second = earlier == static_cast<typename Walk<T>::Int>(d)
+                       ? permute<T>(load(from + (at + step - d) * kW), next)
+                       : second;
+      const Vector<T> first = step < batch.step1 ? load(from + (at + step) * kW) : Vector<T>{};
+      store(to + (at + step) * kW, F::of(first * scale, second * scale));
+    }
+    for (std::int64_t step = batch.step0 - batch.padding; step < batch.step0; ++step)
+      store(to + (at + step) * kW, Vector<T>{});
+  }
 }
 
 /// Makes the weights of a vector ready for row_products: sets those of steps of padding to 0 and,
