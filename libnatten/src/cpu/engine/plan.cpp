@@ -215,8 +215,10 @@ void cut_into_items(Plan& plan, int threads) {
   std::int64_t best = plan.sweeps;
   double best_time = std::numeric_limits<double>::infinity();
   for (std::int64_t sweeps = least; sweeps <= most; ++sweeps) {
-    const auto rounds = static_cast<double>((others * sweeps + threads - 1) / threads);
-    const double time = (rounds + kLateStart) * (static_cast<double>(longest_of(sweeps)) + cost);
+    const std::int64_t rounds = (others * sweeps + threads - 1) / threads,
+                       stacks = longest_of(sweeps);
+    const double time =
+        (static_cast<double>(rounds) + kLateStart) * (static_cast<double>(stacks) + cost);
     if (time >= best_time) continue;
     best = sweeps;
     best_time = time;
@@ -297,8 +299,8 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   if (group == 1) {
     found.row_heads = found.column_heads =
         std::min<std::int64_t>(grid.heads(), asked.heads > 0 ? asked.heads : simd::kMostHeads);
-    while (found.row_heads > 1 && (packed_bytes(found, found.strip) > kMostBytes ||
-                                   units() < 4 * kItemsPerThread * threads))
+    const auto too_few = [&] { return is_shared && units() < 4 * kItemsPerThread * threads; };
+    while (found.row_heads > 1 && (packed_bytes(found, found.strip) > kMostBytes || too_few()))
       set_heads(found, found.row_heads - 1);
   }
   found.items = found.groups() * planes * found.sweeps * found.strips;

@@ -113,8 +113,8 @@ void pack(const Packing<typename Type::Sum>& p) {
 /// Packs pairs of bfloat16, without a scale.
 void pack_pairs(const Packing<float>& p) {
   using Element = BFloat16::Element;
-  constexpr int kW = kWidth<float>;
-  constexpr std::int64_t kElements = 2 * kPiece<float>;  // of a token, at a time
+  constexpr std::int64_t kW = kWidth<float>;
+  constexpr std::int64_t kElements = std::int64_t{2} * kPiece<float>;  // of a token, at a time
   static constexpr Element zeros[kElements] = {};
   const auto* from = static_cast<const Element*>(p.from);
   Packing<float> in_pairs = p;

@@ -71,7 +71,7 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
     if (Tile::kChunks == kUnit && element >= dims) return;
     NATTEN_UNROLL
     for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
-      const std::int64_t bytes = std::int64_t{offset[i]} * kChunkBytes + chunk * kChunkBytes;
+      const std::int64_t bytes = (std::int64_t{offset[i]} + chunk) * kChunkBytes;
       const auto* from = reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + bytes);
       NATTEN_UNROLL
       for (int j = 0; j < Tile::kChunks; j += kUnit)
