@@ -36,7 +36,7 @@ class BackwardQuery final : public Pass<E> {
     const Problem& p = plan.problem();
     query_rows_ = take_rows<T>(arena, plan, plan.elements(p.head_dim));
     grad_output_rows_ = take_rows<T>(arena, plan, plan.elements(p.value_dim));
-    if (plan.partial.additional > 0 || plan.sums_columns) {
+    if (plan.partial.additional > 0 || gives_to_columns(plan)) {
       plain_query_ = take_rows<T>(arena, plan, plan.padded);
       plain_grad_output_ = take_rows<T>(arena, plan, plan.value_padded);
     }
@@ -182,9 +182,9 @@ class BackwardQuery final : public Pass<E> {
     if (sums.memory.grad_value)
       f(grad_value_, sums.memory.grad_value, p.value_dim, plan.value_padded);
   }
-  /// Writes sums of columns first to last of a line.
-  void write(const Work& work, const LineSums<T>& sums, std::int64_t first,
-             std::int64_t last) const {
+  /// Writes sums of columns first to last of a line; `stays`: in the caches, as they are read soon.
+  void write(const Work& work, const LineSums<T>& sums, std::int64_t first, std::int64_t last,
+             bool stays = false) const {
     const Coordinate key =
         work.column_at(plan, {sums.first[0], sums.first[1], sums.first[2] + first});
     for_each_gradient(
@@ -194,6 +194,7 @@ class BackwardQuery final : public Pass<E> {
           unpacking.padded = padded;
           unpacking.from_stride = sums.head_stride;
           set_target(unpacking, plan, work, heads_of_sums(work), to, key, last - first, dim);
+          if (stays) unpacking.streams = false;
           unpack(isa, plan.problem().dtype, unpacking);
         });
   }
@@ -210,7 +211,7 @@ class BackwardQuery final : public Pass<E> {
          work.token(plan, 1, sums.first[1]), work.group[2], lower},
         elements,
         [&](T* memory) {
-          if (kHolds) return write(work, sums, first, last);
+          if (kHolds) return write(work, sums, first, last, true);
           for_each_gradient(
               sums, [&](const Operand<E>&, const T* from, std::int64_t, std::int64_t padded) {
                 for (std::int64_t h = 0; h < heads.count; ++h)

@@ -97,13 +97,14 @@ class Count final : public Pass<E> {
     // Row terms first, where the steps of a row do not fit into one batch.
     const int times =
         plan.kind() == PassKind::backward_query && is_first && is_last && n.batches > 1 ? 2 : 1;
+    const std::int64_t of_columns = (p.wants_grad_key ? plan.column.grad_key : 0) +
+                                    (p.wants_grad_value ? plan.column.grad_value : 0);
     to_.calls += 1;
     to_.tiles += as_double(n.visits);
     to_.weights += as_double(times * n.steps * plan.width);
     to_.masked += as_double(times * n.masked * plan.width);
-    to_.executed +=
-        as_double(times * n.steps * plan.width * scores + n.sums * sums +
-                  (is_last ? n.column_sums : 0) * (plan.column.grad_key + plan.column.grad_value));
+    to_.executed += as_double(times * n.steps * plan.width * scores + n.sums * sums +
+                              (is_last ? n.column_sums : 0) * of_columns);
   }
 
   void store_columns(const Work& work, const LineSums<T>& sums) override {
@@ -165,7 +166,7 @@ PassWork count_pass(const Job& job, PassKind kind, int threads) {
   const bool is_even = plan.grid.heads() % plan.row_heads == 0;
   if (is_even || groups > 1) count_group(0, is_even ? groups : groups - 1);
   if (!is_even) count_group(groups - 1, 1);
-  result.name = plan.sums_columns ? kNameOfBoth : kNames[static_cast<int>(kind)];
+  result.name = gives_to_columns(plan) ? kNameOfBoth : kNames[static_cast<int>(kind)];
   result.units = plan.total_units();
   result.balance = balance_of(units, p.batch, threads);
   return result;

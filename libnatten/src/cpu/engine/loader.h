@@ -128,6 +128,12 @@ struct Heads {
 // Tensors of as many bytes are written past the caches: what is written last would displace what
 // was written first, and each cache line would be read before.
 constexpr std::int64_t kStreamedBytes = 8 << 20;
+/// Whether a tensor of the rows' size is, with heads of `dim` elements. Only whole cache lines can.
+template <class E>
+bool is_streamed(const Problem& p, std::int64_t dim) {
+  const auto bytes = static_cast<std::int64_t>(sizeof(E)) * dim;
+  return bytes % 64 == 0 && p.batch * p.heads * p.queries() * bytes >= kStreamedBytes;
+}
 
 /// Says to which tokens of a tensor sums are written: of some heads, `count` from the one with
 /// number `first` on, along the innermost axis.
@@ -142,9 +148,7 @@ void set_target(simd::Unpacking<T>& unpacking, const Plan& plan, const Work& wor
   unpacking.dim = dim;
   unpacking.heads = static_cast<int>(heads.count);
   unpacking.head_stride = to.head;
-  unpacking.streams =
-      p.batch * p.heads * p.queries() * dim * static_cast<std::int64_t>(sizeof(E)) >=
-      kStreamedBytes;
+  unpacking.streams = is_streamed<E>(p, dim);
 }
 
 /// Where sums of rows are written, and with what factors: one, and one of each row.

@@ -68,8 +68,8 @@ class PackedLines {
         memory.plain = take_plain(column.plain);
         memory.transposed_grad = take_transposed(column.transposed_grad);
         memory.plain_grad = take_plain(column.plain_grad);
-        memory.grad_key = take_plain(column.grad_key);
-        memory.grad_value = take_plain(column.grad_value);
+        memory.grad_key = take_plain(plan.problem().wants_grad_key ? column.grad_key : 0);
+        memory.grad_value = take_plain(plan.problem().wants_grad_value ? column.grad_value : 0);
         memory.logsumexp = take_transposed(column.statistics ? 1 : 0);
         memory.row_term = take_transposed(column.statistics ? 1 : 0);
         if (head == 0) entry.memory = memory;

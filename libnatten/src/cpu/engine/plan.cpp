@@ -52,8 +52,9 @@ ColumnShape column_shape(const Plan& plan) {
   column.plain_grad = plan.padded;
   column.statistics = kind == PassKind::backward_key;
   if (plan.sums_columns) {
-    column.grad_key = p.wants_grad_key ? plan.padded : 0;
-    column.grad_value = p.wants_grad_value ? plan.value_padded : 0;
+    // Also if they are not wanted, so that the others keep their bits.
+    column.grad_key = plan.padded;
+    column.grad_value = plan.value_padded;
   }
   return column;
 }
@@ -243,7 +244,7 @@ bool meets_in_pairs(const Plan& plan, int axis, std::int64_t cuts) {
 /// problem alone; only heads depend on threads.
 bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   const Problem& p = plan.problem();
-  if (p.batch == 0 || !(p.wants_grad_key || p.wants_grad_value)) return false;
+  if (p.batch == 0) return false;
   // Then every key is seen by some query, and its gradient written.
   for (const Axis& a : p.axes) {
     const bool is_whole = a.query_offset == 0 && a.key_offset == 0 &&

@@ -116,7 +116,7 @@ struct ColumnShape {
   std::int64_t plain_grad = 0;       // likewise
   bool statistics = false;           // logsumexp and row term
   bool hidden = false;               // whether a mask hides it
-  std::int64_t grad_key = 0;         // sums of its gradients, padded
+  std::int64_t grad_key = 0;         // sums of its gradients if these are wanted, padded
   std::int64_t grad_value = 0;       // likewise
 };
 
@@ -190,6 +190,11 @@ struct Plan {
   }
   std::int64_t total_units() const { return grid.problem.batch * head_groups() * units; }
 };
+
+/// Whether a pass writes gradients of keys or values with those of queries.
+inline bool gives_to_columns(const Plan& plan) {
+  return plan.sums_columns && (plan.problem().wants_grad_key || plan.problem().wants_grad_value);
+}
 
 /// `element_bytes`: of sums. `in_pairs`: see Plan. `threads`: that take part.
 Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::size_t element_bytes,

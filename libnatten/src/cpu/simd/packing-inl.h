@@ -180,7 +180,7 @@ void unpack(const Unpacking<typename Type::Sum>& u) {
       const T scale = u.scales ? u.scale * u.scales[head * u.scales_stride + r] : u.scale;
       std::int64_t i = 0;
       if constexpr (kCanStream && sizeof(typename Type::Element) == sizeof(T))
-        if (u.streams && reinterpret_cast<std::uintptr_t>(to) % kVectorBytes == 0)
+        if (u.streams && reinterpret_cast<std::uintptr_t>(to) % kLine == 0)
           for (; i + kW <= u.dim; i += kW) stream_to<T>(to + i, load(from + i) * scale);
       for (; i + kW <= u.dim; i += kW) Type::write(to + i, load(from + i) * scale);
       if (i == u.dim) continue;
