@@ -86,8 +86,8 @@ void run(const std::vector<Job>& jobs, const Context& context) {
   double total = 0;
   for (const Job& job : jobs) total += engine::multiply_adds(job.problem);
   Executor& executor = total < engine::kLeastSharedWork ? calling_thread()
-                       : context.executor       ? *context.executor
-                                                : default_executor();
+                       : context.executor               ? *context.executor
+                                                        : default_executor();
   std::vector<std::vector<Phase>> phases;
   phases.reserve(jobs.size());
   for (const Job& job : jobs)
