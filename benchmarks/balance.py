@@ -11,36 +11,20 @@ from __future__ import annotations
 
 from cases import Case, Row, cases_named, parser_of
 
-from natten import _core
-from natten._args import make_config
-
-OPS = {
-    "attention_forward": (["query", "key", "value"], ["output"]),
-    "attention_backward": (
-        ["query", "key", "value", "logsumexp", "grad_output"],
-        ["grad_query", "grad_key", "grad_value"],
-    ),
-}
+from natten._simulate import make_layer
 
 
 def passes_of(case: Case, dtype: str, threads: int) -> list[Row]:
     """Of the forward and the backward pass, without biases, which the library does not count."""
-    config = make_config(
-        len(case.grid), case.kernel, case.dilation, case.is_causal, case.stride, case.boundary
-    )
-    tensor, statistic = (case.shapes[0], dtype), (case.shapes[0][:-1], "float32")
-    rows = []
-    for op, (given, wanted) in OPS.items():
-        inputs, outputs = (
-            [
-                (statistic if role[4] else tensor) if role[0] in names else None
-                for role in _core.roles(op)
-                if role[2] == is_output
-            ]
-            for names, is_output in ((given, False), (wanted, True))
-        )
-        rows += _core.work_of(op, config, inputs, outputs, "cpu", threads)
-    return rows
+    layer = make_layer(
+        case.grid, case.kernel, case.stride, case.dilation, case.is_causal, case.boundary,
+        case.batch, case.heads, case.head_dim, dtype,
+    )  # fmt: skip
+    return [
+        row
+        for op in ("attention_forward", "attention_backward")
+        for row in layer.work(op, "cpu", threads)
+    ]
 
 
 def main() -> None:

@@ -17,8 +17,7 @@ constexpr std::uintptr_t kLeastBytes = 4 << 20;
 
 void advise_huge_pages(const TensorView& view) {
   if (!view || view.device.type != DeviceType::cpu) return;
-  std::uintptr_t bytes = size_of(view.dtype);
-  for (int i = 0; i < view.ndim; ++i) bytes *= static_cast<std::uintptr_t>(view.shape[i]);
+  const auto bytes = size_of(view.dtype) * static_cast<std::uintptr_t>(view.size());
   if (bytes < kLeastBytes) return;
   const auto at = reinterpret_cast<std::uintptr_t>(view.data);
   const std::uintptr_t begin = (at + kHugePage - 1) / kHugePage * kHugePage;

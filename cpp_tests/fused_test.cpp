@@ -355,6 +355,24 @@ natten::Context vectorized() {
   return context;
 }
 
+/// Runs forward and backward with each number of threads.
+void expect_same_bits(FusedProblem& problem, std::initializer_list<int> threads) {
+  std::vector<std::vector<unsigned char>> first;
+  for (int count : threads) {
+    natten::set_num_threads(count);
+    std::vector<std::vector<unsigned char>> bytes;
+    problem.provide_logsumexp();
+    natten::run(problem.forward(), vectorized());
+    natten::run(problem.backward(), vectorized());
+    problem.buffers.for_each(
+        [&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*) {
+          bytes.push_back(buffer.bytes());
+        });
+    if (first.empty()) first = bytes;
+    EXPECT_EQ(bytes, first) << problem.c << " with " << count << " threads";
+  }
+}
+
 /// More than are packed at a time, and so many that their gradients are not added up from partial
 /// sums: alone, with few biases, and with dilated queries.
 TEST(ManyAdditionalTokens, AreTheDefinitionForAnyNumberOfThreads) {
@@ -374,20 +392,7 @@ TEST(ManyAdditionalTokens, AreTheDefinitionForAnyNumberOfThreads) {
     c.rpb = variant > 0;
     c.grad_logsumexp = variant > 1;
     FusedProblem problem(c);
-    std::vector<std::vector<unsigned char>> first;
-    for (int count : {1, 3}) {
-      natten::set_num_threads(count);
-      std::vector<std::vector<unsigned char>> bytes;
-      problem.provide_logsumexp();
-      natten::run(problem.forward(), vectorized());
-      natten::run(problem.backward(), vectorized());
-      problem.buffers.for_each(
-          [&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*) {
-            bytes.push_back(buffer.bytes());
-          });
-      if (first.empty()) first = bytes;
-      EXPECT_EQ(bytes, first) << c << " with " << count << " threads";
-    }
+    expect_same_bits(problem, {1, 3});
     expect_definition(problem, errors, [](const natten::Call&) {});  // has run
   }
   natten::set_num_threads(threads);
@@ -427,20 +432,7 @@ TEST(BackwardInOnePass, IsTheDerivativeForAnyNumberOfThreads) {
       if (!c.key_mask && !c.rpb && *c.additional == 0) {
         EXPECT_EQ(natten::work_of(problem.backward()).size(), 1U) << c;
       }
-      std::vector<std::vector<unsigned char>> first;
-      for (int count : {1, 3, 16}) {
-        natten::set_num_threads(count);
-        std::vector<std::vector<unsigned char>> bytes;
-        problem.provide_logsumexp();
-        natten::run(problem.forward(), vectorized());
-        natten::run(problem.backward(), vectorized());
-        problem.buffers.for_each(
-            [&](const char*, Buffer& buffer, natten::TensorView natten::Tensors::*) {
-              bytes.push_back(buffer.bytes());
-            });
-        if (first.empty()) first = bytes;
-        EXPECT_TRUE(bytes == first) << c << " with " << count << " threads";
-      }
+      expect_same_bits(problem, {1, 3, 16});
       expect_definition(problem, errors, [](const natten::Call&) {});  // has run
     }
   natten::set_num_threads(threads);

@@ -28,8 +28,8 @@ bool is_empty(const Problem& p) { return p.queries() == 0 || p.keys() == 0; }
 template <class E>
 std::vector<Phase> backward_phases(const Job& job, int threads) {
   const Problem& p = job.problem;
-  std::vector<Phase> phases{engine::backward_query<E>(job, threads)};
-  const Plan plan = engine::plan_for<E>(p, PassKind::backward_query, threads);
+  const Plan plan = engine::plan_for<E>(p, PassKind::backward_query, threads, job.configuration);
+  std::vector<Phase> phases{engine::backward_query<E>(job, plan)};
   if ((p.wants_grad_key || p.wants_grad_value) && !plan.sums_columns)
     phases.push_back(engine::backward_key<E>(job, threads));
   if (p.wants_grad_rpb) phases.push_back(engine::sum_grad_bias<E>(job, plan));

@@ -18,8 +18,8 @@ class BackwardQuery final : public Pass<E> {
   using Pass<E>::mask;
   using Pass<E>::plan;
 
-  BackwardQuery(const Job& job, int threads)
-      : Pass<E>(job, PassKind::backward_query, threads),
+  BackwardQuery(const Job& job, const Plan& given)
+      : Pass<E>(job, given),
         query_(operand<const E>(job.problem, job.tensors, &Tensors::query)),
         key_(operand<const E>(job.problem, job.tensors, &Tensors::key)),
         value_(operand<const E>(job.problem, job.tensors, &Tensors::value)),
@@ -77,24 +77,20 @@ class BackwardQuery final : public Pass<E> {
 
   T* grad_bias(const Work& work) const override { return workspace_.grad_bias(work); }
 
-  void run_block(const Work& work, const Columns<T>& columns,
-                 const simd::Block<T>& given) override {
+  void locate_sums(simd::Line<T>& line, const Work& work, std::int64_t first) const override {
+    if (plan.partial.additional == 0) return;
+    line.grad_key = workspace_.grad_additional_keys(work) + first * plan.padded;
+    line.grad_value = workspace_.grad_additional_values(work) + first * plan.value_padded;
+  }
+
+  void run_block(const Work& work, const Columns<T>&, const simd::Block<T>& block) override {
     const std::int64_t row = work.row_index(plan);
-    simd::Block<T> block = given;
     simd::BackwardQuery<T> f{block};
     f.query = query_rows_.at(row);
     f.grad_output = grad_output_rows_.at(row);
     if (plain_query_) {
       f.plain_query = plain_query_.at(row);
       f.plain_grad_output = plain_grad_output_.at(row);
-    }
-    simd::Line<T> additional;
-    if (columns.are_additional() && plan.partial.additional > 0) {
-      additional = *columns.lines;
-      const std::int64_t first = columns.part.begin;
-      additional.grad_key = workspace_.grad_additional_keys(work) + first * plan.padded;
-      additional.grad_value = workspace_.grad_additional_values(work) + first * plan.value_padded;
-      block.lines = &additional;
     }
     f.logsumexp = logsumexp_rows_.at(row);
     f.grad_logsumexp = grad_logsumexp_rows_.at(row);
@@ -155,13 +151,10 @@ class BackwardQuery final : public Pass<E> {
     if (!mask) return;
     for_each_column(work, sums, 0, sums.count, [&](std::int64_t column, const Coordinate& key) {
       if (!mask.hides(work.batch, key)) return;
-      for (std::int64_t h = 0; h < heads_of_sums(work).count; ++h) {
-        const auto clear = [&](T* of, std::int64_t padded) {
-          if (of) std::fill_n(of + h * sums.head_stride + column * padded, padded, T(0));
-        };
-        clear(sums.memory.grad_key, plan.padded);
-        clear(sums.memory.grad_value, plan.value_padded);
-      }
+      for_each_head(work, sums,
+                    [&](const Operand<E>&, std::int64_t, T* of, std::int64_t, std::int64_t padded) {
+                      std::fill_n(of + column * padded, padded, T(0));
+                    });
     });
   }
   /// Columns first to last of a line: `f(column, its number among the keys)`.
@@ -181,6 +174,16 @@ class BackwardQuery final : public Pass<E> {
     if (sums.memory.grad_key) f(grad_key_, sums.memory.grad_key, p.head_dim, plan.padded);
     if (sums.memory.grad_value)
       f(grad_value_, sums.memory.grad_value, p.value_dim, plan.value_padded);
+  }
+  /// Likewise head by head: `f(tensor, head, its sums, dim, padded)`.
+  template <class F>
+  void for_each_head(const Work& work, const LineSums<T>& sums, F&& f) const {
+    const Heads heads = heads_of_sums(work);
+    for_each_gradient(sums,
+                      [&](const Operand<E>& to, T* of, std::int64_t dim, std::int64_t padded) {
+                        for (std::int64_t h = 0; h < heads.count; ++h)
+                          f(to, heads.first + h, of + h * sums.head_stride, dim, padded);
+                      });
   }
   /// Writes sums of columns first to last of a line; `stays`: in the caches, as they are read soon.
   void write(const Work& work, const LineSums<T>& sums, std::int64_t first, std::int64_t last,
@@ -212,31 +215,29 @@ class BackwardQuery final : public Pass<E> {
         elements,
         [&](T* memory) {
           if (kHolds) return write(work, sums, first, last, true);
-          for_each_gradient(
-              sums, [&](const Operand<E>&, const T* from, std::int64_t, std::int64_t padded) {
-                for (std::int64_t h = 0; h < heads.count; ++h)
-                  memory = std::copy(from + h * sums.head_stride + first * padded,
-                                     from + h * sums.head_stride + last * padded, memory);
-              });
+          for_each_head(work, sums,
+                        [&](const Operand<E>&, std::int64_t, const T* own, std::int64_t,
+                            std::int64_t padded) {
+                          memory = std::copy(own + first * padded, own + last * padded, memory);
+                        });
         },
         [&](const T* memory) {
-          for_each_gradient(
-              sums, [&](const Operand<E>& to, T* own, std::int64_t dim, std::int64_t padded) {
-                for (std::int64_t h = 0; h < heads.count; ++h) {
-                  T* of_head = own + h * sums.head_stride;
-                  if constexpr (kHolds) {
-                    for_each_column(work, sums, first, last,
-                                    [&](std::int64_t column, const Coordinate& key) {
-                                      const T* left = to.at(work.batch, heads.first + h, key);
-                                      for (std::int64_t d = 0; d < dim; ++d)
-                                        of_head[column * padded + d] += left[d];
-                                    });
-                  } else {
-                    for (std::int64_t i = first * padded; i < last * padded; ++i)
-                      of_head[i] += *memory++;
-                  }
-                }
-              });
+          for_each_head(work, sums,
+                        [&](const Operand<E>& to, std::int64_t head, T* own, std::int64_t dim,
+                            std::int64_t padded) {
+                          for_each_column(work, sums, first, last,
+                                          [&](std::int64_t column, const Coordinate& key) {
+                                            T* sum = own + column * padded;
+                                            if constexpr (kHolds) {
+                                              const T* left = to.at(work.batch, head, key);
+                                              for (std::int64_t d = 0; d < dim; ++d)
+                                                sum[d] += left[d];
+                                            } else {
+                                              for (std::int64_t d = 0; d < padded; ++d)
+                                                sum[d] += *memory++;
+                                            }
+                                          });
+                        });
           write(work, sums, first, last);
         });
   }
@@ -253,12 +254,12 @@ class BackwardQuery final : public Pass<E> {
 }  // namespace
 
 template <class E>
-Phase backward_query(const Job& job, int threads) {
-  return phase_of<E>(job, BackwardQuery<E>(job, threads));
+Phase backward_query(const Job& job, const Plan& plan) {
+  return phase_of<E>(job, BackwardQuery<E>(job, plan));
 }
-template Phase backward_query<double>(const Job&, int);
-template Phase backward_query<float>(const Job&, int);
-template Phase backward_query<bfloat16>(const Job&, int);
-template Phase backward_query<float16>(const Job&, int);
+template Phase backward_query<double>(const Job&, const Plan&);
+template Phase backward_query<float>(const Job&, const Plan&);
+template Phase backward_query<bfloat16>(const Job&, const Plan&);
+template Phase backward_query<float16>(const Job&, const Plan&);
 
 }  // namespace natten::detail::cpu::engine

@@ -18,8 +18,8 @@ constexpr const char* kNameOfBoth = "backward";  // of the last two
 
 double as_double(std::int64_t n) { return static_cast<double>(n); }
 
-/// Of a unit, in multiply-adds: a byte takes as long to pack as some of them.
-double work_in(const PassWork& pass) { return pass.executed + 6 * pass.packed; }
+/// Of a unit, in multiply-adds.
+double work_in(const PassWork& pass) { return pass.executed + kPackedByte * pass.packed; }
 
 /// PassWork::balance of units that are handed out as threads get free. `groups`: the units of each
 /// group of heads of a batch entry, in turn.

@@ -190,7 +190,8 @@ template <class E>
 void Engine<E>::visit_additional(Work work, std::int64_t first) {
   additional_.load(pass_.isa, plan_, work, first);
   for (work.head = 0; work.head < work.head_count; ++work.head) {
-    const simd::Line<T> line = additional_.line(plan_, plan_.column_heads == 1 ? 0 : work.head);
+    simd::Line<T> line = additional_.line(plan_, plan_.column_heads == 1 ? 0 : work.head);
+    pass_.locate_sums(line, work, first);
     visit_blocks(work, {&line, 1, {first, first + additional_.count()}, nullptr});
   }
 }

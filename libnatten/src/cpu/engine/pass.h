@@ -33,6 +33,8 @@ class Pass {
   /// or written by themselves. `position`: the line's.
   virtual void locate_weights(simd::Line<T>&, std::int64_t /*number*/,
                               const Coordinate& /*position*/, const LinesSeen&) const {}
+  /// Says where gradients of the additional tokens from `first` on are added up, if they are.
+  virtual void locate_sums(simd::Line<T>&, const Work&, std::int64_t /*first*/) const {}
   /// Runs a block of rows over columns.
   virtual void run_block(const Work&, const Columns<T>&, const simd::Block<T>&) = 0;
   virtual void end_round(const Work&) {}
@@ -43,9 +45,9 @@ class Pass {
 
  protected:
   Pass(const Job& job, PassKind kind, int threads)
-      : plan(plan_for<E>(job.problem, kind, threads, job.configuration)),
-        mask(key_mask(job.problem, job.tensors)),
-        isa(instruction_set()) {}
+      : Pass(job, plan_for<E>(job.problem, kind, threads, job.configuration)) {}
+  Pass(const Job& job, const Plan& given)
+      : plan(given), mask(key_mask(job.problem, job.tensors)), isa(instruction_set()) {}
   Pass(const Pass&) = default;
   ~Pass() = default;
 
@@ -59,7 +61,7 @@ Phase forward(const Job& job, int threads);
 /// Gradients of queries, row terms and the partial sums of biases and additional tokens; where its
 /// plan sums columns, gradients of keys and values too.
 template <class E>
-Phase backward_query(const Job& job, int threads);
+Phase backward_query(const Job& job, const Plan& plan);
 /// Gradients of keys and values. Needs the row terms.
 template <class E>
 Phase backward_key(const Job& job, int threads);

@@ -173,7 +173,6 @@ std::int64_t keep_planes(Plan& plan) {
 /// What a sweep packs before its first lines of rows, by what each stack of these takes: its own
 /// columns, and products.
 double cost_of_sweep(const Plan& plan, std::int64_t lines_at_hand) {
-  constexpr double kPackedByte = 6;  // in multiply-adds
   const Problem& p = plan.problem();
   // Of planes that are kept only one is new.
   const std::int64_t planes = plan.ring1 > lines_at_hand ? 1 : plan.ring0;
@@ -264,14 +263,14 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
       round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip), plan.width);
   found.strips = (longest + found.strip - 1) / found.strip;
   found.stacks = (lines + plan.stack - 1) / plan.stack;
+  const bool keeps_planes = planes > 1 && plan.ring0 > 1;  // lines stay for the next one
   const auto set_sweeps = [&](std::int64_t count) {
     found.sweeps = std::clamp<std::int64_t>(count, 1, found.stacks);
-    if (plan.ring0 <= 1 || planes <= 1) return;
-    // Lines stay for the next plane that sees them.
+    if (!keeps_planes) return;
+    found.ring1 = 1;
     for (std::int64_t i = 0; i < grid.groups(1); ++i)
       for (std::int64_t n = 0; n < found.sweeps; ++n)
-        found.ring1 = std::max(i + n == 0 ? 1 : found.ring1,
-                               found.columns_of_cut(1, grid.group(1, i), n).size());
+        found.ring1 = std::max(found.ring1, found.columns_of_cut(1, grid.group(1, i), n).size());
   };
   const auto units = [&] {
     return found.groups() * found.sweeps * found.strips * p.batch * found.head_groups();
@@ -282,8 +281,9 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   set_sweeps(1);
   if (found.strips == 1 && is_shared) {
     // The longer a sweep is than what it shares, the less is summed twice; planes weigh more.
-    const std::int64_t least = (plan.ring0 > 1 && planes > 1 ? 4 * halo : 3 * halo) / 2;
-    const std::int64_t most = found.stacks / ((least + plan.stack - 1) / plan.stack + (least == 0));
+    const std::int64_t least = (keeps_planes ? 4 * halo : 3 * halo) / 2;
+    const std::int64_t most =
+        found.stacks / std::max<std::int64_t>(1, (least + plan.stack - 1) / plan.stack);
     const auto sweeps_for = [&](std::int64_t count) { return (count + units() - 1) / units(); };
     set_sweeps(std::max(std::min(sweeps_for(kUnitsOfColumnSums), most),
                         sweeps_for(kLeastUnitsOfColumnSums)));

@@ -44,6 +44,8 @@ inline constexpr std::int64_t kBiasPadding = 64;
 inline constexpr double kLeastSharedWork = 1 << 19;
 /// Of a call, roughly.
 double multiply_adds(const Problem&);
+/// In which a byte takes as long to pack.
+inline constexpr double kPackedByte = 6;
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
   return (n + multiple - 1) / multiple * multiple;

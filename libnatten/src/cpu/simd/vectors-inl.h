@@ -91,13 +91,6 @@ NATTEN_INLINE Ints<T> lanes() {
   for (int i = 0; i < kWidth<T>; ++i) v[i] = i;
   return v;
 }
-/// 1, 2, ... and for the last lane 0.
-template <class T>
-NATTEN_INLINE Ints<T> lanes_after() {
-  Ints<T> v;
-  for (int i = 0; i < kWidth<T>; ++i) v[i] = (i + 1) % kWidth<T>;
-  return v;
-}
 /// Lanes a[first], b[first], a[first + 1], b[first + 1], ...
 template <class T>
 NATTEN_INLINE Vector<T> interleave(Vector<T> a, Vector<T> b, int first) {

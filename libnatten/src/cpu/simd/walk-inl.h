@@ -441,7 +441,8 @@ template <class F, class T = typename F::Sum>
 NATTEN_INLINE void pair_rows(const Walk<T>& walk, const Batch& batch, int v, const T* from, T* to,
                              T scale) {
   constexpr int kW = kWidth<T>;
-  Ints<T> next = lanes_after<T>(), earlier{};
+  const Ints<T> next = (lanes<T>() + 1) % kW;
+  Ints<T> earlier{};
   std::int64_t most = 0;
   for (int l = 0; l + 1 < kW; ++l) {
     const auto steps = static_cast<std::int64_t>(walk.index[l + 1] - walk.index[l]);
