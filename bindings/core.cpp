@@ -176,7 +176,7 @@ nb::list run_call(const std::string& op, const Config& config, Scale scale,
       result = (*allocate)(shape_of(view), name_of(view.dtype));
     }
     const TensorView view = views.view(result, role.name, true);
-    if (is_new) advise_huge_pages(view);
+    if (allocate) advise_huge_pages(view);  // outputs of adapters are new, whoever made them
     call.tensors.*role.tensor = view;
     results.append(result);
   });

@@ -108,7 +108,7 @@ class Rule(SingleLevelFunction):
     def backward(cls, ctx: Any, *grads: Tensor | None) -> Any:
         """The gradient of each argument; those after the tensors, the kernel last, have none."""
         options = [None] * (len(ctx.options) + 1)
-        if all(grad is None for grad in grads):
+        if grads[0] is None and all(grad is None for grad in grads):
             return *(None for _ in cls.operator.inputs), *options
         return *cls.reverse(ctx, *grads), *options
 
@@ -329,14 +329,10 @@ class Attention(Rule):
         query, value = inputs[0], inputs[2]
         if grad_output is None:
             grad_output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
-        *inputs, mask = inputs
-        wanted = [bool(need) for need in ctx.needs_input_grad[: len(inputs)]]
-        gradients = iter(
-            cls.backward_operator(
-                *inputs, mask, logsumexp, grad_output, grad_logsumexp, wanted, *ctx.options
-            )
-        )
-        return [*(next(gradients) if want else None for want in wanted), None]
+        wanted = list(ctx.needs_input_grad[: len(inputs) - 1])  # all but the mask
+        tensors = [x if want else None for x, want in zip(inputs, wanted, strict=False)]
+        inputs += [logsumexp, grad_output, grad_logsumexp]
+        return [*cls.backward_operator.gradients(tensors, inputs, [wanted], *ctx.options), None]
 
 
 class AttentionBackward(Rule):
@@ -523,10 +519,10 @@ def _transpose(
     mask: Tensor | None,
     config: Config,
     backend: str,
-) -> tuple[Tensor, Tensor | None]:
+) -> Sequence[Tensor | None]:
     """Gradients shaped like `key` (or value) and `additional`, None where that is None."""
     count = 0 if additional is None else additional.shape[2]
-    grad, grad_additional = _ops.av_transpose(
-        attn, query, mask, key.shape[2:-1], count, config, backend
+    extras = key.shape[2:-1], count
+    return _ops.av_transpose.gradients(
+        (key, additional), (attn, query, mask), extras, config, backend
     )
-    return grad, None if additional is None else grad_additional

@@ -126,7 +126,34 @@ class Operator:
             return self._run(*args)
         wanted = self._all_wanted if statistic else self._results_wanted
         scale = args[-2] if self.is_fused else None
-        return self._run_core(inputs, wanted, args[len(inputs)], scale, args[-1])
+        return self._returned(self._run_core(inputs, wanted, args[len(inputs)], scale, args[-1]))
+
+    def gradients(
+        self,
+        tensors: Sequence[Tensor | None],
+        inputs: Sequence[Tensor | None],
+        extras: Sequence[Any],
+        *options: Any,
+    ) -> list[Tensor | None]:
+        """Of an operator whose outputs are gradients of `tensors`: those, None where that is."""
+        is_packed = len(options) > 3
+        if is_packed or not is_plain(inputs) or takes_part_in_autograd(inputs):
+            results = self(*inputs, *extras, *options)
+            if "wanted" in self.extras:
+                given = iter(results)
+                return [None if x is None else next(given) for x in tensors]
+            return [None if x is None else y for x, y in zip(tensors, results, strict=True)]
+        config, scale, backend = options if self.is_fused else (options[0], None, options[1])
+        # What can be made here is, as it takes the binding longer to have it made.
+        outputs = [
+            None
+            if x is None
+            else torch.empty_like(x)
+            if x.is_contiguous()
+            else (tuple(x.shape), _DTYPE_NAMES[x.dtype])
+            for x in tensors
+        ]
+        return self._run_core(inputs, outputs, config, scale, backend)
 
     def below_autograd(self, *args: Any) -> Any:
         if is_plain(args[: len(self.inputs)]):
@@ -168,7 +195,7 @@ class Operator:
     def _run(self, *args: Any) -> Any:
         inputs, extras, config, scale, backend = self.split(args)
         if not extras:
-            return self._run_core(inputs, self._all_wanted, config, scale, backend)
+            return self._returned(self._run_core(inputs, self._all_wanted, config, scale, backend))
         packing = _packing_of(extras)
         outputs: list[Any]
         if "wanted" in extras:
@@ -179,7 +206,7 @@ class Operator:
             sizes = self.sizes(inputs, extras, config)
             dtype = _DTYPE_NAMES[inputs[0].dtype]
             outputs = [(shape_of(role, sizes), dtype) for role in self.outputs]
-        return self._run_core(inputs, outputs, config, scale, backend, packing)
+        return self._returned(self._run_core(inputs, outputs, config, scale, backend, packing))
 
     def _run_core(
         self,
@@ -189,7 +216,8 @@ class Operator:
         scale: float | None,
         backend: str,
         packing: tuple | None = None,
-    ) -> Any:
+    ) -> list[Tensor | None]:
+        """All outputs, None for those that `outputs` says None for."""
         inputs = [x if x is None or x.is_contiguous() else readable(x) for x in inputs]
         first = inputs[0]
         if config[-1] & NONDETERMINISTIC and torch.are_deterministic_algorithms_enabled():
@@ -218,7 +246,7 @@ class Operator:
         )
         if TELLS_CHOICES:
             tell(self.name, config, scale, backend, inputs, results, str(first.device))
-        return self._returned(results)
+        return results
 
     def check_devices(self, inputs: Sequence[Tensor | None]) -> None:
         """Raises unless all inputs are on one device."""
