@@ -402,6 +402,7 @@ TEST(ManyAdditionalTokens, AreTheDefinitionForAnyNumberOfThreads) {
 /// run: of sweeps of lines, of strips of a long line, and of planes.
 TEST(BackwardInOnePass, IsTheDerivativeForAnyNumberOfThreads) {
   const int threads = natten::num_threads();
+  constexpr auto circular = natten::Boundary::circular;
   const std::vector<std::vector<oracle::Axis>> grids = {
       {{700, 65, 1, 1, false}},
       {{1300, 40, 3, 2, true}},
@@ -409,6 +410,25 @@ TEST(BackwardInOnePass, IsTheDerivativeForAnyNumberOfThreads) {
       {{64, 3, 1, 3, false}, {19, 5, 1, 1, true}},
       {{70, 9, 4, 1, true}, {9, 4, 1, 1, false, natten::Boundary::cut}},
       {{6, 3, 1, 1, false}, {30, 5, 2, 1, false}, {12, 3, 1, 1, true}},
+      // Strips, sweeps and planes that meet again after a turn; a line that goes around once more.
+      {{600, 31, 1, 1, false, circular}},
+      {{900, 20, 3, 2, false, circular}},
+      {{60, 5, 1, 2, false, circular}, {10, 7, 2, 1, false, circular}},
+      {{60, 7, 2, 1, false, circular}, {5, 5, 1, 1, false, circular}},
+      {{4, 3, 1, 1, false, circular},
+       {30, 5, 1, 1, false, circular},
+       {4, 3, 1, 1, false, circular}},
+      {{3, 3, 1, 1, false, circular},
+       {30, 3, 1, 1, false, circular},
+       {5, 5, 1, 1, false, circular}},
+      // Strips and sweeps: keys that four items see.
+      {{6, 3, 1, 1, false}, {270, 3, 1, 1, false}},
+      {{9, 3, 1, 1, false, circular}, {261, 3, 1, 1, false, circular}},
+      // Parts: some keys are seen by no query.
+      {{41, 5, 1, 1, false, natten::Boundary::shift, 10, 0, 30, -1}, {20, 7, 2, 1, false}},
+      {{90, 7, 3, 2, false, circular, 50, 40, 40, 70},
+       {20, 5, 1, 1, false, natten::Boundary::cut, 3, 0, 9, 25}},
+      {{1300, 40, 3, 2, true, natten::Boundary::cut, 600, 500, 700, 820}},
   };
   ErrorTable errors;
   int number = 0;

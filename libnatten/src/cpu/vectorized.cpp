@@ -10,6 +10,7 @@
 #include "engine/candidates.h"
 #include "engine/pass.h"
 #include "engine/stream.h"
+#include "engine/unseen.h"
 #include "engine/workspace.h"
 #include "naive.h"
 #include "parallel.h"
@@ -30,7 +31,9 @@ std::vector<Phase> backward_phases(const Job& job, int threads) {
   const Problem& p = job.problem;
   const Plan plan = engine::plan_for<E>(p, PassKind::backward_query, threads, job.configuration);
   std::vector<Phase> phases{engine::backward_query<E>(job, plan)};
-  if ((p.wants_grad_key || p.wants_grad_value) && !plan.sums_columns)
+  if (engine::gives_to_columns(plan))
+    phases.push_back(engine::clear_unseen_keys<E>(job, plan));
+  else if (p.wants_grad_key || p.wants_grad_value)
     phases.push_back(engine::backward_key<E>(job, threads));
   if (p.wants_grad_rpb) phases.push_back(engine::sum_grad_bias<E>(job, plan));
   if (plan.partial.additional > 0)

@@ -1,5 +1,7 @@
+#include <algorithm>
 #include <limits>
 #include <memory>
+#include <vector>
 
 #include "engine.h"
 #include "exchange.h"
@@ -110,23 +112,30 @@ class BackwardQuery final : public Pass<E> {
 
   void store_columns(const Work& work, const LineSums<T>& sums) override {
     clear_hidden_columns(work, sums);
-    if (plan.shared_axis() == 1) {
-      const std::int64_t line = sums.first[1];
-      for (const std::int64_t lower : {work.sweep - 1, work.sweep})
-        if (plan.columns_of_cut(1, work.group[1], lower).contains(line) &&
-            plan.columns_of_cut(1, work.group[1], lower + 1).contains(line))
-          return meet(work, sums, 0, sums.count, lower);
-      return write(work, sums, 0, sums.count);
+    Interval rest{sums.first[2], sums.first[2] + sums.count};
+    const std::int64_t turn = plan.grid.turn(2);
+    if (rest.size() > turn) {  // it ends with tokens that it begins with
+      rest.end = rest.begin + turn;
+      for_each_head(
+          work, sums,
+          [&](const Operand<E>&, std::int64_t, T* own, std::int64_t, std::int64_t padded) {
+            const T* again = own + turn * padded;
+            for (std::int64_t i = 0; i < (sums.count - turn) * padded; ++i) own[i] += again[i];
+          });
     }
-    // The first columns are the strip's before too, the last ones the next one's.
-    const std::int64_t begin = sums.first[2], end = begin + sums.count;
-    const Interval before = plan.columns_of_cut(2, work.group[2], work.strip - 1);
-    const Interval next = plan.columns_of_cut(2, work.group[2], work.strip + 1);
-    const std::int64_t own = before.size() > 0 ? std::max(begin, before.end) : begin;
-    const std::int64_t shared = next.size() > 0 ? std::min(end, next.begin) : end;
-    if (begin < own) meet(work, sums, 0, own - begin, work.strip - 1);
-    if (own < shared) write(work, sums, own - begin, shared - begin);
-    if (shared < end) meet(work, sums, shared - begin, end - begin, work.strip);
+    std::vector<Interval> shared;
+    plan.for_each_shared(2, work.group[2], work.strip, [&](const Interval& part) {
+      if (part.begin >= rest.end) return;
+      shared.push_back({part.begin, std::min(part.end, rest.end)});
+    });
+    std::sort(shared.begin(), shared.end(),
+              [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
+    for (const Interval& part : shared) {
+      if (rest.begin < part.begin) give(work, sums, {rest.begin, part.begin}, false);
+      give(work, sums, part, true);
+      rest.begin = part.end;
+    }
+    if (rest.size() > 0) give(work, sums, rest, false);
   }
 
   void store_rows(const Work& work) override {
@@ -149,7 +158,8 @@ class BackwardQuery final : public Pass<E> {
   /// spoiled them.
   void clear_hidden_columns(const Work& work, const LineSums<T>& sums) const {
     if (!mask) return;
-    for_each_column(work, sums, 0, sums.count, [&](std::int64_t column, const Coordinate& key) {
+    const Interval all{sums.first[2], sums.first[2] + sums.count};
+    for_each_column(work, sums, all, [&](std::int64_t column, const Coordinate& key) {
       if (!mask.hides(work.batch, key)) return;
       for_each_head(work, sums,
                     [&](const Operand<E>&, std::int64_t, T* of, std::int64_t, std::int64_t padded) {
@@ -157,15 +167,25 @@ class BackwardQuery final : public Pass<E> {
                     });
     });
   }
-  /// Columns first to last of a line: `f(column, its number among the keys)`.
+  /// A part of a line, in runs: `f(column, number of its key, columns)`.
   template <class F>
-  void for_each_column(const Work& work, const LineSums<T>& sums, std::int64_t first,
-                       std::int64_t last, F&& f) const {
-    Coordinate key = work.column_at(plan, {sums.first[0], sums.first[1], sums.first[2] + first});
-    for (std::int64_t column = first; column < last; ++column) {
-      f(column, key);
-      key[2] += plan.problem().axes[2].dilation;
-    }
+  void for_each_run_of(const Work& work, const LineSums<T>& sums, const Interval& part,
+                       F&& f) const {
+    for_each_run(plan, work, {sums.first[0], sums.first[1], part.begin}, part.size(),
+                 [&](const Coordinate* key, std::int64_t at, std::int64_t count) {
+                   f(part.begin - sums.first[2] + at, *key, count);
+                 });
+  }
+  /// Likewise column by column: `f(column, number of its key)`.
+  template <class F>
+  void for_each_column(const Work& work, const LineSums<T>& sums, const Interval& part,
+                       F&& f) const {
+    for_each_run_of(work, sums, part, [&](std::int64_t column, Coordinate key, std::int64_t count) {
+      for (std::int64_t i = 0; i < count; ++i) {
+        f(column + i, key);
+        key[2] += plan.problem().axes[2].dilation;
+      }
+    });
   }
   /// Both gradients, if they are wanted: `f(tensor, sums, dim, padded)`.
   template <class F>
@@ -185,60 +205,85 @@ class BackwardQuery final : public Pass<E> {
                           f(to, heads.first + h, of + h * sums.head_stride, dim, padded);
                       });
   }
-  /// Writes sums of columns first to last of a line; `stays`: in the caches, as they are read soon.
-  void write(const Work& work, const LineSums<T>& sums, std::int64_t first, std::int64_t last,
-             bool stays = false) const {
-    const Coordinate key =
-        work.column_at(plan, {sums.first[0], sums.first[1], sums.first[2] + first});
-    for_each_gradient(
-        sums, [&](const Operand<E>& to, const T* from, std::int64_t dim, std::int64_t padded) {
-          simd::Unpacking<T> unpacking;
-          unpacking.from = from + first * padded;
-          unpacking.padded = padded;
-          unpacking.from_stride = sums.head_stride;
-          set_target(unpacking, plan, work, heads_of_sums(work), to, key, last - first, dim);
-          if (stays) unpacking.streams = false;
-          unpack(isa, plan.problem().dtype, unpacking);
-        });
+  /// Writes the sums of a part of a line; `stays`: in the caches, as they are read soon.
+  void write(const Work& work, const LineSums<T>& sums, const Interval& part, bool stays) const {
+    for_each_gradient(sums, [&](const Operand<E>& to, const T* from, std::int64_t dim,
+                                std::int64_t padded) {
+      for_each_run_of(work, sums, part,
+                      [&](std::int64_t column, const Coordinate& key, std::int64_t count) {
+                        simd::Unpacking<T> unpacking;
+                        unpacking.from = from + column * padded;
+                        unpacking.padded = padded;
+                        unpacking.from_stride = sums.head_stride;
+                        set_target(unpacking, plan, work, heads_of_sums(work), to, key, count, dim);
+                        if (stays) unpacking.streams = false;
+                        unpack(isa, plan.problem().dtype, unpacking);
+                      });
+    });
   }
-  /// As `write`, of columns that another item gives sums to. Tensors of sums can hold those of the
-  /// item that comes first.
-  void meet(const Work& work, const LineSums<T>& sums, std::int64_t first, std::int64_t last,
-            std::int64_t lower) const {
-    constexpr bool kHolds = std::is_same_v<E, T>;
-    const Heads heads = heads_of_sums(work);
+  /// Whether a line's tokens of axis 0 or 1 are visited once more.
+  bool is_shared(int axis, const Work& work, std::int64_t position) const {
+    bool found = false;
+    plan.for_each_shared(axis, work.group[axis], axis == 0 ? 0 : work.sweep,
+                         [&](const Interval& part) { found = found || part.contains(position); });
+    return found;
+  }
+  /// Writes the sums of a part of a line, once those of all visits of its tokens are in them: two
+  /// meet along each axis in turn, so that what is added to what does not depend on who is first.
+  /// `is_shared2`: along axis 2.
+  void give(const Work& work, const LineSums<T>& sums, const Interval& part,
+            bool is_shared2) const {
+    const Coordinate line = plan.line_in_ring({sums.first[0], sums.first[1], part.begin});
+    const bool shared[] = {is_shared(0, work, sums.first[0]), is_shared(1, work, sums.first[1]),
+                           is_shared2};
+    // Known by this item's positions and cuts, along axes where visits have met by the token.
+    typename Exchange<T>::Key key{work.batch, heads_of_sums(work).first, 0, 0, 0, 0, work.sweep,
+                                  work.strip};
+    for (int axis = 0; axis < kMaxRank; ++axis) key[3 + axis] = work.token(plan, axis, line[axis]);
+    // A tensor of sums can hold one that waits, instead of memory.
+    const bool holds = std::is_same_v<E, T> && std::count(shared, shared + 3, true) == 1;
+    for (int axis = 0; axis < kMaxRank; ++axis) {
+      const Axis& a = plan.problem().axes[axis];
+      if (plan.grid.is_circular(axis)) key[3 + axis] = floor_mod(key[3 + axis], a.grid_length);
+      if (axis > 0) key[5 + axis] = -1;
+      if (!shared[axis]) continue;
+      key[2] = axis;
+      if (!meet(work, sums, part, key, holds)) return;
+    }
+    write(work, sums, part, false);
+  }
+  /// Leaves sums for the other visit, or adds what that has left to them. Tells which.
+  bool meet(const Work& work, const LineSums<T>& sums, const Interval& part,
+            const typename Exchange<T>::Key& key, bool holds) const {
+    const std::int64_t first = part.begin - sums.first[2];
     const std::int64_t elements =
-        kHolds ? 0 : (last - first) * heads.count * (plan.padded + plan.value_padded);
-    exchange_->meet(
-        {work.batch, heads.first, work.token(plan, 0, sums.first[0]),
-         work.token(plan, 1, sums.first[1]), work.group[2], lower},
-        elements,
+        holds ? 0 : part.size() * heads_of_sums(work).count * (plan.padded + plan.value_padded);
+    return exchange_->meet(
+        key, elements,
         [&](T* memory) {
-          if (kHolds) return write(work, sums, first, last, true);
+          if (holds) return write(work, sums, part, true);
           for_each_head(work, sums,
                         [&](const Operand<E>&, std::int64_t, const T* own, std::int64_t,
                             std::int64_t padded) {
-                          memory = std::copy(own + first * padded, own + last * padded, memory);
+                          memory = std::copy_n(own + first * padded, part.size() * padded, memory);
                         });
         },
         [&](const T* memory) {
           for_each_head(work, sums,
                         [&](const Operand<E>& to, std::int64_t head, T* own, std::int64_t dim,
                             std::int64_t padded) {
-                          for_each_column(work, sums, first, last,
-                                          [&](std::int64_t column, const Coordinate& key) {
-                                            T* sum = own + column * padded;
-                                            if constexpr (kHolds) {
-                                              const T* left = to.at(work.batch, head, key);
-                                              for (std::int64_t d = 0; d < dim; ++d)
-                                                sum[d] += left[d];
-                                            } else {
-                                              for (std::int64_t d = 0; d < padded; ++d)
-                                                sum[d] += *memory++;
-                                            }
-                                          });
+                          if constexpr (std::is_same_v<E, T>)
+                            if (holds)
+                              return for_each_column(
+                                  work, sums, part, [&](std::int64_t column, const Coordinate& at) {
+                                    const T* left = to.at(work.batch, head, at);
+                                    T* sum = own + column * padded;
+                                    for (std::int64_t d = 0; d < dim; ++d) sum[d] += left[d];
+                                  });
+                          T* sum = own + first * padded;
+                          for (std::int64_t i = 0; i < part.size() * padded; ++i)
+                            sum[i] += *memory++;
                         });
-          write(work, sums, first, last);
         });
   }
 

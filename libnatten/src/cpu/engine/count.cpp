@@ -6,6 +6,7 @@
 #include "../parallel.h"
 #include "engine.h"
 #include "stream.h"
+#include "unseen.h"
 
 // The engine runs a pass whose functions count where others compute, so what is counted is what is
 // done: the plan, its strips and pieces, the ring of packed lines and the steps of the kernels.
@@ -17,6 +18,11 @@ constexpr const char* kNames[] = {"forward", "backward_query", "backward_key"};
 constexpr const char* kNameOfBoth = "backward";  // of the last two
 
 double as_double(std::int64_t n) { return static_cast<double>(n); }
+
+/// Gradients that a key has in one head.
+std::int64_t gradient_elements(const Problem& p) {
+  return (p.wants_grad_key ? p.head_dim : 0) + (p.wants_grad_value ? p.value_dim : 0);
+}
 
 /// Of a unit, in multiply-adds.
 double work_in(const PassWork& pass) { return pass.executed + kPackedByte * pass.packed; }
@@ -109,10 +115,8 @@ class Count final : public Pass<E> {
 
   void store_columns(const Work& work, const LineSums<T>& sums) override {
     const Problem& p = plan.problem();
-    const std::int64_t elements =
-        (p.wants_grad_key ? p.head_dim : 0) + (p.wants_grad_value ? p.value_dim : 0);
-    to_.written +=
-        as_double(sums.count * work.head_count * p.kv_heads / p.heads) * bytes_of(elements, 0);
+    to_.written += as_double(sums.count * work.head_count * p.kv_heads / p.heads) *
+                   bytes_of(gradient_elements(p), 0);
   }
 
   void store_rows(const Work&) override {
@@ -166,6 +170,9 @@ PassWork count_pass(const Job& job, PassKind kind, int threads) {
   const bool is_even = plan.grid.heads() % plan.row_heads == 0;
   if (is_even || groups > 1) count_group(0, is_even ? groups : groups - 1);
   if (!is_even) count_group(groups - 1, 1);
+  if (gives_to_columns(plan))
+    result.written += as_double(p.batch * p.kv_heads * SeenKeys(plan.grid).others() *
+                                gradient_elements(p) * sizeof(E));
   result.name = gives_to_columns(plan) ? kNameOfBoth : kNames[static_cast<int>(kind)];
   result.units = plan.total_units();
   result.balance = balance_of(units, p.batch, threads);

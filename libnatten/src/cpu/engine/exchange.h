@@ -16,22 +16,23 @@ template <class T>
 class Exchange {
  public:
   /// What the columns are known by.
-  using Key = std::array<std::int64_t, 6>;
+  using Key = std::array<std::int64_t, 8>;
 
   /// Calls `leave(memory)` with memory for `elements`, or `take(memory)` with what the other item
-  /// has left.
+  /// has left, and tells whether it was there.
   template <class Leave, class Take>
-  void meet(const Key& key, std::int64_t elements, Leave&& leave, Take&& take) {
+  bool meet(const Key& key, std::int64_t elements, Leave&& leave, Take&& take) {
     Part& part = parts_[hash(key) % kParts];
     std::lock_guard<std::mutex> lock(part.mutex);
     const auto found = part.left.find(key);
     if (found == part.left.end()) {
       leave(part.left.emplace(key, std::vector<T>(static_cast<std::size_t>(elements)))
                 .first->second.data());
-      return;
+      return false;
     }
     take(found->second.data());
     part.left.erase(found);
+    return true;
   }
 
  private:

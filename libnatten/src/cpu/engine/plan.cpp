@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <vector>
 
 namespace natten::detail::cpu::engine {
 namespace {
@@ -226,13 +227,20 @@ void cut_into_items(Plan& plan, int threads) {
   set_sweeps(best);
 }
 
-/// Whether no column is seen from more than two sweeps of axis 1, or strips of axis 2.
-bool meets_in_pairs(const Plan& plan, int axis, std::int64_t cuts) {
-  for (std::int64_t i = 0; i < plan.grid.groups(axis) && cuts > 2; ++i) {
-    const std::int64_t group = plan.grid.group(axis, i);
-    for (std::int64_t n = 0; n + 2 < cuts; ++n) {
-      const Interval later = plan.columns_of_cut(axis, group, n + 2);
-      if (later.size() > 0 && later.begin < plan.columns_of_cut(axis, group, n).end) return false;
+/// Whether no token of an axis is visited more than twice.
+bool meets_in_pairs(const Plan& plan, int axis) {
+  const RowGrid& grid = plan.grid;
+  const std::int64_t cuts = plan.cuts(axis);
+  if (cuts == 1 && !grid.is_circular(axis)) return true;
+  std::vector<char> visits;
+  for (std::int64_t i = 0; i < grid.groups(axis); ++i) {
+    const std::int64_t group = grid.group(axis, i);
+    visits.assign(static_cast<std::size_t>(group_length(plan.problem().axes[axis], group)), 0);
+    for (std::int64_t n = 0; n < cuts; ++n) {
+      Interval seen = plan.columns_of_cut(axis, group, n);
+      if (plan.holds_turn(axis)) seen.end = std::min(seen.end, seen.begin + grid.turn(axis));
+      for (std::int64_t c = seen.begin; c < seen.end; ++c)
+        if (++visits[floor_mod(c, grid.turn(axis))] > 2) return false;
     }
   }
   return true;
@@ -244,12 +252,6 @@ bool meets_in_pairs(const Plan& plan, int axis, std::int64_t cuts) {
 bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   const Problem& p = plan.problem();
   if (p.batch == 0) return false;
-  // Then every key is seen by some query, and its gradient written.
-  for (const Axis& a : p.axes) {
-    const bool is_whole = a.query_offset == 0 && a.key_offset == 0 &&
-                          a.query_length == a.grid_length && a.key_length == a.grid_length;
-    if (!is_whole || a.boundary == Boundary::circular) return false;
-  }
   Plan found = plan;
   const RowGrid& grid = plan.grid;
   const std::int64_t planes = grid.most_rows(0), lines = grid.most_rows(1),
@@ -266,11 +268,13 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   const bool keeps_planes = planes > 1 && plan.ring0 > 1;  // lines stay for the next one
   const auto set_sweeps = [&](std::int64_t count) {
     found.sweeps = std::clamp<std::int64_t>(count, 1, found.stacks);
-    if (!keeps_planes) return;
-    found.ring1 = 1;
+    found.ring1 = plan.ring1;
+    if (!keeps_planes && !(grid.is_circular(1) && found.sweeps == 1)) return;
     for (std::int64_t i = 0; i < grid.groups(1); ++i)
       for (std::int64_t n = 0; n < found.sweeps; ++n)
         found.ring1 = std::max(found.ring1, found.columns_of_cut(1, grid.group(1, i), n).size());
+    // A circular axis is held whole, unless lines that are at hand together go all around.
+    if (plan.ring1 <= grid.turn(1)) found.ring1 = std::min(found.ring1, grid.turn(1));
   };
   const auto units = [&] {
     return found.groups() * found.sweeps * found.strips * p.batch * found.head_groups();
@@ -279,7 +283,7 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   const std::int64_t halo = std::max<std::int64_t>(0, plan.ring1 - plan.stack);
   const bool is_shared = multiply_adds(p) >= kLeastSharedWork;  // by threads
   set_sweeps(1);
-  if (found.strips == 1 && is_shared) {
+  if (is_shared) {
     // The longer a sweep is than what it shares, the less is summed twice; planes weigh more.
     const std::int64_t least = (keeps_planes ? 4 * halo : 3 * halo) / 2;
     const std::int64_t most =
@@ -288,14 +292,16 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
     set_sweeps(std::max(std::min(sweeps_for(kUnitsOfColumnSums), most),
                         sweeps_for(kLeastUnitsOfColumnSums)));
   }
-  while (packed_bytes(found, found.strip) > kMostElementsOfColumnSums * plan.element_bytes) {
+  const auto fits = [&] {
+    return packed_bytes(found, found.strip) <= kMostElementsOfColumnSums * plan.element_bytes;
+  };
+  if (!fits() && !keeps_planes) found.ring1 = plan.ring1;
+  while (!fits()) {
     if (found.sweeps == found.stacks || found.ring1 <= plan.ring1) return false;
     set_sweeps(found.sweeps + 1);
   }
-  // What is cut along both axes would meet in fours.
-  if (found.sweeps > 1 && found.strips > 1) return false;
-  if (!meets_in_pairs(found, 1, found.sweeps) || !meets_in_pairs(found, 2, found.strips))
-    return false;
+  for (int axis = 0; axis < kMaxRank; ++axis)
+    if (!meets_in_pairs(found, axis)) return false;
   if (is_shared && units() < kLeastUnitsOfColumnSums) return false;
   if (group == 1) {
     found.row_heads = found.column_heads =
@@ -366,10 +372,12 @@ double multiply_adds(const Problem& p) {
 }
 
 Interval Plan::columns_of_cut(int axis, std::int64_t group, std::int64_t number) const {
-  const auto begin_of = [&](std::int64_t n) { return axis == 1 ? first_line(n) : n * strip; };
   const Interval rows = grid.rows(axis, group);
+  const auto begin_of = [&](std::int64_t n) {
+    return axis == 0 ? n * rows.size() : axis == 1 ? first_line(n) : n * strip;
+  };
   const std::int64_t first = rows.begin + begin_of(number);
-  if (number < 0 || number >= (axis == 1 ? sweeps : strips) || first >= rows.end) return {0, 0};
+  if (number < 0 || number >= cuts(axis) || first >= rows.end) return {0, 0};
   const std::int64_t last = std::min(rows.begin + begin_of(number + 1), rows.end) - 1;
   return {grid.columns(axis, group, first).begin, grid.columns(axis, group, last).end};
 }

@@ -175,10 +175,38 @@ struct Plan {
   std::int64_t groups() const { return grid.groups(0) * grid.groups(1) * grid.groups(2); }
   /// Items of a unit are a multiple of these, which have sums of columns in common.
   std::int64_t items_together() const { return sums_columns ? grid.most_rows(0) : 1; }
-  /// The axis along which items give sums to the same columns, if any.
-  int shared_axis() const { return sweeps > 1 ? 1 : 2; }
-  /// The columns that a sweep (of axis 1), or a strip (of axis 2), sees; none beyond the last.
+  /// How many parts the rows of an axis are cut into: sweeps of axis 1, strips of axis 2.
+  std::int64_t cuts(int axis) const { return axis == 0 ? 1 : axis == 1 ? sweeps : strips; }
+  /// The columns that a cut sees; none beyond the last.
   Interval columns_of_cut(int axis, std::int64_t group, std::int64_t number) const;
+  /// Whether the ring holds a circular axis whole, so that all turns have one entry.
+  bool holds_turn(int axis) const {
+    return axis < 2 && (axis == 0 ? ring0 : ring1) == grid.turn(axis);
+  }
+  /// Whether a cut may come back to a token of a circular axis after a turn, with another entry of
+  /// the ring. Along axis 2 both visits are in one line.
+  bool returns(int axis) const { return axis < 2 && grid.is_circular(axis) && !holds_turn(axis); }
+  /// Calls `f(part)` with the parts of `columns_of_cut` whose tokens are visited once more along
+  /// this axis: by another cut, or on a circular axis by the same one, a turn later or earlier.
+  template <class F>
+  void for_each_shared(int axis, std::int64_t group, std::int64_t number, F&& f) const {
+    const bool is_circular = grid.is_circular(axis);
+    if (!is_circular && cuts(axis) == 1) return;
+    const Interval own = columns_of_cut(axis, group, number);
+    const std::int64_t first = is_circular ? 0 : std::max<std::int64_t>(number - 1, 0);
+    const std::int64_t last = is_circular ? cuts(axis) : std::min(number + 2, cuts(axis));
+    const std::int64_t turn = is_circular ? grid.turn(axis) : 0;
+    for (std::int64_t n = first; n < last; ++n) {
+      if (n == number && !returns(axis)) continue;
+      const Interval other = columns_of_cut(axis, group, n);
+      for (std::int64_t shift = -turn; shift <= turn; shift += std::max<std::int64_t>(turn, 1)) {
+        if (n == number && shift == 0) continue;
+        const Interval part{std::max(own.begin, other.begin + shift),
+                            std::min(own.end, other.end + shift)};
+        if (part.size() > 0) f(part);
+      }
+    }
+  }
   /// Rows that a thread has at hand.
   std::int64_t rows() const { return row_heads * head_rows; }
   /// The line of rows, of those of axis 1, that a sweep begins with.
@@ -186,8 +214,8 @@ struct Plan {
   /// Which of the lines at one position of axis 2 a line is: where the ring holds a circular axis
   /// whole, each turn has the same.
   Coordinate line_in_ring(Coordinate line) const {
-    if (ring0 == grid.turn(0)) line[0] = floor_mod(line[0], ring0);
-    if (ring1 == grid.turn(1)) line[1] = floor_mod(line[1], ring1);
+    for (int axis = 0; axis < 2; ++axis)
+      if (holds_turn(axis)) line[axis] = floor_mod(line[axis], grid.turn(axis));
     return line;
   }
   std::int64_t total_units() const { return grid.problem.batch * head_groups() * units; }
