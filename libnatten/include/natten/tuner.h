@@ -62,9 +62,9 @@ struct Choice {
   double seconds = 0;          ///< of the configuration
 };
 
-/// Finds the configuration of least cost; candidates are timed in turns. The first one, the default,
-/// stands unless another beats it in turns of these two alone: by more than the default's own costs
-/// vary, in three of four turns, and in the least cost of both.
+/// Finds the configuration of least cost; candidates are timed in turns. The first one, the
+/// default, stands unless another beats it in turns of these two alone: by more than the default's
+/// own costs vary, in three of four turns, and in the least cost of both.
 NATTEN_EXPORT Choice search(const std::vector<Configuration>& candidates,
                             const std::function<double(const Configuration&)>& cost,
                             const TuningLimits& limits = {});
