@@ -15,7 +15,7 @@ namespace natten::detail::cpu::engine {
 template <class T>
 class Exchange {
  public:
-  /// What the columns are known by.
+  /// The key by which two items find each other's columns.
   using Key = std::array<std::int64_t, 6>;
 
   /// Calls `leave(memory)` with memory for `elements`, or `take(memory)` with what the other item
