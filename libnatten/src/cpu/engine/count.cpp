@@ -18,7 +18,7 @@ constexpr const char* kNameOfBoth = "backward";  // of the last two
 
 double as_double(std::int64_t n) { return static_cast<double>(n); }
 
-/// Work of a unit, in multiply-adds.
+/// Of a unit, in multiply-adds.
 double work_in(const PassWork& pass) { return pass.executed + kPackedByte * pass.packed; }
 
 /// PassWork::balance of units that are handed out as threads get free. `groups`: the units of each

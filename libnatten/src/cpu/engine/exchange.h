@@ -15,7 +15,7 @@ namespace natten::detail::cpu::engine {
 template <class T>
 class Exchange {
  public:
-  /// The key by which two items find each other's columns.
+  /// What the columns are known by.
   using Key = std::array<std::int64_t, 6>;
 
   /// Calls `leave(memory)` with memory for `elements`, or `take(memory)` with what the other item

@@ -19,8 +19,8 @@
 namespace natten::detail::cpu::engine {
 
 /// The engine's runs over rows and columns, each for one kind of result. In each, rows gather from
-/// the columns that they see. Rows are queries and columns keys, except in backward_key and
-/// av_transpose, where rows are keys and columns the queries that see them.
+/// the columns that they see. Rows are queries and columns keys, but for the gradients of keys and
+/// values and for av_transpose, where rows are keys and columns the queries that see them.
 enum class PassKind { forward, backward_query, backward_key, qk, av, av_transpose };
 
 inline bool rows_are_keys(PassKind kind) {
@@ -33,18 +33,18 @@ inline bool rows_have_slots(PassKind kind) { return kind == PassKind::qk || kind
 /// The pass that an operation begins with.
 PassKind first_pass(Op);
 
-/// How many additional tokens are packed at a time.
+/// Additional tokens that are packed at a time.
 inline constexpr std::int64_t kAdditionalPiece = 4096;
-/// Most weights of a row in unfused operations.
+/// Most weights of a row, of the unfused operations.
 inline constexpr std::int64_t kMostWeights = 4096;
 /// Elements around a table of biases that vectors may touch.
 inline constexpr std::int64_t kBiasPadding = 64;
 
-/// Multiply-adds below which waking other threads takes longer than they save: some 30 us of work.
+/// Multiply-adds, below which waking other threads takes longer than they save: some 30 us of work.
 inline constexpr double kLeastSharedWork = 1 << 19;
-/// Multiply-adds of a call, roughly.
+/// Of a call, roughly.
 double multiply_adds(const Problem&);
-/// Multiply-adds that take as long as packing a byte.
+/// In which a byte takes as long to pack.
 inline constexpr double kPackedByte = 6;
 
 inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
@@ -52,7 +52,7 @@ inline std::int64_t round_up(std::int64_t n, std::int64_t multiple) {
 }
 
 inline std::int64_t bias_count(const Problem& p) { return volume(relative_positions(p)); }
-/// Elements of a head's table of biases, with its padding.
+/// Of a head's table of biases, with its padding.
 inline std::int64_t bias_elements(const Problem& p) { return bias_count(p) + 2 * kBiasPadding; }
 
 /// The rows of a pass, and what they see along each axis.
@@ -81,7 +81,7 @@ struct RowGrid {
     return rows_are_keys(kind) ? query_index(a, token) : key_index(a, token);
   }
   bool is_circular(int axis) const { return problem.axes[axis].boundary == Boundary::circular; }
-  /// Positions after which a circular axis begins again; for other axes more than there are.
+  /// Positions after which a circular axis begins again; of other axes more than there are.
   std::int64_t turn(int axis) const {
     const Axis& a = problem.axes[axis];
     return is_circular(axis) ? a.grid_length / a.dilation
@@ -122,18 +122,19 @@ struct ColumnShape {
   std::int64_t grad_value = 0;       // likewise
 };
 
-/// Gradients of biases and additional tokens, to which several items contribute, go through one
-/// partial sum per unit. The number of units does not depend on threads, and is bounded by the
-/// memory that they take. Where additional tokens are so many that they would leave few units, they
-/// have no partial sums and gather from the queries, as keys do. Biases may leave few units.
+/// Sums over queries that several items contribute to, those of biases and additional tokens, go
+/// through one partial sum per unit. How many units there are does not depend on threads, and is
+/// bounded by the memory that they take. Gradients of so many additional tokens that they would
+/// leave few units have none: those tokens gather from the queries, as keys do. Biases may leave
+/// few.
 struct PartialSums {
   std::int64_t bias = 0;        // elements of a table of biases, with its padding
   std::int64_t additional = 0;  // elements of the additional tokens' gradients
   std::int64_t elements() const { return bias + additional; }
 };
 
-/// How a pass is cut into work. Strips, whose rows share vectors, depend on the problem alone, and
-/// so do units where there are partial sums. Nothing else changes a sum, so it may depend on
+/// How a pass is cut into work. Strips, whose rows share vectors, are decided from the problem
+/// alone, and so are units where there are partial sums; the rest changes no sum and may depend on
 /// threads.
 struct Plan {
   RowGrid grid;
@@ -164,21 +165,21 @@ struct Plan {
 
   const Problem& problem() const { return grid.problem; }
   PassKind kind() const { return grid.kind; }
-  /// Elements of a row or column in a transposed operand.
+  /// Of a transposed operand, by row or column.
   std::int64_t elements(std::int64_t dim) const { return in_pairs ? (dim + 1) / 2 : dim; }
-  /// The problem's scale is applied to packed queries. Pairs are packed without it: there kernels
-  /// apply it to scores, and to gradients of keys when these are written.
+  /// The problem's scale is in packed queries, or where pairs are packed as they are, in what the
+  /// kernels make of them: scores, and once sums are written gradients of keys.
   double query_scale() const { return in_pairs ? 1.0 : problem().scale; }
   double score_scale() const { return in_pairs ? problem().scale : 1.0; }
   std::int64_t head_groups() const { return (grid.heads() + row_heads - 1) / row_heads; }
   std::int64_t groups() const { return grid.groups(0) * grid.groups(1) * grid.groups(2); }
-  /// How many items share sums of columns; a unit has a multiple of these.
+  /// Items of a unit are a multiple of these, which have sums of columns in common.
   std::int64_t items_together() const { return sums_columns ? grid.most_rows(0) : 1; }
   /// The axis along which items give sums to the same columns, if any.
   int shared_axis() const { return sweeps > 1 ? 1 : 2; }
   /// The columns that a sweep (of axis 1), or a strip (of axis 2), sees; none beyond the last.
   Interval columns_of_cut(int axis, std::int64_t group, std::int64_t number) const;
-  /// How many rows a thread has at hand.
+  /// Rows that a thread has at hand.
   std::int64_t rows() const { return row_heads * head_rows; }
   /// The line of rows, of those of axis 1, that a sweep begins with.
   std::int64_t first_line(std::int64_t number) const { return stacks * number / sweeps * stack; }
@@ -197,11 +198,12 @@ inline bool gives_to_columns(const Plan& plan) {
   return plan.sums_columns && (plan.problem().wants_grad_key || plan.problem().wants_grad_value);
 }
 
-/// `element_bytes`: of sums. `in_pairs`: see Plan. `threads`: how many take part.
+/// `element_bytes`: of sums. `in_pairs`: see Plan. `threads`: that take part.
 Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::size_t element_bytes,
                bool in_pairs, int threads, const Configuration& configuration = {});
 
-/// Whether two plans of a pass surely sum up the same numbers in the same order.
+/// Whether two plans of a pass sum up the same numbers in the same order. May be false where they
+/// do.
 bool sums_alike(const Plan& a, const Plan& b);
 
 /// For tensors of element type E.
