@@ -58,8 +58,7 @@ void bind_tensors(Call& call, const nb::sequence& tensors, bool outputs, Bind&& 
                     (outputs ? " outputs" : " inputs") + "; must be " + std::to_string(at));
 }
 
-/// "cpu", "cuda" or "cuda:1". Without a number it is a CUDA device that need not be in this
-/// machine.
+/// "cpu", "cuda" or "cuda:1". "cuda" is a device that need not be in this machine.
 Device device_named(const std::string& name) {
   if (name == name_of(DeviceType::cpu)) return {};
   if (name == name_of(DeviceType::cuda)) return {DeviceType::cuda, -1};
@@ -155,7 +154,7 @@ void run_unlocked(HoldsLock& lock, const std::string& backend, std::optional<int
   lock.release_while([&] { run(calls..., context); });
 }
 
-/// `allocate(shape, dtype name)` makes the outputs that are not there yet, and memory to work in.
+/// `allocate(shape, dtype name)` makes the outputs that are not given, and the workspace.
 nb::list run_call(const std::string& op, const Config& config, Scale scale,
                   const std::string& backend, const nb::sequence& inputs,
                   const nb::sequence& outputs, std::optional<int> openmp_threads,
@@ -363,10 +362,9 @@ std::vector<std::pair<std::int64_t, std::int64_t>> key_range_of(const Config& co
   return ranges;
 }
 
-/// What one axis of a grid is made of: of each given query its (dilation group, position, position
-/// of slot 0, first and past the last position that it sees), and of each dilation group that has
-/// queries (group, a first position, the numbers of the keys from there on to the last that is
-/// seen).
+/// The windows of one axis of a grid. For each given query: (dilation group, position, position of
+/// slot 0, first position that it sees, position past the last). For each dilation group that has
+/// queries: (group, first position, the numbers of the keys from there to the last that is seen).
 using AxisWindows = std::pair<
     std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>>,
     std::vector<std::tuple<std::int64_t, std::int64_t, std::vector<std::int64_t>>>>;

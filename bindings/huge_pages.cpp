@@ -11,7 +11,7 @@ namespace natten::bindings {
 #if defined(MADV_HUGEPAGE)
 namespace {
 constexpr std::uintptr_t kHugePage = 2 << 20;
-// As numpy does with its arrays: smaller ones hold too few whole huge pages.
+// The same as numpy's limit for its arrays: smaller ones hold too few whole huge pages.
 constexpr std::uintptr_t kLeastBytes = 4 << 20;
 }  // namespace
 

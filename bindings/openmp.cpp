@@ -12,13 +12,13 @@
 namespace natten::bindings {
 namespace {
 
-/// What compilers make of `#pragma omp parallel`. GCC's runtime defines it, and LLVM's and Intel's
-/// do for its sake.
+/// What compilers turn `#pragma omp parallel` into. GCC's runtime defines it, and LLVM's and
+/// Intel's do too, to be compatible.
 using Parallel = void (*)(void (*body)(void*), void* data, unsigned threads, unsigned flags);
 
 #if defined(__unix__) || defined(__APPLE__)
-/// Whether this process is what another forked, rather than a program of its own: the runtime may
-/// have been loaded, and its threads started, before. True where there is no telling.
+/// Whether another process has forked this one, without starting a new program: then the runtime
+/// may have been loaded, and its threads started, before the fork. True where that is unknown.
 bool is_forked() {
 #if defined(__linux__)
   // "pid (name) state", then numbers, of which the sixth are flags of the kernel.

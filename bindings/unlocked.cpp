@@ -35,8 +35,8 @@ void enter() {
 void interpreter_exits() {
   if (python_stops_threads) return;
   exiting = true;
-  // Who is in a function of the module comes out of it, or to where it stops. One that waits for
-  // something else does not keep the process from its end.
+  // Each thread that is in a function of the module leaves it, or reaches the place where it stops.
+  // One that waits for something else does not keep the process from ending.
   const auto end = Clock::now() + std::chrono::seconds(1);
   while (holders > 0 && Clock::now() < end) {
     PyThreadState* state = PyEval_SaveThread();

@@ -8,11 +8,11 @@
 /// The interpreter's lock around calls of the library that may take long.
 namespace natten::bindings {
 
-/// For the life of a function of the module that runs Python code or releases the lock. Python ends
-/// other threads than the main one when they wait for the lock while the interpreter finalizes: in
-/// 3.13 and before by an exception that no C++ function on their stack may stop, and there always
-/// is one. So while the interpreter exits, such threads are stopped here before they wait, for
-/// good, as Python 3.14 itself does; and those that wait already are let through before it
+/// Lives as long as a call of a function of the module that runs Python code or releases the lock.
+/// While the interpreter finalizes, Python ends other threads than the main one when they wait for
+/// the lock: up to 3.13 by an exception that no C++ function on their stack may stop, but one
+/// always does. So while the interpreter exits, such threads are stopped here for good before they
+/// wait, as Python 3.14 itself does, and those that wait already are let through before it
 /// finalizes.
 class HoldsLock {
  public:
@@ -21,7 +21,8 @@ class HoldsLock {
   HoldsLock(const HoldsLock&) = delete;
   HoldsLock& operator=(const HoldsLock&) = delete;
 
-  /// Runs `work` without the lock. Throws what it throws, but for a Python exception that is set.
+  /// Runs `work` without the lock. Throws the Python exception that is set then, else what it
+  /// threw.
   void release_while(const std::function<void()>& work);
 };
 
@@ -29,7 +30,7 @@ class HoldsLock {
 /// where one of them raised it. Null in threads that run none.
 std::function<bool()> signal_check();
 
-/// Has the interpreter tell when it exits and when it was forked.
+/// Asks the interpreter to report when it exits and when it was forked.
 void watch_interpreter();
 
 }  // namespace natten::bindings

@@ -70,7 +70,7 @@ const ExchangeApi* exchange_api(PyTypeObject* type) {
   return api;
 }
 
-/// Of what is to be allocated. More have no address, and strides would overflow.
+/// Most elements to allocate. More have no address, and strides would overflow.
 constexpr double kMostElements = 0x1p57;
 
 [[noreturn]] void fail(ErrorKind kind, const char* name, const std::string& message) {
@@ -154,7 +154,7 @@ TensorView view_of(const nb::tuple& spec, Device device, const char* name) {
                          static_cast<int>(shape.size()));
 }
 
-/// Over DLPack JAX does not say that its arrays are immutable.
+/// JAX's arrays are immutable, but DLPack does not say so.
 bool is_jax_array(nb::handle object) {
   const nb::object module = nb::getattr(object.type(), "__module__", nb::none());
   std::string name;

@@ -58,7 +58,7 @@ TensorView view_of(const ffi::AnyBuffer& buffer, Device device, const char* name
                          static_cast<int>(shape.size()));
 }
 
-/// Copies from the memory of the device, and waits for what the stream has to do before.
+/// Copies from the memory of the device, after waiting for all earlier work of the stream.
 void copy_to_host(void* to, const void* from, std::size_t bytes, Device device, void* stream) {
   if (device.type == DeviceType::cpu) {
     std::memcpy(to, from, bytes);
@@ -92,7 +92,7 @@ std::vector<std::int64_t> read(const char* name, const ffi::AnyBuffer& buffer, D
   return values;
 }
 
-/// Offsets that are known at run time only: those of queries, then those of keys, one per axis.
+/// Offsets that are known only at run time: those of queries, then those of keys, one per axis.
 void set_offsets(Call& call, const ffi::AnyBuffer& buffer, Device device, void* stream) {
   const int rank = call.neighborhood.kernel_size.size;
   const std::vector<std::int64_t> values = read("offsets", buffer, device, stream);
@@ -122,7 +122,7 @@ ffi::Error run_on(Device device, Context context, ffi::RemainingArgs args,
   // Nothing may be thrown across XLA's boundary.
   try {
     Call call = decode_call(op, config.begin(), config.size(), scale);
-    // XLA runs programs; nobody waits for one of its calls to be timed.
+    // A call inside a program of XLA's is not timed: the program would wait for it.
     if (call.options.tuning == Tuning::any) call.options.tuning = Tuning::read;
     std::optional<Packing> packing;
     std::size_t next_arg = 0, next_result = 0;

@@ -47,10 +47,10 @@ def test_headers_for_wheels_without_a_jaxlib():
 
 
 def test_the_table_of_wheels():
-    """README has a row for each platform that `make wheels` knows."""
+    """docs/support.md has a row for each platform that `make wheels` knows."""
     text = (ROOT / "tools/wheels.py").read_text()
     systems = re.findall(r'^    "([\w]+)": System', text, re.MULTILINE)
-    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `(\w+)` \|", (ROOT / "docs/support.md").read_text(), re.MULTILINE)
     assert systems and sorted(set(rows)) == sorted(systems)
 
 

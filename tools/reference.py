@@ -16,6 +16,7 @@ MODULES = (
     "natten",
     "natten.functional",
     "natten.distributed",
+    "natten.flops",
     "natten.jax",
     "natten.flax",
     "natten.numpy",

@@ -57,7 +57,7 @@ std::size_t total_workspace(const std::vector<Selected>& selected) {
   return bytes;
 }
 
-/// They run at once, so the outputs of one must not touch the tensors of another either.
+/// The calls run at once, so the outputs of one must not overlap the tensors of another either.
 void check_memory(const Call* calls, std::size_t count) {
   std::vector<detail::Use> uses;
   uses.reserve(count * 16);  // more than any operation has
@@ -127,7 +127,7 @@ class Packed {
     problem_ = detail::check_packed(whole_, packing_, for_execution);
   }
 
-  /// Whether backends take all examples at once. Circular axes of them turn at different places.
+  /// Whether backends take all examples at once. Circular axes have their seams in other places.
   bool is_one_job() const {
     return problem_.device.type != DeviceType::cpu &&
            problem_.axes[kMaxRank - 1].boundary != Boundary::circular;
@@ -138,7 +138,7 @@ class Packed {
     selected.workspace_bytes += aligned(count() * sizeof(detail::Example));
     return selected;
   }
-  /// A call for each.
+  /// A call for each example.
   std::vector<Call> examples() const {
     std::vector<Call> examples(count(), whole_);
     for (const Role& role : roles_of(whole_.op))

@@ -96,7 +96,7 @@ Span span_of(const Use& use) {
   return {at + static_cast<std::uintptr_t>(below), at + static_cast<std::uintptr_t>(above), &use};
 }
 
-/// For spans that intersect: whether a byte belongs to both tensors.
+/// Whether a byte belongs to both tensors, whose spans intersect.
 bool share_memory(const Span& a, const Span& b) {
   Sums sums;  // of an offset in `a` and the distance of an offset in `b` from its end
   std::int64_t bytes = -2;

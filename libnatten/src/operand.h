@@ -83,7 +83,7 @@ Operand<T> operand(const Problem& p, const Tensors& tensors, TensorView Tensors:
   return o;
 }
 
-/// Whether nothing but the windows of a whole grid with the border `shift` is asked for.
+/// Whether the call is on a whole grid with the border `shift`, without a mask.
 inline bool is_plain(const Problem& p) {
   for (const Axis& axis : p.axes)
     if (axis.boundary != Boundary::shift || axis.query_offset != 0 || axis.key_offset != 0 ||

@@ -20,7 +20,7 @@ constexpr Role statistic(Role role) {
 
 using T = Tensors;
 
-/// What every operation can have.
+/// The roles that every operation can have.
 constexpr Role key_mask() {
   Role role = optional(input("key_mask", &T::key_mask, "MK"));
   role.is_mask = true;

@@ -65,8 +65,8 @@ std::vector<PassWork> work_of(const Call& call, int threads) {
   std::vector<PassWork> passes = problem.device.type == DeviceType::cuda
                                      ? detail::cuda::count_passes({problem, call.tensors, nullptr})
                                      : detail::cpu::engine::count_passes(problem, threads);
-  // What the definition asks for, once: scores and gradients of weights, which each pass that needs
-  // them computes again, belong to the first.
+  // Each product of the definition counts once: scores and gradients of weights, which every pass
+  // that needs them computes again, count for the first.
   const double pairs = pairs_of(problem);
   const auto d = static_cast<double>(problem.head_dim), dv = static_cast<double>(problem.value_dim);
   for (PassWork& pass : passes) {

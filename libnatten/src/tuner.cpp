@@ -76,12 +76,12 @@ class Search {
   }
 
  private:
-  // Of the whole time. The rest is for the comparison.
+  // The share of the whole time; the rest is for the comparison.
   static constexpr double kShareOfTurns = 0.6;
-  // Costs as much above the default's take a candidate out after some turns.
+  // After some turns, a candidate that costs this much more than the default is left out.
   static constexpr double kHopeless = 1.25;
   static constexpr std::size_t kTurnsBefore = 2, kLeastTurns = 3, kLeastOfComparison = 5;
-  // A gain that is smaller is not one.
+  // A smaller gain does not count.
   static constexpr double kLeastGain = 0.01;
 
   double elapsed() const { return std::chrono::duration<double>(Clock::now() - start_).count(); }
@@ -120,8 +120,8 @@ class Search {
     return best == &timed.front() ? nullptr : best;
   }
 
-  /// Whether the rival beats the one that stands, in turns of the two that begin anew: the least of
-  /// many costs is small by chance too.
+  /// Whether the rival beats the one that stands, in new turns of the two alone: the least of many
+  /// costs may be small by chance.
   bool compare(Timed& standing, Timed& rival) {
     const auto turns = static_cast<std::size_t>(2 * std::max(limits_.steps, 1) + 1);
     std::size_t wins = 0, count = 0;
@@ -290,7 +290,7 @@ class Memory {
  private:
   static constexpr std::size_t kAlignment = 64;
 
-  /// From -1 to 1, in no order that a processor could guess.
+  /// From -1 to 1, in an order that a processor cannot guess.
   template <class T>
   static void fill(T* to, std::size_t count) {
     std::uint32_t state = 1;
@@ -391,7 +391,7 @@ void configure(Job& job, const Backend& backend, const Context& context, Tuning 
   std::optional<Choice> choice = find(job.problem, backend, threads);
   if (!choice && mode == TuningMode::tune && allowed == Tuning::any && can_time &&
       backend.tunable->can_time(context)) {
-    // Where another thread tunes, what is timed now would be wrong.
+    // While another thread tunes, times would be wrong.
     const std::unique_lock lock(tuner.timing(), std::try_to_lock);
     if (lock) {
       const TuningSettings settings = tuner.settings();

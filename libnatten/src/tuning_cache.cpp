@@ -35,7 +35,7 @@ namespace {
 using Clock = std::chrono::steady_clock;
 namespace fs = std::filesystem;
 
-// A file of a choice is small; what is larger is not one.
+// The file of a choice is small; a larger file is something else.
 constexpr std::size_t kMostFileBytes = 1 << 14;
 constexpr auto kLookAgain = std::chrono::seconds(1);
 constexpr const char* kFormat = "natten choice 1";
@@ -159,8 +159,7 @@ int process_id() {
 #endif
 }
 
-/// Writes a file that is there whole or not at all, whoever else writes it. Returns why it could
-/// not.
+/// Writes a file as a whole or not at all, whoever else writes it. Returns why it could not.
 std::string write_whole(const std::string& path, const std::string& text) {
   static std::atomic<unsigned> count{0};
   const fs::path to = fs::u8path(path);
@@ -311,7 +310,7 @@ std::optional<Configuration> configuration_named(std::string_view text) {
     else
       return {};
   }
-  // What does not read as it is written, such as a name twice or a 0, was not written.
+  // Text that is not what would be written for it, such as a name twice or a 0, is refused.
   if (to_string(c) != text) return {};
   return c;
 }

@@ -63,9 +63,9 @@ std::string shape_text(const TensorView& view) {
   return detail::to_string(view.shape.data(), std::min(view.ndim, kMaxDims));
 }
 
-/// What a tensor may take. Sums of several such, in any unit, still are 64-bit integers.
+/// Most bytes of a tensor. Sums of several such, in any unit, still fit 64-bit integers.
 constexpr double kMostBytes = 0x1p60;
-/// Tokens of an axis, of which sums of several are 64-bit integers.
+/// Most tokens of an axis. Sums of several such fit 64-bit integers.
 constexpr std::int64_t kLongestAxis = std::int64_t{1} << 60;
 
 struct DimNames {
@@ -132,7 +132,7 @@ class Checker {
       bad_value("op: got number ", static_cast<int>(call_.op), ", which is unknown");
     check_neighborhood();
     check_options();
-    // Masks last, as other tensors say better what their shape must be.
+    // Masks last, because errors about other tensors are clearer.
     for (const Role& role : roles)
       if (!role.is_mask) check_tensor(role);
     for (const Role& role : roles)
@@ -372,7 +372,7 @@ class Checker {
     if (!extent('K').source && call_.options.separate_key_grid)
       bad_value("key: missing; where keys lie on a grid of their own (separate_key_grid) ",
                 name_of(call_.op), " takes that from it");
-    // Biases alone need no keys: they may as well be whole.
+    // Operations on biases alone have no keys: these count as whole.
     keys_are_whole_ = !extent('K').source;
     if (keys_are_whole_ && (call_.op == Op::av_transpose || !n.grid_size.size))
       bad_value(call_.op == Op::av_transpose ? "key" : "grid_size", ": missing; ",
@@ -439,7 +439,7 @@ class Checker {
               needed.begin, " to ", needed.end - 1, " (see natten.key_range)");
   }
 
-  /// How the tensor that says the grid is read: in another layout, heads are taken for an axis.
+  /// How the tensor that gives the grid is read: in the wrong layout, heads are taken for an axis.
   std::string layout_of_grid() {
     for (const Role& role : roles_of(call_.op))
       if (role.name == extent('Q').source)

@@ -8,7 +8,7 @@
 
 namespace natten::detail {
 
-/// The only place that checks arguments, but for what several of them share (memory.h). Throws
+/// The only place that checks arguments, except for memory that tensors share (memory.h). Throws
 /// Error. `for_execution` also demands the required outputs, and memory behind the tensors.
 Problem check(const Call& call, bool for_execution);
 
@@ -20,9 +20,8 @@ std::vector<Axis> axes_of(const Tuple& query_offset, const Tuple& query_length,
 /// lie. Throws Error.
 Problem check_packed(const Call& call, const Packing& packing, bool for_execution);
 
-/// What must hold of any view that is given, whatever its part: dimensions, type and device that
-/// exist, a size and strides that memory can have. Throws Error. Nothing else may be asked of a
-/// view before.
+/// What must hold for any given view, whatever its role: dimensions, type and device that exist, a
+/// size and strides that memory can have. Throws Error. Check this before anything else of a view.
 void check_view(const char* name, const TensorView& view);
 
 /// The shape of a tensor whose dimensions are spelled as in `Role::dims`.

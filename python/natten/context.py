@@ -125,6 +125,7 @@ def disable_fused_na() -> bool:
 
 
 def is_fused_na_enabled() -> bool:
+    """Whether modules use the fused operation."""
     return _switches.fused
 
 
@@ -150,6 +151,7 @@ def use_kv_parallelism_in_fused_na(mode: bool = True) -> None:
 
 
 def is_kv_parallelism_in_fused_na_enabled() -> bool:
+    """Whether backward passes on CUDA may be ones that are not deterministic."""
     return _switches.kv_parallelism
 
 
@@ -168,18 +170,22 @@ def set_memory_usage_preference(pref: str = "default") -> None:
 
 
 def get_memory_usage_preference() -> MemoryUsagePreference:
+    """What `set_memory_usage_preference` was given last."""
     return _switches.memory
 
 
 def is_memory_usage_default() -> bool:
+    """Whether `set_memory_usage_preference` was given "default", as is the case at first."""
     return _switches.memory is MemoryUsagePreference.Default
 
 
 def is_memory_usage_strict() -> bool:
+    """Whether `set_memory_usage_preference` was given "strict"."""
     return _switches.memory is MemoryUsagePreference.Strict
 
 
 def is_memory_usage_unrestricted() -> bool:
+    """Whether `set_memory_usage_preference` was given "unrestricted"."""
     return _switches.memory is MemoryUsagePreference.Unrestricted
 
 
@@ -192,6 +198,7 @@ def use_deterministic_algorithms(mode: bool = True) -> None:
 
 
 def are_deterministic_algorithms_enabled() -> bool:
+    """Whether `natten.use_deterministic_algorithms` is on; it does not ask PyTorch."""
     return _switches.deterministic
 
 
@@ -273,22 +280,27 @@ def disable_autotuner() -> None:
 
 
 def is_autotuner_enabled() -> bool:
+    """Whether either pass is tuned, by `use_autotuner` or NATTEN_TUNE=tune."""
     return _autotuner.forward_pass or _autotuner.backward_pass
 
 
 def is_autotuner_enabled_for_forward() -> bool:
+    """Whether forward passes are tuned."""
     return _autotuner.forward_pass
 
 
 def is_autotuner_enabled_for_backward() -> bool:
+    """Whether backward passes are tuned."""
     return _autotuner.backward_pass
 
 
 def is_autotuner_thorough_for_forward() -> bool:
+    """Whether the tuner takes more time for forward passes."""
     return _autotuner.thorough_mode_forward
 
 
 def is_autotuner_thorough_for_backward() -> bool:
+    """Whether the tuner takes more time for backward passes."""
     return _autotuner.thorough_mode_backward
 
 
@@ -304,16 +316,19 @@ def use_gemm_na(mode: bool = True) -> None:
 
 
 def enable_gemm_na() -> bool:
+    """`use_gemm_na(True)`. Returns the resulting state."""
     use_gemm_na(True)
     return is_gemm_na_enabled()
 
 
 def disable_gemm_na() -> bool:
+    """`use_gemm_na(False)`. Returns the resulting state."""
     use_gemm_na(False)
     return is_gemm_na_enabled()
 
 
 def is_gemm_na_enabled() -> bool:
+    """Whether unfused operations may run on tensor cores."""
     return _switches.gemm
 
 
@@ -324,16 +339,19 @@ def use_tiled_na(mode: bool = True) -> None:
 
 
 def enable_tiled_na() -> bool:
+    """`use_tiled_na(True)`. Returns the resulting state."""
     use_tiled_na(True)
     return is_tiled_na_enabled()
 
 
 def disable_tiled_na() -> bool:
+    """`use_tiled_na(False)`. Returns the resulting state."""
     use_tiled_na(False)
     return is_tiled_na_enabled()
 
 
 def is_tiled_na_enabled() -> bool:
+    """What `use_tiled_na` was given last; it has no effect."""
     return _switches.tiled
 
 
@@ -352,16 +370,19 @@ def use_tf32_in_gemm_na(mode: bool = True) -> None:
 
 
 def enable_tf32() -> bool:
+    """`use_tf32_in_gemm_na(True)`. Returns the resulting state."""
     use_tf32_in_gemm_na(True)
     return is_tf32_in_gemm_na_enabled()
 
 
 def disable_tf32() -> bool:
+    """`use_tf32_in_gemm_na(False)`. Returns the resulting state."""
     use_tf32_in_gemm_na(False)
     return is_tf32_in_gemm_na_enabled()
 
 
 def is_tf32_in_gemm_na_enabled() -> bool:
+    """Whether operations on float32 may multiply in TF32."""
     return _switches.tf32
 
 
@@ -389,10 +410,12 @@ def disable_flex_compile_backprop() -> None:
 
 
 def is_flex_compile_allowed() -> bool:
+    """What `allow_flex_compile` was given last; it has no effect."""
     return _switches.flex_compile
 
 
 def is_flex_compile_backprop_allowed() -> bool:
+    """What `allow_flex_compile` was given last for derivatives; it has no effect."""
     return _switches.flex_compile_backprop
 
 

@@ -145,39 +145,38 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         Every token attends to a window of `kernel_size` tokens around it; the weights are never
         stored. `spatial` below stands for {rank} axes.
 
-        Heads are last here and first in `na{rank}d_qk`. Tensors of the other layout are taken for
-        another grid, without an error where that is large enough for the window.
+        Heads are last here and first in `na{rank}d_qk`. An array in the wrong layout is an array of
+        another grid, and raises no error where that grid is large enough for the window.
 
         Args:
             query: [batch, *spatial, heads, head_dim], float64, float32 or float16.
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
-                not exceed the axis, unless its boundary is "cut". All that follow are passed by
-                name: NATTEN before 0.20 had dilation next, and newer ones have stride.
-            stride: that many neighboring queries share one window; 1 to kernel_size.
-            dilation: distance between neighbors.
-            is_causal: whether a token sees only itself and those before it, a bool for all axes or
+                not exceed the axis, unless its boundary is "cut". Pass everything
+                after it by name: next came dilation in NATTEN before 0.20, and stride since then.
+            stride: how many neighboring queries share one window; 1 to kernel_size.
+            dilation: distance between the tokens of a window.
+            is_causal: whether a token sees only itself and earlier ones, a bool for all axes or
                 one per axis (None is False).
-            boundary: what becomes of a window at the border of the grid, one name for all axes or
+            boundary: what happens to a window at the border of the grid, one name for all axes or
                 one per axis: "shift" moves it inwards, "cut" leaves the slots outside empty, and
-                "circular" lets it go on at the other end (dilation, and stride in steps of it, must
-                divide such an axis, which cannot be causal).
+                "circular" lets it go on at the other end. A circular axis must be a multiple of
+                dilation times stride, and cannot be causal.
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
             key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. A query that
                 sees no key gets output 0 and logsumexp -inf.
             scale: factor on the scores; head_dim ** -0.5 by default.
-            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
+            additional_keys: [batch, n, kv_heads, head_dim], more keys, which every query sees.
             additional_values: [batch, n, kv_heads, value_head_dim].
-            query_offset, key_offset, grid_size: say that queries and keys are parts of a larger
-                grid, whose tokens per axis are grid_size: their first tokens there. Where one of
-                the three is given, keys may have another grid than queries; else there is one grid
-                for both. By default offsets are 0 and grid_size is the grid of key. The part of the
-                keys must hold all windows of the queries (`natten.key_range`); it may reach beyond
-                the grid, whose other end comes there on a circular axis, else padding that nobody
-                sees.
+            query_offset, key_offset, grid_size: where queries and keys are parts of a larger grid:
+                their first tokens in it, and its tokens per axis; one value for all axes or one per
+                axis. By default 0, 0 and the grid of key. Where one of the three is given, keys may
+                have another shape than queries. The keys must hold all windows of the queries
+                (`natten.key_range` says which tokens these need). They may reach beyond the grid:
+                into its other end on a circular axis, else into padding that nobody sees.
             return_lse: also return logsumexp.
-            backend: name of the implementation to use; by default the first that can.
+            backend: name of the implementation to use; by default the first that accepts the call.
 
         Returns:
             output [batch, *spatial, heads, value_head_dim], of the dtype of query; with return_lse
@@ -337,7 +336,7 @@ def attention(
         is_causal: query i sees keys 0 to i, also where the lengths differ.
         scale: factor on the scores; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
-        backend: name of the implementation to use; by default the first that can.
+        backend: name of the implementation to use; by default the first that accepts the call.
 
     Returns:
         output [batch, length, heads, value_head_dim]; with return_lse also logsumexp

@@ -31,18 +31,18 @@ NATTEN_EXPORT void run(const std::vector<Call>& calls, const Context& context = 
 NATTEN_EXPORT std::size_t workspace_bytes(const std::vector<Call>& calls,
                                           const Context& context = {});
 
-/// What a call's other tensors demand of one of its tensors, as a row-major view without memory:
-/// `expected(describe(call), &Tensors::output)` tells what to allocate. Throws Error, of a
+/// The shape and type that one tensor of a call must have, as a row-major view without memory:
+/// `expected(describe(call), &Tensors::output)` says what to allocate. Throws Error, for a
 /// described call only where its operation has no such tensor.
 NATTEN_EXPORT TensorView expected(const Problem& problem, TensorView Tensors::*tensor);
-/// Checks the call each time that it is asked.
+/// Checks the whole call each time; for several tensors, describe it once instead.
 NATTEN_EXPORT TensorView expected(const Call& call, TensorView Tensors::*tensor);
 
 /// The tokens along each axis that `query_length` queries from `query_offset` on see, in a grid of
-/// `grid_size` tokens; one value per axis, of the neighborhood likewise (the parts that it names do
-/// not count). Within [0, grid_size), but on circular axes: there they count on from the queries,
-/// so that `begin` may be negative or `end` beyond the grid, and are 0 to grid_size where the
-/// windows reach all around. Throws Error.
+/// `grid_size` tokens. All arguments have one value per axis; offsets and sizes in `neighborhood`
+/// are ignored. Tokens are within [0, grid_size), except on circular axes. There they are counted
+/// on from the queries, so `begin` may be negative or `end` beyond the grid; where windows reach
+/// all around they are 0 to grid_size. Throws Error.
 NATTEN_EXPORT std::vector<Interval> key_range(const Tuple& query_offset, const Tuple& query_length,
                                               const Tuple& grid_size,
                                               const Neighborhood& neighborhood);
@@ -63,17 +63,17 @@ struct Packing {
 };
 
 /// The call of each example, for `run`. `packed` is a fused operation of rank 1 on tensors
-/// [B, sum of lengths, ...]; memory is not copied. It may be attention over all keys
+/// [B, sum of lengths, ...]; memory is not copied. It is either attention over all keys
 /// (`attention_call`): queries of an example without keys get output 0 and logsumexp -inf. Or it is
-/// a neighborhood: then cumulative_seqlen_Q and cumulative_seqlen_KV are equal, no example is
-/// empty, and each is a whole grid. All examples share rpb, which has no gradient then; there are
-/// no additional tokens. Throws Error.
+/// a neighborhood: then cumulative_seqlen_Q and cumulative_seqlen_KV must be equal, no example may
+/// be empty, and each is a whole grid. All examples share rpb, whose gradient cannot be wanted;
+/// there are no additional tokens. Throws Error.
 NATTEN_EXPORT std::vector<Call> examples_of(const Call& packed, const Packing& packing);
 
 /// Runs these calls: on the CPU in one parallel region; on CUDA each pass is one launch for all
-/// examples, but where their grids are circular. Its `Context::workspace` depends on the
-/// number of examples and on the sums of their lengths only, unless they are circular. `context`
-/// has no default, with which `run(call, {})` would have two meanings.
+/// examples, unless their grids are circular. The workspace on CUDA depends only on the number of
+/// examples and the sums of their lengths, unless they are circular. `context` has no default, as
+/// `run(call, {})` would have two meanings with one.
 NATTEN_EXPORT void run(const Call& packed, const Packing& packing, const Context& context);
 NATTEN_EXPORT std::size_t workspace_bytes(const Call& packed, const Packing& packing,
                                           const Context& context);

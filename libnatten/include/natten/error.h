@@ -11,7 +11,7 @@ namespace natten {
 enum class ErrorKind {
   invalid_value,  ///< a value or shape is wrong (Python: ValueError)
   invalid_type,   ///< an element type is wrong (Python: TypeError)
-  unsupported,    ///< the definition excludes it (Python: NotImplementedError)
+  unsupported,    ///< not defined, or not counted by work_of (Python: NotImplementedError)
   runtime,        ///< the device or the system failed (Python: RuntimeError)
   interrupted,  ///< `Context::interrupted` ended the call (Python: what the signal handler raised)
 };

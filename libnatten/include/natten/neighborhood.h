@@ -8,11 +8,11 @@
 /// and device.
 ///
 /// Tokens are numbered over the whole grid. Positions number the tokens of a dilation group, and
-/// may count on beyond a border: where the grid is circular they are those of its other end, else
-/// there is nothing. So a window is one interval whatever the boundary.
+/// may count on beyond a border: on a circular axis they are those of its other end, else nothing
+/// is there. So a window is one interval, whatever the boundary.
 namespace natten {
 
-/// What becomes of a window at the border of the grid.
+/// What happens to a window at the border of the grid.
 enum class Boundary : std::uint8_t {
   shift,     ///< it is moved inwards, so that it always holds kernel_size keys
   cut,       ///< the slots outside stay empty
@@ -135,9 +135,9 @@ NATTEN_HOST_DEVICE constexpr Interval window(const Axis& axis, std::int64_t grou
 }
 
 /// Positions of the queries that see the key at `position` of `group`. Both ends of `window` grow
-/// with the query, so the queries form an interval, found by bisection over `window` itself. Of
-/// the queries that it holds all are given, but on a circular axis of which only a part is given:
-/// there it begins and ends with one that is.
+/// with the query, so the queries form an interval, found by bisection over `window` itself. All
+/// of these queries are given, except on a circular axis of which only a part is given: there the
+/// first and the last are.
 NATTEN_HOST_DEVICE constexpr Interval inverse_window(const Axis& axis, std::int64_t group,
                                                      std::int64_t position) {
   const Interval given = query_positions(axis, group);

@@ -13,30 +13,30 @@ namespace natten {
 /// what rows gather from: keys for queries, or queries for keys.
 struct PassWork {
   std::string name;
-  std::int64_t units = 0;  ///< that threads share on the CPU; on a GPU blocks of threads
+  std::int64_t units = 0;  ///< on the CPU shared by threads; on a GPU blocks of threads
   double tiles = 0;        ///< visits: of a block of rows at a line, or tile, of columns
   double useful = 0;       ///< multiply-adds for pairs of a query and a key that it sees
   double executed = 0;     ///< multiply-adds that the pass does
   double weights = 0;      ///< pairs whose weight it computes
-  double masked = 0;       ///< of these, in vectors, or tiles, of which something is hidden
+  double masked = 0;       ///< of these, pairs in vectors, or tiles, that need a mask
   double calls = 0;        ///< of a vector kernel for a block of rows; on a GPU 0
   double packs = 0;        ///< runs of columns that are packed; on a GPU 0
   double packed = 0;       ///< bytes that are packed, or copied to shared memory
-  double read = 0;         ///< bytes read from tensors, those that are read again counted again
+  double read = 0;         ///< bytes read from tensors; what is read again counts again
   double written = 0;      ///< bytes written to tensors
-  /// Work of a thread, on average, by that of the one that has most; 1 on a GPU and for streams.
+  /// The average thread's work by that of the busiest one; 1 on a GPU and for streams.
   double balance = 1;
 };
 
 /// What fused attention would do, found by the kernels' own walk over windows without running
-/// them: on the CPU that of the backend "vectorized", on CUDA that of "fna", for which no GPU and
-/// no build with CUDA is needed. Reads no data, like `describe`. Of the backward pass without
-/// gradients of biases. `threads`: that the CPU shares the work among. Throws Error.
+/// them: on the CPU that of the backend "vectorized", on CUDA that of "fna", which needs neither a
+/// GPU nor a build with CUDA. Reads no data, like `describe`. Gradients of biases are not counted.
+/// `threads`: among how many the CPU shares the work. Throws Error.
 NATTEN_EXPORT std::vector<PassWork> work_of(const Call& call, int threads = 1);
 
-/// Tiles on a grid of their own, as kernels have them that put tokens of a tile in a row first:
-/// what such a kernel does for the forward pass of a call, with one tile shape for queries and one
-/// for keys, of any size. Throws Error.
+/// The same for kernels whose tiles lie on a fixed grid, as NATTEN's do, which first put the tokens
+/// of a tile next to each other: the forward pass of a call, with one tile shape for queries and
+/// one for keys, of any size. Throws Error.
 NATTEN_EXPORT PassWork work_of_fixed_tiles(const Call& call, const Tuple& query_tile,
                                            const Tuple& key_tile);
 

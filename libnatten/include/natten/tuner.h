@@ -13,8 +13,8 @@
 
 namespace natten {
 
-/// How a backend cuts a problem into work. What is 0 or empty is left to the backend, so that a
-/// default-constructed one is its default. On the CPU all of them give the same bits.
+/// How a backend cuts a problem into work. Fields that are 0 or empty are left to the backend, so a
+/// default-constructed configuration is its default. On the CPU all give the same bits.
 struct Configuration {
   std::int64_t strip = 0;      ///< CPU: rows of a line that share what is packed, at most
   std::int64_t stack = 0;      ///< CPU: lines of rows that are handled together, at most
@@ -32,8 +32,8 @@ NATTEN_EXPORT std::string to_string(const Configuration& configuration);
 /// The inverse; nothing where the text is none of these.
 NATTEN_EXPORT std::optional<Configuration> configuration_named(std::string_view text);
 
-/// What the chosen backend may try for a problem, its default first. `threads`: that run it on the
-/// CPU. `thorough`: more of them. Throws Error where no backend takes the problem.
+/// What the chosen backend may try for a problem, its default first. `threads`: how many run it on
+/// the CPU. `thorough`: more candidates. Throws Error where no backend takes the problem.
 NATTEN_EXPORT std::vector<Configuration> candidates(const Problem& problem, int threads,
                                                     bool thorough = false,
                                                     const Context& context = {});
@@ -62,15 +62,15 @@ struct Choice {
   double seconds = 0;          ///< of the configuration
 };
 
-/// Finds the configuration of least cost, which is asked for in turns. The first one, the default,
-/// stands unless another beats it in turns against it alone by more than its own costs vary, in
-/// three of four of them, and in the least cost of both.
+/// Finds the configuration of least cost; candidates are timed in turns. The first one, the
+/// default, stands unless another beats it in turns of these two alone: by more than the default's
+/// own costs vary, in three of four turns, and in the least cost of both.
 NATTEN_EXPORT Choice search(const std::vector<Configuration>& candidates,
                             const std::function<double(const Configuration&)>& cost,
                             const TuningLimits& limits = {});
 
-/// What a choice holds for besides the problem. The name says the instruction set and processor, or
-/// the GPU; threads are 0 on a GPU.
+/// The machine that a choice is for. The name is of the instruction set and processor, or of the
+/// GPU; threads are 0 on a GPU.
 struct Machine {
   std::string_view name;
   int threads = 0;
@@ -91,8 +91,8 @@ class NATTEN_EXPORT TuningCache {
   TuningCache(const TuningCache&) = delete;
   TuningCache& operator=(const TuningCache&) = delete;
 
-  /// `accepts` is asked about a configuration that a file has. Where there is no choice the folder
-  /// is looked at again a second later at the earliest.
+  /// `accepts` says whether a configuration from a file may be used. Where there is no choice, the
+  /// folder is read again a second later at the earliest.
   std::optional<Choice> find(const Problem& problem, const char* backend, const Machine& machine,
                              const std::function<bool(const Configuration&)>& accepts);
   void store(const Problem& problem, const char* backend, const Machine& machine,
@@ -107,8 +107,8 @@ class NATTEN_EXPORT TuningCache {
   std::unique_ptr<State> state_;
 };
 
-/// What calls do where `Options::tuning` lets them. `record` appends the problems that a process
-/// meets to a file, each once, and uses nothing tuned.
+/// What calls do where `Options::tuning` allows it. `record` appends each problem that a process
+/// meets to a file once, and uses nothing tuned.
 enum class TuningMode : std::uint8_t { off, read, record, tune };
 
 /// Of the process.
@@ -131,12 +131,12 @@ NATTEN_EXPORT Choice choice_for(const Problem& problem, const Context& context =
 /// Throws Error.
 NATTEN_EXPORT Choice tune(const Problem& problem, const Context& context = {});
 
-/// A problem as a line of text, but for the number of its device, and the problem that a line
+/// A problem as a line of text, without the number of its device, and the problem that a line
 /// describes. Throws Error where no call has such a problem.
 NATTEN_EXPORT std::string to_text(const Problem& problem);
 NATTEN_EXPORT Problem problem_of(std::string_view text);
 
-/// Something about the cache that its user may want to know; calls go on without a word.
+/// Something about the cache that its user may want to know; calls go on silently.
 struct TuningNote {
   bool is_warning = false;  ///< else of interest to a debugger
   std::string text;

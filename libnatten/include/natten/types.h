@@ -14,7 +14,7 @@ namespace natten {
 inline constexpr int kMaxRank = 3;  ///< spatial axes
 inline constexpr int kMaxDims = 8;  ///< dimensions of a tensor view
 
-/// `boolean` is that of masks alone: one byte, 0 or 1.
+/// `boolean` is for masks only: one byte, 0 or 1.
 enum class DType : std::uint8_t { float64, float32, bfloat16, float16, boolean };
 enum class DeviceType : std::uint8_t { cpu, cuda };
 
@@ -68,7 +68,7 @@ struct TensorView {
   std::array<std::int64_t, kMaxDims> strides{};
 
   explicit operator bool() const { return ndim >= 0; }
-  /// Of a view that a call would accept; others may have sizes whose product overflows.
+  /// Number of elements, for a view that a call would accept; in others the product may overflow.
   std::int64_t size() const {
     std::int64_t n = 1;
     for (int i = 0; i < ndim; ++i) n *= shape.data()[i];

@@ -33,7 +33,7 @@ inline const simd::Kernels<double>& kernels_for(const simd::InstructionSet& isa,
   return isa.f64;
 }
 
-/// Packs tokens of an element type, as they are converted or in pairs, and writes sums as elements.
+/// Packs tokens of an element type, converted or in pairs, and writes sums as elements.
 inline void pack(const simd::InstructionSet& isa, DType, const simd::Packing<double>& p,
                  bool /*in_pairs*/ = false) {
   isa.convert.pack_f64(p);

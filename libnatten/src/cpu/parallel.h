@@ -16,13 +16,13 @@ struct Phase {
   std::function<void(std::int64_t begin, std::int64_t end)> body;
 };
 
-/// How many runs of items are handed out to threads as these get free. More than threads even out
-/// items of unequal cost and threads that start late.
+/// Into how many runs items are cut, which threads take when they are free. There are more runs
+/// than threads, to even out items of unequal cost and threads that start late.
 inline std::int64_t chunks_of(std::int64_t items, std::int64_t threads) {
   return std::min(items, 8 * threads);
 }
 
-/// Has no thread but that of the caller.
+/// An executor with no thread but the caller's.
 Executor& calling_thread();
 
 /// Runs phase 0 of all jobs in one parallel region, then phase 1 of all jobs, and so on.
@@ -31,8 +31,8 @@ Executor& calling_thread();
 void run_phases(const std::vector<std::vector<Phase>>& jobs, Executor* executor,
                 const std::function<bool()>& interrupted);
 
-/// Bodies of phases tell here how much they work, in multiply-adds or elements copied, some 10^8 at
-/// a time at most. Where the call has been interrupted this ends the body, by an exception.
+/// Bodies of phases report here how much they have worked, in multiply-adds or elements copied, at
+/// most some 10^8 at a time. If the call has been interrupted, this throws, which ends the body.
 void checkpoint(std::int64_t work);
 
 }  // namespace natten::detail::cpu

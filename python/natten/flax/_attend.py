@@ -64,14 +64,14 @@ class SelfAttention:
     Args:
         dim: channels; a multiple of num_heads. `embed_dim` is another name of it.
         num_heads: number of heads.
-        kernel_size: window size, one for all axes or one per axis. All that follow are passed by
-            name: NATTEN before 0.20 had dilation next, and newer ones have stride.
-        stride: that many neighboring queries share one window.
-        dilation: distance between neighbors.
-        is_causal: whether a token sees only itself and those before it, per axis.
-        boundary: what becomes of a window at the border of the grid, one for all axes or one per
-            axis: "shift", it is moved inwards; "cut", what is outside is left out; "circular", it
-            goes on at the other end.
+        kernel_size: window size, one for all axes or one per axis. Pass everything after it by
+            name: next came dilation in NATTEN before 0.20, and stride since then.
+        stride: how many neighboring queries share one window.
+        dilation: distance between the tokens of a window.
+        is_causal: whether a token sees only itself and earlier ones, per axis.
+        boundary: what happens to a window at the border of the grid, one name for all axes or one
+            per axis: "shift" moves it inwards, "cut" leaves the slots outside empty, "circular"
+            lets it go on at the other end.
         rel_pos_bias: learn a bias by relative position, the parameter `rpb`
             [num_heads, 2 * kernel_size[0] - 1, ...].
         qkv_bias: whether the first linear map has a bias.
@@ -79,9 +79,9 @@ class SelfAttention:
         attn_drop: dropout on attention weights. The fused operation has none, so a module with
             attn_drop > 0 uses the unfused ones unless it is deterministic.
         proj_drop: dropout on the result.
-        backend: name of the implementation to use; by default the first that can.
-        dtype: what to compute in; by default what the input and the parameters promote to.
-        param_dtype: of the parameters.
+        backend: name of the implementation to use; by default the first that accepts the call.
+        dtype: the type to compute in; by default that which input and parameters promote to.
+        param_dtype: the type of the parameters.
         qkv_kernel_init: of `qkv.kernel` [dim, 3, dim]. It is called with shape [dim, 3 * dim], and
             for the bias with [3 * dim], so that it sees the true number of inputs. It may carry
             sharding metadata (`with_partitioning`), with one name per axis of the parameter, as may

@@ -389,8 +389,8 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
         stored. `spatial` below stands for {rank} axes. Works under jit, vmap over any array
         and grad of any order; the second and later derivatives store the weights.
 
-        Heads are last here and first in `na{rank}d_qk`. Arrays of the other layout are taken for
-        another grid, without an error where that is large enough for the window.
+        Heads are last here and first in `na{rank}d_qk`. An array in the wrong layout is an array of
+        another grid, and raises no error where that grid is large enough for the window.
 
         Args:
             query: [batch, *spatial, heads, head_dim], float64, float32, bfloat16 or float16.
@@ -398,43 +398,45 @@ def _make_fused(rank: int) -> Callable[..., FusedResult]:
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
                 not exceed the axis, unless its boundary is "cut". This and all that follow, except
-                arrays, are static: Python values, not traced ones. All that follow are passed by
-                name: NATTEN before 0.20 had dilation next, and newer ones have stride.
-            stride: that many neighboring queries share one window; 1 to kernel_size.
-            dilation: distance between neighbors.
-            is_causal: whether a token sees only itself and those before it, a bool for all axes or
+                arrays, are static: Python values, not traced ones. Pass everything after it by
+                name: next came dilation in NATTEN before 0.20, and stride since then.
+            stride: how many neighboring queries share one window; 1 to kernel_size.
+            dilation: distance between the tokens of a window.
+            is_causal: whether a token sees only itself and earlier ones, a bool for all axes or
                 one per axis (None is False).
-            boundary: what becomes of a window at the border of the grid, one for all axes or one
-                per axis: "shift", it is moved inwards; "cut", what is outside is left out;
-                "circular", it goes on at the other end.
+            boundary: what happens to a window at the border of the grid, one name for all axes or
+                one per axis: "shift" moves it inwards, "cut" leaves the slots outside empty, and
+                "circular" lets it go on at the other end. A circular axis must be a multiple of
+                dilation times stride, and cannot be causal.
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
             key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. Hidden keys
-                have no weight and no gradients, whatever they hold. A query that sees nothing has
+                have no weight and no gradients, whatever they hold. A query that sees no key gets
                 output 0 and logsumexp -inf.
             scale: factor on the scores; head_dim ** -0.5 by default.
-            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
+            additional_keys: [batch, n, kv_heads, head_dim], more keys, which every query sees.
             additional_values: [batch, n, kv_heads, value_head_dim].
-            query_offset: where query is a part of a larger grid: its first token, one number for
-                all axes or one per axis. An array of integers, or a list that holds such, is
-                read when the program runs, so that one serves all parts; what is wrong with it is
-                then raised as a runtime error of JAX. All else is as for the rows of the whole.
-            key_offset: the first token of key and value, likewise. They may overhang the grid.
+            query_offset: where query is a part of a larger grid: its first token there, one number
+                for all axes or one per axis. An array of integers, or a list that holds some, is
+                read when the program runs, so one program serves all parts; errors in it are then
+                runtime errors of JAX. Results equal those rows of the whole problem.
+            key_offset: the first token of key and value, likewise. These may reach beyond the grid.
                 Other than 0 it needs grid_size.
-            grid_size: of the whole grid; by default that of key.
-            spatial_axis_names: inside `jax.shard_map`, per spatial axis the axis of the mesh that
-                it is split over, a tuple of such, or None. The arrays are then the parts of this
-                device, all with the same spatial shape, and the keys and values that windows reach
-                beyond them come from other devices (by collective-permute only). The three above
-                must be None. Bias and additional tokens are the same on all devices.
+            grid_size: tokens of the whole grid, per axis; by default those of key.
+            spatial_axis_names: inside `jax.shard_map`, for each spatial axis the axis of the mesh
+                that splits it, a tuple of such axes, or None. The arrays are then the parts of this
+                device, all with the same spatial shape, and the keys and values that windows need
+                beyond them come from other devices (by collective-permute only). The three
+                arguments above must be None. Bias and additional tokens are the same on all
+                devices.
             return_lse: also return logsumexp.
-            backend: name of the implementation to use; by default the first that can.
-            autodiff: "reverse", where forward mode raises JAX's TypeError, or "any", where every
-                mode works; forward mode stores the weights.
+            backend: name of the implementation to use; by default the first that accepts the call.
+            autodiff: "reverse", with which forward mode raises a TypeError, or "any", with which
+                every mode works. Forward mode stores the weights.
 
         Returns:
             output [batch, *spatial, heads, value_head_dim], of the dtype of query; with return_lse
             also logsumexp [batch, *spatial, heads], float32 (float64 for float64), the natural
-            logarithm of the sum of exp(score), differentiable too (`merge_attentions` uses it).
+            logarithm of the sum of exp(score), which is differentiable too.
 
         Raises:
             ValueError: a shape or value that does not fit; the message says which and why.
@@ -601,14 +603,13 @@ def attention(
     backend: str | None = None,
     autodiff: str = "reverse",
 ) -> FusedResult:
-    """Attention of every query to all keys. There is no mask and no dropout.
+    """Softmax attention of every query to all keys, heads-last. Takes no mask and no dropout.
 
     Works under jit, vmap and grad of any order, as `na1d` does.
 
-    Examples of different lengths may lie one after another in arrays of batch 1, each of which then
-    attends to its own keys. An example may have no queries; those of one without keys get output 0
-    and logsumexp -inf. Forward mode, and second derivatives, store weights of all queries and all
-    keys.
+    Examples of different lengths may lie one after another in arrays of batch 1; each then attends
+    to its own keys. An example may be empty: queries of one without keys get output 0 and logsumexp
+    -inf. Forward mode, and second derivatives, store weights of all queries and all keys.
 
     Args:
         query: [batch, tokens, heads, head_dim], float64, float32, bfloat16 or float16.
@@ -617,14 +618,14 @@ def attention(
         is_causal: whether query i sees only keys 0 to i (also where the lengths differ).
         scale: factor on the scores, a Python number; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
-        seqlens_Q, seqlens_KV: how many tokens of query, and of key and value, are each example's. A
-            sequence of integers, or a numpy array, is fixed when a function is traced; a JAX array
-            [examples] is read when it runs, so that one program serves all lengths of as many
-            examples, and what is wrong with it is then raised as a runtime error of JAX.
-        cumulative_seqlen_Q, cumulative_seqlen_KV: instead, 0 and the sums of lengths up to each
-            example, likewise.
-        max_seqlen_Q, max_seqlen_KV: with these, the largest length, or more; Python integers.
-        backend: name of the implementation to use; by default the first that can.
+        seqlens_Q, seqlens_KV: lengths of the examples in query, and in key and value. A sequence
+            of integers, or a numpy array, is fixed when a function is traced. A JAX array
+            [examples] is read when it runs, so one program serves all lengths of the same number of
+            examples; errors in it are then runtime errors of JAX.
+        cumulative_seqlen_Q, cumulative_seqlen_KV: instead of these, 0 and the sums of lengths up
+            to the end of each example, likewise.
+        max_seqlen_Q, max_seqlen_KV: with the sums, the largest length, or more; Python integers.
+        backend: name of the implementation to use; by default the first that accepts the call.
         autodiff: as in `na1d`.
 
     Returns:

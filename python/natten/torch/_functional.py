@@ -152,54 +152,54 @@ def _make_fused(rank: int):
         stored. `spatial` below stands for {rank} axes.
 
         Tensors may be DTensors that are split along batch, heads and axes of the grid, over any
-        mesh; the results are placed like query. Then only what windows need of other ranks travels.
+        mesh; the results are placed like query, and only the tokens that windows need travel.
 
-        Heads are last here and first in `na{rank}d_qk`. Tensors of the other layout are taken for
-        another grid, without an error where that is large enough for the window.
+        Heads are last here and first in `na{rank}d_qk`. A tensor in the wrong layout is a tensor of
+        another grid, and raises no error where that grid is large enough for the window.
 
         Args:
             query: [batch, *spatial, heads, head_dim], float64, float32, bfloat16 or float16.
             key: [batch, *spatial, kv_heads, head_dim]; kv_heads divides heads (grouped-query).
             value: [batch, *spatial, kv_heads, value_head_dim].
             kernel_size: window size, one for all axes or one per axis. kernel_size * dilation must
-                not exceed the axis, unless its boundary is "cut". All that follow are passed by
-                name: NATTEN before 0.20 had dilation next, and newer ones have stride.
-            stride: that many neighboring queries share one window; 1 to kernel_size.
-            dilation: distance between neighbors.
-            is_causal: whether a token sees only itself and those before it, a bool for all axes or
+                not exceed the axis, unless its boundary is "cut". Pass everything
+                after it by name: next came dilation in NATTEN before 0.20, and stride since then.
+            stride: how many neighboring queries share one window; 1 to kernel_size.
+            dilation: distance between the tokens of a window.
+            is_causal: whether a token sees only itself and earlier ones, a bool for all axes or
                 one per axis (None is False).
-            boundary: what becomes of a window at the border of the grid, one name for all axes or
+            boundary: what happens to a window at the border of the grid, one name for all axes or
                 one per axis: "shift" moves it inwards, "cut" leaves the slots outside empty, and
-                "circular" lets it go on at the other end (dilation, and stride in steps of it, must
-                divide such an axis, which cannot be causal).
+                "circular" lets it go on at the other end. A circular axis must be a multiple of
+                dilation times stride, and cannot be causal.
             rpb: bias [heads, 2 * kernel_size[0] - 1, ...] by relative position, added to scores.
-            key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. A query that
-                sees no key gets output 0 and logsumexp -inf. It has no gradient, and the keys and
-                values that it hides have gradient 0.
+            key_mask: bool [batch or 1, *spatial of key], True where a key may be seen. Hidden keys
+                and values have gradient 0; the mask has none. A query that sees no key gets output
+                0 and logsumexp -inf.
             scale: factor on the scores; head_dim ** -0.5 by default.
-            additional_keys: [batch, n, kv_heads, head_dim], keys that every token sees besides.
+            additional_keys: [batch, n, kv_heads, head_dim], more keys, which every query sees.
             additional_values: [batch, n, kv_heads, value_head_dim].
-            query_offset, key_offset, grid_size: say that queries and keys are parts of a larger
-                grid, whose tokens per axis are grid_size: their first tokens there. Where one of
-                the three is given, keys may have another grid than queries; else there is one grid
-                for both. By default offsets are 0 and grid_size is the grid of key. The part of the
-                keys must hold all windows of the queries (`natten.key_range`); it may reach beyond
-                the grid, whose other end comes there on a circular axis, else padding that nobody
-                sees.
+            query_offset, key_offset, grid_size: where queries and keys are parts of a larger grid:
+                their first tokens in it, and its tokens per axis; one value for all axes or one per
+                axis. By default 0, 0 and the grid of key. Where one of the three is given, keys may
+                have another shape than queries. The keys must hold all windows of the queries
+                (`natten.key_range` says which tokens these need). They may reach beyond the grid:
+                into its other end on a circular axis, else into padding that nobody sees.
             return_lse: also return logsumexp.
-            backend: name of the implementation to use; by default the first that can. NATTEN's own
-                names, such as "cutlass-fna", mean "fused".
+            backend: name of the implementation to use; by default the first that accepts the call.
+                NATTEN's own names, such as "cutlass-fna", mean "fused".
             q_tile_shape, kv_tile_shape, backward_q_tile_shape, backward_kv_tile_shape,
             backward_kv_splits: for CUDA backends that work on tiles; where one refuses a shape, its
-            message names those that it takes. CPU backends only check them.
+                message names those that it takes. CPU backends only check them.
+            is_casual: the spelling of is_causal in some examples of NATTEN; warns.
             attention_kwargs, backward_use_pt_reduction, run_persistent_kernel, kernel_schedule,
             torch_compile, try_fuse_additional_kv, xformers_kwargs: of NATTEN's own kernels; they
-            have no effect here.
+                have no effect here.
 
         Returns:
             output [batch, *spatial, heads, value_head_dim]; with return_lse also logsumexp
             [batch, *spatial, heads], float32 (float64 for float64), the natural logarithm of the
-            sum of exp(score), differentiable too (`merge_attentions` uses it).
+            sum of exp(score), which is differentiable too and serves `merge_attentions`.
 
         Raises:
             ValueError: a shape or value that does not fit; the message says which and why.
@@ -257,7 +257,7 @@ def _make_qk(rank: int):
     ) -> Tensor:
         """Scores of {rank}-D neighborhood attention, heads-first. No scale is applied.
 
-        Heads are first here and last in `na{rank}d`; see there.
+        Heads come first here, and last in `na{rank}d`, which says more about that.
 
         Args:
             query, key: [batch, heads, *spatial, head_dim].
@@ -315,7 +315,7 @@ def _make_av(rank: int):
     ) -> Tensor:
         """Values weighted by {rank}-D neighborhood attention weights, heads-first.
 
-        Heads are first here and last in `na{rank}d`; see there.
+        Heads come first here, and last in `na{rank}d`, which says more about that.
 
         Args:
             attn: [batch, heads, *spatial, slots], slots as `na{rank}d_qk` returns them. Empty ones
@@ -382,10 +382,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention over all keys, heads-last. Takes no mask and no dropout.
 
-    Examples of different lengths may lie one after another in tensors of batch 1, each of which
-    then attends to its own keys. Their lengths are given as `seqlens_Q` and `seqlens_KV`, or as
-    `natten.utils.varlen.generate_varlen_parameters` makes of these. An example may have no queries;
-    those of one without keys get output 0 and logsumexp -inf.
+    Examples of different lengths may lie one after another in tensors of batch 1; each then attends
+    to its own keys. Give their lengths as `seqlens_Q` and `seqlens_KV`, or in the form that
+    `natten.utils.varlen.generate_varlen_parameters` makes of these. An example may be empty:
+    queries of one without keys get output 0 and logsumexp -inf.
 
     Args:
         query: [batch, length, heads, head_dim], float64, float32, bfloat16 or float16.
@@ -395,15 +395,16 @@ def attention(
             `torch.nn.functional.scaled_dot_product_attention`.
         scale: factor on the scores; head_dim ** -0.5 by default.
         return_lse: also return logsumexp.
-        seqlens_Q, seqlens_KV: how many tokens of query, and of key and value, are each example's,
-            int32 or int64 [examples] on the device of query.
-        cumulative_seqlen_Q, cumulative_seqlen_KV: instead, 0 and the sums of lengths up to each
-            example, int32 or int64 [examples + 1].
-        max_seqlen_Q, max_seqlen_KV: with these, the largest length, or more.
-        backend: name of the implementation to use; by default the first that can.
+        seqlens_Q, seqlens_KV: lengths of the examples in query, and in key and value, int32 or
+            int64 [examples] on the device of query.
+        cumulative_seqlen_Q, cumulative_seqlen_KV: instead of these, 0 and the sums of lengths up
+            to the end of each example, int32 or int64 [examples + 1].
+        max_seqlen_Q, max_seqlen_KV: with the sums, the largest length, or more.
+        backend: name of the implementation to use; by default the first that accepts the call.
         q_tile_size, kv_tile_size, backward_q_tile_size, backward_kv_tile_size, backward_kv_splits:
-            the tile shapes of `na1d`, and the other names of NATTEN's kernels: as there.
-        attn_mask, dropout_p: only for calls written for scaled_dot_product_attention; None and 0.
+            as the tile shapes of `na1d`; so are the other names of NATTEN's kernels.
+        attn_mask, dropout_p: must be None and 0; they are there for calls that were written for
+            scaled_dot_product_attention.
 
     Returns:
         output [batch, length, heads, value_head_dim]; with return_lse also logsumexp

@@ -32,18 +32,18 @@ class _NeighborhoodAttention(nn.Module):
     """Multi-head self attention of every token over a window around it, {rank}-D.
 
     Maps [batch, *spatial, dim] to the same shape: a linear map to query, key and value,
-    neighborhood attention, a linear map. Uses the unfused operations unless
-    `natten.use_fused_na()` is on; both give the same result up to rounding.
+    neighborhood attention, a linear map. Uses the unfused operations, which store the weights,
+    until `natten.use_fused_na()` is called; both give the same result up to rounding.
 
     Args:
         dim: channels; a multiple of num_heads. `embed_dim` is another name of it.
         num_heads: number of heads.
-        kernel_size: window size, one for all axes or one per axis. All that follow are passed by
-            name: NATTEN before 0.20 had dilation next, and newer ones have stride.
-        stride: that many neighboring queries share one window.
-        dilation: distance between neighbors; None is 1.
-        is_causal: whether a token sees only itself and those before it, per axis; None is False.
-        boundary: what becomes of a window at the border of the grid, per axis: "shift" moves it
+        kernel_size: window size, one for all axes or one per axis. Pass everything after it by
+            name: next came dilation in NATTEN before 0.20, and stride since then.
+        stride: how many neighboring queries share one window.
+        dilation: distance between the tokens of a window; None is 1.
+        is_causal: whether a token sees only itself and earlier ones, per axis; None is False.
+        boundary: what happens to a window at the border of the grid, per axis: "shift" moves it
             inwards, "cut" leaves the slots outside empty, "circular" lets it go on at the other
             end (see `natten.na{rank}d`).
         rel_pos_bias: learn a bias by relative position, the parameter `rpb`

@@ -121,7 +121,7 @@ void Engine<E>::run_rows(Work work) {
   const std::int64_t group = p_.heads / p_.kv_heads;  // heads that share one of keys
   const bool keys = rows_are_keys(plan_.kind());
   work.column_head_count = plan_.column_heads == 1 ? 1 : work.head_count;
-  // Where rows are keys, all heads that share one give it gradients.
+  // Where rows are keys, all query heads that share one give it gradients.
   for (std::int64_t i = 0; i < (keys ? group : 1); ++i) {
     work.column_head = keys ? work.first_head * group + i : work.first_head / group;
     work.query_head = keys ? work.column_head : work.first_head;

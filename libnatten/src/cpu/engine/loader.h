@@ -23,7 +23,7 @@ class Loader {
     for (const simd::Packing<T>& packing : list_) pack(isa_, dtype_, packing, in_pairs_);
     forget();
   }
-  /// Packs nothing of it.
+  /// Empties the list without packing.
   void forget() { list_.clear(); }
 
  private:
@@ -43,7 +43,7 @@ struct Source {
 };
 
 /// Packs `count` tokens of some heads from the one with number `first` on, along the innermost
-/// axis; or as many zeros where there are none. To where is left to be said.
+/// axis, or zeros where there are none. The caller adds the destination.
 template <class T, class E>
 simd::Packing<T> packing_of(const Source<E>& source, const Plan& plan, const Work& work,
                             std::int64_t first_head, std::int64_t heads, const Coordinate* first,
@@ -125,10 +125,11 @@ struct Heads {
   std::int64_t first, count;
 };
 
-// Tensors of as many bytes are written past the caches: what is written last would displace what
-// was written first, and each cache line would be read before.
+// Tensors of this size and more are written past the caches: else what is written last would
+// displace what was written first, and each cache line would be read before it is written.
 constexpr std::int64_t kStreamedBytes = 8 << 20;
-/// Whether a tensor of the rows' size is, with heads of `dim` elements. Only whole cache lines can.
+/// Whether a tensor of the rows' size is written so, with heads of `dim` elements: only whole
+/// cache lines can be.
 template <class E>
 bool is_streamed(const Problem& p, std::int64_t dim) {
   const auto bytes = static_cast<std::int64_t>(sizeof(E)) * dim;

@@ -6,9 +6,9 @@
 
 namespace natten::detail::cpu::engine {
 
-/// What is particular to a pass: which tensors are rows and columns, which kernel runs on them and
-/// what becomes of its sums. The engine calls these functions, in this order. Each thread works
-/// with a copy.
+/// What differs between passes: which tensors are rows and columns, which kernel runs on them and
+/// where its sums go. The engine calls these functions in this order. Each thread works with a
+/// copy.
 template <class E>
 class Pass {
  public:
@@ -38,7 +38,7 @@ class Pass {
   /// Runs a block of rows over columns.
   virtual void run_block(const Work&, const Columns<T>&, const simd::Block<T>&) = 0;
   virtual void end_round(const Work&) {}
-  /// Writes the sums of a line of columns, to which no rows of `work` and its like will add.
+  /// Writes the sums of a line of columns, to which no further rows of this thread will add.
   virtual void store_columns(const Work&, const LineSums<T>&) {}
   /// Writes the results of the rows at hand.
   virtual void store_rows(const Work&) = 0;

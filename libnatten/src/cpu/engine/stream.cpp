@@ -9,8 +9,8 @@ namespace natten::detail::cpu::engine {
 namespace {
 
 constexpr std::int64_t kFewRows = 8;
-// Rows that are handled together, in all heads that share one of keys: more would displace what
-// they read, fewer would read keys at their ends again and again.
+// Rows that are handled together, in all query heads that share a key head: more would displace
+// what they read from the caches, fewer would read keys at their ends again and again.
 constexpr std::int64_t kRowsAtHand = 16, kLeastRows = 4;
 
 /// Heads and rows that are handled together, and how columns are cut. Both rows and columns are
