@@ -366,8 +366,9 @@ TEST(Tuner, ConfigurationsAreReadFromText) {
 TEST(Tuner, TunesADescribedProblem) {
   if (std::getenv("NATTEN_BACKEND")) GTEST_SKIP() << "needs a backend with candidates";
   Case c = small_case();
-  c.heads = c.kv_heads =
-      2;  // so few that there are two backward passes, which can be cut otherwise
+  c.heads = c.kv_heads = 48;  // so many that few threads handle some together, or otherwise
+  const int threads = natten::num_threads();
+  natten::set_num_threads(2);
   FusedProblem problem(c);
   const Settings settings(TuningMode::read);
   for (const natten::Call& call : {problem.forward(), problem.backward()}) {
@@ -380,6 +381,7 @@ TEST(Tuner, TunesADescribedProblem) {
   natten::Problem elsewhere = natten::describe(problem.forward());
   elsewhere.device = {natten::DeviceType::cuda, 0};
   EXPECT_THROW(natten::tune(elsewhere), natten::Error);
+  natten::set_num_threads(threads);
 }
 
 /// What a choice is stored for.

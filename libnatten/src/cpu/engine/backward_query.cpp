@@ -224,7 +224,7 @@ class BackwardQuery final : public Pass<E> {
   /// Whether a line's tokens of axis 0 or 1 are visited once more.
   bool is_shared(int axis, const Work& work, std::int64_t position) const {
     bool found = false;
-    plan.for_each_shared(axis, work.group[axis], axis == 0 ? 0 : work.sweep,
+    plan.for_each_shared(axis, work.group[axis], axis == 0 ? work.slab : work.sweep,
                          [&](const Interval& part) { found = found || part.contains(position); });
     return found;
   }
@@ -237,15 +237,15 @@ class BackwardQuery final : public Pass<E> {
     const bool shared[] = {is_shared(0, work, sums.first[0]), is_shared(1, work, sums.first[1]),
                            is_shared2};
     // Known by this item's positions and cuts, along axes where visits have met by the token.
-    typename Exchange<T>::Key key{work.batch, heads_of_sums(work).first, 0, 0, 0, 0, work.sweep,
-                                  work.strip};
+    typename Exchange<T>::Key key{
+        work.batch, heads_of_sums(work).first, 0, 0, 0, 0, work.slab, work.sweep, work.strip};
     for (int axis = 0; axis < kMaxRank; ++axis) key[3 + axis] = work.token(plan, axis, line[axis]);
     // A tensor of sums can hold one that waits, instead of memory.
     const bool holds = std::is_same_v<E, T> && std::count(shared, shared + 3, true) == 1;
     for (int axis = 0; axis < kMaxRank; ++axis) {
       const Axis& a = plan.problem().axes[axis];
       if (plan.grid.is_circular(axis)) key[3 + axis] = floor_mod(key[3 + axis], a.grid_length);
-      if (axis > 0) key[5 + axis] = -1;
+      key[6 + axis] = -1;
       if (!shared[axis]) continue;
       key[2] = axis;
       if (!meet(work, sums, part, key, holds)) return;

@@ -29,7 +29,7 @@ bool sum_alike(const Plans& a, const Plans& b) {
 
 bool are_same(const Plans& a, const Plans& b) {
   const auto cut = [](const Plan& p) {
-    return std::tuple(p.width, p.row_heads, p.stack, p.strip, p.sweeps, p.ring0, p.ring1);
+    return std::tuple(p.width, p.row_heads, p.stack, p.strip, p.sweeps, p.slabs, p.ring0, p.ring1);
   };
   return std::equal(a.begin(), a.end(), b.begin(),
                     [&](const Plan& x, const Plan& y) { return cut(x) == cut(y); });

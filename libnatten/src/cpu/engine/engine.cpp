@@ -40,7 +40,6 @@ void Engine<E>::run(std::int64_t first, std::int64_t last) {
   ThreadMemory memory;
   take_memory(memory.bytes());
   Coordinate columns_of{-1, -1, -1};  // which items the packed columns serve
-  std::int64_t sums_of = -1;          // and whose sums they have
   for (std::int64_t unit = first; unit < last; ++unit) {
     Work work;
     work.unit = unit % plan_.units;
@@ -49,37 +48,26 @@ void Engine<E>::run(std::int64_t first, std::int64_t last) {
     work.first_head = head_group * plan_.row_heads;
     work.head_count = std::min(plan_.row_heads, plan_.grid.heads() - work.first_head);
     pass_.begin_unit(work);
-    const std::int64_t together = plan_.items_together(), runs = plan_.items / together;
-    for (std::int64_t item = runs * work.unit / plan_.units * together;
-         item < runs * (work.unit + 1) / plan_.units * together; ++item) {
-      // Items of a strip and dilation group see columns in common; those that are neighbors along
-      // axis 0 alone add to the same ones.
-      const std::int64_t of = unit / plan_.units, cut = item / plan_.grid.most_rows(0);
+    for (std::int64_t item = plan_.items * work.unit / plan_.units;
+         item < plan_.items * (work.unit + 1) / plan_.units; ++item) {
+      // Items of a strip and dilation group see columns in common.
+      const std::int64_t of = unit / plan_.units, cut = item / plan_.slabs;
       const Coordinate serves{of, cut / plan_.strips / plan_.sweeps, cut % plan_.strips};
-      const std::int64_t sums = of * plan_.items + cut;
-      if (sums != sums_of) store_columns();
       if (serves != columns_of) packed_.forget();
-      sums_of = sums;
       columns_of = serves;
       run_item(work, item);
     }
   }
-  store_columns();
-}
-
-template <class E>
-void Engine<E>::store_columns() {
-  packed_.take_all_sums([&](const LineSums<T>& sums) { pass_.store_columns(summed_, sums); });
 }
 
 template <class E>
 void Engine<E>::run_item(Work work, std::int64_t item) {
   const RowGrid& grid = plan_.grid;
-  const std::int64_t row0 = item % grid.most_rows(0);
-  item /= grid.most_rows(0);
-  const std::int64_t strip = item % plan_.strips;
+  work.slab = item % plan_.slabs;
+  item /= plan_.slabs;
+  work.strip = item % plan_.strips;
   item /= plan_.strips;
-  const std::int64_t sweep = item % plan_.sweeps;
+  work.sweep = item % plan_.sweeps;
   item /= plan_.sweeps;
   const Coordinate group = unravel(item, {grid.groups(0), grid.groups(1), grid.groups(2)});
   Interval rows[kMaxRank];
@@ -87,11 +75,10 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
     work.group[axis] = grid.group(axis, group[axis]);
     rows[axis] = grid.rows(axis, work.group[axis]);
   }
-  work.first[0] = rows[0].begin + row0;
-  work.first[2] = rows[2].begin + strip * plan_.strip;
+  work.first[2] = rows[2].begin + plan_.first_row(2, work.strip);
+  // Items are counted for the longest group: those of others may be without rows.
   work.row_count = std::min(plan_.strip, rows[2].end - work.first[2]);
-  // Items are counted for the longest group.
-  if (work.first[0] >= rows[0].end || work.row_count <= 0) return;
+  if (work.row_count <= 0) return;
   seen_by_row_.resize(work.row_count);
   first_slot_by_row_.assign(work.row_count, 0);
   const bool has_empty_slots =
@@ -103,16 +90,17 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
       first_slot_by_row_[r] =
           seen_by_row_[r].begin - first_slot(p_.axes[2], work.group[2], position);
   }
-  work.strip = strip;
-  work.sweep = sweep;
-  summed_ = work;
-  const std::int64_t last = std::min(rows[1].begin + plan_.first_line(sweep + 1), rows[1].end);
-  for (std::int64_t line = rows[1].begin + plan_.first_line(sweep); line < last;
-       line += plan_.stack) {
-    work.first[1] = line;
-    work.line_count = std::min(plan_.stack, last - line);
-    run_rows(work);
-  }
+  const auto cut = [&](int axis, std::int64_t number) -> Interval {
+    return {rows[axis].begin + plan_.first_row(axis, number),
+            std::min(rows[axis].begin + plan_.first_row(axis, number + 1), rows[axis].end)};
+  };
+  const Interval planes = cut(0, work.slab), lines = cut(1, work.sweep);
+  for (work.first[0] = planes.begin; work.first[0] < planes.end; ++work.first[0])
+    for (work.first[1] = lines.begin; work.first[1] < lines.end; work.first[1] += plan_.stack) {
+      work.line_count = std::min(plan_.stack, lines.end - work.first[1]);
+      run_rows(work);
+    }
+  packed_.take_all_sums([&](const LineSums<T>& sums) { pass_.store_columns(work, sums); });
 }
 
 template <class E>

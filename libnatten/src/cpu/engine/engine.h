@@ -22,8 +22,6 @@ class Engine {
 
   void take_memory(std::vector<char>& memory);
   void run_item(Work work, std::int64_t item);
-  /// Has the pass write the sums of all lines of columns.
-  void store_columns();
   /// The rows of one strip of some neighboring lines.
   void run_rows(Work work);
   /// Runs the rows at hand over the lines that they see.
@@ -48,7 +46,6 @@ class Engine {
   std::vector<Interval> seen_by_row_;            // of the strip, along the innermost axis
   std::vector<std::int64_t> first_slot_by_row_;  // likewise, the slot of the first column seen
   std::vector<simd::Line<T>> lines_;             // at hand
-  Work summed_;                                  // whose rows have given sums to columns
   T* scratch_ = nullptr;                         // of the kernels
 };
 

@@ -16,7 +16,7 @@ template <class T>
 class Exchange {
  public:
   /// What the columns are known by.
-  using Key = std::array<std::int64_t, 8>;
+  using Key = std::array<std::int64_t, 9>;
 
   /// Calls `leave(memory)` with memory for `elements`, or `take(memory)` with what the other item
   /// has left, and tells whether it was there.

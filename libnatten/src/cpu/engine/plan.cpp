@@ -1,6 +1,7 @@
 #include "plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -27,10 +28,13 @@ constexpr double kLateStart = 0.25;
 constexpr int kThreadsOfPartialSums = 16;
 // Units with partial sums, of all batch entries and heads, that are enough for any machine.
 constexpr std::int64_t kUnitsOfPartialSums = 32;
-// Items of whose rows the columns' gradients are summed at once, of all batch entries and heads.
-constexpr std::int64_t kUnitsOfColumnSums = 64;
-// With fewer, other threads than these would have nothing to do, so that two passes are better.
-constexpr std::int64_t kLeastUnitsOfColumnSums = 12;
+// How columns' gradients are summed shows in the result, so rows are cut for any number of threads
+// alike: up to so many, and one for so many rows of all heads.
+constexpr double kMostThreadsOfColumnSums = 64, kRowsPerThread = 1024;
+// By that of one pass.
+constexpr double kTimeOfTwoPasses = 1.4;
+// A line takes as long as with so many columns more.
+constexpr double kColumnsOfLine = 8;
 // Of the packed columns and rows of a thread, and the sums of columns: 4 MiB of float32.
 constexpr std::int64_t kMostElementsOfColumnSums = 1 << 20;
 // Bytes of partial sums, if there is more than one of each gradient.
@@ -194,9 +198,10 @@ void cut_into_items(Plan& plan, int threads) {
   const std::int64_t longest_sweep = keep_planes(plan);
   plan.strips = (longest + plan.strip - 1) / plan.strip;
   plan.stacks = (lines + plan.stack - 1) / plan.stack;
+  plan.slabs = plan.grid.most_rows(0);
   const auto set_sweeps = [&](std::int64_t count) {
     plan.sweeps = std::clamp<std::int64_t>(count, 1, std::max<std::int64_t>(plan.stacks, 1));
-    plan.items = plan.groups() * plan.grid.most_rows(0) * plan.sweeps * plan.strips;
+    plan.items = plan.groups() * plan.slabs * plan.sweeps * plan.strips;
   };
   const auto all_items = [&] { return plan.problem().batch * plan.head_groups() * plan.items; };
   const auto too_few = [&] { return all_items() < kItemsPerThread * threads; };
@@ -227,6 +232,13 @@ void cut_into_items(Plan& plan, int threads) {
   set_sweeps(best);
 }
 
+/// Cuts the lines of rows into so many strips, or a few less.
+void set_strips(Plan& plan, std::int64_t count) {
+  const std::int64_t longest = plan.grid.most_rows(2);
+  plan.strip = round_up((longest + count - 1) / count, plan.width);
+  plan.strips = (longest + plan.strip - 1) / plan.strip;
+}
+
 /// Whether no token of an axis is visited more than twice.
 bool meets_in_pairs(const Plan& plan, int axis) {
   const RowGrid& grid = plan.grid;
@@ -246,6 +258,104 @@ bool meets_in_pairs(const Plan& plan, int axis) {
   return true;
 }
 
+/// A way to cut the rows of an axis, of a dilation group.
+struct Cuts {
+  std::int64_t count;
+  double columns;     // that the cuts see, added up, and what each costs besides, in columns
+  std::int64_t most;  // that one of them sees
+  double largest;     // share of the rows
+};
+
+/// For a pass that sums columns: counts of cuts that leave equal parts, and no columns that are
+/// visited more than twice.
+std::vector<Cuts> ways_to_cut(Plan plan, int axis) {
+  const RowGrid& grid = plan.grid;
+  const std::int64_t rows = grid.most_rows(axis), group = grid.group(axis, 0);
+  std::vector<Cuts> ways;
+  for (const std::int64_t n : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}) {
+    Cuts way{n, 0, 0, 0};
+    if (axis == 2) {
+      // Of at least so many rows that vectors are full.
+      way.count = n * ((rows + kLongestStrip - 1) / kLongestStrip);
+      set_strips(plan, way.count);
+      if (n > 1 && (plan.strip < kShortestStrip || plan.strips != way.count)) break;
+    } else {
+      if (n > (axis == 0 ? rows : plan.stacks)) break;
+      (axis == 0 ? plan.slabs : plan.sweeps) = n;
+    }
+    if (!meets_in_pairs(plan, axis)) continue;
+    for (std::int64_t i = 0; i < way.count; ++i) {
+      const std::int64_t columns = plan.columns_of_cut(axis, group, i).size();
+      const std::int64_t last = std::min(rows, plan.first_row(axis, i + 1));
+      way.columns += static_cast<double>(columns) + (axis == 2 ? kColumnsOfLine : 0);
+      way.most = std::max(way.most, columns);
+      way.largest = std::max(way.largest, static_cast<double>(last - plan.first_row(axis, i)) /
+                                              static_cast<double>(rows));
+    }
+    // Planes that two slabs see are often packed by one thread, and once.
+    if (axis == 0 && !ways.empty()) way.columns = (way.columns + ways[0].columns) / 2;
+    ways.push_back(way);
+  }
+  return ways;
+}
+
+/// Whether lines of columns stay for the next plane of rows.
+bool keeps_lines(const RowGrid& grid, std::int64_t ring0) {
+  return grid.most_rows(0) > 1 && ring0 > 1;
+}
+
+bool fits_with_sums(const Plan& plan) {
+  return packed_bytes(plan, plan.strip) <= kMostElementsOfColumnSums * plan.element_bytes;
+}
+
+/// Chooses slabs, sweeps and strips of a pass that sums columns: those with which the time, of all
+/// numbers of threads alike, is least. Tells whether there are any that fit, and are better than
+/// two passes.
+bool choose_cuts(Plan& plan, bool is_shared) {
+  const Problem& p = plan.problem();
+  std::vector<Cuts> ways[kMaxRank];
+  for (int axis = 0; axis < kMaxRank; ++axis) {
+    ways[axis] = ways_to_cut(plan, axis);
+    if (ways[axis].empty()) return false;
+  }
+  const double groups = static_cast<double>(p.batch * p.kv_heads * plan.groups());
+  const double column = kPackedByte * static_cast<double>(plan.element_bytes) *
+                        static_cast<double>(column_elements(plan)) * groups / multiply_adds(p);
+  const auto work = [&](const Cuts& a, const Cuts& b, const Cuts& c) {
+    return 1 + column * a.columns * b.columns * c.columns;
+  };
+  const double most_threads =
+      std::clamp(static_cast<double>(p.batch * p.heads * p.queries()) / kRowsPerThread, 1.0,
+                 kMostThreadsOfColumnSums);
+  // The times of 1, 2, 4 .. threads, multiplied. Two passes share their work evenly.
+  double best = std::numeric_limits<double>::infinity();
+  if (is_shared) {
+    best = 1;
+    for (double threads = 1; threads <= most_threads; threads *= 2)
+      best *= kTimeOfTwoPasses * work(ways[0][0], ways[1][0], ways[2][0]) / threads;
+  }
+  Coordinate cuts{};
+  for (const Cuts& a : ways[0])
+    for (const Cuts& b : ways[1])
+      for (const Cuts& c : ways[2]) {
+        const std::int64_t ring1 = keeps_lines(plan.grid, plan.ring0) ? b.most : plan.ring1;
+        if (plan.ring0 * ring1 * c.most * column_elements(plan) > kMostElementsOfColumnSums)
+          continue;
+        const double parts = groups / (a.largest * b.largest * c.largest);
+        double time = 1;
+        for (double threads = 1; threads <= most_threads; threads *= 2)
+          time *= work(a, b, c) * std::ceil(parts / threads - 1e-6) / parts;
+        if (time >= best) continue;
+        best = time;
+        cuts = {a.count, b.count, c.count};
+      }
+  if (cuts[0] == 0) return false;
+  plan.slabs = cuts[0];
+  plan.sweeps = cuts[1];
+  set_strips(plan, cuts[2]);
+  return true;
+}
+
 /// Plans one pass for the gradients of queries, keys and values: `plan` then has sums of columns.
 /// Tells whether there is such a plan. How it cuts rows shows in these sums, so that depends on the
 /// problem alone; only heads depend on threads.
@@ -254,63 +364,44 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   if (p.batch == 0) return false;
   Plan found = plan;
   const RowGrid& grid = plan.grid;
-  const std::int64_t planes = grid.most_rows(0), lines = grid.most_rows(1),
-                     longest = grid.most_rows(2);
   found.sums_columns = true;
   found.column = column_shape(found);
   // All heads that share one of keys add to its sums in turn.
   const std::int64_t group = p.heads / p.kv_heads;
   set_heads(found, group);
-  found.strip =
-      round_up(std::min(longest, asked.strip > 0 ? asked.strip : kLongestStrip), plan.width);
-  found.strips = (longest + found.strip - 1) / found.strip;
-  found.stacks = (lines + plan.stack - 1) / plan.stack;
-  const bool keeps_planes = planes > 1 && plan.ring0 > 1;  // lines stay for the next one
-  const auto set_sweeps = [&](std::int64_t count) {
-    found.sweeps = std::clamp<std::int64_t>(count, 1, found.stacks);
-    found.ring1 = plan.ring1;
-    if (!keeps_planes && !(grid.is_circular(1) && found.sweeps == 1)) return;
+  found.stacks = (grid.most_rows(1) + plan.stack - 1) / plan.stack;
+  found.slabs = found.sweeps = 1;
+  set_strips(found, (grid.most_rows(2) + kLongestStrip - 1) / kLongestStrip);
+  const bool is_shared = multiply_adds(p) >= kLeastSharedWork;  // by threads
+  if ((is_shared || !fits_with_sums(found)) && !choose_cuts(found, is_shared)) return false;
+  if (asked.strip > 0) {
+    found.strip = round_up(std::min(grid.most_rows(2), asked.strip), plan.width);
+    found.strips = (grid.most_rows(2) + found.strip - 1) / found.strip;
+  }
+  const bool keeps = keeps_lines(grid, plan.ring0);
+  if (keeps || (grid.is_circular(1) && found.sweeps == 1)) {
     for (std::int64_t i = 0; i < grid.groups(1); ++i)
       for (std::int64_t n = 0; n < found.sweeps; ++n)
         found.ring1 = std::max(found.ring1, found.columns_of_cut(1, grid.group(1, i), n).size());
     // A circular axis is held whole, unless lines that are at hand together go all around.
     if (plan.ring1 <= grid.turn(1)) found.ring1 = std::min(found.ring1, grid.turn(1));
-  };
-  const auto units = [&] {
-    return found.groups() * found.sweeps * found.strips * p.batch * found.head_groups();
-  };
-  // Lines that the next sweep sees too are summed twice.
-  const std::int64_t halo = std::max<std::int64_t>(0, plan.ring1 - plan.stack);
-  const bool is_shared = multiply_adds(p) >= kLeastSharedWork;  // by threads
-  set_sweeps(1);
-  if (is_shared) {
-    // The longer a sweep is than what it shares, the less is summed twice; planes weigh more.
-    const std::int64_t least = (keeps_planes ? 4 * halo : 3 * halo) / 2;
-    const std::int64_t most =
-        found.stacks / std::max<std::int64_t>(1, (least + plan.stack - 1) / plan.stack);
-    const auto sweeps_for = [&](std::int64_t count) { return (count + units() - 1) / units(); };
-    set_sweeps(std::max(std::min(sweeps_for(kUnitsOfColumnSums), most),
-                        sweeps_for(kLeastUnitsOfColumnSums)));
+    if (!keeps && !fits_with_sums(found)) found.ring1 = plan.ring1;
   }
-  const auto fits = [&] {
-    return packed_bytes(found, found.strip) <= kMostElementsOfColumnSums * plan.element_bytes;
-  };
-  if (!fits() && !keeps_planes) found.ring1 = plan.ring1;
-  while (!fits()) {
-    if (found.sweeps == found.stacks || found.ring1 <= plan.ring1) return false;
-    set_sweeps(found.sweeps + 1);
-  }
+  if (!fits_with_sums(found)) return false;
   for (int axis = 0; axis < kMaxRank; ++axis)
     if (!meets_in_pairs(found, axis)) return false;
-  if (is_shared && units() < kLeastUnitsOfColumnSums) return false;
   if (group == 1) {
+    const auto units = [&] {
+      return found.groups() * found.slabs * found.sweeps * found.strips * p.batch *
+             found.head_groups();
+    };
     found.row_heads = found.column_heads =
         std::min<std::int64_t>(grid.heads(), asked.heads > 0 ? asked.heads : simd::kMostHeads);
     const auto too_few = [&] { return is_shared && units() < 4 * kItemsPerThread * threads; };
     while (found.row_heads > 1 && (packed_bytes(found, found.strip) > kMostBytes || too_few()))
       set_heads(found, found.row_heads - 1);
   }
-  found.items = found.groups() * planes * found.sweeps * found.strips;
+  found.items = found.groups() * found.slabs * found.sweeps * found.strips;
   found.piece_lines = found.lines;
   found.piece_columns = grid.most_columns(2, found.strip);
   plan = found;
@@ -319,7 +410,7 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
 
 /// Gathers items into units, where these have partial sums.
 void cut_into_units(Plan& plan) {
-  const std::int64_t items = plan.items / plan.items_together();
+  const std::int64_t items = plan.items;
   plan.units = items;
   const Problem& p = plan.problem();
   if (plan.kind() != PassKind::backward_query) return;
@@ -373,18 +464,16 @@ double multiply_adds(const Problem& p) {
 
 Interval Plan::columns_of_cut(int axis, std::int64_t group, std::int64_t number) const {
   const Interval rows = grid.rows(axis, group);
-  const auto begin_of = [&](std::int64_t n) {
-    return axis == 0 ? n * rows.size() : axis == 1 ? first_line(n) : n * strip;
-  };
-  const std::int64_t first = rows.begin + begin_of(number);
+  const std::int64_t first = rows.begin + first_row(axis, number);
   if (number < 0 || number >= cuts(axis) || first >= rows.end) return {0, 0};
-  const std::int64_t last = std::min(rows.begin + begin_of(number + 1), rows.end) - 1;
+  const std::int64_t last = std::min(rows.begin + first_row(axis, number + 1), rows.end) - 1;
   return {grid.columns(axis, group, first).begin, grid.columns(axis, group, last).end};
 }
 
 bool sums_alike(const Plan& a, const Plan& b) {
   if (a.sums_columns != b.sums_columns) return false;
-  if (a.sums_columns && (a.stack != b.stack || a.strip != b.strip || a.sweeps != b.sweeps))
+  if (a.sums_columns &&
+      (a.stack != b.stack || a.strip != b.strip || a.sweeps != b.sweeps || a.slabs != b.slabs))
     return false;
   if (a.in_pieces || b.in_pieces || a.partial.elements() > 0 || b.partial.elements() > 0)
     return false;

@@ -157,6 +157,7 @@ struct Plan {
   std::int64_t piece_columns = 0;             // and columns of each
   std::int64_t strips = 0;                    // along axis 2
   std::int64_t sweeps = 0;                    // along axis 1: of stacks that one item goes through
+  std::int64_t slabs = 0;                     // along axis 0: of planes of such stacks
   std::int64_t items = 0;                     // per batch entry and group of heads
   std::int64_t units = 0;                     // likewise; each is a run of items
   PartialSums partial;                        // of each unit and head
@@ -173,10 +174,15 @@ struct Plan {
   double score_scale() const { return in_pairs ? problem().scale : 1.0; }
   std::int64_t head_groups() const { return (grid.heads() + row_heads - 1) / row_heads; }
   std::int64_t groups() const { return grid.groups(0) * grid.groups(1) * grid.groups(2); }
-  /// Items of a unit are a multiple of these, which have sums of columns in common.
-  std::int64_t items_together() const { return sums_columns ? grid.most_rows(0) : 1; }
-  /// How many parts the rows of an axis are cut into: sweeps of axis 1, strips of axis 2.
-  std::int64_t cuts(int axis) const { return axis == 0 ? 1 : axis == 1 ? sweeps : strips; }
+  /// How many parts the rows of an axis are cut into.
+  std::int64_t cuts(int axis) const { return axis == 0 ? slabs : axis == 1 ? sweeps : strips; }
+  /// The row of an axis, of those of a dilation group, that a cut begins with.
+  std::int64_t first_row(int axis, std::int64_t number) const {
+    if (axis == 2) return number * strip;
+    // Whole stacks, unless the cuts of a sum are better equal.
+    if (axis == 1 && !sums_columns) return stacks * number / sweeps * stack;
+    return grid.most_rows(axis) * number / cuts(axis);
+  }
   /// The columns that a cut sees; none beyond the last.
   Interval columns_of_cut(int axis, std::int64_t group, std::int64_t number) const;
   /// Whether the ring holds a circular axis whole, so that all turns have one entry.
@@ -209,8 +215,6 @@ struct Plan {
   }
   /// Rows that a thread has at hand.
   std::int64_t rows() const { return row_heads * head_rows; }
-  /// The line of rows, of those of axis 1, that a sweep begins with.
-  std::int64_t first_line(std::int64_t number) const { return stacks * number / sweeps * stack; }
   /// Which of the lines at one position of axis 2 a line is: where the ring holds a circular axis
   /// whole, each turn has the same.
   Coordinate line_in_ring(Coordinate line) const {

@@ -22,7 +22,7 @@ Plan plan_stream(const Problem& problem, int width, std::size_t element_bytes, i
   plan.element_bytes = element_bytes;
   plan.padded = round_up(problem.head_dim, plan.width);
   plan.value_padded = round_up(problem.value_dim, plan.width);
-  plan.stack = plan.stacks = plan.sweeps = 1;
+  plan.stack = plan.stacks = plan.sweeps = plan.slabs = 1;
   const std::int64_t rows = plan.grid.most_rows(2), group = problem.heads / problem.kv_heads;
   plan.strip = std::min(rows, std::max(kRowsAtHand / group, kLeastRows));
   plan.strips = (rows + plan.strip - 1) / plan.strip;

@@ -11,11 +11,11 @@ struct Work {
   std::int64_t batch = 0, first_head = 0, head_count = 0;
   std::int64_t unit = 0;  // of these heads
   // The item, and the lines of rows in it that are at hand: a strip of each.
-  std::int64_t strip = 0, sweep = 0;  // numbers
-  Coordinate group{};                 // dilation group
-  Coordinate first{};                 // position in the group of the first row
-  std::int64_t line_count = 0;        // along axis 1
-  std::int64_t row_count = 0;         // of each line
+  std::int64_t strip = 0, sweep = 0, slab = 0;  // numbers
+  Coordinate group{};                           // dilation group
+  Coordinate first{};                           // position in the group of the first row
+  std::int64_t line_count = 0;                  // along axis 1
+  std::int64_t row_count = 0;                   // of each line
   // The run of these rows over their columns.
   std::int64_t column_head = 0;  // first of the columns
   std::int64_t column_head_count = 0;
