@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -277,6 +277,18 @@ def random_case(rng: np.random.Generator) -> Case:
 def random_cases(count: int, seed: int = SEED) -> list[Case]:
     rng = np.random.default_rng(seed)
     return [random_case(rng) for _ in range(count)]
+
+
+def of_module(case: Case) -> Case:
+    """The case on its whole grid, as a module has it."""
+    return replace(
+        case,
+        shape=case.grid_size or case.keys_shape,
+        kv_heads=case.heads,
+        value_dim=case.head_dim,
+        additional=0,
+        **dict.fromkeys(("key_shape", "query_offset", "key_offset", "grid_size")),
+    )
 
 
 def long_unless(quick: bool, *values: Any) -> Any:

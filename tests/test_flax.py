@@ -20,6 +20,7 @@ import pytest
 jax = pytest.importorskip("jax")
 pytest.importorskip("flax")
 
+import cases  # noqa: E402
 import flax.linen as nn  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from cases import Case  # noqa: E402
@@ -181,6 +182,58 @@ def test_output(kind, rank, rel_pos_bias, qkv_bias, qk_scale):
         shapes["rpb"] = (HEADS, *(2 * k - 1 for k in built.module.kernel_size))
     assert jax.tree.map(jnp.shape, built.params) == shapes
     close(built(images(rank)), reference(built.module, built.params, images(rank)))
+
+
+def check_random(case: Case, errors: cases.Errors) -> None:
+    """A module from what `qkv` gives to what `proj` gets, and back."""
+    arrays = case.fused_arrays()
+    dtype = jnp.dtype(case.dtype)
+    x = jnp.zeros((case.batch, *case.shape, case.heads * case.head_dim), dtype)
+    three = np.stack([arrays[name] for name in ("query", "key", "value")], axis=-3)
+    given = {"qkv": jnp.asarray(three.reshape(*three.shape[:-2], x.shape[-1]), dtype)}
+    if case.rpb:
+        given["rpb"] = jnp.asarray(arrays["rpb"], dtype)
+    mask = jnp.asarray(arrays["key_mask"]) if "key_mask" in arrays else None
+
+    def output(given: dict[str, jax.Array]) -> jax.Array:
+        module = NNX[case.rank](
+            case.heads * case.head_dim,
+            case.heads,
+            **case.neighborhood,
+            rel_pos_bias=case.rpb,
+            qk_scale=case.scale,
+            param_dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+        module.qkv = lambda _: given["qkv"]
+        module.proj = lambda out: out
+        if case.rpb:
+            module.rpb = nnx.Param(given["rpb"])
+        return module(x, key_mask=mask)
+
+    got, pull_back = jax.vjp(output, given)
+    (grads,) = pull_back(jnp.asarray(arrays["grad_output"], dtype).reshape(got.shape))
+    arrays["grad_logsumexp"] = np.zeros_like(arrays["grad_logsumexp"])
+    want = fused(case, arrays)
+    del want["logsumexp"]
+    grad_qkv = grads["qkv"].reshape(three.shape)
+    results = {
+        "output": got.reshape(want["output"].shape),
+        **{f"grad_{n}": grad_qkv[..., i, :, :] for i, n in enumerate(("query", "key", "value"))},
+    }
+    if case.rpb:
+        results["grad_rpb"] = grads["rpb"]
+    scale = float(np.linalg.norm(arrays["grad_output"]))
+    errors.check(case, {n: np.asarray(r, np.float64) for n, r in results.items()}, want, scale)
+
+
+@cases.a_tenth_and_the_rest(cases.COUNT or 120, cases.SEED + 5)
+def test_random_cases(x64, drawn, capsys):
+    errors = cases.Errors("flax modules")
+    for case in map(cases.of_module, drawn):
+        check_random(case, errors)
+    with capsys.disabled():
+        print(f"\n{errors.table()}")
 
 
 @KINDS

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
@@ -146,18 +144,6 @@ def test_unfused(drawn, capsys):
         print(f"\n{errors.table()}")
 
 
-def of_module(case: cases.Case) -> cases.Case:
-    """The case on its whole grid, as a module has it."""
-    return replace(
-        case,
-        shape=case.grid_size or case.keys_shape,
-        kv_heads=case.heads,
-        value_dim=case.head_dim,
-        additional=0,
-        **dict.fromkeys(("key_shape", "query_offset", "key_offset", "grid_size")),
-    )
-
-
 def check_module(case: cases.Case, errors: cases.Errors) -> None:
     """From what `qkv` gives to what `proj` gets, and back. Half of the cases by unfused operations,
     but for 16 bits, whose weights these round on the way."""
@@ -199,7 +185,7 @@ def check_module(case: cases.Case, errors: cases.Errors) -> None:
 def test_modules(drawn, capsys):
     errors = cases.Errors("torch modules")
     try:
-        for case in map(of_module, drawn):
+        for case in map(cases.of_module, drawn):
             check_module(case, errors)
     finally:
         natten.use_fused_na(False)

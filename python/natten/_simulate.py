@@ -28,6 +28,7 @@ from natten._args import (
 from natten._halos import halos_of
 from natten._roles import roles_of
 
+DTYPE_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 DTYPES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # and bytes of an element
 
 
@@ -219,6 +220,7 @@ def make_layer(
     rank = len(input_size) if isinstance(input_size, Sequence) else 1
     if not 1 <= rank <= 3:
         raise ValueError(f"input_size: got {input_size!r}; must be an integer or 1 to 3 of them")
+    dtype = DTYPE_NAMES.get(dtype, dtype)
     if dtype not in DTYPES:
         raise ValueError(f"dtype: got {dtype!r}; must be one of {', '.join(DTYPES)}")
     return Layer(

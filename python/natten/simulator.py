@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from natten._args import BOUNDARIES
-from natten._simulate import GPUS, Simulation, duration, quantity, simulate
+from natten._simulate import DTYPE_NAMES, GPUS, Simulation, duration, quantity, simulate
 
 __all__ = ["main", "parser", "sweep"]
 
-DTYPE_NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 SWEEPS = ("stride", "kernel", "dilation", "tiles")
 
 
