@@ -44,13 +44,23 @@ using FragmentA = std::uint32_t[4];
 using FragmentB = std::uint32_t[2];
 using FragmentC = float[4];
 
-/// Rounds to TF32, float without its last 13 bits: to nearest, as cvt.rna.tf32.f32 does, so the
-/// middle between two goes away from zero.
+/// The bits that float has and TF32 has not.
+inline constexpr std::uint32_t kTf32Dropped = (1u << 13) - 1;
+/// An operand of products in TF32: rounded to nearest, and the middle between two away from zero.
+/// On a device nothing is said of the bits that products take no notice of.
+NATTEN_DEVICE std::uint32_t tf32_bits(float x) {
+  std::uint32_t bits;
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#else
+  bits = natten::detail::bits_of(x);
+  if (std::fabs(x) < __builtin_huge_valf()) bits += (kTf32Dropped + 1) / 2;
+  bits &= ~kTf32Dropped;
+#endif
+  return bits;
+}
 NATTEN_DEVICE float round_to_tf32(float x) {
-  constexpr int kDropped = 13;
-  std::uint32_t bits = natten::detail::bits_of(x);
-  if (std::fabs(x) < __builtin_huge_valf()) bits += 1u << (kDropped - 1);
-  return natten::detail::float_of(bits & ~((1u << kDropped) - 1));
+  return natten::detail::float_of(tf32_bits(x) & ~kTf32Dropped);
 }
 
 #if defined(__CUDACC__)

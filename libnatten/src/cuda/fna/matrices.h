@@ -42,14 +42,11 @@ struct SharedTile {
   }
 };
 
-NATTEN_DEVICE std::uint32_t rounded_bits(float x) {
-  return natten::detail::bits_of(round_to_tf32(x));
-}
 /// Rounds elements that products take as they lie in memory.
 template <class T, int kCount>
 NATTEN_DEVICE void round_operand(std::uint32_t (&x)[kCount]) {
   if constexpr (std::is_same_v<T, float>) {
-    NATTEN_EACH (i, kCount) x[i] = rounded_bits(natten::detail::float_of(x[i]));
+    NATTEN_EACH (i, kCount) x[i] = tf32_bits(natten::detail::float_of(x[i]));
   }
 }
 
@@ -98,8 +95,8 @@ NATTEN_DEVICE void pack_weights(Machine& gpu, Weights<T, kM, kN>& x, const Fragm
       NATTEN_EACH (half, 2) {
         const float first = c[m][n][2 * half], second = c[m][n][2 * half + 1];
         if constexpr (std::is_same_v<T, float>) {
-          x[m][n][half] = rounded_bits(first);
-          x[m][n][2 + half] = rounded_bits(second);
+          x[m][n][half] = tf32_bits(first);
+          x[m][n][2 + half] = tf32_bits(second);
         } else {
           x[m][n / 2][n % 2 * 2 + half] = gpu.template pack<T>(first, second);
         }

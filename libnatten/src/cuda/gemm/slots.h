@@ -205,8 +205,8 @@ template <class T, int kK>
 NATTEN_DEVICE void set_weights(FragmentA (&x)[1][kK], int n, int half, std::uint32_t first,
                                std::uint32_t second) {
   if constexpr (std::is_same_v<T, float>) {
-    x[0][n][half] = rounded_bits(natten::detail::float_of(first));
-    x[0][n][2 + half] = rounded_bits(natten::detail::float_of(second));
+    x[0][n][half] = tf32_bits(natten::detail::float_of(first));
+    x[0][n][2 + half] = tf32_bits(natten::detail::float_of(second));
   } else {
     x[0][n / 2][n % 2 * 2 + half] = first | second << 16;
   }
