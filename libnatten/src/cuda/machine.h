@@ -17,6 +17,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define NATTEN_DEVICE __device__ __forceinline__
@@ -98,17 +99,18 @@ class Gpu {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from)
                  : "memory");
   }
-  /// The same, but zeros where not `valid`; then nothing is read.
-  __device__ void copy_async(int to, const void* from, bool valid) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
-  }
-  /// Copies 4 bytes, or zeros where not `valid`.
-  __device__ void copy_word_async(int to, const void* from, bool valid) const {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from),
-                 "r"(valid ? 4 : 0)
-                 : "memory");
+  /// The same of 16, 8 or 4 bytes, at multiples of as many, of which only the first `given` are
+  /// read. The others become zeros.
+  template <int kBytes>
+  __device__ void copy_async(int to, const void* from, int given) const {
+    if constexpr (kBytes == 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
+                   "r"(given)
+                   : "memory");
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address(to)), "l"(from),
+                   "n"(kBytes), "r"(given)
+                   : "memory");
   }
   /// Closes a group of copies.
   __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -161,9 +163,13 @@ class Gpu {
     return y;
   }
   __device__ float log(float x) const { return logf(x); }
-  /// Copies 16 bytes.
-  __device__ void copy_chunk(void* to, const void* from) const {
-    *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  /// Copies 16, 8 or 4 bytes, at multiples of as many.
+  template <int kBytes>
+  __device__ void copy(void* to, const void* from) const {
+    using Piece = std::conditional_t<kBytes == 16, uint4,
+                                     std::conditional_t<kBytes == 8, uint2, std::uint32_t>>;
+    static_assert(sizeof(Piece) == kBytes);
+    *static_cast<Piece*>(to) = *static_cast<const Piece*>(from);
   }
   __device__ void atomic_add(float* to, float x) const { atomicAdd(to, x); }
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <string>
@@ -73,25 +74,32 @@ inline void set_row_tile(PassGrid& grid, const TileShape& tile) {
 template <class E>
 Tokens<E> tokens(Operand<E> x, bool is_additional = false) {
   if (is_additional) x.grid = {0, 0, x.token};
-  bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
-  const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
-  for (std::int64_t stride : strides) is_aligned = is_aligned && stride % kChunk<E> == 0;
-  return {x, is_aligned};
+  const auto is_unit = [&](int unit) {
+    const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
+    return reinterpret_cast<std::uintptr_t>(x.data) % (unit * sizeof(E)) == 0 &&
+           std::all_of(std::begin(strides), std::end(strides),
+                       [unit](std::int64_t stride) { return stride % unit == 0; });
+  };
+  Tokens<E> result{x};
+  for (int unit = 2; unit <= kChunk<E> && is_unit(unit); unit *= 2) ++result.unit_log2;
+  return result;
 }
 
 /// How columns are copied, once they are set.
 template <class T>
 void set_copies(Arguments<T>& a, int which) {
   std::int64_t furthest = 0;  // of a tile's columns, in elements
+  const int unit = a.columns[which].unit();
   for (int i = 0; i < kMaxRank; ++i) {
     const Places& places = a.grid.places[i];
     const std::int64_t step = a.columns[which].tensor.grid[i] * places.dilation;
     const std::int64_t turn = places.turn * step;
-    a.turn_chunks[which][i] = static_cast<int>(turn / kChunk<T>);
+    a.turn_units[which][i] = static_cast<int>(turn / unit);
     furthest += std::max(std::abs(step) * (a.grid.column_tile.extent(i) - 1), std::abs(turn));
   }
-  a.copies_chunks[which] = a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
-                           furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
+  a.has_offsets[which] = furthest / unit <= std::numeric_limits<std::int32_t>::max();
+  a.copies_chunks[which] =
+      a.has_offsets[which] && unit == kChunk<T> && a.dims[which] % kChunk<T> == 0;
 }
 
 /// What is hidden of the rows and columns of a simplified problem.

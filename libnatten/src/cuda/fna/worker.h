@@ -16,7 +16,7 @@ struct ColumnStop {
   bool is_whole;         ///< all columns are shown, and lie one after another
   bool is_last;          ///< of the block's
   bool has_masks;        ///< some warp's rows see a part of it
-  /// The first token of B1 and B2 where they can be copied by chunks, else null.
+  /// The first token of B1 and B2 where the others have offsets from it, else null.
   const T* first[2];
   std::uint64_t shown;  ///< a bit for each column: given, and not hidden
 };
@@ -177,7 +177,7 @@ struct Worker {
   NATTEN_DEVICE static int statistics(int which, int stage) {
     return K::Layout::kStatistics + (which * K::kStages + stage) * K::kColumns * int(sizeof(float));
   }
-  /// Where the columns of a tile lie, from its first, in chunks of `a.columns[which]`.
+  /// Where the columns of a tile lie, from its first, in units of `a.columns[which]`.
   NATTEN_DEVICE int* relative(int which) const {
     return gpu.template shared<int>(K::Layout::kRelative) + which * K::kColumns;
   }
@@ -188,7 +188,7 @@ struct Worker {
       const int turn = a.grid.places[i].turn;
       if (turn == 0) continue;
       int place = at.place[i] + a.grid.column_tile.offset(column, i);
-      for (; place >= turn; place -= turn) back += a.turn_chunks[which][i];
+      for (; place >= turn; place -= turn) back += a.turn_units[which][i];
     }
     return back;
   }

@@ -119,7 +119,7 @@ NATTEN_DEVICE void store_slots(const Worker<K, Machine>& w) {
   w.gpu.sync_warp();
   for_each_piece(w, [&](int shared, T* memory, int first) {
     const T* from = w.gpu.template shared<T>(shared);
-    if (is_full(w, first)) return w.gpu.copy_chunk(memory, from);
+    if (is_full(w, first)) return w.gpu.template copy<kChunkBytes>(memory, from);
     for_each_of_piece(w, first, [&](int j) { memory[j] = from[j]; });
   });
 }
