@@ -201,6 +201,53 @@ TEST(CudaTiles, UnsupportedShapesAreRefusedWithTheSupportedOnes) {
   EXPECT_NE(refusal({1 << 20, 1 << 20}, {}).find("q_tile_shape"), std::string::npos);
 }
 
+/// Takes the place of a launcher on a device whose multiprocessors have so much shared memory.
+struct Planner {
+  int bytes;
+  int rows = 0, of_block = 0;  ///< of the last tile kernel that has been enqueued
+
+  template <class T, int kDims, int kM, cuda::TilePass kPass>
+  void operator()(const cuda::TileKernel<T, kDims, kM, kPass>&, std::int64_t, int shared_bytes) {
+    rows = cuda::TileTraits<T, kDims, kM, kPass>::kRows;
+    of_block = shared_bytes;
+  }
+  template <class Kernel>
+  void operator()(const Kernel&, std::int64_t, int = 0) {}
+  void clear(void*, std::size_t) {}
+  int shared_bytes() const { return bytes; }
+};
+
+/// Compute capability 8.0 has 164 KB per multiprocessor, 8.6, 8.9 and 12.0 have 100, and 9.0 and
+/// 10.0 have 228. Rows are 128 where that leaves room for as many blocks as 64 do.
+TEST(CudaFnaChoice, TilesFitIntoTheSharedMemoryOfTheDevice) {
+  const auto plan = [](natten::DType dtype, std::int64_t dim, int kilobytes) {
+    natten::Call call;
+    const std::int64_t shape[] = {1, 256, 256, 24, dim};
+    call.tensors.query = call.tensors.key = call.tensors.value =
+        natten::contiguous_view(nullptr, dtype, {}, shape, 5);
+    call.neighborhood.kernel_size = {80, 80};
+    call.options.allow_tf32 = true;
+    Planner planner{1024 * kilobytes};
+    cuda::run_fna(natten::detail::Job{natten::describe(call), call.tensors, nullptr}, planner);
+    EXPECT_LE(planner.of_block, cuda::kMostSharedBytes);
+    return planner;
+  };
+  for (const natten::DType dtype : {natten::DType::bfloat16, natten::DType::float32})
+    for (const std::int64_t dim : {32, 64, 96, 128, 192, 256}) {
+      if (dim > cuda::most_dims(natten::size_of(dtype))) continue;
+      SCOPED_TRACE(dim);
+      const bool has_wide = dim <= cuda::most_wide_dims(natten::size_of(dtype));
+      for (const int kilobytes : {164, 228})
+        EXPECT_EQ(plan(dtype, dim, kilobytes).rows, has_wide ? 128 : 64);
+      const bool has_room = natten::size_of(dtype) == 4 || dim != 96;
+      const Planner small = plan(dtype, dim, 100);
+      EXPECT_EQ(small.rows, has_wide && has_room ? 128 : 64);
+      if (!has_room) {
+        EXPECT_EQ(cuda::blocks_beside(small.of_block, small.bytes), 2);
+      }
+    }
+}
+
 TEST(CudaFnaChoice, Float32OnlyInTf32AndWithItsDims) {
   Case c;
   c.axes = {{9, 5, 1, 1, false}};

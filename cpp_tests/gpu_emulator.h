@@ -441,21 +441,19 @@ void EmulatedThread::multiply_add(float (&c)[4], const std::uint32_t (&a)[4],
 /// Runs kernels where `natten::detail::cuda::Launcher` would enqueue them.
 class Emulator {
  public:
-  /// The most shared memory that a block may have: that of compute capability 8.6 and 8.9, the
-  /// least since Ampere.
-  static constexpr int kMostSharedBytes = 99 * 1024;
-
   explicit Emulator(std::uint64_t seed = 0) : seed_(seed) {}
 
   template <class Kernel>
   void operator()(const Kernel& kernel, std::int64_t blocks, int shared_bytes = 0) {
-    if (shared_bytes > kMostSharedBytes) throw std::logic_error("too much shared memory");
+    if (shared_bytes > natten::detail::cuda::kMostSharedBytes)
+      throw std::logic_error("too much shared memory");
     auto& block = blocks_[Kernel::kThreads];
     if (!block) block = std::make_unique<EmulatedBlock>(Kernel::kThreads, seed_);
     for (std::int64_t i = 0; i < blocks; ++i)
       block->run(i, shared_bytes, [&](EmulatedThread& gpu) { kernel(gpu); });
   }
   void clear(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
+  static int shared_bytes() { return natten::detail::cuda::kSharedBytesOfLargest; }
 
  private:
   std::uint64_t seed_;

@@ -130,6 +130,7 @@ class Counter {
   template <class Kernel>
   void operator()(const Kernel&, std::int64_t, int = 0) {}
   void clear(void*, std::size_t) {}
+  static int shared_bytes() { return kSharedBytesOfLargest; }
 
   std::vector<PassWork> passes;
 

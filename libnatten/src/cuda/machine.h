@@ -38,6 +38,13 @@
 
 namespace natten::detail::cuda {
 
+/// Shared memory, in bytes: the most that a block may have on any device since compute capability
+/// 8.0, which is that of 8.6, 8.9 and 12.0; what a block takes beside what it asks for; and what a
+/// multiprocessor of compute capability 9.0 and 10.0 has, where nothing is known of a device.
+inline constexpr int kMostSharedBytes = 99 * 1024;
+inline constexpr int kReservedSharedBytes = 1024;
+inline constexpr int kSharedBytesOfLargest = 228 * 1024;
+
 /// What a thread of a warp holds of a matrix of 16 x 16 (A), 16 x 8 (B) or 16 x 8 (C) elements of
 /// mma.m16n8k16, by PTX's fragment layouts; of mma.m16n8k8 for float, whose A is 16 x 8 and B 8
 /// x 8.

@@ -41,7 +41,7 @@ struct TileKernel {
   static constexpr int kThreads = Traits::kThreads;
   static constexpr int kBlocks = Traits::kKeepsIndices && kM == 1 ? 4 : 2;
   static constexpr int kSharedBytes = Traits::Layout::kBytes;
-  static_assert(kSharedBytes <= 99 * 1024, "more than compute capabilities 8.6 and 8.9 have");
+  static_assert(kSharedBytes <= kMostSharedBytes);
 
   Arguments<T> a;
 

@@ -64,6 +64,12 @@ inline PassGrid grid_of(const Problem& p, Rows rows) {
   return grid;
 }
 
+/// Blocks that a multiprocessor with `shared_bytes` has room for, each with `of_block` of them; up
+/// to two, for which kernels leave registers.
+constexpr int blocks_beside(int of_block, int shared_bytes) {
+  return std::min(2, shared_bytes / (of_block + kReservedSharedBytes));
+}
+
 inline void set_row_tile(PassGrid& grid, const TileShape& tile) {
   grid.row_tile = tile;
   for (int a = 0; a < kMaxRank; ++a) {
