@@ -546,26 +546,29 @@ TEST_P(CudaFna, AllScoresInfinite) {
     });
 }
 
-/// Where scores are large, logsumexp rounds to 1e-5 and more.
+/// Where scores are large, logsumexp rounds to 1e-5 and more, and a row's largest weight comes with
+/// any of its tiles of keys, of which there are several along a line.
 TEST_P(CudaFna, LargeScores) {
   std::uint64_t seed = base_seed() + 3000;
-  for (const double scores : {1., 30., 300., 3000.}) {
-    Case c;
-    c.seed = ++seed;
-    c.dtype = dtype();
-    c.allow_tf32 = GetParam().allow_tf32;
-    c.axes = {{18, 7, 1, 1, false}, {17, 7, 1, 1, false}};
-    c.heads = c.kv_heads = 2;
-    c.dim = c.value_dim = 32;
-    c.scale = scores / std::sqrt(static_cast<double>(c.dim));
-    FusedProblem problem(c);
-    Buffers& b = problem.buffers;
-    for (Buffer* x : {&b.query, &b.key, &b.value, &b.grad_output})  // for exact products in TF32
-      for (std::int64_t i = 0; i < x->view().size(); ++i)
-        x->set(i, cuda::round_to_tf32(static_cast<float>(x->get(i))));
-    natten_tests::expect_definition(problem, errors_,
-                                    [](const natten::Call& call) { run_emulated(call, 1); });
-  }
+  for (const double scores : {1., 30., 300., 3000.})
+    for (const bool is_line : {false, true}) {
+      Case c;
+      c.seed = ++seed;
+      c.dtype = dtype();
+      c.allow_tf32 = GetParam().allow_tf32;
+      c.axes = {{18, 7, 1, 1, false}, {17, 7, 1, 1, false}};
+      if (is_line) c.axes = {{330, 260, 1, 1, false}};
+      c.heads = c.kv_heads = 2;
+      c.dim = c.value_dim = 32;
+      c.scale = scores / std::sqrt(static_cast<double>(c.dim));
+      FusedProblem problem(c);
+      Buffers& b = problem.buffers;
+      for (Buffer* x : {&b.query, &b.key, &b.value, &b.grad_output})  // for exact products in TF32
+        for (std::int64_t i = 0; i < x->view().size(); ++i)
+          x->set(i, cuda::round_to_tf32(static_cast<float>(x->get(i))));
+      natten_tests::expect_definition(problem, errors_,
+                                      [](const natten::Call& call) { run_emulated(call, 1); });
+    }
 }
 
 /// Strides of biases that 32 bits do not hold are refused, and another backend runs the problem.

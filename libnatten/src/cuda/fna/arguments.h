@@ -26,6 +26,9 @@ constexpr bool rows_are_queries(TilePass pass) {
   return pass == TilePass::forward || pass == TilePass::row_term || pass == TilePass::grad_query;
 }
 
+/// The most dims of kernels with two sums of as many, which registers limit.
+inline constexpr int kMostDimsOfTwo = 128;
+
 inline constexpr float kNone = -__builtin_huge_valf();  ///< the score of what is not seen
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;

@@ -95,8 +95,10 @@ class TilePasses {
  private:
   void run_tiles() {
     if (p_.op == Op::attention_forward) return run_pass<TilePass::forward>(Rows::queries);
-    run_pass<TilePass::row_term>(Rows::queries);
     const Tensors& t = job_.tensors;
+    // The pass over queries finds the row term on its way.
+    const bool finds_term = t.grad_query && !adds_queries(p_) && padded_dims(p_) <= kMostDimsOfTwo;
+    if (!finds_term) run_pass<TilePass::row_term>(Rows::queries);
     if constexpr (!std::is_same_v<T, float>) {
       if (adds_queries(p_)) {
         launch_.clear(pieces_.query_sums,

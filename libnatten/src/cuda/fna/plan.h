@@ -22,11 +22,9 @@
 namespace natten::detail::cuda {
 
 /// The most dims that there are kernels for, by the bytes of an element: shared memory limits those
-/// for float32, registers the others. Of all; of those with 32 rows per warp; of those that sum two
-/// gradients of their rows.
+/// for float32, registers the others. Of all; of those with 32 rows per warp.
 constexpr int most_dims(std::size_t element_bytes) { return element_bytes == 4 ? 128 : 256; }
 constexpr int most_wide_dims(std::size_t element_bytes) { return element_bytes == 4 ? 96 : 128; }
-inline constexpr int kMostDimsOfTwo = 128;
 
 /// Why tile kernels do not run a simplified problem on its element type, or its grid; or empty.
 inline std::string dtype_refusal(const Problem& p) {

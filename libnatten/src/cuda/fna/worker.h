@@ -58,6 +58,8 @@ struct TileTraits {
                                       kPass == TilePass::grad_key_value ||
                                       kPass == TilePass::grad_value || kAddsQueries;
   static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == TilePass::row_term;
+  /// Whether it finds out the row term on the way, by a second sum.
+  static constexpr bool kFindsTerm = kPass == TilePass::grad_query && kDims <= kMostDimsOfTwo;
   /// Whether registers hold what is the same for all tiles of columns; else it is cheaper to
   /// compute that again.
   static constexpr bool kKeepsIndices = kPass == TilePass::forward && kM * kDims <= 64;
@@ -123,9 +125,11 @@ NATTEN_DEVICE void clear(E (&x)[kRowBlocks][kColumnBlocks][4]) {
 /// What a thread sums up over the columns.
 template <class K>
 struct Accumulators {
-  FragmentC first[K::kSumsFirst ? K::kM : 1][K::kDims / 8];    ///< weights times B1
+  /// Weights times B1; where the row term is not known before, and then P times B1.
+  FragmentC first[K::kFindsTerm ? 2 * K::kM : K::kSumsFirst ? K::kM : 1][K::kDims / 8];
   FragmentC second[K::kSumsSecond ? K::kM : 1][K::kDims / 8];  ///< weights times B2
-  typename K::PerRow totals, products;  ///< this thread's shares of weights, and of P dP
+  /// Weights, and P dP: this thread's shares, or where it finds the row term, those of all four.
+  typename K::PerRow totals, products;
 
   NATTEN_DEVICE void clear() {
     cuda::clear(first);
