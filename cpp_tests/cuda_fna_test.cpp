@@ -340,26 +340,48 @@ TEST(CudaTiles, LargeWindowsAreCoveredClosely) {
 /// Windows of published models are small, and what surrounds the products decides. No more
 /// instructions than there were, with a tenth to spare (docs/performance.md).
 TEST(CudaFnaCounts, OfSmallWindows) {
+  using natten::DType;
   struct Example {
+    DType dtype;
     std::int64_t length, window, dim;
-    double thousands;
+    double forward, backward;  // thousands of instructions; 0: not counted
+    bool rpb = false;
   };
-  for (const Example& e : std::vector<Example>{{128, 13, 64, 4781}, {56, 7, 32, 515}}) {
+  for (const Example& e : std::vector<Example>{
+           {DType::bfloat16, 128, 13, 64, 4814, 0},
+           {DType::bfloat16, 56, 7, 32, 530, 1856},
+           {DType::bfloat16, 40, 13, 64, 541, 1807},
+           {DType::float32, 56, 7, 32, 759, 2804},
+           // Tokens at multiples of 16, 8, 4 and 2 bytes.
+           {DType::bfloat16, 56, 7, 40, 705, 2465},
+           {DType::bfloat16, 56, 7, 36, 1075, 3258},
+           {DType::bfloat16, 56, 7, 34, 1191, 3512},
+           {DType::bfloat16, 56, 7, 33, 1761, 4931},
+           {DType::float32, 56, 7, 33, 1984, 6191},
+           {DType::bfloat16, 40, 13, 64, 791, 17096, true},
+       }) {
     Case c;
-    c.dtype = natten::DType::bfloat16;
+    c.dtype = e.dtype;
+    c.allow_tf32 = true;
     c.axes = {{e.length, e.window, 1, 1, false}, {e.length, e.window, 1, 1, false}};
     c.dim = c.value_dim = e.dim;
+    c.rpb = e.rpb;
     c.seed = base_seed();
     FusedProblem problem(c);
-    const ptx::WarpCounts before = ptx::warp_counts();
-    ASSERT_NO_THROW(run_emulated(problem.forward(), 0));
-    const ptx::WarpCounts after = ptx::warp_counts();
-    const auto count = static_cast<double>(after.instructions - before.instructions);
-    const auto products = static_cast<double>(after.products - before.products);
-    std::cout << e.length << "^2, window " << e.window << "^2, head dim " << e.dim << ": "
-              << count / 1e3 << " thousand instructions, " << count / products
-              << " per product of matrices\n";
-    EXPECT_LE(count, 1.1 * 1e3 * e.thousands);
+    const auto expect_at_most = [&](const char* pass, const natten::Call& call, double thousands) {
+      const ptx::WarpCounts before = ptx::warp_counts();
+      ASSERT_NO_THROW(run_emulated(call, 0));
+      const ptx::WarpCounts after = ptx::warp_counts();
+      const auto count = static_cast<double>(after.instructions - before.instructions);
+      const auto products = static_cast<double>(after.products - before.products);
+      std::cout << natten::name_of(e.dtype) << ", " << e.length << "^2, window " << e.window
+                << "^2, head dim " << e.dim << (e.rpb ? ", biases, " : ", ") << pass << ": "
+                << count / 1e3 << " thousand instructions, " << count / products
+                << " per product of matrices\n";
+      EXPECT_LE(count, 1.1 * 1e3 * thousands);
+    };
+    expect_at_most("forward", problem.forward(), e.forward);
+    if (e.backward > 0) expect_at_most("backward", problem.backward(), e.backward);
   }
 }
 #endif
