@@ -18,16 +18,15 @@ using natten::Op;
 using natten::detail::Job;
 namespace cuda = natten::detail::cuda;
 
-void run_with_seed(const natten::Call& call, std::uint64_t seed) {
+void run_emulated(const natten::Call& call) {
   const natten::Problem problem = natten::describe(call);
   DeviceMemory memory;
   const natten::Tensors tensors = memory.tensors(call.op, call.tensors);
-  ThreadLauncher launch(seed);
+  ThreadLauncher launch;
   cuda::run_simt(Job{problem, tensors, memory.workspace(cuda::simt_workspace_bytes(problem))},
                  launch);
   memory.expect_guard_intact();
 }
-void run_emulated(const natten::Call& call) { run_with_seed(call, 0); }
 
 void run_packed(const natten::Call& call, const natten::Packing& packing) {
   PackedJob packed(call, packing, cuda::simt_workspace_bytes);
@@ -174,7 +173,11 @@ TEST_P(CudaSimt, ManyQueriesOfAdditionalTokens) {
   expect_definition(c);
 }
 
+/// But for lanes of a warp that add in turn, which only some launchers know of.
 TEST_P(CudaSimt, OrderOfThreadsDoesNotMatter) {
+  const auto run = [](const natten::Call& call, std::uint64_t seed) {
+    run_on_tiles(call, seed, cuda::simt_workspace_bytes, cuda::run_simt<TileLauncher>);
+  };
   for (std::uint64_t i = 0; i < 9; ++i) {
     Case c = random_case(base_seed() + 300 + i, dtype(), static_cast<int>(i % 3) + 1);
     c.rpb = true;
@@ -184,8 +187,8 @@ TEST_P(CudaSimt, OrderOfThreadsDoesNotMatter) {
     for (std::uint64_t seed : {0, 1, 2, 3}) {
       FusedProblem problem(c);
       problem.provide_logsumexp();
-      run_with_seed(problem.forward(), seed);
-      run_with_seed(problem.backward(), seed);
+      run(problem.forward(), seed);
+      run(problem.backward(), seed);
       Buffers& b = problem.buffers;
       std::vector<Dense> results;
       for (Buffer* x : {&b.output, &b.logsumexp, &b.grad_query, &b.grad_key, &b.grad_value,
@@ -244,18 +247,41 @@ TEST_P(CudaSimt, BiasGradientFromGivenRowTerm) {
     cuda::simt_grad_rpb<T>(job, given, workspace, launch);
     memory.expect_guard_intact();
     expect_gradient();
-
-    // Where the weights of all tiles do not fit into the workspace, tiles take turns.
-    cuda::simt::Pieces counted(nullptr), pieces(workspace);
-    constexpr std::int64_t kFewBytes = 10000;
-    cuda::simt::BiasParts<Sum>(p, counted, kFewBytes);
-    EXPECT_LT(counted.bytes(), cuda::simt_grad_rpb_workspace_bytes(p));
-    const int before = launch.launches;
-    cuda::simt::Run<T, ThreadLauncher>(job, launch)
-        .grad_rpb(given, cuda::simt::BiasParts<Sum>(p, pieces, kFewBytes));
-    EXPECT_GT(launch.launches, before + 4);
-    expect_gradient();
   });
+}
+
+/// Takes the place of a launcher.
+struct LaunchCounter {
+  int launches = 0;
+  std::int64_t most_warps = 0;
+
+  template <class Kernel>
+  void operator()(const Kernel&, std::int64_t blocks, int = 0) {
+    ++launches;
+    most_warps = std::max(most_warps, blocks * Kernel::kThreads / cuda::simt::kRows);
+  }
+  void clear(void*, std::size_t) {}
+};
+
+/// Whatever the window, one launch adds up biases' gradients, of enough warps for a large GPU, in a
+/// workspace of some 64 MiB.
+TEST(CudaSimtBiases, LaunchesDoNotGrowWithTheWindow) {
+  for (const std::int64_t window : {3, 13, 80}) {
+    const std::int64_t shape[] = {1, 256, 256, 24, 128};
+    const std::int64_t biases[] = {24, 2 * window - 1, 2 * window - 1};
+    natten::Call call;
+    call.tensors.query = call.tensors.key = call.tensors.value =
+        natten::contiguous_view(nullptr, natten::DType::bfloat16, {}, shape, 5);
+    call.tensors.rpb = natten::contiguous_view(nullptr, natten::DType::bfloat16, {}, biases, 3);
+    call.neighborhood.kernel_size = {window, window};
+    natten::Problem p = natten::describe(call);
+    p.op = Op::attention_backward;
+    LaunchCounter counter;
+    cuda::simt_grad_rpb<natten::bfloat16>(Job{p, call.tensors, nullptr}, nullptr, nullptr, counter);
+    EXPECT_EQ(counter.launches, 3);  // what tokens see, weights by their offsets, parts
+    EXPECT_GE(counter.most_warps, 4096);
+    EXPECT_LE(cuda::simt_grad_rpb_workspace_bytes(p), std::size_t{65} << 20);
+  }
 }
 
 TEST_P(CudaSimt, AllScoresInfinite) {

@@ -55,8 +55,11 @@ class EmulatedThread {
   float shuffle_xor(float x, int mask);
   std::uint32_t shuffle(std::uint32_t x, int lane);
   bool all(bool x);
-  void copy_async(int to, const void* from, bool valid = true) { copy(to, from, valid, 16); }
-  void copy_word_async(int to, const void* from, bool valid) { copy(to, from, valid, 4); }
+  void copy_async(int to, const void* from) { copy_async<16>(to, from, 16); }
+  template <int kBytes>
+  void copy_async(int to, const void* from, int given) {
+    begin_copy(to, from, static_cast<std::size_t>(given), kBytes);
+  }
   void commit();
   template <int kPending>
   void wait() {
@@ -86,11 +89,12 @@ class EmulatedThread {
   }
   float exp2(float x) const { return std::exp2(x); }
   float log(float x) const { return std::log(x); }
-  void copy_chunk(void* to, const void* from) {
+  template <int kBytes>
+  void copy(void* to, const void* from) {
     step(Step::global);
-    if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % 16 != 0)
-      throw std::logic_error("copy_chunk: addresses must be multiples of 16 bytes");
-    std::memcpy(to, from, 16);
+    if ((reinterpret_cast<std::uintptr_t>(to) | reinterpret_cast<std::uintptr_t>(from)) % kBytes)
+      throw std::logic_error("copy: addresses must be multiples of its bytes");
+    std::memcpy(to, from, kBytes);
   }
   void atomic_add(float* to, float x) {
     step(Step::global);
@@ -102,15 +106,14 @@ class EmulatedThread {
   struct Copy {
     void* to;
     const void* from;
-    bool valid;
-    std::size_t bytes;
+    std::size_t given, bytes;
   };
   /// What lanes may do of their own; `path_` is a digest of what this one has done since a barrier.
   enum class Step : std::uint64_t { shared = 1, copy, global };
   void step(Step s) { path_ = (path_ ^ static_cast<std::uint64_t>(s)) * 0x100000001b3; }
   /// Some bytes of shared memory, aligned to as many.
   char* shared_bytes(int offset, std::size_t bytes) const;
-  void copy(int to, const void* from, bool valid, std::size_t bytes);
+  void begin_copy(int to, const void* from, std::size_t given, std::size_t bytes);
   void wait_until_pending(int groups);
   void load(std::uint32_t (&r)[4], int row, bool transposed);
   /// Calls `f(args of all 32 lanes)` once, by the last lane to arrive; returns when it is done.
@@ -342,22 +345,22 @@ inline bool EmulatedThread::all(bool x) {
   });
   return args;
 }
-inline void EmulatedThread::copy(int to, const void* from, bool valid, std::size_t bytes) {
+inline void EmulatedThread::begin_copy(int to, const void* from, std::size_t given,
+                                       std::size_t bytes) {
+  if (given > bytes) throw std::logic_error("asynchronous copy: of more than there is room for");
   if (static_cast<std::size_t>(to) % bytes != 0 ||
       reinterpret_cast<std::uintptr_t>(from) % bytes != 0)
     throw std::logic_error("asynchronous copy: addresses must be multiples of its bytes");
   step(Step::copy);
-  groups_.back().push_back({shared_bytes(to, bytes), from, valid, bytes});
+  groups_.back().push_back({shared_bytes(to, bytes), from, given, bytes});
 }
 inline void EmulatedThread::commit() { groups_.emplace_back(); }
 inline void EmulatedThread::wait_until_pending(int groups) {
   // The open group is not counted, as in PTX.
   while (static_cast<int>(groups_.size()) - 1 > groups) {
     for (const Copy& copy : groups_.front()) {
-      if (copy.valid)
-        std::memcpy(copy.to, copy.from, copy.bytes);
-      else
-        std::memset(copy.to, 0, copy.bytes);
+      std::memset(copy.to, 0, copy.bytes);
+      if (copy.given > 0) std::memcpy(copy.to, copy.from, copy.given);
     }
     groups_.erase(groups_.begin());
   }
@@ -438,21 +441,19 @@ void EmulatedThread::multiply_add(float (&c)[4], const std::uint32_t (&a)[4],
 /// Runs kernels where `natten::detail::cuda::Launcher` would enqueue them.
 class Emulator {
  public:
-  /// The most shared memory that a block may have: that of compute capability 8.6 and 8.9, the
-  /// least since Ampere.
-  static constexpr int kMostSharedBytes = 99 * 1024;
-
   explicit Emulator(std::uint64_t seed = 0) : seed_(seed) {}
 
   template <class Kernel>
   void operator()(const Kernel& kernel, std::int64_t blocks, int shared_bytes = 0) {
-    if (shared_bytes > kMostSharedBytes) throw std::logic_error("too much shared memory");
+    if (shared_bytes > natten::detail::cuda::kMostSharedBytes)
+      throw std::logic_error("too much shared memory");
     auto& block = blocks_[Kernel::kThreads];
     if (!block) block = std::make_unique<EmulatedBlock>(Kernel::kThreads, seed_);
     for (std::int64_t i = 0; i < blocks; ++i)
       block->run(i, shared_bytes, [&](EmulatedThread& gpu) { kernel(gpu); });
   }
   void clear(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
+  static int shared_bytes() { return natten::detail::cuda::kSharedBytesOfLargest; }
 
  private:
   std::uint64_t seed_;

@@ -3,18 +3,22 @@
 // Runs kernels whose threads share nothing on the host, thread by thread.
 
 #include <cstdint>
+#include <cstring>
 
 #include "tensors.h"
 
 namespace natten_tests {
 
-/// All that these kernels may ask of a GPU; what they compile against shows that they share nothing
-/// and never wait.
+/// All that these kernels may ask of a GPU; what they compile against shows that they share no
+/// memory of a block and that blocks never wait. What lanes of a warp do in turn may be done in any
+/// order.
 class PlainThread {
  public:
   PlainThread(std::int64_t block, int thread) : block_(block), thread_(thread) {}
   std::int64_t block() const { return block_; }
   int thread() const { return thread_; }
+  bool all(bool x) const { return x; }
+  void sync_warp() const {}
 
  private:
   std::int64_t block_;
@@ -40,6 +44,8 @@ class PlainLauncher {
       kernel(gpu);
     }
   }
+
+  void clear(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
 
   int launches = 0;
 

@@ -92,7 +92,7 @@ Entry& Launcher::entry_of(const char* type) {
 void Launcher::run(Entry& entry, int threads, std::int64_t blocks, int shared_bytes,
                    const void* kernel) {
   if (blocks == 0) return;
-  if (shared_bytes > kMostSharedBytes) throw Fault("too much shared memory");
+  if (shared_bytes > natten::detail::cuda::kMostSharedBytes) throw Fault("too much shared memory");
   Block block(entry, threads, shared_bytes, device_memory(), seed_);
   for (std::int64_t i = 0; i < blocks; ++i) block.run(static_cast<std::uint32_t>(i), kernel);
 }

@@ -5,6 +5,7 @@
 #include <string>
 #include <typeinfo>
 
+#include "../../libnatten/src/cuda/machine.h"
 #include "block.h"
 #include "memory.h"
 #include "parser.h"
@@ -33,9 +34,6 @@ std::int64_t multiply_adds();
 /// Runs kernels where `natten::detail::cuda::Launcher` would enqueue them, from their PTX.
 class Launcher {
  public:
-  /// The most shared memory that a block may have on compute capability 8.6 and 8.9.
-  static constexpr int kMostSharedBytes = 99 * 1024;
-
   explicit Launcher(std::uint64_t seed = 0) : seed_(seed) {}
 
   template <class Kernel>
@@ -45,6 +43,7 @@ class Launcher {
     run(entry, Kernel::kThreads, blocks, shared_bytes, &kernel);
   }
   void clear(void* memory, std::size_t bytes);
+  static int shared_bytes() { return natten::detail::cuda::kSharedBytesOfLargest; }
 
   int launches = 0;
 

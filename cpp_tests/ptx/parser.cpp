@@ -425,7 +425,10 @@ class EntryParser {
     in.is_saturated = modifiers.take("sat");
     in.rounds_to_even = modifiers.take("rni");
     modifiers.take("rzi");  // what integers are rounded to otherwise
-    modifiers.take("rn");
+    if (in.type == Type::tf32)
+      modifiers.expect("rna");
+    else
+      modifiers.take("rn");
     const bool makes_two = in.type == Type::f16x2 || in.type == Type::bf16x2;
     read(in, operands, makes_two ? "tff" : "TF");
   }

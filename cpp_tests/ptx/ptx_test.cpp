@@ -320,6 +320,12 @@ TEST(PtxInstructions, Conversions) {
     const auto bits = [](float x) { return std::isnan(x) ? 0x7fffu : natten::bfloat16(x).bits; };
     return bits(high) << 16 | bits(low);
   });
+  expect<uint32_t, float>("cvt.rna.tf32.f32 $0, $1;", [](float x) -> uint32_t {
+    if (std::isnan(x)) return 0x7fffe000;
+    if (std::isinf(x) || x == 0) return natten::detail::bits_of(x);
+    const double unit = std::ldexp(1., std::max(std::ilogb(x), -126) - 10);
+    return natten::detail::bits_of(static_cast<float>(std::round(x / unit) * unit));
+  });
   expect<float, uint16_t>("cvt.f32.f16 $0, $1;", [](uint16_t bits) -> float {
     natten::float16 x;
     x.bits = bits;

@@ -167,6 +167,13 @@ std::uint16_t float_to_half(bool is_bf16, float x) {
   if (std::isnan(x)) return 0x7fff;
   return is_bf16 ? natten::bfloat16(x).bits : natten::float16(x).bits;
 }
+/// To nearest, of two that are as near away from zero. The bits that TF32 does not have are zero.
+std::uint32_t float_to_tf32(float x) {
+  constexpr std::uint32_t kDropped = 0x1fff;
+  if (std::isnan(x)) return 0x7fffffff & ~kDropped;
+  const std::uint32_t bits = natten::detail::bits_of(x);
+  return (std::isinf(x) ? bits : bits + (kDropped + 1) / 2) & ~kDropped;
+}
 
 }  // namespace
 
@@ -541,6 +548,10 @@ void Warp::convert(const Instruction& in, std::uint32_t lanes) {
     return each<std::uint32_t, float, float>(in, lanes, [&](float high, float low) {
       return std::uint32_t{float_to_half(is_bf16, high)} << 16 | float_to_half(is_bf16, low);
     });
+  }
+  if (in.type == Type::tf32) {
+    if (in.from != Type::f32) unknown("cvt");
+    return each<std::uint32_t, float>(in, lanes, float_to_tf32);
   }
   const auto is_half = [](Type type) { return type == Type::f16 || type == Type::bf16; };
   if (is_half(in.from)) {

@@ -103,7 +103,7 @@ class Counter {
     constexpr int kRowsOfWarp = K::kRows / K::kWarps;
     const double of_part = static_cast<double>(kRowsOfWarp) * K::kColumns;
     // Products of this kernel, see kernel.h. That for queries is of whole blocks of rows.
-    const int products = 1 + K::kNeedsGradWeights + K::kSumsFirst + K::kSumsSecond;
+    const int products = 1 + K::kNeedsGradWeights + K::kSumsFirst + K::kSumsSecond + K::kFindsTerm;
     const double of_block = K::kAddsQueries ? static_cast<double>(K::kRows) * K::kColumns : 0;
     PassWork work;
     work.name = pass_name(kPass);
@@ -130,6 +130,7 @@ class Counter {
   template <class Kernel>
   void operator()(const Kernel&, std::int64_t, int = 0) {}
   void clear(void*, std::size_t) {}
+  static int shared_bytes() { return kSharedBytesOfLargest; }
 
   std::vector<PassWork> passes;
 

@@ -43,6 +43,15 @@ class Launcher {
     check(cudaGetLastError(), "launch");
   }
 
+  /// Shared memory of a multiprocessor.
+  int shared_bytes() const {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "current device");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          "shared memory of a multiprocessor");
+    return bytes;
+  }
+
   /// Fills memory of the device with zero bytes.
   void clear(void* memory, std::size_t bytes) {
     check(cudaMemsetAsync(memory, 0, bytes, stream_), "clearing memory");

@@ -17,6 +17,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #define NATTEN_DEVICE __device__ __forceinline__
@@ -37,6 +38,13 @@
 
 namespace natten::detail::cuda {
 
+/// Shared memory, in bytes: the most that a block may have on any device since compute capability
+/// 8.0, which is that of 8.6, 8.9 and 12.0; what a block takes beside what it asks for; and what a
+/// multiprocessor of compute capability 9.0 and 10.0 has, where nothing is known of a device.
+inline constexpr int kMostSharedBytes = 99 * 1024;
+inline constexpr int kReservedSharedBytes = 1024;
+inline constexpr int kSharedBytesOfLargest = 228 * 1024;
+
 /// What a thread of a warp holds of a matrix of 16 x 16 (A), 16 x 8 (B) or 16 x 8 (C) elements of
 /// mma.m16n8k16, by PTX's fragment layouts; of mma.m16n8k8 for float, whose A is 16 x 8 and B 8
 /// x 8.
@@ -44,13 +52,23 @@ using FragmentA = std::uint32_t[4];
 using FragmentB = std::uint32_t[2];
 using FragmentC = float[4];
 
-/// Rounds to TF32, float without its last 13 bits: to nearest, as cvt.rna.tf32.f32 does, so the
-/// middle between two goes away from zero.
+/// The bits that float has and TF32 has not.
+inline constexpr std::uint32_t kTf32Dropped = (1u << 13) - 1;
+/// An operand of products in TF32: rounded to nearest, and the middle between two away from zero.
+/// On a device nothing is said of the bits that products take no notice of.
+NATTEN_DEVICE std::uint32_t tf32_bits(float x) {
+  std::uint32_t bits;
+#if defined(__CUDA_ARCH__)
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#else
+  bits = natten::detail::bits_of(x);
+  if (std::fabs(x) < __builtin_huge_valf()) bits += (kTf32Dropped + 1) / 2;
+  bits &= ~kTf32Dropped;
+#endif
+  return bits;
+}
 NATTEN_DEVICE float round_to_tf32(float x) {
-  constexpr int kDropped = 13;
-  std::uint32_t bits = natten::detail::bits_of(x);
-  if (std::fabs(x) < __builtin_huge_valf()) bits += 1u << (kDropped - 1);
-  return natten::detail::float_of(bits & ~((1u << kDropped) - 1));
+  return natten::detail::float_of(tf32_bits(x) & ~kTf32Dropped);
 }
 
 #if defined(__CUDACC__)
@@ -88,17 +106,18 @@ class Gpu {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address(to)), "l"(from)
                  : "memory");
   }
-  /// The same, but zeros where not `valid`; then nothing is read.
-  __device__ void copy_async(int to, const void* from, bool valid) const {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
-  }
-  /// Copies 4 bytes, or zeros where not `valid`.
-  __device__ void copy_word_async(int to, const void* from, bool valid) const {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(address(to)), "l"(from),
-                 "r"(valid ? 4 : 0)
-                 : "memory");
+  /// The same of 16, 8 or 4 bytes, at multiples of as many, of which only the first `given` are
+  /// read. The others become zeros.
+  template <int kBytes>
+  __device__ void copy_async(int to, const void* from, int given) const {
+    if constexpr (kBytes == 16)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address(to)), "l"(from),
+                   "r"(given)
+                   : "memory");
+    else
+      asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(address(to)), "l"(from),
+                   "n"(kBytes), "r"(given)
+                   : "memory");
   }
   /// Closes a group of copies.
   __device__ void commit() const { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -151,9 +170,13 @@ class Gpu {
     return y;
   }
   __device__ float log(float x) const { return logf(x); }
-  /// Copies 16 bytes.
-  __device__ void copy_chunk(void* to, const void* from) const {
-    *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
+  /// Copies 16, 8 or 4 bytes, at multiples of as many.
+  template <int kBytes>
+  __device__ void copy(void* to, const void* from) const {
+    using Piece = std::conditional_t<kBytes == 16, uint4,
+                                     std::conditional_t<kBytes == 8, uint2, std::uint32_t>>;
+    static_assert(sizeof(Piece) == kBytes);
+    *static_cast<Piece*>(to) = *static_cast<const Piece*>(from);
   }
   __device__ void atomic_add(float* to, float x) const { atomicAdd(to, x); }
 

@@ -59,34 +59,41 @@ struct AdditionalParts {
         partial(pieces.take<Sum>(splits * p.batch * p.kv_heads * p.additional * dims)) {}
 };
 
-/// Gradients of biases: the weights of as many tiles of queries as fit into `kMostBytes`, then
-/// their sums over parts of these tiles, then the next tiles.
+/// Gradients of biases: sums over parts of the tiles of queries, which are added up at last. So
+/// many parts that the device has work, but for the memory that their sums take; parts of offsets
+/// too where that is not enough, as tiles see some lines more than a part has.
 template <class Sum>
 struct BiasParts {
-  static constexpr std::int64_t kMostBytes = 64 << 20;  // unless a test asks for less
-  static constexpr std::int64_t kThreads = 1 << 18;     // about as many as a large GPU has
+  static constexpr std::int64_t kThreads = 1 << 18;  // about as many as a large GPU has
   FillSights fill;
   Tiles tiles;
-  int tile_count, splits;  // tile_count: at once
-  Sum* partial;
-  Sum* tile_weights = nullptr;
+  OffsetSums<Sum> sums{};
 
-  BiasParts(const Problem& p, Pieces& pieces, std::int64_t most_bytes = kMostBytes)
+  BiasParts(const Problem& p, Pieces& pieces)
       : fill(fill_sights(p, pieces)), tiles(cut(p, Rows::queries)) {
-    const std::int64_t sums = p.heads * volume(relative_positions(p));
-    splits =
-        static_cast<int>(std::clamp<std::int64_t>(kThreads / std::max<std::int64_t>(sums, 1), 1,
-                                                  std::clamp<std::int64_t>(tiles.total(), 1, 32)));
-    partial = pieces.take<Sum>(splits * sums);
-    std::int64_t count = p.batch * p.heads * tiles.total();
+    const Coordinate offsets = relative_positions(p);
+    for (int i = 0; i < kMaxRank; ++i) sums.offsets[i] = static_cast<int>(offsets[i]);
+    while (sums.axis < kMaxRank - 1 && sums.offsets[sums.axis] == 1) ++sums.axis;
+    sums.before = sums.offsets[sums.axis] / 2;
+    sums.batches = static_cast<int>(p.batch);
+    const std::int64_t arrays = std::max<std::int64_t>(p.heads, 1);
     if (p.op == Op::attention_backward) {
-      const std::int64_t weights = kRows * p.window_size();
-      count =
-          std::min(count, std::max<std::int64_t>(
-                              most_bytes / (weights * static_cast<std::int64_t>(sizeof(Sum))), 1));
-      tile_weights = pieces.take<Sum>(count * weights);
+      constexpr std::int64_t kMostBytes = 64 << 20, kMostSplits = 256, kLeastLines = 16;
+      constexpr std::int64_t kWarps = 1 << 12;  // several for each that a large GPU runs at once
+      const std::int64_t bytes = arrays * sums.count() * static_cast<std::int64_t>(sizeof(Sum));
+      const std::int64_t most = std::clamp<std::int64_t>(p.batch * tiles.total(), 1, kMostSplits);
+      sums.splits = static_cast<int>(std::clamp<std::int64_t>(kMostBytes / bytes, 1, most));
+      const std::int64_t parts = kWarps / (arrays * sums.splits);
+      const std::int64_t lines = sums.offsets[sums.axis];
+      sums.lines = static_cast<int>(std::clamp<std::int64_t>(
+          lines / std::max<std::int64_t>(parts, 1), std::min(kLeastLines, lines), lines));
+      sums.parts = static_cast<int>((lines + sums.lines - 1) / sums.lines);
+    } else {
+      sums.splits = static_cast<int>(
+          std::clamp<std::int64_t>(kThreads / std::max<std::int64_t>(arrays * sums.count(), 1), 1,
+                                   std::clamp<std::int64_t>(tiles.total(), 1, 32)));
     }
-    tile_count = static_cast<int>(count);
+    sums.data = pieces.take<Sum>(sums.splits * p.heads * sums.count());
   }
 };
 
@@ -144,18 +151,13 @@ class Run {
   template <bool kTf32 = false>
   void grad_rpb(const Sum* row_term, const BiasParts<Sum>& parts) {
     fill(parts.fill);
-    const std::int64_t count = p_.batch * p_.heads * parts.tiles.total();
     Sums<T> s = grad_query_sums(parts.fill, row_term);
-    s.tile_weights = parts.tile_weights;
     s.additional = 0;  // tokens without a bias
-    std::int64_t first = 0;
-    do {  // at least once, so that sums over nothing are written
-      const std::int64_t tiles = std::min<std::int64_t>(parts.tile_count, count - first);
-      s.first_block = first;
-      run<Weight::grad_score, false, false, kTf32>(s, tiles);
-      sum_biases<Sum>(parts, parts.tile_weights, {}, first, tiles);
-      first += parts.tile_count;
-    } while (first < count);
+    s.biases = parts.sums;
+    launch_.clear(
+        s.biases.data,
+        static_cast<std::size_t>(s.biases.splits * p_.heads * s.biases.count()) * sizeof(Sum));
+    run<Weight::grad_bias, false, false, kTf32>(s);
     add_bias_parts(parts);
   }
 
@@ -219,9 +221,9 @@ class Run {
                        [](std::int64_t size) { return size % n == 0; });
   }
 
-  /// Runs RowSums: `blocks` of them, or all. Without `kSums`, no vectors are summed up.
+  /// Runs RowSums. Without `kSums`, no vectors are summed up.
   template <Weight kWeight, bool kKeyRows, bool kSums = true, bool kTf32 = false>
-  void run(Sums<T> s, std::int64_t blocks = -1) {
+  void run(Sums<T> s) {
     constexpr int kVector = 16 / sizeof(T);
     constexpr int kWide = 512 / sizeof(Sum);  // elements
     const auto all_aligned = [](const ColumnOperand<const T>& x, std::int64_t dims) {
@@ -239,9 +241,12 @@ class Run {
       constexpr int kDims = decltype(kernel)::kSumDims;
       if constexpr (kDims > 0) s.slices = (s.sum_dims + kDims - 1) / kDims;
       kernel.in = s;
-      launch_(kernel, blocks >= 0 ? blocks
-                                  : p_.batch * s.heads * s.splits * s.tiles.total() *
-                                        std::max(s.examples.count, 1) * s.slices);
+      constexpr int kWarps = decltype(kernel)::kWarps;
+      const std::int64_t warps = kWeight == Weight::grad_bias
+                                     ? std::int64_t{s.heads} * s.biases.splits * s.biases.parts
+                                     : p_.batch * s.heads * s.splits * s.tiles.total() *
+                                           std::max(s.examples.count, 1) * s.slices;
+      launch_(kernel, (warps + kWarps - 1) / kWarps);
     };
     if constexpr (!kSums) {
       if (aligned) return launch(RowSums<T, kWeight, kKeyRows, 0, kVector, kTf32>{});
@@ -406,37 +411,25 @@ class Run {
   void rpb_scatter(Pieces& pieces) {
     const BiasParts<Sum> parts(p_, pieces);
     fill(parts.fill);
-    sum_biases<T>(parts, nullptr, in(&Tensors::attn), 0, parts.tile_count);
-    add_bias_parts(parts);
-  }
-
-  /// Adds weights of tiles from `first` on to the parts of bias gradients.
-  template <class W>
-  void sum_biases(const BiasParts<Sum>& parts, const W* tile_weights, const Operand<const W>& attn,
-                  std::int64_t first, std::int64_t tiles) {
-    BiasSums<W> b{};
+    BiasSums<T> b{};
     const Sums<T> s = query_rows(parts.fill);
     b.tiles = s.tiles;
     b.sights = s.sights;
     b.mask = {mask()};
     std::copy(s.kernel_size, s.kernel_size + kMaxRank, b.kernel_size);
-    b.window_size = s.window_size;
     b.batches = static_cast<int>(p_.batch);
     b.heads = s.heads;
-    b.splits = parts.splits;
-    b.first_tile = static_cast<int>(first);
-    b.tile_count = static_cast<int>(tiles);
-    b.tile_weights = tile_weights;
-    b.attn = attn;
-    b.partial = parts.partial;
-    b.adds = first > 0;
+    b.splits = parts.sums.splits;
+    b.attn = in(&Tensors::attn);
+    b.partial = parts.sums.data;
     launch_(b, b.blocks());
+    add_bias_parts(parts);
   }
   void add_bias_parts(const BiasParts<Sum>& parts) {
     const Operand<T> to = out(&Tensors::grad_rpb);
     const Coordinate n = relative_positions(p_);
-    add_parts({parts.partial,
-               parts.splits,
+    add_parts({parts.sums.data,
+               parts.sums.splits,
                to.data,
                {p_.heads, n[0], n[1], n[2]},
                {to.head, to.grid[0], to.grid[1], to.grid[2]}});

@@ -4,8 +4,8 @@
 
 namespace natten::detail::cuda::simt {
 
-/// Sums weights over batch and queries, per head and offset: each thread one offset over a part of
-/// the tiles of queries. `T` is the type of the weights.
+/// Sums attn over batch and queries, per head and offset: each thread one offset over a part of the
+/// tiles of queries.
 template <class T>
 struct BiasSums {
   using Sum = StatisticOf<T>;
@@ -16,13 +16,9 @@ struct BiasSums {
   Sights sights;
   KeyMask mask;
   int kernel_size[kMaxRank];
-  int window_size;
   int batches, heads, splits;
-  int first_tile, tile_count;  // those whose weights are there, of batches * heads * tiles
-  const T* tile_weights;       // as RowSums leaves them
-  Operand<const T> attn;       // where those are not given
-  Sum* partial;                // [splits, heads, offsets]
-  bool adds;                   // to what partial holds
+  Operand<const T> attn;
+  Sum* partial;  // [splits, heads, offsets]
 
   NATTEN_HOST_DEVICE Coordinate offsets() const {
     return {2 * kernel_size[0] - 1, 2 * kernel_size[1] - 1, 2 * kernel_size[2] - 1};
@@ -42,21 +38,14 @@ struct BiasSums {
 
     Sum total = 0;
     const int tiles_per_head = tiles.count[0] * tiles.count[1] * tiles.count[2];
-    for (int batch = 0; batch < batches; ++batch) {
-      const std::int64_t before =
-          (static_cast<std::int64_t>(batch) * heads + head) * tiles_per_head;
-      for (int tile = split; tile < tiles_per_head; tile += splits) {
-        const std::int64_t stored = before + tile - first_tile;
-        if (stored < 0 || stored >= tile_count) continue;
-        total += sum_of_tile(static_cast<std::uint32_t>(tile), stored, batch, head, offset);
-      }
-    }
-    Sum* const to = partial + (static_cast<std::int64_t>(split) * heads + head) * count + item;
-    *to = adds ? *to + total : total;
+    for (int batch = 0; batch < batches; ++batch)
+      for (int tile = split; tile < tiles_per_head; tile += splits)
+        total += sum_of_tile(static_cast<std::uint32_t>(tile), batch, head, offset);
+    partial[(static_cast<std::int64_t>(split) * heads + head) * count + item] = total;
   }
 
  private:
-  NATTEN_DEVICE Sum sum_of_tile(std::uint32_t index, std::int64_t stored, int batch, int head,
+  NATTEN_DEVICE Sum sum_of_tile(std::uint32_t index, int batch, int head,
                                 const Coordinate& offset) const {
     const Tile tile = tiles.tile(index, tiles.whole());
     Sum sum = 0;
@@ -73,9 +62,7 @@ struct BiasSums {
         slot = slot * kernel_size[d] + place[d] - sight.slot;
       }
       if (!sees || is_hidden(row, batch, place)) continue;
-      const T* weights = tile_weights ? tile_weights + (stored * kRows + i) * window_size
-                                      : attn.at(batch, head, widened(row.token));
-      sum += number(weights[slot]);
+      sum += number(attn.at(batch, head, widened(row.token))[slot]);
     }
     return sum;
   }

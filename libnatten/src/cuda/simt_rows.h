@@ -200,6 +200,13 @@ struct Span {
   int first_row, rows, first_column;
 };
 
+/// What is seen of what lies near some rows, from the first to the last.
+NATTEN_DEVICE PlaceInterval overlap(const PlaceInterval& seen, const PlaceInterval& near, int first,
+                                    int last) {
+  const int begin = first + near.begin, end = last + near.end;
+  return {seen.begin > begin ? seen.begin : begin, seen.end < end ? seen.end : end};
+}
+
 /// A grid of rows cut into tiles. All rows of a tile are of the same dilation groups.
 struct Tiles {
   Places axes[kMaxRank];
@@ -207,7 +214,9 @@ struct Tiles {
   int log2[kMaxRank];   // of a tile's shape
   int count[kMaxRank];  // per axis
 
-  std::int64_t total() const { return static_cast<std::int64_t>(count[0]) * count[1] * count[2]; }
+  NATTEN_HOST_DEVICE std::int64_t total() const {
+    return static_cast<std::int64_t>(count[0]) * count[1] * count[2];
+  }
 
   /// Of a grid that is alone.
   NATTEN_DEVICE Span whole() const { return {0, axes[kMaxRank - 1].row_length, 0}; }
@@ -245,10 +254,12 @@ struct Tiles {
     return row;
   }
   /// What the rows of a tile see. Keys see queries of which some may not be given (`kHasGaps`).
+  /// Where `near_axis` is one, what they see along it of what lies `near` each row.
   template <bool kHasGaps>
-  NATTEN_DEVICE View view(const Tile& t, const Row& row, const Span& span,
-                          const Sights& sights) const {
+  NATTEN_DEVICE View view(const Tile& t, const Row& row, const Span& span, const Sights& sights,
+                          int near_axis = -1, const PlaceInterval& near = {0, 0}) const {
     View view;
+    NATTEN_UNROLL
     for (int i = kMaxRank - 1; i >= 0; --i) {
       const Places& axis = axes[i];
       Sight own{0, axis.column_length, 0, 0};
@@ -258,6 +269,16 @@ struct Tiles {
         const int before = i == kMaxRank - 1 ? span.first_row : 0;
         begin = of[before + axis.number(t.group[i], t.first[i])].begin;
         end = of[before + axis.number(t.group[i], t.last[i])].end;
+        if (i == near_axis) {
+          const int first = own.own - (row.place[i] - t.first[i]);
+          const int last = first + t.last[i] - t.first[i];
+          const PlaceInterval of_row = overlap({own.begin, own.end}, near, own.own, own.own);
+          const PlaceInterval of_tile = overlap({begin, end}, near, first, last);
+          own.begin = of_row.begin;
+          own.end = of_row.end;
+          begin = of_tile.begin;
+          end = of_tile.end;
+        }
       }
       int origin = begin, run = kNoEnd;
       if (axis.turn > 0) {

@@ -13,7 +13,25 @@ enum class Weight {
   probability,  ///< P = exp(score - logsumexp)
   grad_score,   ///< P * (<b of the row, b of the column> - row term)
   score,
-  slot,  ///< attn of the pair
+  slot,       ///< attn of the pair
+  grad_bias,  ///< as grad_score
+};
+
+/// Sums of weights by the offset of the column from the row, one array of them for each head and
+/// each of some parts of the tiles. A warp has a part of the offsets too, `lines` of them along the
+/// first axis that has several, so that no other one writes where it does.
+template <class Sum>
+struct OffsetSums {
+  Sum* data;  // [splits, heads, offsets], 0 at first
+  int offsets[kMaxRank];
+  int axis, before;  // offsets along that axis below 0, and as many above it
+  int lines, parts;
+  int splits;  // of the tiles of all batches...
+  int batches;
+
+  NATTEN_HOST_DEVICE std::int64_t count() const {
+    return std::int64_t{offsets[0]} * offsets[1] * offsets[2];
+  }
 };
 
 /// Arguments of RowSums. Operands that a pass does not use stay null.
@@ -31,7 +49,6 @@ struct Sums {
   int group;        // query heads per key-value head
   int splits;       // parts of the columns, for few rows that see many
   int slices;       // parts of the elements of sums
-  std::int64_t first_block;
   int score_dims, grad_dims, sum_dims;
   Sum scale;
 
@@ -51,8 +68,8 @@ struct Sums {
   Operand<T> weights;             // scores by their slots
   bool fills_empty;               // slots without a key...
   Sum empty;                      // ...with this
-  Sum* tile_weights;              // other weights: [blocks, kRows, window_size]
   Examples examples;              // `tiles` are those of the longest
+  OffsetSums<Sum> biases;         // weights by their offsets
 };
 
 /// Per row: sums over the columns that it sees of weight * (c of the column), a statistic of the
@@ -70,32 +87,71 @@ struct RowSums {
   using Sum = StatisticOf<T>;
   using Stored = std::conditional_t<kWeight == Weight::score, T, Sum>;
   static constexpr bool kHasScore = kWeight != Weight::slot;
+  static constexpr bool kIsGrad = kWeight == Weight::grad_score || kWeight == Weight::grad_bias;
   static constexpr bool kSumsProbabilities = kWeight == Weight::grad_score && !kKeyRows;
+  static constexpr bool kAddsBiases = kWeight == Weight::grad_bias;
   static constexpr int kSumDims = kDims;
-  static constexpr int kThreads = kRows;
-  static constexpr int kBlocks = kDims * sizeof(Sum) > 256 ? 8 : 12;
+  static constexpr int kWarps = kAddsBiases ? 2 : 1;
+  static constexpr int kThreads = kWarps * kRows;
+  static constexpr int kBlocks = kAddsBiases ? 4 : kDims * sizeof(Sum) > 256 ? 8 : 12;
 
   Sums<T> in;
 
   template <class Machine>
   NATTEN_DEVICE void operator()(Machine& gpu) const {
-    std::uint32_t index = static_cast<std::uint32_t>(gpu.block() + in.first_block);
-    const int slice = take(index, in.slices);
-    const Span span = in.examples ? take_example(index) : in.tiles.whole();
-    const Tile tile = in.tiles.tile(index, span);
-    if (tile.is_empty) return;
-    const Row row = in.tiles.row(tile, gpu.thread(), span);
-    View view = in.tiles.template view<kKeyRows>(tile, row, span, in.sights);
-    const int split = kKeyRows ? take(index, in.splits) : 0;
-    const int head = take(index, in.heads);
-    const std::int64_t batch = index;
-    const int first = slice * kDims;  // element of the sums
-    if constexpr (kKeyRows)
-      if (in.row_mask && *in.row_mask.at(batch, 0, widened(row.token)) == 0) view.seen[2] = {0, 0};
+    std::uint32_t index = static_cast<std::uint32_t>(gpu.block());
+    if constexpr (kAddsBiases) {
+      add_biases(gpu, index * kWarps + static_cast<std::uint32_t>(gpu.thread()) / kRows);
+    } else {
+      const int slice = take(index, in.slices);
+      const Span span = in.examples ? take_example(index) : in.tiles.whole();
+      const Tile tile = in.tiles.tile(index, span);
+      if (tile.is_empty) return;
+      const Row row = in.tiles.row(tile, gpu.thread(), span);
+      View view = in.tiles.template view<kKeyRows>(tile, row, span, in.sights);
+      const int split = kKeyRows ? take(index, in.splits) : 0;
+      const int head = take(index, in.heads);
+      const std::int64_t batch = index;
+      if constexpr (kKeyRows)
+        if (in.row_mask && *in.row_mask.at(batch, 0, widened(row.token)) == 0)
+          view.seen[2] = {0, 0};
+      sum_row(gpu, row, view, slice, split, head, batch, nullptr);
+    }
+  }
 
+ private:
+  /// Sums up the part of the tiles, and of the offsets, that warp `index` has.
+  template <class Machine>
+  NATTEN_DEVICE void add_biases(Machine& gpu, std::uint32_t index) const {
+    const OffsetSums<Sum>& to = in.biases;
+    const int part = take(index, to.parts), split = take(index, to.splits);
+    if (index >= static_cast<std::uint32_t>(in.heads)) return;
+    const int head = static_cast<int>(index), lane = gpu.thread() % kRows;
+    Sum* const sums = to.data + (std::int64_t{split} * in.heads + head) * to.count();
+    const int first = part * to.lines, past = first + to.lines;
+    const int end = past <= 2 * to.before ? past : 2 * to.before + 1;
+    const std::int64_t of_batch = in.tiles.total();
+    for (std::int64_t i = split; i < to.batches * of_batch; i += to.splits) {
+      std::uint32_t number = static_cast<std::uint32_t>(i % of_batch);
+      const Span span = in.tiles.whole();
+      const Tile tile = in.tiles.tile(number, span);
+      if (tile.is_empty) continue;
+      const Row row = in.tiles.row(tile, lane, span);
+      const View view = in.tiles.template view<kKeyRows>(tile, row, span, in.sights, to.axis,
+                                                         {first - to.before, end - to.before});
+      sum_row(gpu, row, view, 0, 0, head, i / of_batch,
+              row.is_active ? sums + bias_of_origin(view) : nullptr);
+    }
+  }
+
+  /// `biases`: the sum of the offset of the column at the origin of the view's box.
+  template <class Machine>
+  NATTEN_DEVICE void sum_row(Machine& gpu, const Row& row, const View& view, int slice, int split,
+                             int head, std::int64_t batch, Sum* biases) const {
+    const int first = slice * kDims;  // element of the sums
     Stored* slots = nullptr;
-    if constexpr (kDims == 0) {
-      if (row.is_active) slots = slots_of(gpu, batch, head, row.token);
+    if constexpr (kWeight == Weight::score) {
+      if (row.is_active) slots = in.weights.at(batch, head, widened(row.token));
       if (in.fills_empty && slots)
         for (int i = 0; i < in.window_size; ++i) slots[i] = static_cast<Stored>(in.empty);
     }
@@ -134,7 +190,11 @@ struct RowSums {
         std::uint32_t shown = all;
         if (in.column_mask && !is_additional) shown &= shown_of(chunk, row, batch);
         const std::uint32_t mask = is_additional ? all : shown & chunk.mask(view.seen);
-        if (mask == 0) continue;
+        if constexpr (kAddsBiases) {
+          if (gpu.all(mask == 0)) continue;
+        } else {
+          if (mask == 0) continue;
+        }
 
         Sum weight[kChunkColumns];
         if constexpr (kHasScore) {
@@ -158,7 +218,7 @@ struct RowSums {
           largest = larger;
           NATTEN_EACH (j, kChunkColumns) weight[j] = std::exp(weight[j] - from);
         }
-        if constexpr (kWeight == Weight::probability || kWeight == Weight::grad_score) {
+        if constexpr (kWeight == Weight::probability || kIsGrad) {
           const auto of_columns = [&](const ColumnOperand<const Sum>& of_queries, Sum own,
                                       auto&& use) {
             if constexpr (kKeyRows) {
@@ -172,7 +232,7 @@ struct RowSums {
           of_columns(in.logsumexp, own_logsumexp, [&](int j, Sum x) {
             weight[j] = std::exp(weight[j] - (kKeyRows ? subtrahend(x) : x));
           });
-          if constexpr (kWeight == Weight::grad_score) {
+          if constexpr (kIsGrad) {
             Sum grad[kChunkColumns];
             const T* vectors[kChunkColumns];
             find_vectors(vectors, chunk, in.column_b.at(is_additional, batch, column_head, row), 0);
@@ -186,7 +246,13 @@ struct RowSums {
 
         total = total * correction + masked_sum(weight, mask);
 
-        if constexpr (kDims > 0) {
+        if constexpr (kAddsBiases) {
+          // In turns: rows have a column at offsets of their own, and the next one has these too.
+          chunk.for_each_in_box(bias_strides().of, [&](int j, std::int64_t offset) {
+            if (biases && (mask >> j & 1)) biases[offset] += weight[j];
+            gpu.sync_warp();
+          });
+        } else if constexpr (kDims > 0) {
           const T* vectors[kChunkColumns];
           find_vectors(vectors, chunk, in.column_c.at(is_additional, batch, column_head, row),
                        first);
@@ -210,7 +276,7 @@ struct RowSums {
       }
     }
 
-    if (!row.is_active) return;
+    if (kAddsBiases || !row.is_active) return;
     // The sum of P is 1 but for logsumexp's rounding, which is large where scores are; where one
     // key takes nearly all weight, dP and the row term nearly cancel.
     if (probabilities == 0) probabilities = 1;
@@ -236,7 +302,6 @@ struct RowSums {
     }
   }
 
- private:
   /// Its number is the lowest digit of `index`, which loses it.
   NATTEN_DEVICE Span take_example(std::uint32_t& index) const {
     const Example e = in.examples.data[take(index, in.examples.count)];
@@ -272,18 +337,6 @@ struct RowSums {
       if (shown >> j & 1) other = vectors[j];
     NATTEN_EACH (j, kChunkColumns)
       if (!(shown >> j & 1)) vectors[j] = other;
-  }
-
-  template <class Machine>
-  NATTEN_DEVICE Stored* slots_of(Machine& gpu, std::int64_t batch, std::int64_t head,
-                                 const int (&token)[kMaxRank]) const {
-    if constexpr (kWeight == Weight::score) {
-      return in.weights.at(batch, head, widened(token));
-    } else {
-      return in.tile_weights
-                 ? in.tile_weights + (gpu.block() * kRows + gpu.thread()) * in.window_size
-                 : nullptr;
-    }
   }
 
   /// How slots grow along the axes of a box; of additional tokens, along the last.
@@ -333,6 +386,18 @@ struct RowSums {
         to[j] = mask >> j & 1 ? number(from[offset]) : Sum(0);
       });
     }
+  }
+
+  /// How offsets grow along the axes of a box, and that of the column at its origin.
+  NATTEN_DEVICE Strides bias_strides() const {
+    return {{std::int64_t{in.biases.offsets[1]} * in.biases.offsets[2], in.biases.offsets[2], 1}};
+  }
+  NATTEN_DEVICE std::int64_t bias_of_origin(const View& view) const {
+    const Strides strides = bias_strides();
+    std::int64_t offset = 0;
+    for (int i = 0; i < kMaxRank; ++i)
+      offset += (in.kernel_size[i] - 1 - view.own[i]) * strides.of[i];
+    return offset;
   }
 
   static constexpr int kSign = kKeyRows ? -1 : 1;  // offsets of biases are key minus query

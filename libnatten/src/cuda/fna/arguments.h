@@ -26,6 +26,9 @@ constexpr bool rows_are_queries(TilePass pass) {
   return pass == TilePass::forward || pass == TilePass::row_term || pass == TilePass::grad_query;
 }
 
+/// The most dims of kernels with two sums of as many, which registers limit.
+inline constexpr int kMostDimsOfTwo = 128;
+
 inline constexpr float kNone = -__builtin_huge_valf();  ///< the score of what is not seen
 inline constexpr float kLog2E = 1.44269504088896340736f;
 inline constexpr float kLn2 = 0.69314718055994530942f;
@@ -35,7 +38,10 @@ inline constexpr float kLn2 = 0.69314718055994530942f;
 template <class T>
 struct Tokens {
   Operand<T> tensor;
-  bool is_aligned = false;  ///< tokens lie at multiples of 16 bytes
+  /// Tokens lie at multiples of so many elements: of 16, 8 or 4 bytes, or of one.
+  int unit_log2 = 0;
+
+  NATTEN_HOST_DEVICE int unit() const { return 1 << unit_log2; }
 };
 
 /// Sums over parts of the columns, contiguous: [splits, B, heads, rows, dims].
@@ -56,9 +62,9 @@ struct Arguments {
   int dims[2];             ///< of A1, B1 and of A2, B2
   int additional_columns;  ///< tokens
   Tokens<const T> rows[2], columns[2], additional[2];
-  /// Whether columns can be copied by chunks, with offsets that fit into 32 bits.
-  bool copies_chunks[2];
-  int turn_chunks[2][kMaxRank];  ///< those of a turn of a circular axis
+  bool has_offsets[2];    ///< of columns from a tile's first, in units, which fit into 32 bits
+  bool copies_chunks[2];  ///< these units are whole chunks, and so are tokens
+  int turn_units[2][kMaxRank];  ///< those of a turn of a circular axis
   KeyMask row_mask{}, column_mask{};
   bool hides_rows = false;     ///< there may be keys that nobody sees
   bool hides_columns = false;  ///< rows' intervals may hold columns that are hidden or not given

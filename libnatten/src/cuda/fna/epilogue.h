@@ -8,10 +8,6 @@
 
 namespace natten::detail::cuda {
 
-/// What a sum of weights divides by. All are 0 where all scores are -inf, and so is what they
-/// weigh.
-NATTEN_DEVICE float divisor(float total) { return total == 0 ? 1.0f : total; }
-
 /// Writes a row's logsumexp or, less the gradient of logsumexp, its row term.
 template <class K, class Machine>
 NATTEN_DEVICE void write_statistic(const Worker<K, Machine>& w, int row, float x) {
@@ -45,16 +41,34 @@ NATTEN_DEVICE void write_partial(const Worker<K, Machine>& w, int which,
     }
 }
 
+/// Copies the first `count` elements of a chunk to memory, by pieces of `kBytes` but for the rest.
+template <int kBytes, class T, class Machine>
+NATTEN_DEVICE void store_pieces(Machine& gpu, T* to, const T* from, int count) {
+  constexpr int kPiece = kBytes / int(sizeof(T));
+  NATTEN_UNROLL
+  for (int at = 0; at < kChunk<T>; at += kPiece) {
+    if (at + kPiece <= count) {
+      gpu.template copy<kBytes>(to + at, from + at);
+    } else {
+      NATTEN_UNROLL
+      for (int j = at; j < at + kPiece - 1; ++j)
+        if (j < count) to[j] = from[j];
+    }
+  }
+}
+
 /// Writes the sums of the warp's rows, times a factor of each, in whole rows by way of the memory
 /// that A1 had.
-template <class K, class Machine>
-NATTEN_DEVICE void write(const Worker<K, Machine>& w, int which, const typename K::RowSums& sums,
+template <class K, class Machine, int kSums>
+NATTEN_DEVICE void write(const Worker<K, Machine>& w, int which,
+                         const FragmentC (&sums)[kSums][K::kDims / 8],
                          const typename K::PerRow& factors) {
   using T = typename K::Element;
   using Tile = typename K::Tile;
   const Tokens<T>& to = w.a.sums[which];
   if (!to.tensor) return;
-  if (!K::kRowsAreQueries && w.a.splits > 1) return write_partial(w, which, sums, factors);
+  if constexpr (!K::kRowsAreQueries)
+    if (w.a.splits > 1) return write_partial(w, which, sums, factors);
   const int dims = w.a.dims[which];
   constexpr Tile staging{K::Layout::kRows1};
   w.gpu.sync_warp();
@@ -70,11 +84,19 @@ NATTEN_DEVICE void write(const Worker<K, Machine>& w, int which, const typename 
     if (chunk * kChunk<T> >= dims || !w.state.rows.holds(w.a.grid.row_tile, row)) continue;
     T* slot = pointers.at(w.a.grid.row_tile, row) + chunk * kChunk<T>;
     const T* from = w.gpu.template shared<T>(staging.at(row, chunk));
-    if (to.is_aligned && (chunk + 1) * kChunk<T> <= dims) {
-      w.gpu.copy_chunk(slot, from);
+    if (to.unit() == kChunk<T> && (chunk + 1) * kChunk<T> <= dims) {
+      w.gpu.template copy<kChunkBytes>(slot, from);
       continue;
     }
-    for (int j = 0; j < kChunk<T> && chunk * kChunk<T> + j < dims; ++j) slot[j] = from[j];
+    const int count = w.gpu.opaque(dims) - chunk * kChunk<T>;  // as in load_chunk
+    if (to.unit() >= kChunk<T> / 2) {
+      store_pieces<kChunkBytes / 2>(w.gpu, slot, from, count);
+    } else if (to.unit() == kChunk<T> / 4) {
+      store_pieces<kChunkBytes / 4>(w.gpu, slot, from, count);
+    } else {
+      NATTEN_DO_NOT_UNROLL
+      for (int j = 0; j < kChunk<T> && j < count; ++j) slot[j] = from[j];
+    }
   }
 }
 
@@ -103,17 +125,19 @@ NATTEN_DEVICE void write_results(const Worker<K, Machine>& w, Accumulators<K>& s
       first_factors[m][half] = w.a.scale;
       second_factors[m][half] = 1;
     }
-  if constexpr (K::kPass == TilePass::forward || K::kPass == TilePass::row_term) {
+  constexpr bool kWritesTerm = K::kPass == TilePass::row_term || K::kFindsTerm;
+  if constexpr (K::kPass == TilePass::forward || kWritesTerm) {
     // Four threads have a row's totals, and each writes the statistic of another of their rows.
     float own_total = 0, own_product = 0;
     const int own = w.lane() % 4;
     NATTEN_EACH (m, K::kM)
       NATTEN_EACH (half, 2) {
-        const float total = row_sum(w, sums.totals[m][half]);
+        const auto whole = [&](float x) { return K::kFindsTerm ? x : row_sum(w, x); };
+        const float total = whole(sums.totals[m][half]);
         second_factors[m][half] = 1 / divisor(total);
         if (own == 2 * m + half) own_total = total;
-        if constexpr (K::kPass == TilePass::row_term) {
-          const float product = row_sum(w, sums.products[m][half]);
+        if constexpr (kWritesTerm) {
+          const float product = whole(sums.products[m][half]);
           if (own == 2 * m + half) own_product = product;
         }
       }

@@ -95,8 +95,10 @@ class TilePasses {
  private:
   void run_tiles() {
     if (p_.op == Op::attention_forward) return run_pass<TilePass::forward>(Rows::queries);
-    run_pass<TilePass::row_term>(Rows::queries);
     const Tensors& t = job_.tensors;
+    // The pass over queries finds the row term on its way.
+    const bool finds_term = t.grad_query && !adds_queries(p_) && padded_dims(p_) <= kMostDimsOfTwo;
+    if (!finds_term) run_pass<TilePass::row_term>(Rows::queries);
     if constexpr (!std::is_same_v<T, float>) {
       if (adds_queries(p_)) {
         launch_.clear(pieces_.query_sums,
@@ -168,9 +170,11 @@ class TilePasses {
       return;  // never asked for
     } else {
       PassGrid grid = grid_of(longest_, rows);
-      if constexpr (kPass == TilePass::forward && kDims <= most_wide_dims(sizeof(T)))
-        if (uses_wide_rows(grid)) return enqueue<TileKernel<T, kDims, 2, kPass>>(grid);
       using Kernel = TileKernel<T, kDims, 1, kPass>;
+      if constexpr (kPass == TilePass::forward && kDims <= most_wide_dims(sizeof(T))) {
+        using Wide = TileKernel<T, kDims, 2, kPass>;
+        if (uses_wide_rows<Kernel, Wide>(grid)) return enqueue<Wide>(grid);
+      }
       set_tiles(grid, Kernel::Traits::kRows, Kernel::Traits::kColumns);
       enqueue<Kernel>(grid);
     }
@@ -193,7 +197,9 @@ class TilePasses {
   }
 
   /// Chooses tiles for blocks of 128 rows; whether these beat blocks of 64. They read columns from
-  /// shared memory half as often, but see wider unions of windows, and there are fewer of them.
+  /// shared memory half as often, but see wider unions of windows, and there are fewer of them; and
+  /// on some devices a multiprocessor has room for one of them only, which nothing works beside.
+  template <class Narrow, class Wide>
   bool uses_wide_rows(PassGrid& grid) const {
     if (!takes_wide_rows(p_)) return false;
     if (p_.query_tile.size > 0 && tile_of(p_.query_tile).size() == 64) return false;
@@ -204,7 +210,10 @@ class TilePasses {
     set_tiles(grid, 128, 64);
     constexpr double kGain = 1.2;
     constexpr std::int64_t kFewBlocks = 256;
-    return is_demanded || (2 * visits_of_two <= kGain * visits_of_one &&
+    const int shared_bytes = launch_.shared_bytes();
+    const bool has_room = blocks_beside(Wide::kSharedBytes, shared_bytes) >=
+                          blocks_beside(Narrow::kSharedBytes, shared_bytes);
+    return is_demanded || (has_room && 2 * visits_of_two <= kGain * visits_of_one &&
                            batches() * p_.heads * grid.blocks_per_head() >= kFewBlocks);
   }
 

@@ -9,7 +9,7 @@
 //   pass            rows       A1  A2  columns  B1  B2  computes
 //   forward         queries    Q       keys     K   V   output = sum P V, logsumexp
 //   row_term        queries    Q   dO  keys     K   V   sum P dP / sum P - gradient of logsumexp
-//   grad_query      queries    Q   dO  keys     K   V   dQ = scale sum dS K
+//   grad_query      queries    Q   dO  keys     K   V   dQ = scale sum dS K, and the row term
 //   grad_key_value  keys       K   V   queries  Q   dO  dK = scale sum dS Q, dV = sum P dO
 //   grad_key                                            the first of them
 //   grad_value                                          the second
@@ -20,7 +20,13 @@
 // term nearly cancel where one key takes nearly all weight. Four warps share the columns in shared
 // memory and own 16 or 32 rows each, so a row's sums stay in the registers of four threads. Every
 // row is summed by one warp, in an order that depends on the problem alone; but in grad_all, which
-// saves two of nine products, many blocks add to a query's gradient in any order.
+// saves one of eight products, many blocks add to a query's gradient in any order.
+//
+// grad_query finds the row term on its way where registers hold two sums, that of dS K and that of
+// P K: dS is by the row term of what has been seen, and where that moves, so does the first sum, by
+// the second times the step (`move_row_term`). So a backward pass takes eight products. With a pass
+// of its own for the row term, as grad_all and more than 128 dims have it, it takes two more, and
+// one less in grad_query.
 //
 // What a pass is given is in arguments.h, the sizes of tiles and what a thread holds in worker.h;
 // the steps are in a file each: prepare.h, loads.h, main_loop.h with masks.h, softmax.h and
@@ -41,7 +47,7 @@ struct TileKernel {
   static constexpr int kThreads = Traits::kThreads;
   static constexpr int kBlocks = Traits::kKeepsIndices && kM == 1 ? 4 : 2;
   static constexpr int kSharedBytes = Traits::Layout::kBytes;
-  static_assert(kSharedBytes <= 99 * 1024, "more than compute capabilities 8.6 and 8.9 have");
+  static_assert(kSharedBytes <= kMostSharedBytes);
 
   Arguments<T> a;
 

@@ -6,19 +6,36 @@
 
 namespace natten::detail::cuda {
 
+/// Begins to copy a chunk, `kBytes` at a time, of which `given` bytes exist.
+template <int kBytes, class Machine>
+NATTEN_DEVICE void copy_pieces(Machine& gpu, int to, const void* from, int given) {
+  NATTEN_UNROLL
+  for (int at = 0; at < kChunkBytes; at += kBytes) {
+    const int left = given - at;
+    gpu.template copy_async<kBytes>(to + at, static_cast<const char*>(from) + at,
+                                    left < 0        ? 0
+                                    : left < kBytes ? left
+                                                    : kBytes);
+  }
+}
+
 /// Copies one chunk of a token of which `dims` elements exist; zeros where `from` is null.
 template <class K, class Machine>
 NATTEN_DEVICE void load_chunk(const Worker<K, Machine>& w, int to, const typename K::Element* from,
-                              int chunk, int dims, bool is_aligned) {
+                              int chunk, int dims, int unit) {
   using T = typename K::Element;
-  if (from && is_aligned && (chunk + 1) * kChunk<T> <= dims)
+  if (from && unit == kChunk<T> && (chunk + 1) * kChunk<T> <= dims)
     return w.gpu.copy_async(to, from + chunk * kChunk<T>);
+  // Opaque: else compilers find out ahead of the usual case what only this one needs.
+  const int left = w.gpu.opaque(dims) - chunk * kChunk<T>, given = left * int(sizeof(T));
+  if (!from || left <= 0) return w.gpu.write_chunk(to, {0, 0, 0, 0});
+  from += chunk * kChunk<T>;
+  if (unit == kChunk<T>) return copy_pieces<kChunkBytes>(w.gpu, to, from, given);
+  if (unit == kChunk<T> / 2) return copy_pieces<kChunkBytes / 2>(w.gpu, to, from, given);
+  if (unit == kChunk<T> / 4) return copy_pieces<kChunkBytes / 4>(w.gpu, to, from, given);
   // Not unrolled: it is slow anyway, and registers are scarce where it is called.
   NATTEN_DO_NOT_UNROLL
-  for (int j = 0; j < kChunk<T>; ++j) {
-    const int d = chunk * kChunk<T> + j;
-    w.gpu.template shared<T>(to)[j] = from && d < dims ? from[d] : T();
-  }
+  for (int j = 0; j < kChunk<T>; ++j) w.gpu.template shared<T>(to)[j] = j < left ? from[j] : T();
 }
 
 template <class K, class Machine>
@@ -36,7 +53,7 @@ NATTEN_DEVICE void load_rows(const Worker<K, Machine>& w, int which, const typen
       exists = exists && w.token_of_row(row, token) && !w.is_hidden(row, token);
     }
     load_chunk(w, to.at(row, chunk), exists ? pointers.at(w.a.grid.row_tile, row) : nullptr, chunk,
-               w.a.dims[which], x.is_aligned);
+               w.a.dims[which], x.unit());
   }
 }
 
@@ -53,6 +70,22 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
     const int chunk = thread % kUnit, column = thread / kUnit;
     const int slot = to.at(column, chunk), element = chunk * kChunk<T>;
     const int* offset = w.relative(which) + column;
+    if (!w.a.copies_chunks[which]) {
+      const Tokens<const T>& x = w.a.columns[which];
+      NATTEN_DO_NOT_UNROLL
+      for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
+        const T* from = nullptr;
+        if (stop.shown >> (column + i) & 1) {
+          const int units = offset[i] - w.turned_back(which, stop.tile, column + i);
+          from = first + (std::int64_t{units} << x.unit_log2);
+        }
+        NATTEN_DO_NOT_UNROLL
+        for (int j = 0; j < Tile::kChunks; j += kUnit)
+          if (element + j * kChunk<T> < dims)
+            load_chunk(w, slot + i * Tile::kPitch + 16 * j, from, chunk + j, dims, x.unit());
+      }
+      return;
+    }
     if (!stop.is_whole) {
       NATTEN_DO_NOT_UNROLL
       for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
@@ -63,8 +96,9 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
         NATTEN_UNROLL
         for (int j = 0; j < Tile::kChunks; j += kUnit)
           if (element + j * kChunk<T> < dims)
-            w.gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + element + j * kChunk<T>,
-                             exists);
+            w.gpu.template copy_async<kChunkBytes>(slot + i * Tile::kPitch + 16 * j,
+                                                   from + element + j * kChunk<T>,
+                                                   exists ? kChunkBytes : 0);
       }
       return;
     }
@@ -95,7 +129,7 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
       w.token_of_column(at, column, token);
       from = x.tensor.at(w.state.batch, w.column_head(at), token);
     }
-    load_chunk(w, to.at(column, chunk), from, chunk, dims, x.is_aligned);
+    load_chunk(w, to.at(column, chunk), from, chunk, dims, x.unit());
   }
 }
 /// B1 and what else is known about its columns.
@@ -109,9 +143,10 @@ NATTEN_DEVICE void load_first_columns(const Worker<K, Machine>& w, int stage,
       Coordinate token;
       const bool exists = w.token_of_column(at, w.thread(), token);
       const auto copy = [&](const Operand<const float>& x, int which) {
-        w.gpu.copy_word_async(w.statistics(which, stage) + w.thread() * int(sizeof(float)),
-                              exists ? x.at(w.state.batch, w.query_head(at), token) : x.data,
-                              exists);
+        constexpr int kBytes = sizeof(float);
+        w.gpu.template copy_async<kBytes>(
+            w.statistics(which, stage) + w.thread() * kBytes,
+            exists ? x.at(w.state.batch, w.query_head(at), token) : x.data, exists ? kBytes : 0);
       };
       copy(w.a.logsumexp, 0);
       if constexpr (K::kNeedsGradWeights) copy(w.a.row_term, 1);
@@ -127,7 +162,7 @@ NATTEN_DEVICE void clear_padding(const Worker<K, Machine>& w, const typename K::
   using Tile = typename K::Tile;
   if (dims > K::kDims - kChunk<T>) return;
   for (int item = w.thread(); item < count * Tile::kChunks; item += K::kThreads)
-    load_chunk(w, tile.at(item / Tile::kChunks, item % Tile::kChunks), nullptr, 0, 0, false);
+    load_chunk(w, tile.at(item / Tile::kChunks, item % Tile::kChunks), nullptr, 0, 0, 1);
 }
 
 }  // namespace natten::detail::cuda

@@ -72,6 +72,13 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
         multiply_rows<T>(w.gpu, w.lane(), grads, rows2, 16 * K::kM * w.warp(), columns2);
         if constexpr (K::kPass == TilePass::row_term) {
           add_products<K>(sums.totals, sums.products, scores, grads);
+        } else if constexpr (K::kFindsTerm) {
+          move_row_term(w, sums, scores, grads, of_rows);
+          differentiate(w, grads, scores, of_rows, stage);
+          Weights<T, 2 * K::kM, K::kN> both;
+          pack_weights<T>(w.gpu, both, grads, 0);
+          pack_weights<T>(w.gpu, both, scores, K::kM);
+          accumulate_rows<T>(w.gpu, w.lane(), sums.first, both, w.first_columns(stage));
         } else {
           differentiate(w, grads, scores, of_rows, stage);
           pack_weights<T>(w.gpu, weights, grads);

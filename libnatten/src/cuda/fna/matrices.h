@@ -42,14 +42,11 @@ struct SharedTile {
   }
 };
 
-NATTEN_DEVICE std::uint32_t rounded_bits(float x) {
-  return natten::detail::bits_of(round_to_tf32(x));
-}
 /// Rounds elements that products take as they lie in memory.
 template <class T, int kCount>
 NATTEN_DEVICE void round_operand(std::uint32_t (&x)[kCount]) {
   if constexpr (std::is_same_v<T, float>) {
-    NATTEN_EACH (i, kCount) x[i] = rounded_bits(natten::detail::float_of(x[i]));
+    NATTEN_EACH (i, kCount) x[i] = tf32_bits(natten::detail::float_of(x[i]));
   }
 }
 
@@ -90,18 +87,19 @@ template <class T, int kM, int kN>
 using Weights = FragmentA[kM][8 * kN / kDepth<T>];
 
 /// Of 16-bit elements, two blocks of 8 columns of C are an operand A as they lie. Of float one is,
-/// with its columns in the order 0, 2, 4, 6, 1, 3, 5, 7.
-template <class T, int kM, int kN, class Machine>
-NATTEN_DEVICE void pack_weights(Machine& gpu, Weights<T, kM, kN>& x, const FragmentC (&c)[kM][kN]) {
+/// with its columns in the order 0, 2, 4, 6, 1, 3, 5, 7. `x` has them from `first` on.
+template <class T, int kAll, int kK, int kM, int kN, class Machine>
+NATTEN_DEVICE void pack_weights(Machine& gpu, FragmentA (&x)[kAll][kK],
+                                const FragmentC (&c)[kM][kN], int first = 0) {
   NATTEN_EACH (m, kM)
     NATTEN_EACH (n, kN)
       NATTEN_EACH (half, 2) {
-        const float first = c[m][n][2 * half], second = c[m][n][2 * half + 1];
+        const float low = c[m][n][2 * half], high = c[m][n][2 * half + 1];
         if constexpr (std::is_same_v<T, float>) {
-          x[m][n][half] = rounded_bits(first);
-          x[m][n][2 + half] = rounded_bits(second);
+          x[first + m][n][half] = tf32_bits(low);
+          x[first + m][n][2 + half] = tf32_bits(high);
         } else {
-          x[m][n / 2][n % 2 * 2 + half] = gpu.template pack<T>(first, second);
+          x[first + m][n / 2][n % 2 * 2 + half] = gpu.template pack<T>(low, high);
         }
       }
 }

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <iterator>
 #include <limits>
 #include <optional>
 #include <string>
@@ -21,11 +22,9 @@
 namespace natten::detail::cuda {
 
 /// The most dims that there are kernels for, by the bytes of an element: shared memory limits those
-/// for float32, registers the others. Of all; of those with 32 rows per warp; of those that sum two
-/// gradients of their rows.
+/// for float32, registers the others. Of all; of those with 32 rows per warp.
 constexpr int most_dims(std::size_t element_bytes) { return element_bytes == 4 ? 128 : 256; }
 constexpr int most_wide_dims(std::size_t element_bytes) { return element_bytes == 4 ? 96 : 128; }
-inline constexpr int kMostDimsOfTwo = 128;
 
 /// Why tile kernels do not run a simplified problem on its element type, or its grid; or empty.
 inline std::string dtype_refusal(const Problem& p) {
@@ -63,6 +62,12 @@ inline PassGrid grid_of(const Problem& p, Rows rows) {
   return grid;
 }
 
+/// Blocks that a multiprocessor with `shared_bytes` has room for, each with `of_block` of them; up
+/// to two, for which kernels leave registers.
+constexpr int blocks_beside(int of_block, int shared_bytes) {
+  return std::min(2, shared_bytes / (of_block + kReservedSharedBytes));
+}
+
 inline void set_row_tile(PassGrid& grid, const TileShape& tile) {
   grid.row_tile = tile;
   for (int a = 0; a < kMaxRank; ++a) {
@@ -73,25 +78,32 @@ inline void set_row_tile(PassGrid& grid, const TileShape& tile) {
 template <class E>
 Tokens<E> tokens(Operand<E> x, bool is_additional = false) {
   if (is_additional) x.grid = {0, 0, x.token};
-  bool is_aligned = reinterpret_cast<std::uintptr_t>(x.data) % 16 == 0;
-  const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
-  for (std::int64_t stride : strides) is_aligned = is_aligned && stride % kChunk<E> == 0;
-  return {x, is_aligned};
+  const auto is_unit = [&](int unit) {
+    const std::int64_t strides[] = {x.batch, x.head, x.grid[0], x.grid[1], x.grid[2]};
+    return reinterpret_cast<std::uintptr_t>(x.data) % (unit * sizeof(E)) == 0 &&
+           std::all_of(std::begin(strides), std::end(strides),
+                       [unit](std::int64_t stride) { return stride % unit == 0; });
+  };
+  Tokens<E> result{x};
+  for (int unit = 2; unit <= kChunk<E> && is_unit(unit); unit *= 2) ++result.unit_log2;
+  return result;
 }
 
 /// How columns are copied, once they are set.
 template <class T>
 void set_copies(Arguments<T>& a, int which) {
   std::int64_t furthest = 0;  // of a tile's columns, in elements
+  const int unit = a.columns[which].unit();
   for (int i = 0; i < kMaxRank; ++i) {
     const Places& places = a.grid.places[i];
     const std::int64_t step = a.columns[which].tensor.grid[i] * places.dilation;
     const std::int64_t turn = places.turn * step;
-    a.turn_chunks[which][i] = static_cast<int>(turn / kChunk<T>);
+    a.turn_units[which][i] = static_cast<int>(turn / unit);
     furthest += std::max(std::abs(step) * (a.grid.column_tile.extent(i) - 1), std::abs(turn));
   }
-  a.copies_chunks[which] = a.columns[which].is_aligned && a.dims[which] % kChunk<T> == 0 &&
-                           furthest / kChunk<T> <= std::numeric_limits<std::int32_t>::max();
+  a.has_offsets[which] = furthest / unit <= std::numeric_limits<std::int32_t>::max();
+  a.copies_chunks[which] =
+      a.has_offsets[which] && unit == kChunk<T> && a.dims[which] % kChunk<T> == 0;
 }
 
 /// What is hidden of the rows and columns of a simplified problem.

@@ -41,7 +41,7 @@ NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
   stop.is_last = i + 1 == w.state.count;
   NATTEN_EACH (which, 2)
     stop.first[which] =
-        w.a.copies_chunks[which] && !tile.is_additional
+        w.a.has_offsets[which] && !tile.is_additional
             ? w.a.columns[which].tensor.at(w.state.batch, w.column_head(tile), token)
             : nullptr;
 }
@@ -151,7 +151,8 @@ NATTEN_DEVICE void set_relative(const Worker<K, Machine>& w) {
     bias += (K::kRowsAreQueries ? 1 : -1) * offset * static_cast<int>(w.a.rpb.grid[i]);
   }
   NATTEN_EACH (which, kOperands)
-    w.relative(which)[w.thread()] = static_cast<int>(offsets[which] / kChunk<typename K::Element>);
+    w.relative(which)[w.thread()] =
+        static_cast<int>(offsets[which] >> w.a.columns[which].unit_log2);
   w.relative_bias()[w.thread()] = bias;
 }
 

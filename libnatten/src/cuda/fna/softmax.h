@@ -67,6 +67,10 @@ NATTEN_DEVICE void softmax(const Worker<K, Machine>& w, typename K::Scores& scor
     }
 }
 
+/// What a sum of weights divides by. All are 0 where all scores are -inf, and so is what they
+/// weigh.
+NATTEN_DEVICE float divisor(float total) { return total == 0 ? 1.0f : total; }
+
 /// What is subtracted from scores to base 2. A row whose scores are all -inf has that logsumexp
 /// too, and its weights are exp2(-inf - 0) = 0.
 NATTEN_DEVICE float subtrahend(float logsumexp) {
@@ -84,6 +88,7 @@ NATTEN_DEVICE void scale_statistics(const Worker<K, Machine>& w, int stage) {
 template <class K>
 struct QueryStatistics {
   typename K::PerRow subtrahend, row_term;
+  typename K::PerRow grad_logsumexp;  ///< where it finds the row term
 };
 template <class K, class Machine>
 NATTEN_DEVICE QueryStatistics<K> row_statistics(const Worker<K, Machine>& w) {
@@ -94,8 +99,11 @@ NATTEN_DEVICE QueryStatistics<K> row_statistics(const Worker<K, Machine>& w) {
       const bool exists = w.token_of_row(w.row_of(m, half), token);
       s.subtrahend[m][half] =
           exists ? subtrahend(*w.a.logsumexp.at(w.state.batch, w.state.head, token)) : 0.0f;
-      s.row_term[m][half] =
-          exists && K::kSumsFirst ? *w.a.row_term.at(w.state.batch, w.state.head, token) : 0.0f;
+      const auto read = [&](bool is_used, const Operand<const float>& x) {
+        return exists && is_used ? *x.at(w.state.batch, w.state.head, token) : 0.0f;
+      };
+      s.row_term[m][half] = read(K::kSumsFirst && !K::kFindsTerm, w.a.row_term);
+      s.grad_logsumexp[m][half] = read(K::kFindsTerm && w.a.grad_logsumexp, w.a.grad_logsumexp);
     }
   return s;
 }
@@ -152,6 +160,29 @@ NATTEN_DEVICE void add_products(typename K::PerRow& totals, typename K::PerRow& 
         }
       totals[m][half] += total;
       products[m][half] += product;
+    }
+}
+
+/// Moves the row term, sum P dP / sum P - gradient of logsumexp, to that of all that has been seen,
+/// and the sum of dS by as much, by the sum of P. What is moved so, in sums of rounded weights, is
+/// small: each tile counts by the row term that has it, so a key that takes nearly all weight by
+/// nearly its own dP.
+template <class K, class Machine>
+NATTEN_DEVICE void move_row_term(const Worker<K, Machine>& w, Accumulators<K>& sums,
+                                 const typename K::Scores& weights, const typename K::Scores& grads,
+                                 QueryStatistics<K>& of_rows) {
+  typename K::PerRow totals{}, products{};
+  add_products<K>(totals, products, weights, grads);
+  NATTEN_EACH (m, K::kM)
+    NATTEN_EACH (half, 2) {
+      const float total = sums.totals[m][half] += row_sum(w, totals[m][half]);
+      const float product = sums.products[m][half] += row_sum(w, products[m][half]);
+      const float now = product / divisor(total) - of_rows.grad_logsumexp[m][half];
+      const float step = of_rows.row_term[m][half] - now;
+      of_rows.row_term[m][half] = now;
+      NATTEN_EACH (n, K::kDims / 8)
+        NATTEN_EACH (j, 2)
+          sums.first[m][n][2 * half + j] += step * sums.first[K::kM + m][n][2 * half + j];
     }
 }
 

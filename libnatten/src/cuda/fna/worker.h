@@ -16,7 +16,7 @@ struct ColumnStop {
   bool is_whole;         ///< all columns are shown, and lie one after another
   bool is_last;          ///< of the block's
   bool has_masks;        ///< some warp's rows see a part of it
-  /// The first token of B1 and B2 where they can be copied by chunks, else null.
+  /// The first token of B1 and B2 where the others have offsets from it, else null.
   const T* first[2];
   std::uint64_t shown;  ///< a bit for each column: given, and not hidden
 };
@@ -58,6 +58,8 @@ struct TileTraits {
                                       kPass == TilePass::grad_key_value ||
                                       kPass == TilePass::grad_value || kAddsQueries;
   static constexpr bool kNeedsGradWeights = kSumsFirst || kPass == TilePass::row_term;
+  /// Whether it finds out the row term on the way, by a second sum.
+  static constexpr bool kFindsTerm = kPass == TilePass::grad_query && kDims <= kMostDimsOfTwo;
   /// Whether registers hold what is the same for all tiles of columns; else it is cheaper to
   /// compute that again.
   static constexpr bool kKeepsIndices = kPass == TilePass::forward && kM * kDims <= 64;
@@ -123,9 +125,11 @@ NATTEN_DEVICE void clear(E (&x)[kRowBlocks][kColumnBlocks][4]) {
 /// What a thread sums up over the columns.
 template <class K>
 struct Accumulators {
-  FragmentC first[K::kSumsFirst ? K::kM : 1][K::kDims / 8];    ///< weights times B1
+  /// Weights times B1; where the row term is not known before, and then P times B1.
+  FragmentC first[K::kFindsTerm ? 2 * K::kM : K::kSumsFirst ? K::kM : 1][K::kDims / 8];
   FragmentC second[K::kSumsSecond ? K::kM : 1][K::kDims / 8];  ///< weights times B2
-  typename K::PerRow totals, products;  ///< this thread's shares of weights, and of P dP
+  /// Weights, and P dP: this thread's shares, or where it finds the row term, those of all four.
+  typename K::PerRow totals, products;
 
   NATTEN_DEVICE void clear() {
     cuda::clear(first);
@@ -177,7 +181,7 @@ struct Worker {
   NATTEN_DEVICE static int statistics(int which, int stage) {
     return K::Layout::kStatistics + (which * K::kStages + stage) * K::kColumns * int(sizeof(float));
   }
-  /// Where the columns of a tile lie, from its first, in chunks of `a.columns[which]`.
+  /// Where the columns of a tile lie, from its first, in units of `a.columns[which]`.
   NATTEN_DEVICE int* relative(int which) const {
     return gpu.template shared<int>(K::Layout::kRelative) + which * K::kColumns;
   }
@@ -188,7 +192,7 @@ struct Worker {
       const int turn = a.grid.places[i].turn;
       if (turn == 0) continue;
       int place = at.place[i] + a.grid.column_tile.offset(column, i);
-      for (; place >= turn; place -= turn) back += a.turn_chunks[which][i];
+      for (; place >= turn; place -= turn) back += a.turn_units[which][i];
     }
     return back;
   }

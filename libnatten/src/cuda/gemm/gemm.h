@@ -122,7 +122,7 @@ class GemmJob {
     a.dims[1] = 0;
     a.additional_columns = 0;
     a.scale = 1;
-    a.copies_chunks[1] = false;
+    a.has_offsets[1] = a.copies_chunks[1] = false;
     set_masks(a, p_, job_.tensors);
     if (p_.op == Op::av_transpose) {
       const bool is_additional = grid.rows == Rows::additional;

@@ -116,7 +116,7 @@ struct GemmKernel {
   static constexpr int kThreads = Traits::kThreads;
   static constexpr int kBlocks = 2;
   static constexpr int kSharedBytes = Traits::Layout::kBytes;
-  static_assert(kSharedBytes <= 99 * 1024, "more than compute capabilities 8.6 and 8.9 have");
+  static_assert(kSharedBytes <= kMostSharedBytes);
 
   GemmArguments<T> a;
 

@@ -119,7 +119,7 @@ NATTEN_DEVICE void store_slots(const Worker<K, Machine>& w) {
   w.gpu.sync_warp();
   for_each_piece(w, [&](int shared, T* memory, int first) {
     const T* from = w.gpu.template shared<T>(shared);
-    if (is_full(w, first)) return w.gpu.copy_chunk(memory, from);
+    if (is_full(w, first)) return w.gpu.template copy<kChunkBytes>(memory, from);
     for_each_of_piece(w, first, [&](int j) { memory[j] = from[j]; });
   });
 }
@@ -205,8 +205,8 @@ template <class T, int kK>
 NATTEN_DEVICE void set_weights(FragmentA (&x)[1][kK], int n, int half, std::uint32_t first,
                                std::uint32_t second) {
   if constexpr (std::is_same_v<T, float>) {
-    x[0][n][half] = rounded_bits(natten::detail::float_of(first));
-    x[0][n][2 + half] = rounded_bits(natten::detail::float_of(second));
+    x[0][n][half] = tf32_bits(natten::detail::float_of(first));
+    x[0][n][2 + half] = tf32_bits(natten::detail::float_of(second));
   } else {
     x[0][n / 2][n % 2 * 2 + half] = first | second << 16;
   }

@@ -41,6 +41,7 @@ struct GemmTraits {
   /// Like these passes it sums weights times columns, if it sums at all.
   static constexpr TilePass kPass = kRowsAreQueries ? TilePass::grad_query : TilePass::grad_key;
   static constexpr bool kAddsQueries = false, kSumsFirst = kOp != Op::qk, kSumsSecond = false;
+  static constexpr bool kFindsTerm = false;
   static constexpr bool kKeepsIndices = false;
   static constexpr int kRows = 16 * kM * kWarps;
   using Tile = SharedTile<T, kDims>;
