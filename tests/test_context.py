@@ -278,6 +278,15 @@ def test_environment_checks_agree():
     assert context.get_device_cc() == context.get_device_cc(None)
 
 
+@needs_torch
+@pytest.mark.skipif(bool(_core.backends("cuda")), reason="natten asks the driver itself")
+def test_capability_is_what_torch_knows(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {None: (8, 6), 1: (10, 3)}.get)
+    assert (context.get_device_cc(), context.get_device_cc(1)) == (86, 103)
+
+
 def test_environment_checks_without_torch():
     code = """
 import sys

@@ -267,8 +267,15 @@ def test_torch_counts_unfused(rank, extra):
 def test_torch_counts_attention(is_causal):
     query = torch.randn(2, 5, HEADS, DIM)
     key, value = torch.randn(2, 9, KV_HEADS, DIM), torch.randn(2, 9, KV_HEADS, VALUE_DIM)
-    flops = counted(lambda: natten.attention(query, key, value, is_causal=is_causal))
-    assert flops == 2 * (2 * 5 * HEADS) * 9 * (DIM + VALUE_DIM)
+
+    def attention(*tensors):
+        return natten.attention(*tensors, is_causal=is_causal)
+
+    tensors = query, key, value
+    flops = 2 * (2 * 5 * HEADS) * 9 * (DIM + VALUE_DIM)
+    assert counted(lambda: attention(*tensors)) == flops
+    # In forward mode the same of unfused operations, then two products of tangents for each.
+    assert counted(lambda: torch.func.jvp(attention, tensors, tensors)) == 3 * flops
 
 
 def module_and_macs(rank: int, qkv_bias: bool = True) -> tuple[nn.Module, torch.Tensor, int, int]:
