@@ -244,6 +244,15 @@ def test_vmap_of_masks(mapping, make, batch, axis):
     assert_same(*derivatives)
 
 
+@pytest.mark.parametrize("make", [fused_attention, unfused_attention])
+def test_vmap_over_one_example(make):
+    """With a mask and a bias of its own, so that it is a call by itself."""
+    inputs = (*(x.detach() for x in fused_inputs(2, part=True)), key_mask_of(2))
+    gradient = grad(total(lambda *x: make(2, True)(*x[:-1], key_mask=x[-1])), argnums=ALL)
+    got = vmap(gradient)(*(x[None] for x in inputs))
+    assert_same(got, [x[None] for x in gradient(*inputs)])
+
+
 @pytest.mark.parametrize("part", [False, True])
 def test_vmap_of_directions(part):
     inputs = tuple(x.detach() for x in fused_inputs(2, part=part))

@@ -100,7 +100,7 @@ def test_arguments_of_the_autotuner(monkeypatch):
     natten.disable_autotuner()
     assert _core.tuning()[:2] == ("off", "off")
 
-    limits = []  # of warm-up steps, steps and seconds, and whether to be thorough: nobody tells them
+    limits = []  # warm-up steps, steps, seconds, whether to be thorough: nothing tells them
     monkeypatch.setattr(_core, "set_tuning", lambda *args: limits.append(args[2:]))
     natten.use_autotuner(True, True, True, False, 1, 2, 3, 4)
     assert limits.pop() == ((1, 3, 10.0, True), (2, 4, 2.0, False))

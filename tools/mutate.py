@@ -86,7 +86,9 @@ MODULES = {
         Module(PYTHON + "numpy.py", ("test_numpy", "test_config", "test_names")),
         Module(PYTHON + "torch/_autograd.py", ("test_torch", "test_torch_derivatives")),
         Module(PYTHON + "torch/_composed.py", ("test_torch_composed",)),
-        Module(PYTHON + "torch/_ops.py", ("test_torch", "test_torch_modes")),
+        Module(
+            PYTHON + "torch/_ops.py", ("test_torch", "test_torch_derivatives", "test_torch_modes")
+        ),
     )
 }
 
@@ -139,7 +141,7 @@ PYTHON_RULES: tuple[Rule, ...] = (
     ("and, or", r" (and|or) ", swapped(("and", "or"))),
     (
         "is, in",
-        r"^(?!.*\bfor\b).* (is not|not in|is|in) ",
+        r"^(?!.*\bfor\b).*? (is not|not in|is|in) ",
         swapped(("is", "is not"), ("in", "not in")),
     ),
     ("truth", r"(?<!strict=)\b(True|False)\b", swapped(("True", "False"))),
