@@ -74,7 +74,8 @@ MODULES = {
         Module(CPP + "memory.cpp", ("Refusals.*", "Memory.*")),
         Module(CPP + "validate.cpp", ("Refusals.*", "Description.*")),
         Module(
-            PYTHON + "_args.py", ("test_bad_arguments", "test_names", "test_torch", "test_numpy")
+            PYTHON + "_args.py",
+            ("test_bad_arguments", "test_names", "test_torch_parts", "test_numpy"),
         ),
         Module(PYTHON + "_halos.py", ("test_distributed", "test_torch_distributed")),
         Module(PYTHON + "context.py", ("test_context", "test_names", "test_tuner", "test_config")),
