@@ -49,7 +49,8 @@ class Module:
 
 
 PYTHON, CPP = "python/natten/", "libnatten/src/"
-FUSED, UNFUSED = "*/Fused.*", "*/Unfused.*"
+FUSED, UNFUSED = "*/Fused.*/vectorized_*", "*/Unfused.*/vectorized_*"
+SLOW = "*/naive_*:Interruption.*"  # run where a module asks for them only
 ENTRY = ("Lists.*", "Memory.*", "Workspace.*", "Registry.*", "Description.*")
 MODULES = {
     module.path.removeprefix(PYTHON).removeprefix(CPP): module
@@ -320,7 +321,7 @@ class Copy:
             commands.append([*command, *files])
         else:
             own = ":".join(module.tests)
-            for tests in (own, f"-{own}"):
+            for tests in (own, f"-{own}:{SLOW}"):
                 commands.append(["build/cpp_tests/natten_tests", f"--gtest_filter={tests}"])
                 commands[-1] += ["--gtest_fail_fast", "--gtest_break_on_failure=0"]
         # Bytecode is told from a changed file by whole seconds and sizes.
