@@ -326,6 +326,7 @@ class Copy:
                 commands[-1] += ["--gtest_fail_fast", "--gtest_break_on_failure=0"]
         # Bytecode is told from a changed file by whole seconds and sizes.
         env = {"PYTHONPATH": str(self.site), "PYTHONDONTWRITEBYTECODE": "1"}
+        env["OMP_WAIT_POLICY"] = "passive"  # leaves the processors to other work
         for command in commands:
             status, text = said_by(command, self.tree, limit, **env)
             if status is None:
