@@ -165,7 +165,7 @@ def without_text_in_cpp(source: str) -> str:
 
 
 def without_text_in_python(source: str) -> str:
-    """The same with blanks for comments, strings, imports, heads of functions and errors raised."""
+    """The same with blanks for comments, strings, imports and errors that are raised."""
     rows = [list(line) for line in source.splitlines()]
 
     def blank(begin: tuple[int, int], end: tuple[int, int]) -> None:
@@ -187,9 +187,8 @@ def without_text_in_python(source: str) -> str:
             blank(token.start, token.end)
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import | ast.ImportFrom | ast.Raise | ast.Assert):
-            blank((node.lineno, 0), (node.end_lineno or node.lineno, len(rows[node.lineno - 1])))
-        elif isinstance(node, ast.FunctionDef) and node.body[0].lineno > node.lineno:
-            blank((node.lineno, 0), (node.body[0].lineno - 1, 0))
+            end = node.end_lineno or node.lineno
+            blank((node.lineno, 0), (end, len(rows[end - 1])))
     return "\n".join("".join(row) for row in rows)
 
 
@@ -304,6 +303,10 @@ class Copy:
         """Of the module with another source; whether it compiles."""
         path = Path(module.path)
         if module.is_python:
+            try:
+                ast.parse(source)
+            except SyntaxError:
+                return False
             write(self.site / "natten" / path.relative_to(PYTHON), source.encode())
             write(self.tree / path, source.encode())
             return True
