@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from test_package import run_python  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torch_cases import AV, FUSED, MODULES, QK  # noqa: E402
@@ -261,6 +262,19 @@ def test_torch_counts_unfused(rank, extra):
     assert counted(av) == product
     assert counted(lambda: attn.nan_to_num().sum().backward()) == 2 * product
     assert counted(output.sum().backward) == 2 * product
+
+
+def test_torch_counts_the_first_call_of_a_process():
+    """Which loads natten.torch while the counter is active."""
+    code = """
+import torch, natten
+from torch.utils.flop_counter import FlopCounterMode
+x = torch.zeros(1, 4, 1, 1)
+with FlopCounterMode(display=False) as counter:
+    natten.na1d(x, x, x, kernel_size=3)
+print(counter.get_total_flops())
+"""
+    assert run_python(code).split() == [str(2 * 2 * 4 * 3)]
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

@@ -80,7 +80,7 @@ MODULES = {
         ),
         Module(PYTHON + "_halos.py", ("test_distributed", "test_torch_distributed")),
         Module(PYTHON + "context.py", ("test_context", "test_names", "test_tuner", "test_config")),
-        Module(PYTHON + "flax/_attend.py", ("test_flax",)),
+        Module(PYTHON + "flax/_attend.py", ("test_flax", "test_bad_arguments")),
         Module(PYTHON + "flops.py", ("test_flops",)),
         Module(PYTHON + "jax/_derivatives.py", ("test_jax", "test_jax_derivatives")),
         Module(PYTHON + "jax/_functions.py", ("test_jax",)),
