@@ -367,7 +367,7 @@ def judge(module: Module, copy: Copy, seed: int, count: int, only: list[int]) ->
             results.append("does not compile")
             print("      does not compile", flush=True)
             continue
-        by = copy.noticed(module, 5 * seconds + 60)
+        by = copy.noticed(module, 3 * seconds + 30)
         results.append("noticed" if by else "not noticed")
         print(f"      noticed by {by}" if by else "      NOT NOTICED", flush=True)
     sums = ", ".join(f"{results.count(name)} {name}" for name in sorted(set(results)))
