@@ -84,7 +84,7 @@ MODULES = {
         Module(PYTHON + "flops.py", ("test_flops",)),
         Module(PYTHON + "jax/_derivatives.py", ("test_jax", "test_jax_derivatives")),
         Module(PYTHON + "jax/_functions.py", ("test_jax",)),
-        Module(PYTHON + "jax/_primitives.py", ("test_jax",)),
+        Module(PYTHON + "jax/_primitives.py", ("test_jax", "test_jax_varlen")),
         Module(PYTHON + "numpy.py", ("test_numpy", "test_config", "test_names")),
         Module(PYTHON + "torch/_autograd.py", ("test_torch", "test_torch_derivatives")),
         Module(PYTHON + "torch/_composed.py", ("test_torch_composed",)),
