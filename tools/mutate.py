@@ -83,7 +83,10 @@ MODULES = {
         Module(PYTHON + "flax/_attend.py", ("test_flax", "test_bad_arguments")),
         Module(PYTHON + "flops.py", ("test_flops",)),
         Module(PYTHON + "jax/_derivatives.py", ("test_jax", "test_jax_derivatives")),
-        Module(PYTHON + "jax/_functions.py", ("test_jax",)),
+        Module(
+            PYTHON + "jax/_functions.py",
+            ("test_jax", "test_jax_varlen", "test_jax_parts", "test_jax_distributed"),
+        ),
         Module(PYTHON + "jax/_primitives.py", ("test_jax", "test_jax_varlen")),
         Module(PYTHON + "numpy.py", ("test_numpy", "test_config", "test_names")),
         Module(PYTHON + "torch/_autograd.py", ("test_torch", "test_torch_derivatives")),
