@@ -82,7 +82,7 @@ MODULES = {
         Module(PYTHON + "context.py", ("test_context", "test_names", "test_tuner", "test_config")),
         Module(PYTHON + "flax/_attend.py", ("test_flax", "test_bad_arguments")),
         Module(PYTHON + "flops.py", ("test_flops",)),
-        Module(PYTHON + "jax/_derivatives.py", ("test_jax", "test_jax_derivatives")),
+        Module(PYTHON + "jax/_derivatives.py", ("test_jax", "test_jax_derivatives", "test_jax_varlen")),
         Module(
             PYTHON + "jax/_functions.py",
             ("test_jax", "test_jax_varlen", "test_jax_parts", "test_jax_distributed"),
