@@ -438,20 +438,6 @@ TEST(BackwardInOnePass, IsTheDerivativeForAnyNumberOfThreads) {
   natten::set_num_threads(threads);
 }
 
-/// Two dilation groups, of 515 and 514 tokens, in strips of 256. Only in the second one, a window
-/// at the end reaches back to a key that the first strip sees too, so that it is summed in three.
-TEST(BackwardInOnePass, IsNotWhereAnyGroupSharesKeysAmongThreeStrips) {
-  Case c;
-  c.seed = base_seed() + 800;
-  c.axes = {{1029, 173, 1, 2, false}};
-  c.heads = c.kv_heads = 3;
-  c.dim = c.value_dim = 8;
-  FusedProblem problem(c);
-  EXPECT_GT(natten::work_of(problem.backward()).size(), 1U) << c;
-  c.axes[0].length = 1030;
-  EXPECT_EQ(natten::work_of(FusedProblem(c).backward()).size(), 1U) << c;
-}
-
 /// From 8 MiB on, whole cache lines are written past the caches, where they begin with an element.
 TEST(LargeOutputs, HaveTheSameBitsWhereverTheyLie) {
   Case c;
