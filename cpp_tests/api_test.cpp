@@ -533,9 +533,12 @@ TEST(Description, SaysWhatTheCallSays) {
   call.options.query_tile = {1, 1};
   call.options.backward_query_tile = {2, 4};
   call.options.key_splits = {1, 2};
+  natten::TensorView& rpb = call.tensors.rpb;  // as if each of its axes had gaps, one reversed
+  rpb.strides = {1000, -100, 1};
   const natten::Problem p = natten::describe(call);
   EXPECT_EQ(p.op, Op::attention_backward);
   EXPECT_EQ(p.dtype, DType::bfloat16);
+  EXPECT_EQ(p.rpb_span, 100 * (rpb.shape[1] - 1) + rpb.shape[2] - 1);
   EXPECT_EQ(p.rank, 2);
   EXPECT_EQ(p.axes[0].query_length, 1);
   EXPECT_EQ(p.axes[0].kernel_size, 1);

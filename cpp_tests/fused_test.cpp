@@ -458,6 +458,28 @@ TEST(BackwardInOnePass, IsTheDerivativeForAnyNumberOfThreads) {
   natten::set_num_threads(threads);
 }
 
+/// From 8 MiB on, whole cache lines are written past the caches, where they begin with an element.
+TEST(LargeOutputs, HaveTheSameBitsWhereverTheyLie) {
+  Case c;
+  c.seed = base_seed() + 900;
+  c.axes = {{1 << 14, 2, 1, 1, false}};
+  c.heads = c.kv_heads = 4;
+  c.value_dim = 32;
+  FusedProblem problem(c);
+  natten::Call call = problem.forward();
+  const std::size_t bytes = 8 << 20;
+  ASSERT_EQ(static_cast<std::size_t>(call.tensors.output.size()) * sizeof(float), bytes);
+  std::vector<unsigned char> memory(bytes + 128), results[2];
+  const std::uintptr_t line = (reinterpret_cast<std::uintptr_t>(memory.data()) + 63) / 64 * 64;
+  for (std::uintptr_t i : {0, 1}) {
+    auto* output = reinterpret_cast<unsigned char*>(line + 16 * i);
+    call.tensors.output.data = output;
+    natten::run(call, vectorized());
+    results[i].assign(output, output + bytes);
+  }
+  EXPECT_TRUE(results[0] == results[1]) << c;
+}
+
 /// Beyond one number per query and head, memory is bounded: by 16 MiB, or what one set of biases'
 /// gradients per batch entry takes.
 TEST(Workspace, OfPartialSumsIsBounded) {

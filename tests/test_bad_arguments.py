@@ -543,6 +543,9 @@ def test_what_constructors_take(make):
     module = make(**MODULE, is_causal=(True, None), qk_scale=3, attn_drop=0, proj_drop=1)
     assert module.is_causal == (True, False) and module.scale == 3
     assert make(**MODULE, is_causal=None).is_causal == (False, False)
+    # On a circular axis, which the stride divides, as on others.
+    for boundary in ("shift", "cut", "circular"):
+        assert make(**MODULE, stride=2, boundary=boundary).stride == (2, 2)
 
 
 LAST = "must be [batch, *spatial, 16], channels last, with 2 spatial axes"

@@ -11,7 +11,7 @@ import pytest
 from test_package import run_python
 
 import natten
-from natten import _core, context
+from natten import _args, _core, context
 
 SWITCHES = str.split("""
     use_fused_na enable_fused_na disable_fused_na is_fused_na_enabled use_fna is_fna_enabled
@@ -216,6 +216,24 @@ def test_deterministic_torch_has_it_ignored(switch, name, deterministic_torch, c
     assert "torch.use_deterministic_algorithms" in record.getMessage()
 
 
+@needs_torch
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_deterministic_torch_goes_before_kv_parallelism(is_deterministic, monkeypatch):
+    import torch
+
+    run, flags = _core.run, []
+    monkeypatch.setattr(
+        _core, "run", lambda *args: flags.append(args[1][-1] & _args.NONDETERMINISTIC) or run(*args)
+    )
+    natten.use_kv_parallelism_in_fused_na()
+    torch.use_deterministic_algorithms(is_deterministic)
+    try:
+        natten.na1d(*[torch.zeros(1, 4, 1, 1)] * 3, kernel_size=3)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert flags == [0 if is_deterministic else _args.NONDETERMINISTIC]
+
+
 def test_deterministic_torch_lets_fused_be_switched(deterministic_torch, caplog):
     natten.use_fused_na(True, kv_parallel=True)
     assert natten.is_fused_na_enabled()
@@ -276,6 +294,15 @@ def test_environment_checks_agree():
     if not natten.has_cuda():
         assert not any(getattr(natten, name)() for name in CHECKS)
     assert context.get_device_cc() == context.get_device_cc(None)
+
+
+@needs_torch
+@pytest.mark.skipif(bool(_core.backends("cuda")), reason="natten asks the driver itself")
+def test_capability_is_what_torch_knows(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", {None: (8, 6), 1: (10, 3)}.get)
+    assert (context.get_device_cc(), context.get_device_cc(1)) == (86, 103)
 
 
 def test_environment_checks_without_torch():

@@ -10,6 +10,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from test_package import run_python  # noqa: E402
 from torch import nn  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torch_cases import AV, FUSED, MODULES, QK  # noqa: E402
@@ -263,12 +264,32 @@ def test_torch_counts_unfused(rank, extra):
     assert counted(output.sum().backward) == 2 * product
 
 
+def test_torch_counts_the_first_call_of_a_process():
+    """Which loads natten.torch while the counter is active."""
+    code = """
+import torch, natten
+from torch.utils.flop_counter import FlopCounterMode
+x = torch.zeros(1, 4, 1, 1)
+with FlopCounterMode(display=False) as counter:
+    natten.na1d(x, x, x, kernel_size=3)
+print(counter.get_total_flops())
+"""
+    assert run_python(code).split() == [str(2 * 2 * 4 * 3)]
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_torch_counts_attention(is_causal):
     query = torch.randn(2, 5, HEADS, DIM)
     key, value = torch.randn(2, 9, KV_HEADS, DIM), torch.randn(2, 9, KV_HEADS, VALUE_DIM)
-    flops = counted(lambda: natten.attention(query, key, value, is_causal=is_causal))
-    assert flops == 2 * (2 * 5 * HEADS) * 9 * (DIM + VALUE_DIM)
+
+    def attention(*tensors):
+        return natten.attention(*tensors, is_causal=is_causal)
+
+    tensors = query, key, value
+    flops = 2 * (2 * 5 * HEADS) * 9 * (DIM + VALUE_DIM)
+    assert counted(lambda: attention(*tensors)) == flops
+    # In forward mode the same of unfused operations, then two products of tangents for each.
+    assert counted(lambda: torch.func.jvp(attention, tensors, tensors)) == 3 * flops
 
 
 def module_and_macs(rank: int, qkv_bias: bool = True) -> tuple[nn.Module, torch.Tensor, int, int]:

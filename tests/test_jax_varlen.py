@@ -195,3 +195,12 @@ def test_composed(causal):
     composed = jax.jit(lambda *x: run("composed", *x))
     assert "custom_call" not in composed.lower(*tensors()).as_text()
     assert_close(composed(*tensors()), jax.jit(lambda *x: run(None, *x))(*tensors()))
+
+
+@pytest.mark.parametrize("backend", [None, "composed"])
+def test_no_example_has_keys(backend):
+    q, k, v = tensors()
+    lengths = {"seqlens_Q": jnp.array(QUERIES), "seqlens_KV": jnp.zeros(4, int)}
+    output, lse = nj.attention(q, k[:, :0], v[:, :0], return_lse=True, backend=backend, **lengths)
+    assert output.shape == (1, 10, 4, 3) and not output.any()
+    assert lse.shape == (1, 10, 4) and jnp.isneginf(lse).all()

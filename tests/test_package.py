@@ -124,6 +124,8 @@ def test_thread_count_from_environment():
     code = "from natten import _core; print(_core.num_threads())"
     assert run_python(code, NATTEN_NUM_THREADS="3", OMP_NUM_THREADS="5").strip() == "3"
     assert run_python(code, NATTEN_NUM_THREADS="", OMP_NUM_THREADS="5").strip() == "5"
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert run_python(code, NATTEN_NUM_THREADS="", OMP_NUM_THREADS="").strip() == str(usable)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

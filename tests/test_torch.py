@@ -93,22 +93,6 @@ def test_attention_without_queries_or_batch():
     assert lse.shape == (0, 5, 1)
 
 
-@pytest.mark.parametrize("rank", [1, 2, 3])
-def test_batch_of_zero(rank):
-    grid = GRIDS[rank]
-    q, k, v = (randn(0, *grid, 2, 3) for _ in range(3))
-    out = FUSED[rank](q, k, v, 2)
-    assert out.shape == q.shape
-    out.sum().backward()
-    assert q.grad is not None and q.grad.shape == q.shape
-    rpb = randn(2, *(3 for _ in grid))
-    x = q.detach().movedim(-2, 1)
-    attn = QK[rank](x, x, 2, rpb=rpb)
-    assert attn.shape == (0, 2, *grid, 2**rank)
-    attn.sum().backward()
-    assert torch.equal(rpb.grad, torch.zeros_like(rpb))
-
-
 def test_merge_attentions_is_exact():
     q = randn(2, 6, 4, 5)
     parts = [(randn(2, n, 2, 5), randn(2, n, 2, 3)) for n in (4, 1, 7)]

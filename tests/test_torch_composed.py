@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -327,6 +329,17 @@ def test_devices_without_kernels(backend, caplog, monkeypatch):
         assert len(caplog.records) == 1
         with pytest.raises(ValueError, match='got "naive"; must be composed on meta'):
             F.na2d(q, q, q, 3, backend="naive")
+
+
+@pytest.mark.parametrize("has_cuda", [False, True])
+def test_which_devices_lack_kernels(has_cuda, monkeypatch):
+    monkeypatch.setattr(_composed, "_HAS_CUDA", has_cuda)
+    lacking = [
+        d for d in ("cpu", "meta", "cuda", "mps") if _composed.lacks_kernels(torch.device(d))
+    ]
+    assert lacking == (["mps"] if has_cuda else ["cuda", "mps"])
+    # libnatten refuses a backend by name, and says how to build it.
+    assert not _composed.serves(SimpleNamespace(device=torch.device("cuda")), "fna")
 
 
 def test_debug_messages(caplog, monkeypatch):

@@ -244,6 +244,31 @@ def test_vmap_of_masks(mapping, make, batch, axis):
     assert_same(*derivatives)
 
 
+@pytest.mark.parametrize("make", [fused_attention, unfused_attention])
+def test_vmap_of_tangents_of_one_bias(make):
+    """The bias is that of all examples, the mask is not."""
+    q, k, v, rpb, *more = (x.detach() for x in fused_inputs(2, part=True))
+    masks = torch.stack([key_mask_of(2), ~key_mask_of(2), key_mask_of(2).flip(1)])
+
+    def tangent(mask):
+        def attend(rpb):
+            return make(2, True)(q, k, v, rpb, *more, key_mask=mask)
+
+        return jvp(attend, (rpb,), (rpb.flip(0),))
+
+    each = [torch.utils._pytree.tree_leaves(tangent(mask)) for mask in masks]
+    assert_same(vmap(tangent)(masks), [torch.stack(x) for x in zip(*each, strict=True)])
+
+
+@pytest.mark.parametrize("make", [fused_attention, unfused_attention])
+def test_vmap_over_one_example(make):
+    """With a mask and a bias of its own, so that it is a call by itself."""
+    inputs = (*(x.detach() for x in fused_inputs(2, part=True)), key_mask_of(2))
+    gradient = grad(total(lambda *x: make(2, True)(*x[:-1], key_mask=x[-1])), argnums=ALL)
+    got = vmap(gradient)(*(x[None] for x in inputs))
+    assert_same(got, [x[None] for x in gradient(*inputs)])
+
+
 @pytest.mark.parametrize("part", [False, True])
 def test_vmap_of_directions(part):
     inputs = tuple(x.detach() for x in fused_inputs(2, part=part))

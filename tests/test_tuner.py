@@ -92,13 +92,20 @@ def test_a_pass_is_tuned_where_its_switch_is_on(tensors, cache):
     assert origins(tensors) == {"forward": "cache", "backward": "cache"}
 
 
-def test_arguments_of_the_autotuner():
+def test_arguments_of_the_autotuner(monkeypatch):
     natten.use_autotuner(True, False, True, False, 1, 2, 3, 4)
     assert _core.tuning()[:2] == ("tune", "off")
     natten.use_autotuner(False, True)
     assert _core.tuning()[:2] == ("off", "tune")
     natten.disable_autotuner()
     assert _core.tuning()[:2] == ("off", "off")
+
+    limits = []  # warm-up steps, steps, seconds, whether to be thorough: nothing tells them
+    monkeypatch.setattr(_core, "set_tuning", lambda *args: limits.append(args[2:]))
+    natten.use_autotuner(True, True, True, False, 1, 2, 3, 4)
+    assert limits.pop() == ((1, 3, 10.0, True), (2, 4, 2.0, False))
+    natten.use_autotuner(True, True, True, False, 2**70, 2**70)
+    assert limits.pop() == ((10_000, 3, 10.0, True), (10_000, 4, 2.0, False))
 
 
 def test_deterministic_modes(tensors, cache):

@@ -133,7 +133,7 @@ def register_torch_formulas() -> None:
     for name, macs in _MACS.items():
         register_flop_formula(getattr(torch.ops.natten, name))(flops(macs))
 
-    from natten.torch import _autograd, _ops
+    from natten.torch import _autograd, _ops, _private
 
     def packed_flops(operator: _ops.Operator, macs: Callable[..., int]) -> Callable[..., int]:
         """Of examples that lie one after another, each with its own keys."""
@@ -151,6 +151,7 @@ def register_torch_formulas() -> None:
     for operator in (_ops.packed_attention_forward, _ops.packed_attention_backward):
         formula = packed_flops(operator, _MACS[operator.name])
         register_flop_formula(operator.overload.overloadpacket, get_raw=True)(formula)
+    _private.tell_active_flop_counters()  # natten.torch may be loaded by the first call inside one
 
 
 def fna_flop_count(

@@ -31,6 +31,8 @@ from torch._functorch.utils import enable_single_level_autograd_function as allo
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as active_modes
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 
 def _raw_key_sets(*keys: DispatchKey) -> set[int]:
@@ -81,6 +83,14 @@ def forward_mode_levels() -> int:
     return sum(x.key() == TransformType.Jvp for x in get_interpreter_stack() or [])
 
 
+def tell_active_flop_counters() -> None:
+    """Has them know the formulas that were registered after they were made."""
+    for mode in active_modes():
+        counter = getattr(mode, "counter", None)
+        if isinstance(counter, FlopCounterMode):
+            counter.flop_registry = {**flop_registry, **counter.flop_registry}
+
+
 __all__ = [
     "BelowAutograd",
     "SingleLevelFunction",
@@ -99,4 +109,5 @@ __all__ = [
     "remove_batch_dim",
     "set_forward_mode",
     "takes_part_in_autograd",
+    "tell_active_flop_counters",
 ]
