@@ -73,8 +73,7 @@ std::vector<PassWork> work_of(const Call& call, int threads) {
     const auto is = [&](std::initializer_list<const char*> names) {
       return std::find(names.begin(), names.end(), pass.name) != names.end();
     };
-    double dims =
-        is({"forward", "row_term", "backward_query", "backward", "grad_all"}) ? d + dv : 0;
+    double dims = &pass == passes.data() ? d + dv : 0;
     if (is({"backward_query", "backward", "grad_query", "grad_all"}) && problem.wants_grad_query)
       dims += d;
     const bool of_keys = is({"backward_key", "backward", "grad_key_value", "grad_all"});

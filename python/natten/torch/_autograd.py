@@ -519,10 +519,11 @@ def _transpose(
     mask: Tensor | None,
     config: Config,
     backend: str,
-) -> Sequence[Tensor | None]:
+) -> tuple[Any, Tensor | None]:
     """Gradients shaped like `key` (or value) and `additional`, None where that is None."""
     count = 0 if additional is None else additional.shape[2]
     extras = key.shape[2:-1], count
-    return _ops.av_transpose.gradients(
+    grad, grad_additional = _ops.av_transpose.gradients(
         (key, additional), (attn, query, mask), extras, config, backend
     )
+    return grad, grad_additional
