@@ -179,7 +179,7 @@ struct Plan {
   /// The row of an axis, of those of a dilation group, that a cut begins with.
   std::int64_t first_row(int axis, std::int64_t number) const {
     if (axis == 2) return number * strip;
-    // Whole stacks, unless the cuts of a sum are better equal.
+    // Whole stacks, but where columns are summed: threads wait there for the largest cut.
     if (axis == 1 && !sums_columns) return stacks * number / sweeps * stack;
     return grid.most_rows(axis) * number / cuts(axis);
   }
