@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <array>
 #include <limits>
 #include <memory>
 #include <vector>
@@ -123,19 +124,24 @@ class BackwardQuery final : public Pass<E> {
             for (std::int64_t i = 0; i < (sums.count - turn) * padded; ++i) own[i] += again[i];
           });
     }
-    std::vector<Interval> shared;
+    std::vector<Interval> parts;
     plan.for_each_shared(2, work.group[2], work.strip, [&](const Interval& part) {
       if (part.begin >= rest.end) return;
-      shared.push_back({part.begin, std::min(part.end, rest.end)});
+      parts.push_back({part.begin, std::min(part.end, rest.end)});
     });
-    std::sort(shared.begin(), shared.end(),
+    std::sort(parts.begin(), parts.end(),
               [](const Interval& a, const Interval& b) { return a.begin < b.begin; });
-    for (const Interval& part : shared) {
-      if (rest.begin < part.begin) give(work, sums, {rest.begin, part.begin}, false);
-      give(work, sums, part, true);
+    const bool shared0 = is_shared(0, work, sums.first[0]),
+               shared1 = is_shared(1, work, sums.first[1]);
+    const auto give_part = [&](const Interval& part, bool shared2) {
+      if (part.size() > 0) give(work, sums, part, {shared0, shared1, shared2});
+    };
+    for (const Interval& part : parts) {
+      give_part({rest.begin, part.begin}, false);
+      give_part(part, true);
       rest.begin = part.end;
     }
-    if (rest.size() > 0) give(work, sums, rest, false);
+    give_part(rest, false);
   }
 
   void store_rows(const Work& work) override {
@@ -221,7 +227,9 @@ class BackwardQuery final : public Pass<E> {
                       });
     });
   }
-  /// Whether a line's tokens of axis 0 or 1 are visited once more.
+  /// Along which axes tokens are visited once more.
+  using Shared = std::array<bool, kMaxRank>;
+  /// Along axis 0 or 1, those of a line.
   bool is_shared(int axis, const Work& work, std::int64_t position) const {
     bool found = false;
     plan.for_each_shared(axis, work.group[axis], axis == 0 ? work.slab : work.sweep,
@@ -230,18 +238,15 @@ class BackwardQuery final : public Pass<E> {
   }
   /// Writes the sums of a part of a line, once those of all visits of its tokens are in them: two
   /// meet along each axis in turn, so that what is added to what does not depend on who is first.
-  /// `is_shared2`: along axis 2.
   void give(const Work& work, const LineSums<T>& sums, const Interval& part,
-            bool is_shared2) const {
+            const Shared& shared) const {
     const Coordinate line = plan.line_in_ring({sums.first[0], sums.first[1], part.begin});
-    const bool shared[] = {is_shared(0, work, sums.first[0]), is_shared(1, work, sums.first[1]),
-                           is_shared2};
     // Known by this item's positions and cuts, along axes where visits have met by the token.
     typename Exchange<T>::Key key{
         work.batch, heads_of_sums(work).first, 0, 0, 0, 0, work.slab, work.sweep, work.strip};
     for (int axis = 0; axis < kMaxRank; ++axis) key[3 + axis] = work.token(plan, axis, line[axis]);
     // A tensor of sums can hold one that waits, instead of memory.
-    const bool holds = std::is_same_v<E, T> && std::count(shared, shared + 3, true) == 1;
+    const bool holds = std::is_same_v<E, T> && std::count(shared.begin(), shared.end(), true) == 1;
     for (int axis = 0; axis < kMaxRank; ++axis) {
       const Axis& a = plan.problem().axes[axis];
       if (plan.grid.is_circular(axis)) key[3 + axis] = floor_mod(key[3 + axis], a.grid_length);

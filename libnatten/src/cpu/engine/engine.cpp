@@ -48,8 +48,9 @@ void Engine<E>::run(std::int64_t first, std::int64_t last) {
     work.first_head = head_group * plan_.row_heads;
     work.head_count = std::min(plan_.row_heads, plan_.grid.heads() - work.first_head);
     pass_.begin_unit(work);
-    for (std::int64_t item = plan_.items * work.unit / plan_.units;
-         item < plan_.items * (work.unit + 1) / plan_.units; ++item) {
+    const std::int64_t items = plan_.items();
+    for (std::int64_t item = items * work.unit / plan_.units;
+         item < items * (work.unit + 1) / plan_.units; ++item) {
       // Items of a strip and dilation group see columns in common.
       const std::int64_t of = unit / plan_.units, cut = item / plan_.slabs;
       const Coordinate serves{of, cut / plan_.strips / plan_.sweeps, cut % plan_.strips};
@@ -75,9 +76,10 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
     work.group[axis] = grid.group(axis, group[axis]);
     rows[axis] = grid.rows(axis, work.group[axis]);
   }
-  work.first[2] = rows[2].begin + plan_.first_row(2, work.strip);
+  const Interval strip = plan_.rows_of_cut(2, rows[2], work.strip);
+  work.first[2] = strip.begin;
   // Items are counted for the longest group: those of others may be without rows.
-  work.row_count = std::min(plan_.strip, rows[2].end - work.first[2]);
+  work.row_count = strip.size();
   if (work.row_count <= 0) return;
   seen_by_row_.resize(work.row_count);
   first_slot_by_row_.assign(work.row_count, 0);
@@ -90,11 +92,8 @@ void Engine<E>::run_item(Work work, std::int64_t item) {
       first_slot_by_row_[r] =
           seen_by_row_[r].begin - first_slot(p_.axes[2], work.group[2], position);
   }
-  const auto cut = [&](int axis, std::int64_t number) -> Interval {
-    return {rows[axis].begin + plan_.first_row(axis, number),
-            std::min(rows[axis].begin + plan_.first_row(axis, number + 1), rows[axis].end)};
-  };
-  const Interval planes = cut(0, work.slab), lines = cut(1, work.sweep);
+  const Interval planes = plan_.rows_of_cut(0, rows[0], work.slab);
+  const Interval lines = plan_.rows_of_cut(1, rows[1], work.sweep);
   for (work.first[0] = planes.begin; work.first[0] < planes.end; ++work.first[0])
     for (work.first[1] = lines.begin; work.first[1] < lines.end; work.first[1] += plan_.stack) {
       work.line_count = std::min(plan_.stack, lines.end - work.first[1]);

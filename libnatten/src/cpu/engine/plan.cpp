@@ -144,6 +144,11 @@ bool fits_ring(Plan& plan, std::int64_t lines0, std::int64_t lines1) {
   return packed_bytes(plan, plan.strip) <= kMostBytes;
 }
 
+/// Whether lines of columns stay for the next plane of rows.
+bool keeps_lines(const RowGrid& grid, std::int64_t ring0) {
+  return grid.most_rows(0) > 1 && ring0 > 1;
+}
+
 /// Widens the ring to all lines that a sweep sees, if these fit: they are there then for the next
 /// row of axis 0, which sees most of them too. Circular axes are held whole, if they fit. Returns
 /// the longest sweep.
@@ -151,7 +156,7 @@ std::int64_t keep_planes(Plan& plan) {
   const RowGrid& grid = plan.grid;
   const std::int64_t lines = grid.most_rows(1);
   const std::int64_t lines0 = plan.ring0, lines1 = plan.ring1;
-  const bool has_next_row = grid.most_rows(0) > 1 && lines0 > 1;
+  const bool has_next_row = keeps_lines(grid, lines0);
   // Asked first, as calls are small and columns take long to count.
   if (plan.in_pieces || !(has_next_row || grid.is_circular(1))) return lines;
   const auto goes_around = [&](int axis) {
@@ -201,10 +206,8 @@ void cut_into_items(Plan& plan, int threads) {
   plan.slabs = plan.grid.most_rows(0);
   const auto set_sweeps = [&](std::int64_t count) {
     plan.sweeps = std::clamp<std::int64_t>(count, 1, std::max<std::int64_t>(plan.stacks, 1));
-    plan.items = plan.groups() * plan.slabs * plan.sweeps * plan.strips;
   };
-  const auto all_items = [&] { return plan.problem().batch * plan.head_groups() * plan.items; };
-  const auto too_few = [&] { return all_items() < kItemsPerThread * threads; };
+  const auto too_few = [&] { return plan.all_items() < kItemsPerThread * threads; };
   const auto longest_of = [&](std::int64_t sweeps) { return (plan.stacks + sweeps - 1) / sweeps; };
   const std::int64_t least = (lines + longest_sweep - 1) / longest_sweep;
   set_sweeps(least);
@@ -212,7 +215,7 @@ void cut_into_items(Plan& plan, int threads) {
     set_sweeps(2 * plan.sweeps);
   while (too_few() && plan.row_heads > 1) set_fewer_heads(plan);
   if (threads <= 1 || plan.stacks <= 1) return;
-  const std::int64_t others = all_items() / plan.sweeps;
+  const std::int64_t others = plan.all_items() / plan.sweeps;
   // More are never needed.
   const std::int64_t most = std::min(
       plan.stacks,
@@ -232,11 +235,15 @@ void cut_into_items(Plan& plan, int threads) {
   set_sweeps(best);
 }
 
-/// Cuts the lines of rows into so many strips, or a few less.
-void set_strips(Plan& plan, std::int64_t count) {
+/// Cuts the lines of rows into strips of `rows`, in whole vectors.
+void set_strip(Plan& plan, std::int64_t rows) {
   const std::int64_t longest = plan.grid.most_rows(2);
-  plan.strip = round_up((longest + count - 1) / count, plan.width);
+  plan.strip = round_up(std::min(longest, rows), plan.width);
   plan.strips = (longest + plan.strip - 1) / plan.strip;
+}
+/// Cuts them into so many, or a few less.
+void set_strips(Plan& plan, std::int64_t count) {
+  set_strip(plan, (plan.grid.most_rows(2) + count - 1) / count);
 }
 
 /// Whether no token of an axis is visited more than twice.
@@ -267,16 +274,17 @@ struct Cuts {
 };
 
 /// For a pass that sums columns: counts of cuts that leave equal parts, and no columns that are
-/// visited more than twice.
+/// visited more than twice. `plan` has as few strips as can be.
 std::vector<Cuts> ways_to_cut(Plan plan, int axis) {
   const RowGrid& grid = plan.grid;
-  const std::int64_t rows = grid.most_rows(axis), group = grid.group(axis, 0);
+  const std::int64_t rows = grid.most_rows(axis), group = grid.group(axis, 0),
+                     least_strips = plan.strips;
   std::vector<Cuts> ways;
   for (const std::int64_t n : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}) {
     Cuts way{n, 0, 0, 0};
     if (axis == 2) {
       // Of at least so many rows that vectors are full.
-      way.count = n * ((rows + kLongestStrip - 1) / kLongestStrip);
+      way.count = n * least_strips;
       set_strips(plan, way.count);
       if (n > 1 && (plan.strip < kShortestStrip || plan.strips != way.count)) break;
     } else {
@@ -286,22 +294,17 @@ std::vector<Cuts> ways_to_cut(Plan plan, int axis) {
     if (!meets_in_pairs(plan, axis)) continue;
     for (std::int64_t i = 0; i < way.count; ++i) {
       const std::int64_t columns = plan.columns_of_cut(axis, group, i).size();
-      const std::int64_t last = std::min(rows, plan.first_row(axis, i + 1));
       way.columns += static_cast<double>(columns) + (axis == 2 ? kColumnsOfLine : 0);
       way.most = std::max(way.most, columns);
-      way.largest = std::max(way.largest, static_cast<double>(last - plan.first_row(axis, i)) /
-                                              static_cast<double>(rows));
+      way.largest =
+          std::max(way.largest, static_cast<double>(plan.rows_of_cut(axis, {0, rows}, i).size()) /
+                                    static_cast<double>(rows));
     }
     // Planes that two slabs see are often packed by one thread, and once.
     if (axis == 0 && !ways.empty()) way.columns = (way.columns + ways[0].columns) / 2;
     ways.push_back(way);
   }
   return ways;
-}
-
-/// Whether lines of columns stay for the next plane of rows.
-bool keeps_lines(const RowGrid& grid, std::int64_t ring0) {
-  return grid.most_rows(0) > 1 && ring0 > 1;
 }
 
 bool fits_with_sums(const Plan& plan) {
@@ -374,10 +377,7 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   set_strips(found, (grid.most_rows(2) + kLongestStrip - 1) / kLongestStrip);
   const bool is_shared = multiply_adds(p) >= kLeastSharedWork;  // by threads
   if ((is_shared || !fits_with_sums(found)) && !choose_cuts(found, is_shared)) return false;
-  if (asked.strip > 0) {
-    found.strip = round_up(std::min(grid.most_rows(2), asked.strip), plan.width);
-    found.strips = (grid.most_rows(2) + found.strip - 1) / found.strip;
-  }
+  if (asked.strip > 0) set_strip(found, asked.strip);
   const bool keeps = keeps_lines(grid, plan.ring0);
   if (keeps || (grid.is_circular(1) && found.sweeps == 1)) {
     for (std::int64_t i = 0; i < grid.groups(1); ++i)
@@ -391,17 +391,14 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   for (int axis = 0; axis < kMaxRank; ++axis)
     if (!meets_in_pairs(found, axis)) return false;
   if (group == 1) {
-    const auto units = [&] {
-      return found.groups() * found.slabs * found.sweeps * found.strips * p.batch *
-             found.head_groups();
-    };
     found.row_heads = found.column_heads =
         std::min<std::int64_t>(grid.heads(), asked.heads > 0 ? asked.heads : simd::kMostHeads);
-    const auto too_few = [&] { return is_shared && units() < 4 * kItemsPerThread * threads; };
+    const auto too_few = [&] {
+      return is_shared && found.all_items() < 4 * kItemsPerThread * threads;
+    };
     while (found.row_heads > 1 && (packed_bytes(found, found.strip) > kMostBytes || too_few()))
       set_heads(found, found.row_heads - 1);
   }
-  found.items = found.groups() * found.slabs * found.sweeps * found.strips;
   found.piece_lines = found.lines;
   found.piece_columns = grid.most_columns(2, found.strip);
   plan = found;
@@ -410,13 +407,12 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
 
 /// Gathers items into units, where these have partial sums.
 void cut_into_units(Plan& plan) {
-  const std::int64_t items = plan.items;
-  plan.units = items;
+  plan.units = plan.items();
   const Problem& p = plan.problem();
   if (plan.kind() != PassKind::backward_query) return;
   const std::int64_t others = std::max<std::int64_t>(1, p.batch * plan.head_groups());
   const std::int64_t wanted =
-      std::min(items, std::max<std::int64_t>(1, kUnitsOfPartialSums / others));
+      std::min(plan.units, std::max<std::int64_t>(1, kUnitsOfPartialSums / others));
   const std::int64_t most_elements =
       static_cast<std::int64_t>(kMostPartialBytes / plan.element_bytes) /
       std::max<std::int64_t>(1, p.batch * p.heads);
@@ -464,10 +460,9 @@ double multiply_adds(const Problem& p) {
 
 Interval Plan::columns_of_cut(int axis, std::int64_t group, std::int64_t number) const {
   const Interval rows = grid.rows(axis, group);
-  const std::int64_t first = rows.begin + first_row(axis, number);
-  if (number < 0 || number >= cuts(axis) || first >= rows.end) return {0, 0};
-  const std::int64_t last = std::min(rows.begin + first_row(axis, number + 1), rows.end) - 1;
-  return {grid.columns(axis, group, first).begin, grid.columns(axis, group, last).end};
+  const Interval cut = rows_of_cut(axis, rows, number);
+  if (number < 0 || number >= cuts(axis) || cut.size() <= 0) return {0, 0};
+  return {grid.columns(axis, group, cut.begin).begin, grid.columns(axis, group, cut.end - 1).end};
 }
 
 bool sums_alike(const Plan& a, const Plan& b) {

@@ -158,8 +158,7 @@ struct Plan {
   std::int64_t strips = 0;                    // along axis 2
   std::int64_t sweeps = 0;                    // along axis 1: of stacks that one item goes through
   std::int64_t slabs = 0;                     // along axis 0: of planes of such stacks
-  std::int64_t items = 0;                     // per batch entry and group of heads
-  std::int64_t units = 0;                     // likewise; each is a run of items
+  std::int64_t units = 0;                     // per batch entry and group of heads: runs of items
   PartialSums partial;                        // of each unit and head
   std::int64_t line_rows = 0;  // rows from a line of rows to the next in operands by row
   std::int64_t head_rows = 0;  // and from a head to the next
@@ -183,6 +182,14 @@ struct Plan {
     if (axis == 1 && !sums_columns) return stacks * number / sweeps * stack;
     return grid.most_rows(axis) * number / cuts(axis);
   }
+  /// The rows of a cut, of those of a dilation group; an item has a cut of each axis.
+  Interval rows_of_cut(int axis, const Interval& rows, std::int64_t number) const {
+    return {rows.begin + first_row(axis, number),
+            std::min(rows.begin + first_row(axis, number + 1), rows.end)};
+  }
+  /// Per batch entry and group of heads, counted for the longest dilation group.
+  std::int64_t items() const { return groups() * slabs * sweeps * strips; }
+  std::int64_t all_items() const { return problem().batch * head_groups() * items(); }
   /// The columns that a cut sees; none beyond the last.
   Interval columns_of_cut(int axis, std::int64_t group, std::int64_t number) const;
   /// Whether the ring holds a circular axis whole, so that all turns have one entry.

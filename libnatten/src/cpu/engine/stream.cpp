@@ -26,7 +26,7 @@ Plan plan_stream(const Problem& problem, int width, std::size_t element_bytes, i
   const std::int64_t rows = plan.grid.most_rows(2), group = problem.heads / problem.kv_heads;
   plan.strip = std::min(rows, std::max(kRowsAtHand / group, kLeastRows));
   plan.strips = (rows + plan.strip - 1) / plan.strip;
-  plan.items = plan.units = plan.groups() * plan.strips;
+  plan.units = plan.items();
   plan.line_rows = plan.head_rows = plan.strip;
   // Heads of a token are neighbors in memory.
   plan.column_heads = std::min<std::int64_t>(problem.kv_heads, simd::kMostHeads);
