@@ -136,5 +136,22 @@ NATTEN_INLINE Vector<typename Type::Sum> read_part(const typename Type::Element*
   return Type::read(part);
 }
 
+/// Elements `first` to `length` of a token, fewer than fill a vector, and zeros.
+template <class Type>
+NATTEN_INLINE Vector<typename Type::Sum> read_rest(const typename Type::Element* token,
+                                                   std::int64_t first, std::int64_t length) {
+#if defined(__AVX2__) || defined(__aarch64__)
+  // With those before them, if that makes a vector: masked loads of what is not in the L1 cache
+  // take four times as long.
+  using T = typename Type::Sum;
+  constexpr int kW = kWidth<T>;
+  if (length >= kW) {
+    const Ints<T> from = lanes<T>() + static_cast<typename VectorOf<T>::Int>(first - length + kW);
+    return from < kW ? permute<T>(Type::read(token + length - kW), from) : Vector<T>{};
+  }
+#endif
+  return read_part<Type>(token + first, length - first);
+}
+
 }  // namespace
 }  // namespace natten::detail::cpu::simd

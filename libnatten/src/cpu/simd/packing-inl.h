@@ -18,7 +18,7 @@ NATTEN_INLINE void convert(const typename Type::Element* from, std::int64_t leng
                            T* piece) {
   std::int64_t i = 0;
   for (; i + kWidth<T> <= length; i += kWidth<T>) store(piece + i, Type::read(from + i) * scale);
-  if (i < length) store(piece + i, read_part<Type>(from + i, length - i) * scale);
+  if (i < length) store(piece + i, read_rest<Type>(from, i, length) * scale);
 }
 
 /// Transposes elements d to d + length of some tokens from `first` on.
@@ -58,10 +58,15 @@ NATTEN_INLINE void fetch(const Packing<T>& first, std::int64_t index) {
     if (!p) return;
   }
   if (!p->from) return;
+  constexpr std::int64_t per_line = kLine / static_cast<std::int64_t>(sizeof(Element));
   const auto* token = static_cast<const Element*>(p->from) + index * p->stride;
-  for (int head = 0; head < p->heads; ++head, token += p->head_stride)
-    for (std::int64_t d = 0; d < p->dim; d += kLine / static_cast<std::int64_t>(sizeof(Element)))
-      __builtin_prefetch(token + d, 0, 1);
+  const bool is_one = p->head_stride == p->dim;  // run of elements
+  const std::int64_t length = is_one ? p->heads * p->dim : p->dim;
+  for (int head = 0; head < (is_one ? 1 : p->heads); ++head, token += p->head_stride) {
+    for (std::int64_t d = 0; d < length; d += per_line) __builtin_prefetch(token + d, 0, 1);
+    // It may end in one more line than it fills.
+    if (length % per_line != 0) __builtin_prefetch(token + length - 1, 0, 1);
+  }
 }
 
 template <class Type>
@@ -184,9 +189,14 @@ void unpack(const Unpacking<typename Type::Sum>& u) {
           for (; i + kW <= u.dim; i += kW) stream_to<T>(to + i, load(from + i) * scale);
       for (; i + kW <= u.dim; i += kW) Type::write(to + i, load(from + i) * scale);
       if (i == u.dim) continue;
+      if (i > 0) {  // once more with some of those before
+        i = u.dim - kW;
+        Type::write(to + i, load(from + i) * scale);
+        continue;
+      }
       typename Type::Element rest[kW];
-      Type::write(rest, load(from + i) * scale);
-      copy_part<kW>(to + i, rest, u.dim - i);
+      Type::write(rest, load(from) * scale);
+      copy_part<kW>(to, rest, u.dim);
     }
   }
   if (u.streams) end_stream();

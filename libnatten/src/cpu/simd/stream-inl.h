@@ -146,7 +146,7 @@ Vector<typename Type::Sum> stream_dots(const typename Type::Sum* row,
   }
   if (d < dim) {
     const Vector<T> x = load(row + d);
-    for (int m = 0; m < M; ++m) sums[m] += x * read_part<Type>(column[m] + d, dim - d);
+    for (int m = 0; m < M; ++m) sums[m] += x * read_rest<Type>(column[m], d, dim);
   }
   transpose<T>(sums);
 #pragma GCC unroll 16
