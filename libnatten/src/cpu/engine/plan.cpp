@@ -23,8 +23,8 @@ constexpr std::int64_t kLongestStrip = 256, kLongestStripOfPieces = 128, kShorte
 constexpr std::int64_t kItemsPerThread = 2;
 // How much of an item's time is lost to these.
 constexpr double kLateStart = 0.25;
-// Partial sums are cut for so many threads, whatever there are: how they are cut shows in the
-// result.
+// For which two passes with partial sums are cut, whatever threads there are: how they are cut
+// shows in the result.
 constexpr int kThreadsOfPartialSums = 16;
 // Units with partial sums, of all batch entries and heads, that are enough for any machine.
 constexpr std::int64_t kUnitsOfPartialSums = 32;
@@ -359,6 +359,27 @@ bool choose_cuts(Plan& plan, bool is_shared) {
   return true;
 }
 
+/// Gathers items into units, where these have partial sums: so many that there are enough for any
+/// machine, with `others` that have units of their own.
+void cut_into_units(Plan& plan, std::int64_t others) {
+  plan.units = plan.items();
+  const Problem& p = plan.problem();
+  if (plan.kind() != PassKind::backward_query) return;
+  const std::int64_t wanted =
+      std::min(plan.units,
+               std::max<std::int64_t>(1, kUnitsOfPartialSums / std::max<std::int64_t>(1, others)));
+  const std::int64_t most_elements =
+      static_cast<std::int64_t>(kMostPartialBytes / plan.element_bytes) /
+      std::max<std::int64_t>(1, p.batch * p.heads);
+  PartialSums& partial = plan.partial;
+  if (p.wants_grad_rpb) partial.bias = bias_elements(p);
+  if (p.wants_grad_additional)
+    partial.additional = p.additional * (plan.padded + plan.value_padded);
+  if (wanted * partial.additional + partial.bias > most_elements) partial.additional = 0;
+  if (partial.elements() > 0)
+    plan.units = std::max<std::int64_t>(1, std::min(wanted, most_elements / partial.elements()));
+}
+
 /// Plans one pass for the gradients of queries, keys and values: `plan` then has sums of columns.
 /// Tells whether there is such a plan. How it cuts rows shows in these sums, so that depends on the
 /// problem alone; only heads depend on threads.
@@ -390,11 +411,13 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   if (!fits_with_sums(found)) return false;
   for (int axis = 0; axis < kMaxRank; ++axis)
     if (!meets_in_pairs(found, axis)) return false;
+  // Which heads go together depends on threads, partial sums do not.
+  cut_into_units(found, p.batch * p.heads);
   if (group == 1) {
     found.row_heads = found.column_heads =
         std::min<std::int64_t>(grid.heads(), asked.heads > 0 ? asked.heads : simd::kMostHeads);
     const auto too_few = [&] {
-      return is_shared && found.all_items() < 4 * kItemsPerThread * threads;
+      return is_shared && found.total_units() < 4 * kItemsPerThread * threads;
     };
     while (found.row_heads > 1 && (packed_bytes(found, found.strip) > kMostBytes || too_few()))
       set_heads(found, found.row_heads - 1);
@@ -403,26 +426,6 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   found.piece_columns = grid.most_columns(2, found.strip);
   plan = found;
   return true;
-}
-
-/// Gathers items into units, where these have partial sums.
-void cut_into_units(Plan& plan) {
-  plan.units = plan.items();
-  const Problem& p = plan.problem();
-  if (plan.kind() != PassKind::backward_query) return;
-  const std::int64_t others = std::max<std::int64_t>(1, p.batch * plan.head_groups());
-  const std::int64_t wanted =
-      std::min(plan.units, std::max<std::int64_t>(1, kUnitsOfPartialSums / others));
-  const std::int64_t most_elements =
-      static_cast<std::int64_t>(kMostPartialBytes / plan.element_bytes) /
-      std::max<std::int64_t>(1, p.batch * p.heads);
-  PartialSums& partial = plan.partial;
-  if (p.wants_grad_rpb) partial.bias = bias_elements(p);
-  if (p.wants_grad_additional)
-    partial.additional = p.additional * (plan.padded + plan.value_padded);
-  if (wanted * partial.additional + partial.bias > most_elements) partial.additional = 0;
-  if (partial.elements() > 0)
-    plan.units = std::max<std::int64_t>(1, std::min(wanted, most_elements / partial.elements()));
 }
 
 /// Rows of a block.
@@ -503,14 +506,13 @@ Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::siz
   plan.ring1 = std::max<std::int64_t>(1, grid.most_columns(1, plan.stack));
   plan.ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));
   plan.lines = plan.ring0 * plan.ring1;
-  const bool sums_up =
-      kind == PassKind::backward_query && (problem.wants_grad_rpb || problem.wants_grad_additional);
-  if (sums_up) threads = kThreadsOfPartialSums;
   if (kind != PassKind::backward_query || !plan_sums_of_columns(plan, threads, asked)) {
+    const bool sums_up = kind == PassKind::backward_query &&
+                         (problem.wants_grad_rpb || problem.wants_grad_additional);
     fit_cache(plan, asked);
-    cut_into_items(plan, threads);
+    cut_into_items(plan, sums_up ? kThreadsOfPartialSums : threads);
+    cut_into_units(plan, problem.batch * plan.head_groups());
   }
-  cut_into_units(plan);
   plan.line_rows = round_up(plan.strip, plan.width);
   plan.head_rows = plan.stack * plan.line_rows;
   return plan;
