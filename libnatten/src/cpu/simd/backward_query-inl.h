@@ -8,20 +8,35 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
-/// Adds gradients of scores to those of the biases.
+/// Adds gradients of scores to those of the biases, those of a vector's steps at once.
 template <class T>
 NATTEN_INLINE void add_to_bias(const Walk<T>& walk, const Batch& batch, int v, const T* grads) {
-  for_each_step(walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
-    T* to = line.grad_bias + walk.bias_at(v, step);
-    const T* from = grads + offset;
-    const int rows = walk.rows_of(v);
-    if (walk.access == Access::permuted)
-      for (int row = 0; row < rows; ++row) to[walk.bias_index[row]] += from[row];
-    else if (rows == kWidth<T>)
-      *to += sum_of<T>(load(from));
-    else
-      for (int row = 0; row < rows; ++row) *to += from[row];
-  });
+  constexpr int kW = kWidth<T>;
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+    const Line<T>& line = walk.block.lines[l];
+    if (v < line.first_vector || v >= line.last_vector) continue;
+    for (std::int64_t step = batch.step0; step < batch.step1; step += kW) {
+      Vector<T> square[kW];
+      for (int i = 0; i < kW; ++i)
+        square[i] =
+            step + i < batch.step1 ? load(grads + (batch.at(l) + step + i) * kW) : Vector<T>{};
+      transpose<T>(square);  // now by row
+      Vector<T> sums{}, after{};
+      for (int row = 0; row < walk.rows_of(v); ++row) {
+        if (walk.access != Access::permuted) {
+          sums += square[row];
+          continue;
+        }
+        const Ints<T> from = lanes<T>() - walk.bias_index[row];
+        const Vector<T> moved = permute<T>(square[row], from & (kW - 1));
+        sums += from >= 0 ? moved : Vector<T>{};
+        after += from < 0 ? moved : Vector<T>{};
+      }
+      T* to = line.grad_bias + walk.bias_at(v, step);
+      store(to, load(to) + sums);
+      if (walk.access == Access::permuted) store(to + kW, load(to + kW) + after);
+    }
+  }
 }
 
 template <class F, class T = typename F::Sum>
