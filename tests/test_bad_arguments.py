@@ -548,6 +548,29 @@ def test_what_constructors_take(make):
         assert make(**MODULE, stride=2, boundary=boundary).stride == (2, 2)
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_name_in_errors_of_constructors(make):
+    name = "NeighborhoodAttention2D"
+    missing = {k: v for k, v in MODULE.items() if k != "kernel_size"}
+    refuses(TypeError, f"{name}() missing a required argument: 'kernel_size'", make, **missing)
+    start = f"{name}() got an unexpected keyword argument 'sride'"
+    refuses(TypeError, start, make, **MODULE, sride=2)
+
+
+@needs["flax"]
+def test_rngs_of_constructors():
+    import jax
+
+    import natten.flax
+
+    make = natten.flax.NeighborhoodAttention2D
+    start = "NeighborhoodAttention2D() missing a required argument: 'rngs'"
+    refuses(TypeError, start, make, **MODULE)
+    for bad, got in ((None, "None"), (0, "int"), (jax.random.key(0), "PRNGKeyArray")):
+        start = f"rngs: got {got}; must be a flax.nnx.Rngs"
+        refuses(TypeError, start, make, **MODULE, rngs=bad)
+
+
 LAST = "must be [batch, *spatial, 16], channels last, with 2 spatial axes"
 
 INPUTS = [

@@ -109,8 +109,32 @@ def test_unknown_names():
     with pytest.raises(ValueError, match=r'backend: got "cuda13"; must be one of .*naive'):
         natten.na_kernel("cuda13")
     q = query()
-    with pytest.raises(ValueError, match=r'backend: got "cuda13"; must be one of .*naive.*fused'):
-        F.na1d(q, q, q, 3, backend="cuda13")
+    names = "composed, fused, naive, vectorized for tensors on cpu"
+    for call in (
+        lambda **given: F.na1d(q, q, q, 3, **given),
+        lambda **given: F.na1d_av(q, q, 3, **given),
+        lambda **given: natten.attention(q, q, q, **given),
+        lambda **given: natten.explain(q, q, q, 3, **given),
+    ):
+        with pytest.raises(ValueError) as raised:
+            call(backend="cuda13")
+        assert str(raised.value) == f'backend: got "cuda13"; must be one of {names}'
+    compiled = torch.compile(lambda q: F.na1d(q, q, q, 3, backend="cuda13"), backend="eager")
+    with pytest.raises(Exception, match=names):
+        compiled(q)
+
+
+def test_an_unknown_name_in_the_environment():
+    code = """
+import torch, natten
+q = torch.randn(1, 6, 2, 4)
+try:
+    natten.na1d(q, q, q, 3)
+except ValueError as error:
+    print(error)
+"""
+    message = 'backend: got "cuda13" from the environment variable NATTEN_BACKEND; must be one of'
+    assert run_python(code, NATTEN_BACKEND="cuda13").startswith(message)
 
 
 @pytest.mark.parametrize("name", ["vectorized", "fused"])

@@ -565,12 +565,15 @@ def by_name(function: F) -> F:
 
 def module_init(init: Callable[P, None]) -> Callable[P, None]:
     """For the `__init__` of a module: `embed_dim` is another name of `dim`, and what comes by
-    position after the third argument is refused."""
+    position after the third argument is refused. What is missing is said of the class that is made,
+    as Python would name that whose `__init__` it is."""
+    signature = inspect.signature(init)
 
     @functools.wraps(init)
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        name = type(args[0]).__name__
         if len(args) > 4:  # with self
-            _refuse_positional(type(args[0]).__name__, len(args) - 4)
+            _refuse_positional(name, len(args) - 4)
         if "embed_dim" in kwargs:
             embed_dim = kwargs.pop("embed_dim")
             if len(args) > 1 or "dim" in kwargs:
@@ -580,6 +583,10 @@ def module_init(init: Callable[P, None]) -> Callable[P, None]:
                     "they are two names of one argument"
                 )
             kwargs["dim"] = embed_dim
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise TypeError(f"{name}() {error}") from None
         init(*args, **kwargs)
 
     return checked

@@ -12,7 +12,8 @@ from natten._log import logger
 # The backend that adapters make of their framework's own operations. libnatten knows nothing of it.
 COMPOSED = "composed"
 
-_NAMES = sorted({"fused", COMPOSED, *_core.backends("cpu"), *_core.backends("cuda")})
+_OF_DEVICE = {device: _core.backends(device) for device in ("cpu", "cuda")}
+_NAMES = sorted({"fused", COMPOSED}.union(*_OF_DEVICE.values()))
 
 # What NATTEN calls its backends, and what that means here. Each pins kernels for GPUs of one maker
 # or generation, all of which compute the same; so does the fused backend of any device.
@@ -60,10 +61,15 @@ def tell_without_kernels(device: str, framework: str, advice: str = "") -> None:
         )  # fmt: skip
 
 
-def check_name(backend: str) -> None:
+def check_name(backend: str, device: str = "") -> None:
+    """Raises unless it is the name of a backend; of one for a kind of device that has kernels."""
     _check_type(backend)
-    if backend not in _NAMES and backend not in _MEANINGS:
-        raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(_NAMES)}')
+    names, where = _NAMES, ""
+    if _OF_DEVICE.get(device):
+        names = sorted({"fused", COMPOSED, *_OF_DEVICE[device]})
+        where = f" for tensors on {device}"
+    if taken_as(backend) not in names:
+        raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(names)}{where}')
 
 
 def _check_type(backend: str) -> None:

@@ -112,7 +112,7 @@ def explain(
     note = meaning(backend)
     backend = chosen_backend(backend)
     if backend:
-        check_name(backend)
+        check_name(backend, query.device.type)
     config = make_config(
         _ops.rank_of(query),
         kernel_size,

@@ -26,6 +26,7 @@ from natten._args import (
 from natten._log import logger
 from natten.torch import _functional, _nested, _ops
 from natten.torch._autograd import without_empty_rows
+from natten.torch._private import refuses_script
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -74,6 +75,7 @@ class _NeighborhoodAttention(nn.Module):
     def __init_subclass__(cls) -> None:
         cls.__module__ = "natten"  # where users import it from, and pickle too
         cls.__doc__ = (_NeighborhoodAttention.__doc__ or "").replace("{rank}", str(cls.rank))
+        refuses_script(cls)
 
     @module_init
     @by_name

@@ -18,6 +18,7 @@ from torch import Tensor
 from natten import _core
 from natten._args import NONDETERMINISTIC, Config, window_size
 from natten._choices import tell
+from natten._kernel import check_name
 from natten._log import TELLS_CHOICES
 from natten._roles import GRIDS, Role, fold_dims, roles_of
 from natten.torch._private import (
@@ -273,6 +274,8 @@ class Operator:
         first = inputs[0]
         self.check_devices(inputs)
         numbers = itertools.chain(config, *(x.shape for x in inputs if x is not None))
+        if backend:  # libnatten does not know `composed` among the names
+            check_name(backend, first.device.type)
         if not any(type(n) is torch.SymInt for n in numbers):
             _core.plan(  # raises libnatten's own errors while a graph is traced
                 self.name,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, is_grad_enabled
 from torch import _add_batch_dim as add_batch_dim
@@ -33,6 +33,8 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as active_modes
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 def _raw_key_sets(*keys: DispatchKey) -> set[int]:
@@ -83,6 +85,20 @@ def forward_mode_levels() -> int:
     return sum(x.key() == TransformType.Jvp for x in get_interpreter_stack() or [])
 
 
+def refuses_script(callee: C) -> C:
+    """Has `torch.jit.script` of a function, of a module's class, or of what calls them, say what to
+    do instead. Its own words would be of signatures and annotations."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{callee.__name__}: torch.jit.script takes no functions and modules of natten; use "
+            "torch.compile, torch.export or torch.jit.trace"
+        )
+
+    callee.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]  # which it calls
+    return callee
+
+
 def tell_active_flop_counters() -> None:
     """Has them know the formulas that were registered after they were made."""
     for mode in active_modes():
@@ -106,6 +122,7 @@ __all__ = [
     "is_plain",
     "leave_vmap",
     "nested_view_from_buffer",
+    "refuses_script",
     "remove_batch_dim",
     "set_forward_mode",
     "takes_part_in_autograd",
