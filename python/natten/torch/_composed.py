@@ -25,7 +25,12 @@ from natten._kernel import COMPOSED, tell_without_kernels
 from natten._log import TELLS_CHOICES
 from natten.torch import _ops
 from natten.torch._autograd import without_empty_rows
-from natten.torch._private import any_requires_grad, is_any_autocast_enabled, is_in_forward_mode
+from natten.torch._private import (
+    any_requires_grad,
+    forward_mode_levels,
+    is_any_autocast_enabled,
+    is_in_forward_mode,
+)
 
 # Pairs of query and key whose scores are in memory at a time, over batch and heads: on the CPU what
 # stays in its cache, less often what is gathered from keys is added up; on other devices, and in
@@ -158,8 +163,10 @@ class _Recomputed(torch.autograd.Function):
 def _recomputed(
     function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None
 ) -> tuple[Tensor, ...]:
-    # In forward mode nothing is kept. An exported graph is one of the forward pass.
-    if not torch.is_grad_enabled() or is_in_forward_mode() or torch.compiler.is_exporting():
+    # In forward mode nothing is kept; inside a compiled graph only transforms tell of that mode. An
+    # exported graph is one of the forward pass.
+    is_forward_mode = is_in_forward_mode() or forward_mode_levels() > 0
+    if not torch.is_grad_enabled() or is_forward_mode or torch.compiler.is_exporting():
         return function(*tensors)
     return _Recomputed.apply(function, *tensors)
 
