@@ -198,3 +198,103 @@ def test_explain_takes_everything():
         natten.explain(q, q, q, 3, backend="abc")
     with pytest.raises(ValueError, match=r"^q_tile_shape: "):
         natten.explain(q, q, q, 3, q_tile_shape=0)
+
+
+def choices(function, *args, **kwargs):
+    """(pass, backend) of what runs, of a call that is explained."""
+    rows = natten.explain_call(function, *args, **kwargs).verdicts
+    return [(v.operation, v.backend) for v in rows if v.chosen]
+
+
+def module_and_input(**options):
+    module = natten.NeighborhoodAttention1D(8, 2, 3, **options)
+    return module, torch.randn(2, 6, 8)
+
+
+DERIVATIVES = {
+    "qk": ["av", "av_transpose"],
+    "av": ["qk", "av_transpose"],
+}
+
+
+@pytest.mark.parametrize("backend", ["vectorized", "naive"])
+@pytest.mark.parametrize("op", DERIVATIVES)
+def test_explain_call_of_unfused_functions(op, backend, called):
+    """It says what runs, in the order in which it runs."""
+    x = query().movedim(-2, 1)
+    function = getattr(F, f"na1d_{op}")
+    inputs = [x if op == "qk" else torch.rand(1, 2, 6, 3), x]
+    expected = [(op, backend), *((f"backward {name}", backend) for name in DERIVATIVES[op])]
+    assert choices(function, *inputs, 3, backend=backend) == expected
+    assert called == []
+    inputs = [x.requires_grad_() for x in inputs]
+    function(*inputs, 3, backend=backend).sum().backward()
+    assert called == [(op, backend), *((name, backend) for name in DERIVATIVES[op])]
+
+
+def test_explain_call_of_fused_functions():
+    q = query()
+    explained = natten.explain(q, q, q, 3, stride=2, dilation=2).verdicts
+    assert natten.explain_call(F.na1d, q, q, q, 3, stride=2, dilation=2).verdicts == explained
+    fused = [("forward", "vectorized"), ("backward", "vectorized")]
+    assert choices(natten.attention, q, q, q) == fused
+    lengths = torch.tensor([2, 4])
+    assert choices(natten.attention, q, q, q, seqlens_Q=lengths, seqlens_KV=lengths) == fused
+
+
+def test_explain_call_of_modules(called):
+    module, x = module_and_input(rel_pos_bias=True)
+    model = torch.nn.Sequential(module, torch.nn.BatchNorm1d(6), module)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for fused in (False, True):
+        natten.use_fused_na(fused)
+        try:
+            passes = {name for name, _ in choices(model, x)}
+        finally:
+            natten.use_fused_na(False)
+        unfused = {"qk", "av"} | {f"backward {x}" for x in ("qk", "av", "av_transpose")}
+        assert passes == ({"forward", "backward"} if fused else {*unfused, "backward rpb_scatter"})
+    assert called == []
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in model.parameters())
+    with natten.na_kernel("composed"):
+        explanation = natten.explain_call(module, x)
+    assert [(v.operation, v.backend) for v in explanation.verdicts if v.chosen] == [
+        ("qk", "composed"), ("av", "composed"),
+    ]  # fmt: skip
+    assert "PyTorch's own" in explanation.note
+
+
+def test_explain_call_says_why_not():
+    x = torch.randn(1, 1, ROOM, 2)
+    rows = natten.explain_call(F.na1d_qk, x, x, ROOM - 1, backend="vectorized").verdicts
+    refusals = {v.refusal for v in rows if v.backend == "vectorized"}
+    assert len(refusals) == 1 and "the window is too large" in refusals.pop()
+    assert not any(v.chosen for v in rows)
+    assert ("qk", "naive") in choices(F.na1d_qk, x, x, ROOM - 1)
+
+
+def test_explain_call_with_the_tuner():
+    module, x = module_and_input()
+    natten.use_fused_na(True)
+    natten.use_autotuner(True, True)
+    try:
+        verdicts = natten.explain_call(module, x).verdicts
+    finally:
+        natten.disable_autotuner()
+        natten.use_fused_na(False)
+    assert [v.origin for v in verdicts if v.chosen] == ["default", "default"]
+
+
+def test_explain_call_refuses():
+    q = query()
+    with pytest.raises(ValueError, match=r"^function: calls none of natten's operations"):
+        natten.explain_call(torch.add, q, q)
+    nested = torch.nested.nested_tensor([q[0]])
+    with pytest.raises(ValueError, match=r"^function: called with a nested tensor"):
+        natten.explain_call(F.na1d, nested, nested, nested, 3)
+    with pytest.raises(ValueError, match=r"^kernel_size: "):
+        natten.explain_call(F.na1d, q, q, q, 7)
+    with pytest.raises(ValueError, match=r'^backend: got "abc"'):
+        natten.explain_call(F.na1d, q, q, q, 3, backend="abc")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -42,6 +43,15 @@ _PAIRS_OF_TILE = 2**16
 
 # Whether libnatten has kernels for CUDA tensors of this PyTorch; ROCm calls its devices cuda too.
 _HAS_CUDA = bool(_core.backends("cuda")) and torch.version.hip is None
+
+
+class _Observed(threading.local):
+    """Who is told of the calls of this thread: (operator, config, scale, inputs)."""
+
+    by: Callable[..., None] | None = None
+
+
+observed = _Observed()
 
 
 def lacks_kernels(device: torch.device) -> bool:
@@ -124,6 +134,8 @@ def _check(
     outputs = [True] * len(operator.outputs)
     _core.plan(operator.name, config, scale, "", specs, outputs, device=None)
     _tell(device)
+    if observed.by is not None:
+        observed.by(operator, config, scale, inputs)
     if TELLS_CHOICES:
         tell_composed(operator.name, config, specs, str(device))
 

@@ -282,7 +282,7 @@ class Operator:
                 config,
                 scale,
                 backend,
-                [None if x is None else (tuple(x.shape), dtype_name(x)) for x in inputs],
+                [spec_of(x) for x in inputs],
                 [
                     None if not want or role.is_statistic else (shape, dtype_name(first))
                     for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
@@ -445,6 +445,11 @@ def _emptied(x: Tensor, axis: int) -> Tensor:
 
 def dtype_name(x: Tensor) -> str:
     return _DTYPE_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
+
+
+def spec_of(x: Tensor | None) -> tuple[tuple[int, ...], str] | None:
+    """What the binding takes in the place of a tensor that nothing is read of."""
+    return None if x is None else (tuple(x.shape), dtype_name(x))
 
 
 def dtype_of(role: Role, dtype: torch.dtype) -> torch.dtype:

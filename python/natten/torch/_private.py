@@ -28,10 +28,13 @@ from torch._C._autograd import _profiler_enabled as is_profiler_enabled
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._C._functorch import is_legacy_batchedtensor as is_batched_by_vmap
 from torch._functorch.utils import enable_single_level_autograd_function as allow_rules
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as active_modes
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 C = TypeVar("C", bound=Callable[..., Any])
@@ -109,7 +112,9 @@ def tell_active_flop_counters() -> None:
 
 __all__ = [
     "BelowAutograd",
+    "FakeTensorMode",
     "SingleLevelFunction",
+    "TorchDispatchMode",
     "add_batch_dim",
     "allow_rules",
     "any_requires_grad",
@@ -127,4 +132,6 @@ __all__ = [
     "set_forward_mode",
     "takes_part_in_autograd",
     "tell_active_flop_counters",
+    "tree_leaves",
+    "tree_map",
 ]
