@@ -555,6 +555,7 @@ def test_the_name_in_errors_of_constructors(make):
     refuses(TypeError, f"{name}() missing a required argument: 'kernel_size'", make, **missing)
     start = f"{name}() got an unexpected keyword argument 'sride'"
     refuses(TypeError, start, make, **MODULE, sride=2)
+    refuses(TypeError, start, make, **missing, sride=2)
 
 
 @needs["flax"]

@@ -586,7 +586,11 @@ def module_init(init: Callable[P, None]) -> Callable[P, None]:
         try:
             signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise TypeError(f"{name}() {error}") from None
+            said: Any = error
+            for keyword in kwargs:  # before what it may have been meant for is said to be missing
+                if keyword not in signature.parameters:
+                    said = f"got an unexpected keyword argument '{keyword}'"
+            raise TypeError(f"{name}() {said}") from None
         init(*args, **kwargs)
 
     return checked

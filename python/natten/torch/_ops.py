@@ -130,21 +130,21 @@ class Operator:
         return self._returned(self._run_core(inputs, wanted, args[len(inputs)], scale, args[-1]))
 
     def gradients(
-        self,
-        tensors: Sequence[Tensor | None],
-        inputs: Sequence[Tensor | None],
-        extras: Sequence[Any],
-        *options: Any,
+        self, tensors: Sequence[Tensor | None], inputs: Sequence[Tensor | None], *options: Any
     ) -> list[Tensor | None]:
-        """Of an operator whose outputs are gradients of `tensors`: those, None where that is."""
-        is_packed = len(options) > 3
+        """Of an operator whose outputs are gradients of `tensors`: those, None where that is.
+        `options`: what follows its inputs, but for "wanted", which `tensors` say."""
+        is_packed = "max_seqlen_Q" in self.extras
         if is_packed or not is_plain(inputs) or takes_part_in_autograd(inputs):
-            results = self(*inputs, *extras, *options)
+            wanted = [x is not None for x in tensors]
             if "wanted" in self.extras:
-                given = iter(results)
-                return [None if x is None else next(given) for x in tensors]
-            return [None if x is None else y for x, y in zip(tensors, results, strict=True)]
-        config, scale, backend = options if self.is_fused else (options[0], None, options[1])
+                given = iter(self(*inputs, wanted, *options))
+                return [next(given) if want else None for want in wanted]
+            results = self(*inputs, *options)
+            return [y if want else None for want, y in zip(wanted, results, strict=True)]
+        *_, config, scale, backend = (
+            options if self.is_fused else (*options[:-1], None, options[-1])
+        )
         # What can be made here is, as it takes the binding longer to have it made.
         outputs = [
             None
