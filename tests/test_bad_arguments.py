@@ -654,6 +654,34 @@ def test_forward_mode_in_jax(name):
 
 
 @needs["jax"]
+def test_traced_arguments():
+    import jax
+
+    x = jax.numpy.ones((1, 6, 6, 2, 4))
+    static = "where a static one is needed (static_argnames of jax.jit); must be"
+    for name, value, must in (
+        ("kernel_size", 3, "an integer or 2 integers"),
+        ("dilation", (1, 1), "an integer or 2 integers"),
+        ("is_causal", True, "True or False"),
+        ("scale", 0.5, "a real number or None (multiply query by it instead)"),
+    ):
+
+        def call(value, name=name):
+            return Jax.function("na2d")(x, x, x, **{"kernel_size": 3, name: value})
+
+        refuses(TypeError, f"{name}: got a traced value, {static} {must}", jax.jit(call), value)
+
+
+@needs["torch"]
+@pytest.mark.parametrize("other", ["numpy", "jax"])
+def test_arrays_of_others(other):
+    x = pytest.importorskip(f"{other}.numpy" if other == "jax" else other).ones((1, 6, 2, 4))
+    advice = f"{TENSOR} (natten.{other} has functions for others)"
+    name = type(x).__name__
+    refuses(TypeError, f"query: got {name}; {advice}", Torch.function("na1d"), x, x, x, 3)
+
+
+@needs["jax"]
 @pytest.mark.parametrize("bad", [None, [], "forward"])
 def test_autodiff(bad):
     start = f'autodiff: got {bad!r}; must be "reverse" or "any"'

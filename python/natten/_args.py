@@ -50,6 +50,20 @@ _MOST_ELEMENTS = 2**57  # of a tensor; libnatten refuses larger ones
 _LARGEST_FLOAT32 = float.fromhex("0x1.fffffep127")
 
 
+def _is_traced(value: Any) -> bool:
+    """Whether JAX knows it, or one of several, only when a program runs."""
+    jax = sys.modules.get("jax")
+    values = value if isinstance(value, Sequence) else (value,)
+    return jax is not None and any(isinstance(v, jax.core.Tracer) for v in values)
+
+
+def _shown(value: Any) -> str:
+    """A value of a wrong type in an error."""
+    if _is_traced(value):
+        return "a traced value, where a static one is needed (static_argnames of jax.jit)"
+    return repr(value)
+
+
 def integer(name: str, value: int, minimum: int | None = None) -> int:
     """`value` as an int of 64 bits. Bools are refused, as they are misplaced arguments."""
     if type(value) is not int:  # numpy has integers of its own
@@ -58,7 +72,7 @@ def integer(name: str, value: int, minimum: int | None = None) -> int:
                 raise TypeError
             value = operator.index(value)
         except TypeError:
-            raise TypeError(f"{name}: got {value!r}; must be an integer") from None
+            raise TypeError(f"{name}: got {_shown(value)}; must be an integer") from None
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: got {value}; must be at least {minimum}")
     if not -_TOO_LARGE <= value < _TOO_LARGE:
@@ -77,7 +91,8 @@ def per_axis(name: str, value: Ints, rank: int) -> tuple[int, ...]:
         values = tuple([v if type(v) is int and 0 < v < 2**30 else integer(name, v) for v in value])
     except TypeError:
         raise TypeError(
-            f"{name}: got {value!r}; must be an integer or {rank} integers, one per spatial axis"
+            f"{name}: got {_shown(value)}; must be an integer or {rank} integers, one per spatial "
+            "axis"
         ) from None
     if len(values) != rank:
         raise ValueError(
@@ -99,7 +114,7 @@ def causal_per_axis(name: str, value: Bools | None, rank: int) -> tuple[bool, ..
     if len(values) != rank or not all(fits):
         must = "must be True or False" + f", or {rank} of them, one per spatial axis" * (rank > 1)
         if not all(fits):
-            raise TypeError(f"{name}: got {value!r}; {must}")
+            raise TypeError(f"{name}: got {_shown(value)}; {must}")
         raise ValueError(f"{name}: got {value!r}, {len(values)} elements; {must}")
     return tuple([bool(v) for v in values])
 
@@ -331,8 +346,8 @@ def real_scale(scale: float | None) -> float | None:
 
 def _real(name: str, value: Any, must: str = "a real number or None") -> float:
     """A number as a float."""
+    advice = " (multiply query by it instead)" if name == "scale" else ""
     if getattr(value, "requires_grad", False):
-        advice = " (multiply query by the tensor instead)" if name == "scale" else ""
         raise TypeError(
             f"{name}: got a tensor that requires a gradient, which it would not get; must be a "
             f"real number{advice}"
@@ -344,7 +359,8 @@ def _real(name: str, value: Any, must: str = "a real number or None") -> float:
     except OverflowError:
         raise ValueError(f"{name}: got {value!r}; must be finite") from None
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: got {value!r}; must be {must}") from None
+        advice = advice if _is_traced(value) else ""
+        raise TypeError(f"{name}: got {_shown(value)}; must be {must}{advice}") from None
 
 
 def scale_or_default(scale: float | None, head_dim: int) -> float:

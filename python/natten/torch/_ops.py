@@ -419,7 +419,9 @@ def check_tensor(name: str, x: Any, may_be_nested: bool = False) -> None:
     """Raises unless `x` is a tensor of a kind that libnatten reads."""
     if not isinstance(x, Tensor):
         got = "None" if x is None else type(x).__name__
-        raise TypeError(f"{name}: got {got}; must be a torch.Tensor")
+        other = type(x).__module__.partition(".")[0].removesuffix("lib")  # jaxlib has the arrays
+        advice = f" (natten.{other} has functions for others)" if other in ("numpy", "jax") else ""
+        raise TypeError(f"{name}: got {got}; must be a torch.Tensor{advice}")
     if x.is_nested and not may_be_nested:
         raise ValueError(f"{name}: got a nested tensor; must be dense, as the others are")
     if x.is_quantized or x.layout not in (torch.strided, torch.jagged):
