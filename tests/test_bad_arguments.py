@@ -623,6 +623,9 @@ def test_another_map_in_the_place_of_qkv():
     module = make_torch(**MODULE)
     module.qkv = torch.nn.Sequential(torch.nn.Linear(7, 48))
     assert module(torch.zeros(1, 4, 5, 7)).shape == (1, 4, 5, 16)
+    module.qkv = torch.nn.Linear(16, 24)  # as what a rank has of a map that is split by columns
+    start = "qkv: gave 24 channels; must give 48, those of query, key and value of all 2 heads"
+    refuses(ValueError, start, module, torch.zeros(1, 4, 5, 16))
 
 
 @needs["flax"]

@@ -231,9 +231,16 @@ class _NeighborhoodAttention(nn.Module):
 
     def _map_to_qkv(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., 3, num_heads, head_dim]."""
+        qkv, channels = None, 3 * self.dim
         try:
-            return self._mapped("qkv", x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = self._mapped("qkv", x)
+            return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         except RuntimeError as error:
+            if qkv is not None and qkv.shape[-1] != channels:  # another map, or a part of it
+                raise ValueError(
+                    f"qkv: gave {qkv.shape[-1]} channels; must give {channels}, those of query, "
+                    f"key and value of all {self.num_heads} heads"
+                ) from error
             _ops.check_tensor("x", x, may_be_nested=True)
             if type(self.qkv) is not nn.Linear or isinstance(error, torch.OutOfMemoryError):
                 raise
