@@ -53,6 +53,22 @@ def test_torch_names_load_on_demand():
     assert run_python(code).split() == ["True", "False"]
 
 
+@pytest.mark.parametrize(
+    "name, function", [("numpy", "na1d"), ("jax", "na1d"), ("flax", "to_torch")]
+)
+def test_frameworks_load_on_demand(name, function):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"needs {name}")
+    code = f"""
+import sys, natten
+[getattr(natten, x, None) for x in dir(natten) if x in ("numpy", "jax", "flax")]
+assert {name!r} not in sys.modules
+natten.{name}.{function}
+assert "torch" not in sys.modules
+"""
+    run_python(code)
+
+
 def test_names():
     assert natten.__version__ == metadata.version("natten")
     assert set(natten.__all__) <= set(dir(natten))

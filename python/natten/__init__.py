@@ -119,9 +119,12 @@ _SUBMODULES = (
     "utils",
 )
 
+# As attributes too, but not in `dir`, by which tools look at all that a module has.
+_FRAMEWORKS = ("flax", "jax", "numpy")
+
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
+    if name in _SUBMODULES or name in _FRAMEWORKS:
         return import_module(f"natten.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'natten' has no attribute {name!r}")
