@@ -392,3 +392,20 @@ def test_script_says_what_to_use_instead():
     ):
         with pytest.raises(NotImplementedError, match=f"^{name}: .*; use torch.compile, "):
             torch.jit.script(target)
+
+
+torch.fx.wrap("wrapped_na1d")
+
+
+def wrapped_na1d(x):
+    return F.na1d(x, x, x, 3)
+
+
+def test_fx():
+    """It may go around, and is told so where it goes inside."""
+    for inside in (MODULES[1](8, 2, 3), lambda x: F.na1d(x, x, x, 3), lambda x: F.na1d_qk(x, x, 3)):
+        with pytest.raises(TypeError, match=r": got Proxy; .*torch.fx must not trace into natten"):
+            torch.fx.symbolic_trace(inside)
+    x = torch.randn(1, 6, 2, 4)
+    traced = torch.fx.symbolic_trace(lambda x: wrapped_na1d(x) + 1)
+    torch.testing.assert_close(traced(x), wrapped_na1d(x) + 1)

@@ -421,6 +421,8 @@ def check_tensor(name: str, x: Any, may_be_nested: bool = False) -> None:
         got = "None" if x is None else type(x).__name__
         other = type(x).__module__.partition(".")[0].removesuffix("lib")  # jaxlib has the arrays
         advice = f" (natten.{other} has functions for others)" if other in ("numpy", "jax") else ""
+        if isinstance(x, torch.fx.Proxy):
+            advice = " (torch.fx must not trace into natten: see Tracer.is_leaf_module, fx.wrap)"
         raise TypeError(f"{name}: got {got}; must be a torch.Tensor{advice}")
     if x.is_nested and not may_be_nested:
         raise ValueError(f"{name}: got a nested tensor; must be dense, as the others are")
