@@ -64,6 +64,42 @@ def test_one_block_object_can_nest_in_itself(called):
     assert [backend for _, backend in called] == ["naive", ""]
 
 
+def test_one_block_object_in_several_threads(called):
+    block, q = natten.na_kernel("naive"), query()
+    is_inside, may_leave = threading.Event(), threading.Event()
+
+    def other():
+        with natten.na_kernel("vectorized"):
+            with block:
+                is_inside.set()
+                assert may_leave.wait(60)
+            F.na1d(q, q, q, 3)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert is_inside.wait(60)
+    with block:
+        may_leave.set()
+        thread.join()
+    F.na1d(q, q, q, 3)
+    assert [backend for _, backend in called] == ["vectorized", ""]
+
+
+def test_as_a_decorator(called):
+    @natten.na_kernel("naive")
+    def attend(q, depth):
+        """What it says."""
+        return attend(q, depth - 1) if depth else F.na1d(q, q, q, 3)
+
+    q = query()
+    attend(q, 2)
+    F.na1d(q, q, q, 3)
+    assert [backend for _, backend in called] == ["naive", ""]
+    assert (attend.__name__, attend.__doc__) == ("attend", "What it says.")
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, 0), attend(q, 0))
+
+
 def test_a_block_ends_with_an_exception(called):
     q = query()
     with pytest.raises(KeyError), natten.na_kernel("naive"):

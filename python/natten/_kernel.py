@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
+from collections.abc import Callable
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from natten import _core
 from natten._log import logger
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The backend that adapters make of their framework's own operations. libnatten knows nothing of it.
 COMPOSED = "composed"
@@ -84,6 +90,7 @@ _DEFAULT = COMPOSED if os.environ.get("NATTEN_BACKEND") == COMPOSED else ""
 class _Chosen(threading.local):
     def __init__(self) -> None:
         self.backend = _DEFAULT
+        self.outer: list[str] = []  # what the blocks that this thread is in took the place of
 
 
 _chosen = _Chosen()
@@ -96,7 +103,8 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
             output = natten.na2d(query, key, value, kernel_size=7)
 
     Blocks nest; a call's own `backend` argument goes first. A backward pass uses what its forward
-    pass did. A backend that cannot run a call raises there and says why.
+    pass did. A backend that cannot run a call raises there and says why. As a decorator it has
+    calls of a function be inside.
 
     Args:
         backend: a name that `natten.explain` shows, or "fused" for any but the reference, "naive".
@@ -111,10 +119,19 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
         check_name(backend)
         tell_meaning(backend)
         self._backend = taken_as(backend)
-        self._outer: list[str] = []
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        backend = self._backend
+
+        @functools.wraps(function)
+        def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+            with na_kernel(backend):  # made here, as Dynamo follows no other
+                return function(*args, **kwargs)
+
+        return inside
 
     def __enter__(self) -> None:
-        self._outer.append(_chosen.backend)
+        _chosen.outer.append(_chosen.backend)
         _chosen.backend = self._backend
 
     def __exit__(
@@ -123,7 +140,7 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _chosen.backend = self._outer.pop()
+        _chosen.backend = _chosen.outer.pop()
 
 
 def chosen_backend(backend: str | None) -> str:
