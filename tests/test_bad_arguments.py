@@ -243,7 +243,8 @@ SHAPES = [
     (  # not given as parts, although the first token of both is that of the grid
         "na2d",
         {"query": (1, 3, 5, 2, 8)},
-        "key: got shape [1, 4, 5, 2, 8]; the spatial shape must be [3, 5], to match query",
+        "key: got shape [1, 4, 5, 2, 8]; the spatial shape must be [3, 5], to match query, unless "
+        "query_offset, key_offset or grid_size say that they are parts of a grid$",
     ),
     (
         "attention",
@@ -570,6 +571,21 @@ def test_rngs_of_constructors():
     for bad, got in ((None, "None"), (0, "int"), (jax.random.key(0), "PRNGKeyArray")):
         start = f"rngs: got {got}; must be a flax.nnx.Rngs"
         refuses(TypeError, start, make, **MODULE, rngs=bad)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_name_in_errors_of_calls(make):
+    module, x = make(**MODULE), Jax.zeros(1, 4, 5, 16) if make is not make_torch else None
+    call = module
+    if make is make_linen:
+        import jax
+
+        def call(x, **more):
+            return module.init(jax.random.key(0), x, **more)
+
+    method = "forward" if make is make_torch else "__call__"
+    start = f"NeighborhoodAttention.{method}() got an unexpected keyword argument 'mask'"
+    refuses(TypeError, start, call, x, mask=None)
 
 
 LAST = "must be [batch, *spatial, 16], channels last, with 2 spatial axes"

@@ -113,6 +113,8 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         out = self._attend(self.qkv(x), rpb, key_mask, drop)
         return self.proj_drop(self.proj(out), deterministic=deterministic, rngs=rngs)
 
+    __call__.__qualname__ = "NeighborhoodAttention.__call__"  # by which errors of Python call it
+
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):
     rank = 1

@@ -168,6 +168,8 @@ class _NeighborhoodAttention(nn.Module):
         out = self._attend(query, key, value, key_mask)
         return self.proj_drop(self._mapped("proj", out.flatten(-2)))
 
+    forward.__qualname__ = "NeighborhoodAttention.forward"  # by which errors of Python call it
+
     def _mapped(self, name: str, x: Tensor) -> Tensor:
         """A map of every token by itself, `qkv` or `proj`."""
         if _functional.is_distributed(x):
