@@ -53,20 +53,27 @@ def test_torch_names_load_on_demand():
     assert run_python(code).split() == ["True", "False"]
 
 
-@pytest.mark.parametrize(
-    "name, function", [("numpy", "na1d"), ("jax", "na1d"), ("flax", "to_torch")]
-)
-def test_frameworks_load_on_demand(name, function):
-    if importlib.util.find_spec(name) is None:
-        pytest.skip(f"needs {name}")
+LAZY = {
+    "numpy": ("numpy.na1d", {"torch", "jax"}),
+    "jax": ("jax.na1d", {"torch", "flax"}),
+    "flax": ("flax.linen.NeighborhoodAttention1D", {"torch"}),
+    "torch": ("utils.varlen.generate_varlen_parameters", {"jax"}),
+}
+
+
+@pytest.mark.parametrize("framework", LAZY)
+def test_submodules_load_on_demand(framework):
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"needs {framework}")
+    name, others = LAZY[framework]
     code = f"""
 import sys, natten
-[getattr(natten, x, None) for x in dir(natten) if x in ("numpy", "jax", "flax")]
-assert {name!r} not in sys.modules
-natten.{name}.{function}
-assert "torch" not in sys.modules
+[getattr(natten, x) for x in dir(natten) if x in ("numpy", "jax", "flax", "utils")]
+assert {framework!r} not in sys.modules
+natten.{name}
+print(*{others} & set(sys.modules))
 """
-    run_python(code)
+    assert run_python(code).split() == []
 
 
 def test_names():
