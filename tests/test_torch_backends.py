@@ -274,6 +274,8 @@ def test_explain_call_of_fused_functions():
     assert natten.explain_call(F.na1d, q, q, q, 3, stride=2, dilation=2).verdicts == explained
     fused = [("forward", "vectorized"), ("backward", "vectorized")]
     assert choices(natten.attention, q, q, q) == fused
+    gradient = torch.func.grad(lambda q: F.na1d(q, q, q, 3).sum())
+    assert choices(gradient, q)[:2] == fused
     lengths = torch.tensor([2, 4])
     assert choices(natten.attention, q, q, q, seqlens_Q=lengths, seqlens_KV=lengths) == fused
 

@@ -264,11 +264,11 @@ class _Recorder(TorchDispatchMode):
         self._add(operator, config, scale, COMPOSED, inputs, [])
 
     def _add(self, operator: _ops.Operator, *call: Any) -> None:
-        name = {"attention_forward": "forward", "attention_backward": ""}.get(operator.name)
-        name = operator.name if name is None else name
-        operation = f"backward {name}".strip() if self.is_backward else name
+        name = operator.name.removeprefix("attention_")
+        if self.is_backward and name != "backward":
+            name = f"backward {name}"
         for row in _rows(operator, *call):
-            self.verdicts[Verdict(operation, *row)] = None
+            self.verdicts[Verdict(name, *row)] = None
 
 
 def _rows(
