@@ -31,6 +31,7 @@ from natten.torch._private import (
     forward_mode_levels,
     is_any_autocast_enabled,
     is_in_forward_mode,
+    with_dynamo,
 )
 
 # Pairs of query and key whose scores are in memory at a time, over batch and heads: on the CPU what
@@ -105,7 +106,6 @@ def call_for_each(examples: Sequence[Sequence[Any]]) -> list[Tensor]:
     return [torch.cat(x, 1) for x in zip(*results, strict=True)]
 
 
-@torch.compiler.allow_in_graph  # Dynamo need not look inside: what it finds here are operations
 def _run(name: str, *args: Any) -> Any:
     operator = getattr(_ops, name)
     inputs = args[: len(operator.inputs)]
@@ -115,6 +115,10 @@ def _run(name: str, *args: Any) -> Any:
         return _FUNCTIONS[name](*args)
     with torch.autocast(inputs[0].device.type, enabled=False):
         return _FUNCTIONS[name](*args)
+
+
+# Dynamo need not look inside: what it finds here are operations.
+with_dynamo(lambda: torch.compiler.allow_in_graph(_run))
 
 
 def _check(

@@ -31,7 +31,7 @@ from natten._kernel import COMPOSED, check_name, chosen_backend, tell_meaning
 from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _composed, _nested, _ops, _packing
-from natten.torch._private import is_any_autocast_enabled, refuses_script
+from natten.torch._private import is_any_autocast_enabled, refuses_script, with_dynamo
 from natten.torch._tuning import fused_flags
 
 
@@ -88,7 +88,7 @@ def _scale(scale: float | None) -> float | None:
 
 
 # Dynamo cannot follow logging; it runs such a function while it traces.
-tell_meaning = torch.compiler.assume_constant_result(tell_meaning)
+with_dynamo(lambda: torch.compiler.assume_constant_result(tell_meaning))
 
 
 def _backend(backend: str | None) -> str:

@@ -7,8 +7,12 @@ alone. tests/test_private_names.py says which names are gone, and that no other 
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.machinery
 import operator
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, is_grad_enabled
@@ -88,6 +92,48 @@ def forward_mode_levels() -> int:
     return sum(x.key() == TransformType.Jvp for x in get_interpreter_stack() or [])
 
 
+class _Dynamo(importlib.abc.MetaPathFinder):
+    """Finds it as Python does, and has what waits called once it is loaded."""
+
+    name = "torch._dynamo"
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], Any]] = []
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                while self.waiting:
+                    self.waiting.pop()()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+_dynamo = _Dynamo()
+
+
+def with_dynamo(then: Callable[[], Any]) -> None:
+    """Calls `then` now or when Dynamo is loaded, which takes a second: only who compiles waits."""
+    if _dynamo.name in sys.modules:
+        then()
+        return
+    if not _dynamo.waiting:
+        sys.meta_path.insert(0, _dynamo)
+    _dynamo.waiting.append(then)
+
+
 def refuses_script(callee: C) -> C:
     """Has `torch.jit.script` of a function, of a module's class, or of what calls them, say what to
     do instead. Its own words would be of signatures and annotations."""
@@ -134,4 +180,5 @@ __all__ = [
     "tell_active_flop_counters",
     "tree_leaves",
     "tree_map",
+    "with_dynamo",
 ]
