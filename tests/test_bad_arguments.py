@@ -557,6 +557,8 @@ def test_the_name_in_errors_of_constructors(make):
     start = f"{name}() got an unexpected keyword argument 'sride'"
     refuses(TypeError, start, make, **MODULE, sride=2)
     refuses(TypeError, start, make, **missing, sride=2)
+    start = f"{name}() got an unexpected keyword argument 'bias'; NATTEN before 0.17 calls rel_pos"
+    refuses(TypeError, start, make, **MODULE, bias=True)
 
 
 @needs["flax"]

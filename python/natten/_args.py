@@ -606,6 +606,8 @@ def module_init(init: Callable[P, None]) -> Callable[P, None]:
             for keyword in kwargs:  # before what it may have been meant for is said to be missing
                 if keyword not in signature.parameters:
                     said = f"got an unexpected keyword argument '{keyword}'"
+                    if keyword == "bias":
+                        said += "; NATTEN before 0.17 calls rel_pos_bias so"
             raise TypeError(f"{name}() {said}") from None
         init(*args, **kwargs)
 
