@@ -243,7 +243,8 @@ SHAPES = [
     (  # not given as parts, although the first token of both is that of the grid
         "na2d",
         {"query": (1, 3, 5, 2, 8)},
-        "key: got shape [1, 4, 5, 2, 8]; the spatial shape must be [3, 5], to match query",
+        "key: got shape [1, 4, 5, 2, 8]; the spatial shape must be [3, 5], to match query, unless "
+        "query_offset, key_offset or grid_size say that they are parts of a grid$",
     ),
     (
         "attention",
@@ -548,6 +549,47 @@ def test_what_constructors_take(make):
         assert make(**MODULE, stride=2, boundary=boundary).stride == (2, 2)
 
 
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_name_in_errors_of_constructors(make):
+    name = "NeighborhoodAttention2D"
+    missing = {k: v for k, v in MODULE.items() if k != "kernel_size"}
+    refuses(TypeError, f"{name}() missing a required argument: 'kernel_size'", make, **missing)
+    start = f"{name}() got an unexpected keyword argument 'sride'"
+    refuses(TypeError, start, make, **MODULE, sride=2)
+    refuses(TypeError, start, make, **missing, sride=2)
+    start = f"{name}() got an unexpected keyword argument 'bias'; NATTEN before 0.17 calls rel_pos"
+    refuses(TypeError, start, make, **MODULE, bias=True)
+
+
+@needs["flax"]
+def test_rngs_of_constructors():
+    import jax
+
+    import natten.flax
+
+    make = natten.flax.NeighborhoodAttention2D
+    start = "NeighborhoodAttention2D() missing a required argument: 'rngs'"
+    refuses(TypeError, start, make, **MODULE)
+    for bad, got in ((None, "None"), (0, "int"), (jax.random.key(0), "PRNGKeyArray")):
+        start = f"rngs: got {got}; must be a flax.nnx.Rngs"
+        refuses(TypeError, start, make, **MODULE, rngs=bad)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_the_name_in_errors_of_calls(make):
+    module, x = make(**MODULE), Jax.zeros(1, 4, 5, 16) if make is not make_torch else None
+    call = module
+    if make is make_linen:
+        import jax
+
+        def call(x, **more):
+            return module.init(jax.random.key(0), x, **more)
+
+    method = "forward" if make is make_torch else "__call__"
+    start = f"NeighborhoodAttention.{method}() got an unexpected keyword argument 'mask'"
+    refuses(TypeError, start, call, x, mask=None)
+
+
 LAST = "must be [batch, *spatial, 16], channels last, with 2 spatial axes"
 
 INPUTS = [
@@ -599,6 +641,9 @@ def test_another_map_in_the_place_of_qkv():
     module = make_torch(**MODULE)
     module.qkv = torch.nn.Sequential(torch.nn.Linear(7, 48))
     assert module(torch.zeros(1, 4, 5, 7)).shape == (1, 4, 5, 16)
+    module.qkv = torch.nn.Linear(16, 24)  # as what a rank has of a map that is split by columns
+    start = "qkv: gave 24 channels; must give 48, those of query, key and value of all 2 heads"
+    refuses(ValueError, start, module, torch.zeros(1, 4, 5, 16))
 
 
 @needs["flax"]
@@ -627,6 +672,34 @@ def test_forward_mode_in_jax(name):
     start = 'autodiff: got "reverse", which bars forward-mode differentiation (jvp, linearize, '
     start += 'jacfwd); for that it must be autodiff="any"$'
     refuses(TypeError, start, jax.jvp, lambda x: Jax.function(name)(x, **arguments), (x,), (x,))
+
+
+@needs["jax"]
+def test_traced_arguments():
+    import jax
+
+    x = jax.numpy.ones((1, 6, 6, 2, 4))
+    static = "where a static one is needed (static_argnames of jax.jit); must be"
+    for name, value, must in (
+        ("kernel_size", 3, "an integer or 2 integers"),
+        ("dilation", (1, 1), "an integer or 2 integers"),
+        ("is_causal", True, "True or False"),
+        ("scale", 0.5, "a real number or None (multiply query by it instead)"),
+    ):
+
+        def call(value, name=name):
+            return Jax.function("na2d")(x, x, x, **{"kernel_size": 3, name: value})
+
+        refuses(TypeError, f"{name}: got a traced value, {static} {must}", jax.jit(call), value)
+
+
+@needs["torch"]
+@pytest.mark.parametrize("other", ["numpy", "jax"])
+def test_arrays_of_others(other):
+    x = pytest.importorskip(f"{other}.numpy" if other == "jax" else other).ones((1, 6, 2, 4))
+    advice = f"{TENSOR} (natten.{other} has functions for others)"
+    name = type(x).__name__
+    refuses(TypeError, f"query: got {name}; {advice}", Torch.function("na1d"), x, x, x, 3)
 
 
 @needs["jax"]

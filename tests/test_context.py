@@ -30,7 +30,7 @@ SWITCHES = str.split("""
 """)
 OPERATIONS = str.split("""
     NeighborhoodAttention1D NeighborhoodAttention2D NeighborhoodAttention3D na1d na2d na3d attention
-    merge_attentions explain na_kernel
+    merge_attentions explain explain_call na_kernel
 """)
 # What published snippets import from natten.functional.
 FUNCTIONAL = str.split("""

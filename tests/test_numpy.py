@@ -396,6 +396,15 @@ def test_refusals(call, error, message):
         call()
 
 
+def test_masked_arrays():
+    x = np.ma.array(np.ones((1, 6, 1, 2)), mask=False)
+    want = natten.numpy.na1d(*[np.ones((1, 6, 1, 2))] * 3, 3)
+    np.testing.assert_array_equal(natten.numpy.na1d(x, x, x, 3), want)
+    x[0, 3] = np.ma.masked
+    with pytest.raises(TypeError, match=r"^key: got a masked array; .*key_mask"):
+        natten.numpy.na1d(want, x, want, 3)
+
+
 def test_bfloat16_is_refused():
     """numpy hands it over neither by DLPack nor by its buffer protocol."""
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16

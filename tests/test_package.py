@@ -53,6 +53,54 @@ def test_torch_names_load_on_demand():
     assert run_python(code).split() == ["True", "False"]
 
 
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="needs PyTorch")
+@pytest.mark.parametrize("first", ["natten.functional", "torch._dynamo"])
+def test_dynamo_loads_with_the_first_compilation(first):
+    """It takes as long to load as PyTorch does; then it knows what it must not look into."""
+    code = f"""
+import {first}, importlib.util, sys, torch
+import natten.functional
+if {first!r} == "natten.functional":
+    q = torch.randn(1, 6, 2, 4, requires_grad=True)
+    natten.NeighborhoodAttention1D(8, 2, 3)(natten.na1d(q, q, q, 3).flatten(2)).sum().backward()
+    assert importlib.util.find_spec("torch._dynamo") is not None  # to look for it is no reason
+    assert "torch._dynamo" not in sys.modules
+
+def attend(q):
+    q = natten.na1d(q, q, q, 3, backend="composed")
+    return natten.attention(q, q, q, backend="hopper-fmha")
+
+q = torch.randn(1, 6, 2, 4)
+compiled = torch.compile(attend, fullgraph=True, backend="eager")
+torch.testing.assert_close(compiled(q), attend(q))
+assert not [x for x in sys.meta_path if type(x).__module__.startswith("natten")]
+"""
+    run_python(code)
+
+
+LAZY = {
+    "numpy": ("numpy.na1d", {"torch", "jax"}),
+    "jax": ("jax.na1d", {"torch", "flax"}),
+    "flax": ("flax.linen.NeighborhoodAttention1D", {"torch"}),
+    "torch": ("utils.varlen.generate_varlen_parameters", {"jax"}),
+}
+
+
+@pytest.mark.parametrize("framework", LAZY)
+def test_submodules_load_on_demand(framework):
+    if importlib.util.find_spec(framework) is None:
+        pytest.skip(f"needs {framework}")
+    name, others = LAZY[framework]
+    code = f"""
+import sys, natten
+[getattr(natten, x) for x in dir(natten) if x in ("numpy", "jax", "flax", "utils")]
+assert {framework!r} not in sys.modules
+natten.{name}
+print(*{others} & set(sys.modules))
+"""
+    assert run_python(code).split() == []
+
+
 def test_names():
     assert natten.__version__ == metadata.version("natten")
     assert set(natten.__all__) <= set(dir(natten))

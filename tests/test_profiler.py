@@ -126,7 +126,7 @@ def test_refuses(capsys):
         return capsys.readouterr().err
 
     assert "kernel_size" in refusal("-w", "9", "9")
-    assert "backend" in refusal("--backend", "nonsense")
+    assert 'got "nonsense"; must be one of' in refusal("--backend", "nonsense")
     assert "needs PyTorch and a CUDA device" in refusal("--backend", "cudnn")
     assert "--add-kv" in refusal("--add-kv", "-1")
     assert "bfloat16" in refusal("--framework", "numpy", "--dtype", "bf16")

@@ -64,6 +64,42 @@ def test_one_block_object_can_nest_in_itself(called):
     assert [backend for _, backend in called] == ["naive", ""]
 
 
+def test_one_block_object_in_several_threads(called):
+    block, q = natten.na_kernel("naive"), query()
+    is_inside, may_leave = threading.Event(), threading.Event()
+
+    def other():
+        with natten.na_kernel("vectorized"):
+            with block:
+                is_inside.set()
+                assert may_leave.wait(60)
+            F.na1d(q, q, q, 3)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert is_inside.wait(60)
+    with block:
+        may_leave.set()
+        thread.join()
+    F.na1d(q, q, q, 3)
+    assert [backend for _, backend in called] == ["vectorized", ""]
+
+
+def test_as_a_decorator(called):
+    @natten.na_kernel("naive")
+    def attend(q, depth):
+        """What it says."""
+        return attend(q, depth - 1) if depth else F.na1d(q, q, q, 3)
+
+    q = query()
+    attend(q, 2)
+    F.na1d(q, q, q, 3)
+    assert [backend for _, backend in called] == ["naive", ""]
+    assert (attend.__name__, attend.__doc__) == ("attend", "What it says.")
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(q, 0), attend(q, 0))
+
+
 def test_a_block_ends_with_an_exception(called):
     q = query()
     with pytest.raises(KeyError), natten.na_kernel("naive"):
@@ -109,8 +145,32 @@ def test_unknown_names():
     with pytest.raises(ValueError, match=r'backend: got "cuda13"; must be one of .*naive'):
         natten.na_kernel("cuda13")
     q = query()
-    with pytest.raises(ValueError, match=r'backend: got "cuda13"; must be one of .*naive.*fused'):
-        F.na1d(q, q, q, 3, backend="cuda13")
+    names = "composed, fused, naive, vectorized for tensors on cpu"
+    for call in (
+        lambda **given: F.na1d(q, q, q, 3, **given),
+        lambda **given: F.na1d_av(q, q, 3, **given),
+        lambda **given: natten.attention(q, q, q, **given),
+        lambda **given: natten.explain(q, q, q, 3, **given),
+    ):
+        with pytest.raises(ValueError) as raised:
+            call(backend="cuda13")
+        assert str(raised.value) == f'backend: got "cuda13"; must be one of {names}'
+    compiled = torch.compile(lambda q: F.na1d(q, q, q, 3, backend="cuda13"), backend="eager")
+    with pytest.raises(Exception, match=names):
+        compiled(q)
+
+
+def test_an_unknown_name_in_the_environment():
+    code = """
+import torch, natten
+q = torch.randn(1, 6, 2, 4)
+try:
+    natten.na1d(q, q, q, 3)
+except ValueError as error:
+    print(error)
+"""
+    message = 'backend: got "cuda13" from the environment variable NATTEN_BACKEND; must be one of'
+    assert run_python(code, NATTEN_BACKEND="cuda13").startswith(message)
 
 
 @pytest.mark.parametrize("name", ["vectorized", "fused"])
@@ -174,3 +234,105 @@ def test_explain_takes_everything():
         natten.explain(q, q, q, 3, backend="abc")
     with pytest.raises(ValueError, match=r"^q_tile_shape: "):
         natten.explain(q, q, q, 3, q_tile_shape=0)
+
+
+def choices(function, *args, **kwargs):
+    """(pass, backend) of what runs, of a call that is explained."""
+    rows = natten.explain_call(function, *args, **kwargs).verdicts
+    return [(v.operation, v.backend) for v in rows if v.chosen]
+
+
+def module_and_input(**options):
+    module = natten.NeighborhoodAttention1D(8, 2, 3, **options)
+    return module, torch.randn(2, 6, 8)
+
+
+DERIVATIVES = {
+    "qk": ["av", "av_transpose"],
+    "av": ["qk", "av_transpose"],
+}
+
+
+@pytest.mark.parametrize("backend", ["vectorized", "naive"])
+@pytest.mark.parametrize("op", DERIVATIVES)
+def test_explain_call_of_unfused_functions(op, backend, called):
+    """It says what runs, in the order in which it runs."""
+    x = query().movedim(-2, 1)
+    function = getattr(F, f"na1d_{op}")
+    inputs = [x if op == "qk" else torch.rand(1, 2, 6, 3), x]
+    expected = [(op, backend), *((f"backward {name}", backend) for name in DERIVATIVES[op])]
+    assert choices(function, *inputs, 3, backend=backend) == expected
+    assert called == []
+    inputs = [x.requires_grad_() for x in inputs]
+    function(*inputs, 3, backend=backend).sum().backward()
+    assert called == [(op, backend), *((name, backend) for name in DERIVATIVES[op])]
+
+
+def test_explain_call_of_fused_functions():
+    q = query()
+    explained = natten.explain(q, q, q, 3, stride=2, dilation=2).verdicts
+    assert natten.explain_call(F.na1d, q, q, q, 3, stride=2, dilation=2).verdicts == explained
+    fused = [("forward", "vectorized"), ("backward", "vectorized")]
+    assert choices(natten.attention, q, q, q) == fused
+    gradient = torch.func.grad(lambda q: F.na1d(q, q, q, 3).sum())
+    assert choices(gradient, q)[:2] == fused
+    lengths = torch.tensor([2, 4])
+    assert choices(natten.attention, q, q, q, seqlens_Q=lengths, seqlens_KV=lengths) == fused
+
+
+def test_explain_call_of_modules(called):
+    module, x = module_and_input(rel_pos_bias=True)
+    model = torch.nn.Sequential(module, torch.nn.BatchNorm1d(6), module)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for fused in (False, True):
+        natten.use_fused_na(fused)
+        try:
+            passes = {name for name, _ in choices(model, x)}
+        finally:
+            natten.use_fused_na(False)
+        unfused = {"qk", "av"} | {f"backward {x}" for x in ("qk", "av", "av_transpose")}
+        assert passes == ({"forward", "backward"} if fused else {*unfused, "backward rpb_scatter"})
+    assert called == []
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert all(p.grad is None for p in model.parameters())
+    with natten.na_kernel("composed"):
+        explanation = natten.explain_call(module, x)
+    assert [(v.operation, v.backend) for v in explanation.verdicts if v.chosen] == [
+        ("qk", "composed"), ("av", "composed"),
+    ]  # fmt: skip
+    assert "PyTorch's own" in explanation.note
+
+
+def test_explain_call_says_why_not():
+    x = torch.randn(1, 1, ROOM, 2)
+    rows = natten.explain_call(F.na1d_qk, x, x, ROOM - 1, backend="vectorized").verdicts
+    refusals = {v.refusal for v in rows if v.backend == "vectorized"}
+    assert len(refusals) == 1 and "the window is too large" in refusals.pop()
+    assert not any(v.chosen for v in rows)
+    assert ("qk", "naive") in choices(F.na1d_qk, x, x, ROOM - 1)
+
+
+def test_explain_call_with_the_tuner():
+    module, x = module_and_input()
+    natten.use_fused_na(True)
+    natten.use_autotuner(True, True)
+    try:
+        verdicts = natten.explain_call(module, x).verdicts
+    finally:
+        natten.disable_autotuner()
+        natten.use_fused_na(False)
+    assert [v.origin for v in verdicts if v.chosen] == ["default", "default"]
+
+
+def test_explain_call_refuses():
+    q = query()
+    with pytest.raises(ValueError, match=r"^function: calls none of natten's operations"):
+        natten.explain_call(torch.add, q, q)
+    nested = torch.nested.nested_tensor([q[0]])
+    with pytest.raises(ValueError, match=r"^function: called with a nested tensor"):
+        natten.explain_call(F.na1d, nested, nested, nested, 3)
+    with pytest.raises(ValueError, match=r"^kernel_size: "):
+        natten.explain_call(F.na1d, q, q, q, 7)
+    with pytest.raises(ValueError, match=r'^backend: got "abc"'):
+        natten.explain_call(F.na1d, q, q, q, 3, backend="abc")

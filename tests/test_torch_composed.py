@@ -234,6 +234,31 @@ def test_compile_and_export(rank, fused):
     torch.testing.assert_close(exported.module()(more), module(more))
 
 
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("make", [tc.fused_attention, tc.unfused_attention])
+def test_forward_mode_in_compiled_functions(make, compiler):
+    inputs = [x.detach() for x in small_inputs(1, False)]
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+    attend = make(1, False)
+
+    def energy(*tensors):
+        return sum(x.square().sum() for x in torch.utils._pytree.tree_leaves(attend(*tensors)))
+
+    def tangent(*tensors):
+        return torch.func.jvp(attend, tensors, tangents)[1]
+
+    def of_gradient(*tensors):
+        return torch.func.jvp(torch.func.grad(energy), tensors, tangents)[1]
+
+    def of_tangent(*tensors):
+        return torch.func.jvp(tangent, tensors, tangents)[1]
+
+    for differentiated in (tangent, of_gradient, of_tangent):
+        torch._dynamo.reset()
+        compiled = torch.compile(differentiated, fullgraph=True, backend=compiler)
+        torch.testing.assert_close(compiled(*inputs), differentiated(*inputs))
+
+
 @pytest.mark.parametrize(
     ("rank", "fused"), [cases.long_unless(m == (1, True), *m) for m in MODULES]
 )

@@ -373,3 +373,39 @@ def test_operators_appear_in_a_trace():
     kinds = {node.kind() for node in traced.inlined_graph.nodes()}
     assert {"natten::qk", "natten::av"} <= kinds
     torch.testing.assert_close(traced(x), module(x))
+
+
+def test_script_says_what_to_use_instead():
+    def caller(x: torch.Tensor):
+        return F.na1d_qk(x, x, 3)
+
+    module = natten.NeighborhoodAttention2D(8, 2, 3)
+    for name, target in (
+        ("na2d", F.na2d),
+        ("na3d_av", F.na3d_av),
+        ("attention", natten.attention),
+        ("merge_attentions", natten.merge_attentions),
+        ("natten2dqkrpb", F.natten2dqkrpb),
+        ("na1d_qk", caller),
+        ("NeighborhoodAttention2D", module),
+        ("NeighborhoodAttention2D", torch.nn.Sequential(torch.nn.Linear(8, 8), module)),
+    ):
+        with pytest.raises(NotImplementedError, match=f"^{name}: .*; use torch.compile, "):
+            torch.jit.script(target)
+
+
+torch.fx.wrap("wrapped_na1d")
+
+
+def wrapped_na1d(x):
+    return F.na1d(x, x, x, 3)
+
+
+def test_fx():
+    """It may go around, and is told so where it goes inside."""
+    for inside in (MODULES[1](8, 2, 3), lambda x: F.na1d(x, x, x, 3), lambda x: F.na1d_qk(x, x, 3)):
+        with pytest.raises(TypeError, match=r": got Proxy; .*torch.fx must not trace into natten"):
+            torch.fx.symbolic_trace(inside)
+    x = torch.randn(1, 6, 2, 4)
+    traced = torch.fx.symbolic_trace(lambda x: wrapped_na1d(x) + 1)
+    torch.testing.assert_close(traced(x), wrapped_na1d(x) + 1)

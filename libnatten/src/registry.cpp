@@ -26,8 +26,10 @@ bool answers_to(const Backend& backend, const std::string& forced) {
          (forced == kFused && std::strcmp(backend.name, "naive") != 0);
 }
 
+bool is_named(const Context& context) { return context.backend && *context.backend; }
+
 std::string forced_name(const Context& context) {
-  if (context.backend && *context.backend) return context.backend;
+  if (is_named(context)) return context.backend;
   const char* from_environment = std::getenv("NATTEN_BACKEND");
   return from_environment ? from_environment : "";
 }
@@ -58,7 +60,9 @@ const Backend& select(const Problem& problem, const Context& context) {
   }
   if (!known)
     throw Error(ErrorKind::invalid_value,
-                "backend: got \"" + forced + "\"; must be one of " + names + ", or " + kFused +
+                "backend: got \"" + forced + "\"" +
+                    (is_named(context) ? "" : " from the environment variable NATTEN_BACKEND") +
+                    "; must be one of " + names + ", or " + kFused +
                     " (any but naive), for tensors on " + name_of(problem.device.type));
   throw Error(ErrorKind::invalid_value,
               "backend: none runs this problem: " + refusals + "see natten::explain");

@@ -311,7 +311,8 @@ class Checker {
   }
 
   void check_extent(const Role& role, const TensorView& v, char dim, const Tuple& values) {
-    if (dim == 'K' && has_one_grid()) dim = 'Q';
+    const bool is_of_one_grid = dim == 'K' && has_one_grid();
+    if (is_of_one_grid) dim = 'Q';
     if (dim == 'M') {
       if (values[0] == 1) return;
       dim = 'B';
@@ -334,11 +335,16 @@ class Checker {
       return;
     }
     const Tuple& known = extent(dim).values;
-    if (!std::equal(known.values.begin(), known.values.begin() + known.size, values.values.begin()))
-      bad_value(role.name, ": got shape ", shape_text(v), "; ", names_of(dim).meaning, " must be ",
-                role.is_mask && dim == 'B' && known[0] != 1 ? "1 or " : "",
-                known.size == 1 ? std::to_string(known[0]) : to_string(known), ", to match ",
-                extent(dim).source);
+    if (std::equal(known.values.begin(), known.values.begin() + known.size, values.values.begin()))
+      return;
+    const char* advice = is_of_one_grid && !role.is_mask
+                             ? ", unless query_offset, key_offset or grid_size say that they are "
+                               "parts of a grid"
+                             : "";
+    bad_value(role.name, ": got shape ", shape_text(v), "; ", names_of(dim).meaning, " must be ",
+              role.is_mask && dim == 'B' && known[0] != 1 ? "1 or " : "",
+              known.size == 1 ? std::to_string(known[0]) : to_string(known), ", to match ",
+              extent(dim).source, advice);
   }
 
   /// Tensors that come together, and heads that share keys.

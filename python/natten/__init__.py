@@ -91,6 +91,7 @@ if TYPE_CHECKING:
         NeighborhoodAttention3D,
         attention,
         explain,
+        explain_call,
         merge_attentions,
         na1d,
         na2d,
@@ -118,9 +119,12 @@ _SUBMODULES = (
     "utils",
 )
 
+# As attributes too, but not in `dir`, by which tools look at all that a module has.
+_FRAMEWORKS = ("flax", "jax", "numpy")
+
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
+    if name in _SUBMODULES or name in _FRAMEWORKS:
         return import_module(f"natten.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'natten' has no attribute {name!r}")
@@ -155,6 +159,7 @@ __all__ = [
     "enable_tf32",
     "enable_tiled_na",
     "explain",
+    "explain_call",
     "get_bwd_configs_for_cutlass_blackwell_fmha",
     "get_bwd_configs_for_cutlass_blackwell_fna",
     "get_bwd_configs_for_cutlass_fmha",

@@ -50,6 +50,20 @@ _MOST_ELEMENTS = 2**57  # of a tensor; libnatten refuses larger ones
 _LARGEST_FLOAT32 = float.fromhex("0x1.fffffep127")
 
 
+def _is_traced(value: Any) -> bool:
+    """Whether JAX knows it, or one of several, only when a program runs."""
+    jax = sys.modules.get("jax")
+    values = value if isinstance(value, Sequence) else (value,)
+    return jax is not None and any(isinstance(v, jax.core.Tracer) for v in values)
+
+
+def _shown(value: Any) -> str:
+    """A value of a wrong type in an error."""
+    if _is_traced(value):
+        return "a traced value, where a static one is needed (static_argnames of jax.jit)"
+    return repr(value)
+
+
 def integer(name: str, value: int, minimum: int | None = None) -> int:
     """`value` as an int of 64 bits. Bools are refused, as they are misplaced arguments."""
     if type(value) is not int:  # numpy has integers of its own
@@ -58,7 +72,7 @@ def integer(name: str, value: int, minimum: int | None = None) -> int:
                 raise TypeError
             value = operator.index(value)
         except TypeError:
-            raise TypeError(f"{name}: got {value!r}; must be an integer") from None
+            raise TypeError(f"{name}: got {_shown(value)}; must be an integer") from None
     if minimum is not None and value < minimum:
         raise ValueError(f"{name}: got {value}; must be at least {minimum}")
     if not -_TOO_LARGE <= value < _TOO_LARGE:
@@ -77,7 +91,8 @@ def per_axis(name: str, value: Ints, rank: int) -> tuple[int, ...]:
         values = tuple([v if type(v) is int and 0 < v < 2**30 else integer(name, v) for v in value])
     except TypeError:
         raise TypeError(
-            f"{name}: got {value!r}; must be an integer or {rank} integers, one per spatial axis"
+            f"{name}: got {_shown(value)}; must be an integer or {rank} integers, one per spatial "
+            "axis"
         ) from None
     if len(values) != rank:
         raise ValueError(
@@ -99,7 +114,7 @@ def causal_per_axis(name: str, value: Bools | None, rank: int) -> tuple[bool, ..
     if len(values) != rank or not all(fits):
         must = "must be True or False" + f", or {rank} of them, one per spatial axis" * (rank > 1)
         if not all(fits):
-            raise TypeError(f"{name}: got {value!r}; {must}")
+            raise TypeError(f"{name}: got {_shown(value)}; {must}")
         raise ValueError(f"{name}: got {value!r}, {len(values)} elements; {must}")
     return tuple([bool(v) for v in values])
 
@@ -331,8 +346,8 @@ def real_scale(scale: float | None) -> float | None:
 
 def _real(name: str, value: Any, must: str = "a real number or None") -> float:
     """A number as a float."""
+    advice = " (multiply query by it instead)" if name == "scale" else ""
     if getattr(value, "requires_grad", False):
-        advice = " (multiply query by the tensor instead)" if name == "scale" else ""
         raise TypeError(
             f"{name}: got a tensor that requires a gradient, which it would not get; must be a "
             f"real number{advice}"
@@ -344,7 +359,8 @@ def _real(name: str, value: Any, must: str = "a real number or None") -> float:
     except OverflowError:
         raise ValueError(f"{name}: got {value!r}; must be finite") from None
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"{name}: got {value!r}; must be {must}") from None
+        advice = advice if _is_traced(value) else ""
+        raise TypeError(f"{name}: got {_shown(value)}; must be {must}{advice}") from None
 
 
 def scale_or_default(scale: float | None, head_dim: int) -> float:
@@ -565,12 +581,15 @@ def by_name(function: F) -> F:
 
 def module_init(init: Callable[P, None]) -> Callable[P, None]:
     """For the `__init__` of a module: `embed_dim` is another name of `dim`, and what comes by
-    position after the third argument is refused."""
+    position after the third argument is refused. What is missing is said of the class that is made,
+    as Python would name that whose `__init__` it is."""
+    signature = inspect.signature(init)
 
     @functools.wraps(init)
     def checked(*args: P.args, **kwargs: P.kwargs) -> None:
+        name = type(args[0]).__name__
         if len(args) > 4:  # with self
-            _refuse_positional(type(args[0]).__name__, len(args) - 4)
+            _refuse_positional(name, len(args) - 4)
         if "embed_dim" in kwargs:
             embed_dim = kwargs.pop("embed_dim")
             if len(args) > 1 or "dim" in kwargs:
@@ -580,6 +599,16 @@ def module_init(init: Callable[P, None]) -> Callable[P, None]:
                     "they are two names of one argument"
                 )
             kwargs["dim"] = embed_dim
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            said: Any = error
+            for keyword in kwargs:  # before what it may have been meant for is said to be missing
+                if keyword not in signature.parameters:
+                    said = f"got an unexpected keyword argument '{keyword}'"
+                    if keyword == "bias":
+                        said += "; NATTEN before 0.17 calls rel_pos_bias so"
+            raise TypeError(f"{name}() {said}") from None
         init(*args, **kwargs)
 
     return checked

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
+from collections.abc import Callable
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 from natten import _core
 from natten._log import logger
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 # The backend that adapters make of their framework's own operations. libnatten knows nothing of it.
 COMPOSED = "composed"
 
-_NAMES = sorted({"fused", COMPOSED, *_core.backends("cpu"), *_core.backends("cuda")})
+_OF_DEVICE = {device: _core.backends(device) for device in ("cpu", "cuda")}
+_NAMES = sorted({"fused", COMPOSED}.union(*_OF_DEVICE.values()))
 
 # What NATTEN calls its backends, and what that means here. Each pins kernels for GPUs of one maker
 # or generation, all of which compute the same; so does the fused backend of any device.
@@ -60,10 +67,15 @@ def tell_without_kernels(device: str, framework: str, advice: str = "") -> None:
         )  # fmt: skip
 
 
-def check_name(backend: str) -> None:
+def check_name(backend: str, device: str = "") -> None:
+    """Raises unless it is the name of a backend; of one for a kind of device that has kernels."""
     _check_type(backend)
-    if backend not in _NAMES and backend not in _MEANINGS:
-        raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(_NAMES)}')
+    names, where = _NAMES, ""
+    if _OF_DEVICE.get(device):
+        names = sorted({"fused", COMPOSED, *_OF_DEVICE[device]})
+        where = f" for tensors on {device}"
+    if taken_as(backend) not in names:
+        raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(names)}{where}')
 
 
 def _check_type(backend: str) -> None:
@@ -78,6 +90,7 @@ _DEFAULT = COMPOSED if os.environ.get("NATTEN_BACKEND") == COMPOSED else ""
 class _Chosen(threading.local):
     def __init__(self) -> None:
         self.backend = _DEFAULT
+        self.outer: list[str] = []  # what the blocks that this thread is in took the place of
 
 
 _chosen = _Chosen()
@@ -90,7 +103,8 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
             output = natten.na2d(query, key, value, kernel_size=7)
 
     Blocks nest; a call's own `backend` argument goes first. A backward pass uses what its forward
-    pass did. A backend that cannot run a call raises there and says why.
+    pass did. A backend that cannot run a call raises there and says why. As a decorator it has
+    calls of a function be inside.
 
     Args:
         backend: a name that `natten.explain` shows, or "fused" for any but the reference, "naive".
@@ -105,10 +119,19 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
         check_name(backend)
         tell_meaning(backend)
         self._backend = taken_as(backend)
-        self._outer: list[str] = []
+
+    def __call__(self, function: Callable[P, R]) -> Callable[P, R]:
+        backend = self._backend
+
+        @functools.wraps(function)
+        def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+            with na_kernel(backend):  # made here, as Dynamo follows no other
+                return function(*args, **kwargs)
+
+        return inside
 
     def __enter__(self) -> None:
-        self._outer.append(_chosen.backend)
+        _chosen.outer.append(_chosen.backend)
         _chosen.backend = self._backend
 
     def __exit__(
@@ -117,7 +140,7 @@ class na_kernel:  # named like PyTorch's sdpa_kernel
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _chosen.backend = self._outer.pop()
+        _chosen.backend = _chosen.outer.pop()
 
 
 def chosen_backend(backend: str | None) -> str:

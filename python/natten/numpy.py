@@ -61,6 +61,8 @@ def _as_array(name: str, value: ArrayLike | None) -> np.ndarray:
     """`value` as an array that libnatten can read: copied only where its layout requires that."""
     if value is None:
         raise TypeError(f"{name}: got None; must be an array")
+    if isinstance(value, np.ndarray) and type(value) is not np.ndarray and np.ma.is_masked(value):
+        raise TypeError(f"{name}: got a masked array; must be a plain one (key_mask hides keys)")
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from natten import _core, context
-from natten._kernel import COMPOSED, chosen_backend
+from natten._kernel import COMPOSED, check_name, chosen_backend
 from natten._simulate import GPUS, Layer, duration, make_layer, quantity, simulate
 from natten.simulator import add_problem, pyplot, save, table, text_of, window_of
 
@@ -729,6 +729,8 @@ def profile(args: argparse.Namespace) -> int:
             rows.append(time_alone(pass_name, args.backend, run, problem, framework, args))
     else:
         backend = chosen_backend(args.backend or None)
+        if backend and name != "numpy":  # which has no `composed`
+            check_name(backend, problem.device.partition(":")[0])
         backward = Choice(backend, _tile(args.backward_q_tile), _tile(args.backward_kv_tile))
         forward = Choice(backend, _tile(args.q_tile), _tile(args.kv_tile))
         choices = dict(zip(OPS, (forward, backward), strict=True))

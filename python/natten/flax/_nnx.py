@@ -54,6 +54,9 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         self.is_causal, self.stride, self.boundary = is_causal, stride, boundary
         self.backend = backend
         self._check_arguments(attn_drop, proj_drop)
+        if not isinstance(rngs, nnx.Rngs):
+            got = "None" if rngs is None else type(rngs).__name__
+            raise TypeError(f"rngs: got {got}; must be a flax.nnx.Rngs, such as nnx.Rngs(0)")
         types: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         # Query, key and value have an axis of their own: devices that share the last one hold whole
         # heads of all three.
@@ -109,6 +112,8 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         rpb = None if self.rpb is None else self.rpb[...]
         out = self._attend(self.qkv(x), rpb, key_mask, drop)
         return self.proj_drop(self.proj(out), deterministic=deterministic, rngs=rngs)
+
+    __call__.__qualname__ = "NeighborhoodAttention.__call__"  # by which errors of Python call it
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):

@@ -152,6 +152,8 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
             out = nn.Dropout(self.proj_drop)(out, deterministic=deterministic)
         return out
 
+    __call__.__qualname__ = "NeighborhoodAttention.__call__"  # by which errors of Python call it
+
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):
     rank = 1

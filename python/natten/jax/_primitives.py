@@ -334,7 +334,7 @@ class Operation:
         setup: Setup,
         given: tuple[bool, ...],
         wanted: tuple[Wanted, ...],
-    ) -> tuple[list[jax.Array], list[int]]:
+    ) -> tuple[list[jax.Array], tuple[int, ...]]:
         """vmap: folds the mapped axis into the batch or the heads (`fold_dims`), or where the call
         has no place for it runs examples one by one."""
         rank = setup.config[0]
@@ -347,12 +347,12 @@ class Operation:
                 for _, x, axis in tensors
             ]
             specs, _ = self._plan(examples, setup, given, wanted)
-            return [jnp.zeros((0, *shape), dtype) for shape, dtype in specs], [0] * len(specs)
+            return [jnp.zeros((0, *shape), dtype) for shape, dtype in specs], (0,) * len(specs)
         fold = Fold.of(tensors, outputs, rank)
         if any(axis is not None and not fold.has_place(role) for role, _, axis in tensors):
             one = functools.partial(self.primitive.bind, setup=setup, given=given, wanted=wanted)
             results = _one_by_one(one, arrays, mapped_axes)
-            return results, [0] * len(results)
+            return results, (0,) * len(results)
         results = self.primitive.bind(
             *(fold.fold(role, x, axis) for role, x, axis in tensors),
             setup=setup,
@@ -363,7 +363,7 @@ class Operation:
             ),
         )
         unfolded = [fold.unfold(role, x) for role, x in zip(outputs, results, strict=True)]
-        return [x for x, _ in unfolded], [axis for _, axis in unfolded]
+        return [x for x, _ in unfolded], tuple([axis for _, axis in unfolded])
 
     def _drop_unused(self, used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
         """Dead code elimination: computes only the gradients that something uses."""

@@ -1,7 +1,7 @@
 """The PyTorch adapter. Its public names are those of `natten` and `natten.functional`."""
 
 from natten.flops import register_torch_formulas
-from natten.torch._explain import explain
+from natten.torch._explain import explain, explain_call
 from natten.torch._functional import (
     attention,
     merge_attentions,
@@ -44,6 +44,7 @@ __all__ = [
     "NeighborhoodAttention3D",
     "attention",
     "explain",
+    "explain_call",
     "merge_attentions",
     "na1d",
     "na1d_av",

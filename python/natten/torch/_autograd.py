@@ -329,10 +329,10 @@ class Attention(Rule):
         query, value = inputs[0], inputs[2]
         if grad_output is None:
             grad_output = query.new_zeros((*query.shape[:-1], value.shape[-1]))
-        wanted = list(ctx.needs_input_grad[: len(inputs) - 1])  # all but the mask
-        tensors = [x if want else None for x, want in zip(inputs, wanted, strict=False)]
+        *differentiable, _ = zip(inputs, ctx.needs_input_grad, strict=False)  # all but the mask
+        tensors = [x if want else None for x, want in differentiable]
         inputs += [logsumexp, grad_output, grad_logsumexp]
-        return [*cls.backward_operator.gradients(tensors, inputs, [wanted], *ctx.options), None]
+        return [*cls.backward_operator.gradients(tensors, inputs, *ctx.options), None]
 
 
 class AttentionBackward(Rule):
@@ -522,8 +522,7 @@ def _transpose(
 ) -> tuple[Any, Tensor | None]:
     """Gradients shaped like `key` (or value) and `additional`, None where that is None."""
     count = 0 if additional is None else additional.shape[2]
-    extras = key.shape[2:-1], count
     grad, grad_additional = _ops.av_transpose.gradients(
-        (key, additional), (attn, query, mask), extras, config, backend
+        (key, additional), (attn, query, mask), key.shape[2:-1], count, config, backend
     )
     return grad, grad_additional

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,13 @@ from natten._kernel import COMPOSED, tell_without_kernels
 from natten._log import TELLS_CHOICES
 from natten.torch import _ops
 from natten.torch._autograd import without_empty_rows
-from natten.torch._private import any_requires_grad, is_any_autocast_enabled, is_in_forward_mode
+from natten.torch._private import (
+    any_requires_grad,
+    forward_mode_levels,
+    is_any_autocast_enabled,
+    is_in_forward_mode,
+    with_dynamo,
+)
 
 # Pairs of query and key whose scores are in memory at a time, over batch and heads: on the CPU what
 # stays in its cache, less often what is gathered from keys is added up; on other devices, and in
@@ -37,6 +44,15 @@ _PAIRS_OF_TILE = 2**16
 
 # Whether libnatten has kernels for CUDA tensors of this PyTorch; ROCm calls its devices cuda too.
 _HAS_CUDA = bool(_core.backends("cuda")) and torch.version.hip is None
+
+
+class _Observed(threading.local):
+    """Who is told of the calls of this thread: (operator, config, scale, inputs)."""
+
+    by: Callable[..., None] | None = None
+
+
+observed = _Observed()
 
 
 def lacks_kernels(device: torch.device) -> bool:
@@ -90,7 +106,6 @@ def call_for_each(examples: Sequence[Sequence[Any]]) -> list[Tensor]:
     return [torch.cat(x, 1) for x in zip(*results, strict=True)]
 
 
-@torch.compiler.allow_in_graph  # Dynamo need not look inside: what it finds here are operations
 def _run(name: str, *args: Any) -> Any:
     operator = getattr(_ops, name)
     inputs = args[: len(operator.inputs)]
@@ -100,6 +115,10 @@ def _run(name: str, *args: Any) -> Any:
         return _FUNCTIONS[name](*args)
     with torch.autocast(inputs[0].device.type, enabled=False):
         return _FUNCTIONS[name](*args)
+
+
+# Dynamo need not look inside: what it finds here are operations.
+with_dynamo(lambda: torch.compiler.allow_in_graph(_run))
 
 
 def _check(
@@ -119,6 +138,8 @@ def _check(
     outputs = [True] * len(operator.outputs)
     _core.plan(operator.name, config, scale, "", specs, outputs, device=None)
     _tell(device)
+    if observed.by is not None:
+        observed.by(operator, config, scale, inputs)
     if TELLS_CHOICES:
         tell_composed(operator.name, config, specs, str(device))
 
@@ -158,8 +179,10 @@ class _Recomputed(torch.autograd.Function):
 def _recomputed(
     function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor | None
 ) -> tuple[Tensor, ...]:
-    # In forward mode nothing is kept. An exported graph is one of the forward pass.
-    if not torch.is_grad_enabled() or is_in_forward_mode() or torch.compiler.is_exporting():
+    # In forward mode nothing is kept; inside a compiled graph only transforms tell of that mode. An
+    # exported graph is one of the forward pass.
+    is_forward_mode = is_in_forward_mode() or forward_mode_levels() > 0
+    if not torch.is_grad_enabled() or is_forward_mode or torch.compiler.is_exporting():
         return function(*tensors)
     return _Recomputed.apply(function, *tensors)
 

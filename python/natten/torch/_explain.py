@@ -1,10 +1,10 @@
-"""`natten.explain`: which backend would run a call, and why not the others."""
+"""`natten.explain` and `explain_call`: which backend would run a call, and why not the others."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Never, Unpack
+from collections.abc import Callable, Sequence
+from typing import Any, Never, Unpack
 
 import torch
 from torch import Tensor
@@ -22,8 +22,9 @@ from natten._args import (
     real_scale,
 )
 from natten._kernel import COMPOSED, check_name, chosen_backend, meaning
-from natten.torch import _ops
+from natten.torch import _composed, _functional, _ops
 from natten.torch._composed import lacks_kernels
+from natten.torch._private import FakeTensorMode, TorchDispatchMode, tree_leaves, tree_map
 from natten.torch._tuning import fused_flags
 
 
@@ -112,7 +113,7 @@ def explain(
     note = meaning(backend)
     backend = chosen_backend(backend)
     if backend:
-        check_name(backend)
+        check_name(backend, query.device.type)
     config = make_config(
         _ops.rank_of(query),
         kernel_size,
@@ -132,7 +133,7 @@ def explain(
     )
     scale = real_scale(scale)
     # What libnatten refuses is refused before the shapes of outputs are made of it.
-    specs = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in inputs]
+    specs = [_ops.spec_of(x) for x in inputs]
     _core.plan("attention_forward", config, scale, "", specs, [True, True], None)
     sizes = _ops.attention_forward.sizes(inputs, {}, config)
     output, logsumexp = (
@@ -159,6 +160,117 @@ def explain(
     )
 
 
+def explain_call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Explanation:
+    """Which backends would run natten's operations in `function(*args, **kwargs)`, and in the
+    derivative of what it returns.
+
+    Nothing is computed: inside of `function` tensors have shapes and types, and no values.
+
+        print(natten.explain_call(na2d_qk, query, key, kernel_size=7))
+        print(natten.explain_call(module, x))
+
+    Args:
+        function: one of natten's, such as `na2d_qk` and `attention`, a module, or whatever calls
+            some.
+        args, kwargs: what it is called with. The backward pass is one that wants the gradients of
+            all tensors among them and of a module's parameters.
+
+    Returns:
+        A table as that of `explain`. Passes are "forward" and "backward" of fused operations and
+        the names of others, such as "qk", with "backward" before those of the backward pass. Of
+        calls with the same answers there is one.
+
+    Raises:
+        ValueError: no operation of natten's for PyTorch is called, or nested tensors or DTensors
+            are given.
+        What `function` raises.
+    """
+    leaves = tree_leaves((args, kwargs))
+    for x in leaves:
+        if isinstance(x, Tensor) and (x.is_nested or _functional.is_distributed(x)):
+            kind = "a nested tensor" if x.is_nested else "a DTensor"
+            raise ValueError(f"function: called with {kind}; explain a call on a dense part of it")
+    recorder = _Recorder()
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.enable_grad(), recorder:
+
+        def as_input(x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return x
+            return mode.from_tensor(x.detach()).requires_grad_(x.is_floating_point())
+
+        args, kwargs = tree_map(as_input, (args, kwargs))
+        inputs = tree_leaves((args, kwargs))
+        if isinstance(function, torch.nn.Module):  # whose own buffers a call may change
+            named = (*function.named_parameters(), *function.named_buffers())
+            state: dict[str, Tensor] = {name: mode.from_tensor(x) for name, x in named}
+            inputs += state.values()
+            # Weights of a module that stands in two places would be put back wrongly if tied.
+            results = torch.func.functional_call(function, state, args, kwargs, tie_weights=False)
+        else:
+            results = function(*args, **kwargs)
+        inputs, results = (
+            [x for x in xs if isinstance(x, Tensor) and x.requires_grad]
+            for xs in (inputs, tree_leaves(results))
+        )
+        recorder.is_backward = True
+        if inputs and results:
+            ones = [torch.ones_like(x) for x in results]
+            torch.autograd.grad(results, inputs, ones, allow_unused=True)
+    if not recorder.verdicts:
+        raise ValueError("function: calls none of natten's operations for PyTorch")
+    return Explanation(tuple(recorder.verdicts), recorder.note)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes, without repetition, what backends say of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.verdicts: dict[Verdict, None] = {}
+        self.is_backward = False
+        self.note = ""
+
+    def __enter__(self) -> _Recorder:
+        _composed.observed.by = self._note_composed
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _composed.observed.by = None
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        operator = _BY_OVERLOAD.get(func)
+        if operator is None:
+            return func(*args, **kwargs or {})
+        inputs, extras, config, scale, backend = operator.split(args)
+        if backend:
+            check_name(backend, inputs[0].device.type)
+        results = func(*args[:-1], "")  # one that refuses the call is told of, and not raised
+        outputs: Sequence[Any] = [results] if isinstance(results, Tensor) else results
+        if "wanted" in extras:
+            given = iter(outputs)
+            outputs = [next(given) if want else None for want in extras["wanted"]]
+        self._add(operator, config, scale, backend, inputs, outputs)
+        return results
+
+    def _note_composed(
+        self,
+        operator: _ops.Operator,
+        config: Config,
+        scale: float | None,
+        inputs: Sequence[Tensor | None],
+    ) -> None:
+        self.note = "the derivative of composed is made of PyTorch's own operations"
+        self._add(operator, config, scale, COMPOSED, inputs, [])
+
+    def _add(self, operator: _ops.Operator, *call: Any) -> None:
+        name = operator.name.removeprefix("attention_")
+        if self.is_backward and name != "backward":
+            name = f"backward {name}"
+        for row in _rows(operator, *call):
+            self.verdicts[Verdict(name, *row)] = None
+
+
 def _rows(
     operator: _ops.Operator,
     config: Config,
@@ -175,11 +287,11 @@ def _rows(
     if tensors[0] is not None and not lacks_kernels(tensors[0].device):
         # Whatever stands in is not chosen either; "" would leave the choice to NATTEN_BACKEND.
         known = _core.backends(tensors[0].device.type)[-1] if is_composed else backend
-        rows = _core.explain(operator.name, config, scale, known, tensors)
+        device = str(tensors[0].device)
+        given, specs = ([_ops.spec_of(x) for x in xs] for xs in (tensors, outputs))
+        rows = _core.explain(operator.name, config, scale, known, given, device)
         if context._switches.tuning and any(chosen for _, _, chosen in rows):
-            specs = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in outputs]
-            device, threads = str(tensors[0].device), torch.get_num_threads()
-            given = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in tensors]
+            threads = torch.get_num_threads()
             tuned = _core.tuned(operator.name, config, scale, known, given, device, specs, threads)
     of_core = [
         (name, refusal, is_chosen, *(tuned if is_chosen else ("", "")))
@@ -187,3 +299,6 @@ def _rows(
         for is_chosen in (chosen and not is_composed,)
     ]
     return [*of_core, (COMPOSED, "", is_composed, "", "")]
+
+
+_BY_OVERLOAD = {x.overload: x for x in vars(_ops).values() if isinstance(x, _ops.Operator)}

@@ -27,13 +27,11 @@ from natten._args import (
     real_scale,
     spelled_is_causal,
 )
-from natten._kernel import COMPOSED, chosen_backend, tell_meaning
+from natten._kernel import COMPOSED, check_name, chosen_backend, tell_meaning
 from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _composed, _nested, _ops, _packing
-from natten.torch._private import (
-    is_any_autocast_enabled,
-)
+from natten.torch._private import is_any_autocast_enabled, refuses_script, with_dynamo
 from natten.torch._tuning import fused_flags
 
 
@@ -66,6 +64,8 @@ def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
         for role, x in zip(operator.inputs, args, strict=False):
             if x is not None or role.is_required:
                 _ops.check_tensor(role.name, x, may_be_nested=nested)
+        if args[-1]:  # libnatten does not know `composed` among the names
+            check_name(args[-1], args[0].device.type)
         raise
 
 
@@ -88,7 +88,7 @@ def _scale(scale: float | None) -> float | None:
 
 
 # Dynamo cannot follow logging; it runs such a function while it traces.
-tell_meaning = torch.compiler.assume_constant_result(tell_meaning)
+with_dynamo(lambda: torch.compiler.assume_constant_result(tell_meaning))
 
 
 def _backend(backend: str | None) -> str:
@@ -117,6 +117,7 @@ def _autocast(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _make_fused(rank: int):
+    @refuses_script
     @named("na{rank}d", rank, "natten.functional")
     def fused(
         query: Tensor,
@@ -235,6 +236,7 @@ def _make_fused(rank: int):
 
 
 def _make_qk(rank: int):
+    @refuses_script
     @named("na{rank}d_qk", rank, "natten.functional")
     def qk(
         query: Tensor,
@@ -294,6 +296,7 @@ def _make_qk(rank: int):
 
 
 def _make_av(rank: int):
+    @refuses_script
     @named("na{rank}d_av", rank, "natten.functional")
     def av(
         attn: Tensor,
@@ -355,6 +358,7 @@ na1d_qk, na2d_qk, na3d_qk = (_make_qk(rank) for rank in (1, 2, 3))
 na1d_av, na2d_av, na3d_av = (_make_av(rank) for rank in (1, 2, 3))
 
 
+@refuses_script
 @by_name
 def attention(
     query: Tensor,
@@ -448,6 +452,7 @@ def attention(
     return (output, logsumexp) if return_lse else output
 
 
+@refuses_script
 def merge_attentions(
     outputs: Sequence[Tensor],
     lse_tensors: Sequence[Tensor],

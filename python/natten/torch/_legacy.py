@@ -22,12 +22,14 @@ from natten.torch._functional import (
     na3d_av,
     na3d_qk,
 )
+from natten.torch._private import refuses_script
 
 _FUSED = {1: na1d, 2: na2d, 3: na3d}
 _QK = {1: na1d_qk, 2: na2d_qk, 3: na3d_qk}
 
 
 def _make_qk_with_bias(rank: int):
+    @refuses_script
     @named("na{rank}d_qk_with_bias", rank, "natten.functional")
     def qk_with_bias(
         query: Tensor,
@@ -46,6 +48,7 @@ def _make_qk_with_bias(rank: int):
 
 
 def _make_qkrpb(rank: int):
+    @refuses_script
     @named("natten{rank}dqkrpb", rank, "natten.functional")
     def qkrpb(
         query: Tensor, key: Tensor, rpb: Tensor | None, kernel_size: Ints, dilation: Ints
@@ -63,6 +66,7 @@ natten1dqk, natten2dqk, natten3dqk = na1d_qk, na2d_qk, na3d_qk
 natten1dav, natten2dav, natten3dav = na1d_av, na2d_av, na3d_av
 
 
+@refuses_script
 @by_name
 def neighborhood_attention_generic(
     query: Tensor,

@@ -26,6 +26,7 @@ from natten._args import (
 from natten._log import logger
 from natten.torch import _functional, _nested, _ops
 from natten.torch._autograd import without_empty_rows
+from natten.torch._private import refuses_script
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -74,6 +75,7 @@ class _NeighborhoodAttention(nn.Module):
     def __init_subclass__(cls) -> None:
         cls.__module__ = "natten"  # where users import it from, and pickle too
         cls.__doc__ = (_NeighborhoodAttention.__doc__ or "").replace("{rank}", str(cls.rank))
+        refuses_script(cls)
 
     @module_init
     @by_name
@@ -166,6 +168,8 @@ class _NeighborhoodAttention(nn.Module):
         out = self._attend(query, key, value, key_mask)
         return self.proj_drop(self._mapped("proj", out.flatten(-2)))
 
+    forward.__qualname__ = "NeighborhoodAttention.forward"  # by which errors of Python call it
+
     def _mapped(self, name: str, x: Tensor) -> Tensor:
         """A map of every token by itself, `qkv` or `proj`."""
         if _functional.is_distributed(x):
@@ -229,9 +233,16 @@ class _NeighborhoodAttention(nn.Module):
 
     def _map_to_qkv(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., 3, num_heads, head_dim]."""
+        qkv, channels = None, 3 * self.dim
         try:
-            return self._mapped("qkv", x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = self._mapped("qkv", x)
+            return qkv.unflatten(-1, (3, self.num_heads, self.head_dim))
         except RuntimeError as error:
+            if qkv is not None and qkv.shape[-1] != channels:  # another map, or a part of it
+                raise ValueError(
+                    f"qkv: gave {qkv.shape[-1]} channels; must give {channels}, those of query, "
+                    f"key and value of all {self.num_heads} heads"
+                ) from error
             _ops.check_tensor("x", x, may_be_nested=True)
             if type(self.qkv) is not nn.Linear or isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -18,6 +18,7 @@ from torch import Tensor
 from natten import _core
 from natten._args import NONDETERMINISTIC, Config, window_size
 from natten._choices import tell
+from natten._kernel import check_name
 from natten._log import TELLS_CHOICES
 from natten._roles import GRIDS, Role, fold_dims, roles_of
 from natten.torch._private import (
@@ -129,21 +130,21 @@ class Operator:
         return self._returned(self._run_core(inputs, wanted, args[len(inputs)], scale, args[-1]))
 
     def gradients(
-        self,
-        tensors: Sequence[Tensor | None],
-        inputs: Sequence[Tensor | None],
-        extras: Sequence[Any],
-        *options: Any,
+        self, tensors: Sequence[Tensor | None], inputs: Sequence[Tensor | None], *options: Any
     ) -> list[Tensor | None]:
-        """Of an operator whose outputs are gradients of `tensors`: those, None where that is."""
-        is_packed = len(options) > 3
+        """Of an operator whose outputs are gradients of `tensors`: those, None where that is.
+        `options`: what follows its inputs, but for "wanted", which `tensors` say."""
+        is_packed = "max_seqlen_Q" in self.extras
         if is_packed or not is_plain(inputs) or takes_part_in_autograd(inputs):
-            results = self(*inputs, *extras, *options)
+            wanted = [x is not None for x in tensors]
             if "wanted" in self.extras:
-                given = iter(results)
-                return [None if x is None else next(given) for x in tensors]
-            return [None if x is None else y for x, y in zip(tensors, results, strict=True)]
-        config, scale, backend = options if self.is_fused else (options[0], None, options[1])
+                given = iter(self(*inputs, wanted, *options))
+                return [next(given) if want else None for want in wanted]
+            results = self(*inputs, *options)
+            return [y if want else None for want, y in zip(wanted, results, strict=True)]
+        *_, config, scale, backend = (
+            options if self.is_fused else (*options[:-1], None, options[-1])
+        )
         # What can be made here is, as it takes the binding longer to have it made.
         outputs = [
             None
@@ -273,13 +274,15 @@ class Operator:
         first = inputs[0]
         self.check_devices(inputs)
         numbers = itertools.chain(config, *(x.shape for x in inputs if x is not None))
+        if backend:  # libnatten does not know `composed` among the names
+            check_name(backend, first.device.type)
         if not any(type(n) is torch.SymInt for n in numbers):
             _core.plan(  # raises libnatten's own errors while a graph is traced
                 self.name,
                 config,
                 scale,
                 backend,
-                [None if x is None else (tuple(x.shape), dtype_name(x)) for x in inputs],
+                [spec_of(x) for x in inputs],
                 [
                     None if not want or role.is_statistic else (shape, dtype_name(first))
                     for role, shape, want in zip(self.outputs, shapes, wanted, strict=True)
@@ -416,7 +419,11 @@ def check_tensor(name: str, x: Any, may_be_nested: bool = False) -> None:
     """Raises unless `x` is a tensor of a kind that libnatten reads."""
     if not isinstance(x, Tensor):
         got = "None" if x is None else type(x).__name__
-        raise TypeError(f"{name}: got {got}; must be a torch.Tensor")
+        other = type(x).__module__.partition(".")[0].removesuffix("lib")  # jaxlib has the arrays
+        advice = f" (natten.{other} has functions for others)" if other in ("numpy", "jax") else ""
+        if isinstance(x, torch.fx.Proxy):
+            advice = " (torch.fx must not trace into natten: see Tracer.is_leaf_module, fx.wrap)"
+        raise TypeError(f"{name}: got {got}; must be a torch.Tensor{advice}")
     if x.is_nested and not may_be_nested:
         raise ValueError(f"{name}: got a nested tensor; must be dense, as the others are")
     if x.is_quantized or x.layout not in (torch.strided, torch.jagged):
@@ -442,6 +449,11 @@ def _emptied(x: Tensor, axis: int) -> Tensor:
 
 def dtype_name(x: Tensor) -> str:
     return _DTYPE_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
+
+
+def spec_of(x: Tensor | None) -> tuple[tuple[int, ...], str] | None:
+    """What the binding takes in the place of a tensor that nothing is read of."""
+    return None if x is None else (tuple(x.shape), dtype_name(x))
 
 
 def dtype_of(role: Role, dtype: torch.dtype) -> torch.dtype:

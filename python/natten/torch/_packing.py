@@ -137,7 +137,7 @@ def generate_varlen_parameters(
     check_both(lengths, ("seqlens_Q", "seqlens_KV"))
     queries, keys = _checked(query, key, value, lengths)
     ends = _ends_of(queries), _ends_of(keys)
-    inputs = [(tuple(x.shape), _ops.dtype_name(x)) for x in (query, key, value)]
+    inputs = [_ops.spec_of(x) for x in (query, key, value)]
     config = make_config(1, 1, flags=SEPARATE_KEY_GRID | ALLOW_NO_KEYS)
     _core.plan(
         "attention_forward", config, None, "", [*inputs, *[None] * 4], [True, None], None,

@@ -7,9 +7,13 @@ alone. tests/test_private_names.py says which names are gone, and that no other 
 from __future__ import annotations
 
 import functools
+import importlib.abc
+import importlib.machinery
 import operator
-from collections.abc import Iterable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, is_grad_enabled
 from torch import _add_batch_dim as add_batch_dim
@@ -28,11 +32,16 @@ from torch._C._autograd import _profiler_enabled as is_profiler_enabled
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._C._functorch import is_legacy_batchedtensor as is_batched_by_vmap
 from torch._functorch.utils import enable_single_level_autograd_function as allow_rules
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as active_modes
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 
 def _raw_key_sets(*keys: DispatchKey) -> set[int]:
@@ -83,6 +92,62 @@ def forward_mode_levels() -> int:
     return sum(x.key() == TransformType.Jvp for x in get_interpreter_stack() or [])
 
 
+class _Dynamo(importlib.abc.MetaPathFinder):
+    """Finds it as Python does, and has what waits called once it is loaded."""
+
+    name = "torch._dynamo"
+
+    def __init__(self) -> None:
+        self.waiting: list[Callable[[], Any]] = []
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if name != self.name:
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        loader: Any = spec and spec.loader
+        if loader is not None:
+            execute = loader.exec_module
+
+            def exec_module(module: ModuleType) -> None:
+                execute(module)
+                while self.waiting:
+                    self.waiting.pop()()
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
+
+            loader.exec_module = exec_module
+        return spec
+
+
+_dynamo = _Dynamo()
+
+
+def with_dynamo(then: Callable[[], Any]) -> None:
+    """Calls `then` now or when Dynamo is loaded, which takes a second: only who compiles waits."""
+    if _dynamo.name in sys.modules:
+        then()
+        return
+    if not _dynamo.waiting:
+        sys.meta_path.insert(0, _dynamo)
+    _dynamo.waiting.append(then)
+
+
+def refuses_script(callee: C) -> C:
+    """Has `torch.jit.script` of a function, of a module's class, or of what calls them, say what to
+    do instead. Its own words would be of signatures and annotations."""
+
+    def refuse(*_: Any) -> NoReturn:
+        raise NotImplementedError(
+            f"{callee.__name__}: torch.jit.script takes no functions and modules of natten; use "
+            "torch.compile, torch.export or torch.jit.trace"
+        )
+
+    callee.__prepare_scriptable__ = refuse  # type: ignore[attr-defined]  # which it calls
+    return callee
+
+
 def tell_active_flop_counters() -> None:
     """Has them know the formulas that were registered after they were made."""
     for mode in active_modes():
@@ -93,7 +158,9 @@ def tell_active_flop_counters() -> None:
 
 __all__ = [
     "BelowAutograd",
+    "FakeTensorMode",
     "SingleLevelFunction",
+    "TorchDispatchMode",
     "add_batch_dim",
     "allow_rules",
     "any_requires_grad",
@@ -106,8 +173,12 @@ __all__ = [
     "is_plain",
     "leave_vmap",
     "nested_view_from_buffer",
+    "refuses_script",
     "remove_batch_dim",
     "set_forward_mode",
     "takes_part_in_autograd",
     "tell_active_flop_counters",
+    "tree_leaves",
+    "tree_map",
+    "with_dynamo",
 ]

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from importlib import import_module
+from types import ModuleType
 
 from natten._args import Bools, Ints, integer, per_axis, window_options
 from natten.context import get_device_cc
 from natten.utils import log
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name == "varlen":  # which loads PyTorch
+        return import_module("natten.utils.varlen")
+    raise AttributeError(f"module 'natten.utils' has no attribute {name!r}")
 
 
 def check_all_args(
