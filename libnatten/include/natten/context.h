@@ -26,7 +26,8 @@ class NATTEN_EXPORT Executor {
 /// The library's own pool, used where a context names no executor. Survives fork().
 NATTEN_EXPORT Executor& default_executor();
 /// Threads of the default pool. Initially NATTEN_NUM_THREADS, else OMP_NUM_THREADS, else the
-/// number of processors this process may use. Results do not depend on it.
+/// number of processors this process may use. Results do not depend on it. Throws Error
+/// (invalid_value) where NATTEN_NUM_THREADS is no such number.
 NATTEN_EXPORT int num_threads();
 /// Throws Error (invalid_value) unless count >= 1.
 NATTEN_EXPORT void set_num_threads(int count);
