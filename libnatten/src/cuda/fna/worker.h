@@ -68,6 +68,11 @@ struct TileTraits {
   static constexpr bool kScalesFirst = kM == 1;
   static constexpr int kRows = 16 * kM * kWarps;
   using Tile = SharedTile<T, kDims>;
+  /// That a multiprocessor has registers for, as many as the kernel can do with.
+  static constexpr int kBlocks = kM > 1                                          ? 2
+                                 : kKeepsIndices || (kDims == 32 && !kFindsTerm) ? 4
+                                 : Tile::kPitch <= 128                           ? 3
+                                                                                 : 2;
   /// As many as shared memory has room for beside the rows.
   static constexpr bool kIsCrowded = Tile::kPitch > 256 && (kPass != TilePass::forward || kM > 1);
   static constexpr int kColumns = kIsCrowded ? 32 : 64;
