@@ -13,9 +13,10 @@ template <class T, int kWarps>
 struct ColumnStop {
   ColumnTile tile;
   Overlap seen[kWarps];  ///< by the rows of each warp
-  bool is_whole;         ///< all columns are shown, and lie one after another
-  bool is_last;          ///< of the block's
-  bool has_masks;        ///< some warp's rows see a part of it
+  /// Of B1 and B2: all columns are shown, lie one after another and are copied in whole chunks.
+  bool copies_whole[2];
+  bool is_last;    ///< of the block's
+  bool has_masks;  ///< some warp's rows see a part of it
   /// The first token of B1 and B2 where the others have offsets from it, else null.
   const T* first[2];
   std::uint64_t shown;  ///< a bit for each column: given, and not hidden
