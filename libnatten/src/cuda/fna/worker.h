@@ -72,7 +72,7 @@ struct TileTraits {
   /// That a multiprocessor has registers for, as many as the kernel can do with.
   static constexpr int kBlocks = kM > 1                                          ? 2
                                  : kKeepsIndices || (kDims == 32 && !kFindsTerm) ? 4
-                                 : Tile::kPitch <= 128                           ? 3
+                                 : Tile::kPitch <= 128 && !kAddsQueries          ? 3
                                                                                  : 2;
   /// As many as shared memory has room for beside the rows.
   static constexpr bool kIsCrowded = Tile::kPitch > 256 && (kPass != TilePass::forward || kM > 1);
