@@ -17,6 +17,7 @@ class PlainThread {
   PlainThread(std::int64_t block, int thread) : block_(block), thread_(thread) {}
   std::int64_t block() const { return block_; }
   int thread() const { return thread_; }
+  int opaque(int x) const { return x; }
   bool all(bool x) const { return x; }
   void sync_warp() const {}
 

@@ -93,7 +93,7 @@ struct BiasParts {
           std::clamp<std::int64_t>(kThreads / std::max<std::int64_t>(arrays * sums.count(), 1), 1,
                                    std::clamp<std::int64_t>(tiles.total(), 1, 32)));
     }
-    sums.data = pieces.take<Sum>(sums.splits * p.heads * sums.count());
+    sums.data = pieces.take<Sum>(sums.size(p.heads));
   }
 };
 
@@ -154,9 +154,7 @@ class Run {
     Sums<T> s = grad_query_sums(parts.fill, row_term);
     s.additional = 0;  // tokens without a bias
     s.biases = parts.sums;
-    launch_.clear(
-        s.biases.data,
-        static_cast<std::size_t>(s.biases.splits * p_.heads * s.biases.count()) * sizeof(Sum));
+    launch_.clear(s.biases.data, static_cast<std::size_t>(s.biases.size(p_.heads)) * sizeof(Sum));
     run<Weight::grad_bias, false, false, kTf32>(s);
     add_bias_parts(parts);
   }

@@ -66,8 +66,12 @@ NATTEN_DEVICE int take(std::uint32_t& index, int n) {
   return static_cast<int>(digit);
 }
 
-/// A grid has fewer than 2^31 tokens, so that 32 bits hold its coordinates.
-NATTEN_DEVICE Coordinate widened(const int (&c)[kMaxRank]) { return {c[0], c[1], c[2]}; }
+/// A grid has fewer than 2^31 tokens, so that 32 bits hold its coordinates. None is negative: what
+/// is known to have no sign takes one register, not two.
+NATTEN_DEVICE std::int64_t widened(int c) { return static_cast<std::uint32_t>(c); }
+NATTEN_DEVICE Coordinate widened(const int (&c)[kMaxRank]) {
+  return {widened(c[0]), widened(c[1]), widened(c[2])};
+}
 
 /// What the tokens of a grid see. Per axis and token; not given, tokens see everything.
 struct Sights {
@@ -167,10 +171,6 @@ struct Box {
   NATTEN_DEVICE bool is_empty() const { return extent[0] <= 0 || extent[1] <= 0 || extent[2] <= 0; }
 };
 inline constexpr int kNoEnd = std::numeric_limits<std::int32_t>::max();
-/// Additional tokens lie along the last axis.
-NATTEN_DEVICE Box box_of_additional(int count) {
-  return {{0, 0, 0}, {1, 1, count}, {kNoEnd, kNoEnd, kNoEnd}};
-}
 
 /// One row of a tile.
 struct Row {
@@ -188,6 +188,14 @@ struct View {
   int slot[kMaxRank];  // slot 0 of the row's window, where it is a query
   int own[kMaxRank];   // the row itself
 };
+
+/// Additional tokens lie along the last axis, and all rows see them.
+NATTEN_DEVICE View view_of_additional(int count) {
+  View view{};
+  view.box = {{0, 0, 0}, {1, 1, count}, {kNoEnd, kNoEnd, kNoEnd}};
+  NATTEN_EACH (i, kMaxRank) view.seen[i] = {0, view.box.extent[i]};
+  return view;
+}
 
 /// Where the rows of a tile are: of which groups, by their first rows' numbers, and their places.
 struct Tile {
@@ -351,12 +359,13 @@ struct ColumnOperand {
   void set_step(const Tiles& tiles) {
     for (int i = 0; i < kMaxRank; ++i) step[i] = grid.grid[i] * tiles.axes[i].dilation;
   }
-  /// The columns of the group that a row is of, or the additional tokens.
-  NATTEN_DEVICE Columns<T> at(bool is_additional, std::int64_t batch, std::int64_t head,
-                              const Row& row) const {
-    return {
-        is_additional ? additional.at(batch, head, 0) : grid.at(batch, head, widened(row.column)),
-        {step[0], step[1], is_additional ? additional.token : step[2]}};
+  /// The columns of the group that a row is of.
+  NATTEN_DEVICE Columns<T> at(std::int64_t batch, std::int64_t head, const Row& row) const {
+    return {grid.at(batch, head, widened(row.column)), {step[0], step[1], step[2]}};
+  }
+  /// Additional tokens, whose first steps do not matter.
+  NATTEN_DEVICE Columns<T> additional_at(std::int64_t batch, std::int64_t head) const {
+    return {additional.at(batch, head, 0), {step[0], step[1], additional.token}};
   }
 };
 
@@ -440,7 +449,8 @@ struct Chunk {
   template <class F>
   NATTEN_DEVICE void for_each_from(const int (&first)[kMaxRank],
                                    const std::int64_t (&stride)[kMaxRank], F&& f) const {
-    std::int64_t offset = first[0] * stride[0] + first[1] * stride[1] + first[2] * stride[2];
+    std::int64_t offset = widened(first[0]) * stride[0] + widened(first[1]) * stride[1] +
+                          widened(first[2]) * stride[2];
     NATTEN_EACH (j, kChunkColumns) {
       f(j, offset);
       if (j + 1 < count) offset += stride[2];

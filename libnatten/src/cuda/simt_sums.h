@@ -32,6 +32,8 @@ struct OffsetSums {
   NATTEN_HOST_DEVICE std::int64_t count() const {
     return std::int64_t{offsets[0]} * offsets[1] * offsets[2];
   }
+  /// Elements of all arrays.
+  std::int64_t size(std::int64_t heads) const { return splits * heads * count(); }
 };
 
 /// Arguments of RowSums. Operands that a pass does not use stay null.
@@ -90,6 +92,9 @@ struct RowSums {
   static constexpr bool kIsGrad = kWeight == Weight::grad_score || kWeight == Weight::grad_bias;
   static constexpr bool kSumsProbabilities = kWeight == Weight::grad_score && !kKeyRows;
   static constexpr bool kAddsBiases = kWeight == Weight::grad_bias;
+  /// Whether a thread finds its row again to write it: kept until then it takes registers, of which
+  /// sums leave too few.
+  static constexpr bool kFindsAgain = kDims > 0 && kHasScore;
   static constexpr int kSumDims = kDims;
   static constexpr int kWarps = kAddsBiases ? 2 : 1;
   static constexpr int kThreads = kWarps * kRows;
@@ -99,27 +104,56 @@ struct RowSums {
 
   template <class Machine>
   NATTEN_DEVICE void operator()(Machine& gpu) const {
-    std::uint32_t index = static_cast<std::uint32_t>(gpu.block());
     if constexpr (kAddsBiases) {
-      add_biases(gpu, index * kWarps + static_cast<std::uint32_t>(gpu.thread()) / kRows);
+      const auto block = static_cast<std::uint32_t>(gpu.block());
+      add_biases(gpu, block * kWarps + static_cast<std::uint32_t>(gpu.thread()) / kRows);
     } else {
-      const int slice = take(index, in.slices);
-      const Span span = in.examples ? take_example(index) : in.tiles.whole();
-      const Tile tile = in.tiles.tile(index, span);
-      if (tile.is_empty) return;
-      const Row row = in.tiles.row(tile, gpu.thread(), span);
-      View view = in.tiles.template view<kKeyRows>(tile, row, span, in.sights);
-      const int split = kKeyRows ? take(index, in.splits) : 0;
-      const int head = take(index, in.heads);
-      const std::int64_t batch = index;
+      const auto block = static_cast<int>(gpu.block());
+      const Place at = place(block, gpu.thread());
+      if (at.tile.is_empty) return;
+      View view = in.tiles.template view<kKeyRows>(at.tile, at.row, at.span, in.sights);
       if constexpr (kKeyRows)
-        if (in.row_mask && *in.row_mask.at(batch, 0, widened(row.token)) == 0)
+        if (in.row_mask && *in.row_mask.at(at.batch, 0, widened(at.row.token)) == 0)
           view.seen[2] = {0, 0};
-      sum_row(gpu, row, view, slice, split, head, batch, nullptr);
+      RowSum result;
+      sum_row(gpu, at, view, nullptr, result);
+      if constexpr (kFindsAgain)
+        write(place(gpu.opaque(block), gpu.opaque(gpu.thread())), result);
+      else
+        write(at, result);
     }
   }
 
  private:
+  /// What a warp is at work on, and a thread's row of it.
+  struct Place {
+    Tile tile;
+    Row row;
+    Span span;
+    int slice, split;
+    std::int64_t head, batch;
+  };
+  NATTEN_DEVICE Place place(int block, int thread) const {
+    Place p;
+    auto index = static_cast<std::uint32_t>(block);
+    p.slice = take(index, in.slices);
+    p.span = in.examples ? take_example(index) : in.tiles.whole();
+    p.tile = in.tiles.tile(index, p.span);
+    p.row = in.tiles.row(p.tile, thread, p.span);
+    p.split = kKeyRows ? take(index, in.splits) : 0;
+    p.head = widened(take(index, in.heads));
+    p.batch = index;
+    return p;
+  }
+
+  /// What a row sums up.
+  struct RowSum {
+    Sum sum[kDims > 0 ? kDims : 1] = {};
+    Sum largest = kNone, total = 0;
+    Sum probabilities = 0;  // their sum
+  };
+  static constexpr Sum kNone = -std::numeric_limits<Sum>::infinity();
+
   /// Sums up the part of the tiles, and of the offsets, that warp `index` has.
   template <class Machine>
   NATTEN_DEVICE void add_biases(Machine& gpu, std::uint32_t index) const {
@@ -139,16 +173,21 @@ struct RowSums {
       const Row row = in.tiles.row(tile, lane, span);
       const View view = in.tiles.template view<kKeyRows>(tile, row, span, in.sights, to.axis,
                                                          {first - to.before, end - to.before});
-      sum_row(gpu, row, view, 0, 0, head, i / of_batch,
-              row.is_active ? sums + bias_of_origin(view) : nullptr);
+      RowSum unused;
+      sum_row(gpu, {tile, row, span, 0, 0, widened(head), i / of_batch}, view,
+              row.is_active ? sums + bias_of_origin(view) : nullptr, unused);
     }
   }
 
   /// `biases`: the sum of the offset of the column at the origin of the view's box.
   template <class Machine>
-  NATTEN_DEVICE void sum_row(Machine& gpu, const Row& row, const View& view, int slice, int split,
-                             int head, std::int64_t batch, Sum* biases) const {
-    const int first = slice * kDims;  // element of the sums
+  NATTEN_DEVICE void sum_row(Machine& gpu, const Place& at, View view, Sum* biases,
+                             RowSum& result) const {
+    const Row& row = at.row;
+    const std::int64_t head = at.head, batch = at.batch;
+    const int first = at.slice * kDims;  // element of the sums
+    Sum(&sum)[kDims > 0 ? kDims : 1] = result.sum;
+    Sum &largest = result.largest, &total = result.total, &probabilities = result.probabilities;
     Stored* slots = nullptr;
     if constexpr (kWeight == Weight::score) {
       if (row.is_active) slots = in.weights.at(batch, head, widened(row.token));
@@ -156,40 +195,64 @@ struct RowSums {
         for (int i = 0; i < in.window_size; ++i) slots[i] = static_cast<Stored>(in.empty);
     }
 
-    constexpr Sum kNone = -std::numeric_limits<Sum>::infinity();
     // Scores that are all -inf have that maximum or logsumexp; their weights are exp(-inf - 0) = 0.
     const auto subtrahend = [](Sum x) { return x == kNone ? Sum(0) : x; };
-    Sum largest = kNone, total = 0;
-    Sum probabilities = 0;  // their sum
     Sum own_logsumexp = 0, own_term = 0;
     if constexpr (!kKeyRows) {
       if (in.logsumexp)
         own_logsumexp = subtrahend(*in.logsumexp.grid.at(batch, head, widened(row.token)));
       if (in.row_term) own_term = *in.row_term.grid.at(batch, head, widened(row.token));
     }
-    Sum sum[kDims > 0 ? kDims : 1] = {};
+
+    const auto of_row = static_cast<int>(head);
+    const std::int64_t column_head = widened(kKeyRows ? of_row * in.group : of_row / in.group);
+    const std::int64_t query_head = kKeyRows ? column_head : head;
+    Columns<const T> a = in.column_a.at(batch, column_head, row);
+    Columns<const T> b = in.column_b.at(batch, column_head, row);
+    Columns<const T> c = in.column_c.at(batch, column_head, row);
+    Columns<const T> attn = in.attn.at(batch, query_head, row);
+    if constexpr (!kKeyRows) attn.base = in.attn.grid.at(batch, head, widened(row.token));
+    Columns<const Sum> logsumexp = in.logsumexp.at(batch, query_head, row);
+    Columns<const Sum> row_term = in.row_term.at(batch, query_head, row);
+    const Columns<const std::uint8_t> hidden = in.column_mask.at(batch, 0, row);
+    const T* bias = bias_of(view, query_head);
+    std::int64_t slot = slot_of_origin(view);
 
     const int parts = kKeyRows ? in.group : in.additional > 0 ? 2 : 1;
     for (int part = 0; part < parts; ++part) {
       const bool is_additional = !kKeyRows && part == 1;
-      const int column_head = kKeyRows ? head * in.group + part : head / in.group;
-      const int query_head = kKeyRows ? column_head : head;
-      const Box box = is_additional ? box_of_additional(in.additional) : view.box;
+      if (is_additional) {
+        const Place again = place(gpu.opaque(static_cast<int>(gpu.block())), 0);
+        const std::int64_t of_columns = again.head / in.group;
+        view = view_of_additional(in.additional);
+        a = in.column_a.additional_at(again.batch, of_columns);
+        b = in.column_b.additional_at(again.batch, of_columns);
+        c = in.column_c.additional_at(again.batch, of_columns);
+        bias = nullptr;
+        slot = in.window_size;
+      } else if (part > 0) {  // the next head of queries
+        a.base += in.column_a.grid.head;
+        b.base += in.column_b.grid.head;
+        c.base += in.column_c.grid.head;
+        attn.base += in.attn.grid.head;
+        logsumexp.base += in.logsumexp.grid.head;
+        row_term.base += in.row_term.grid.head;
+        if (bias) bias += in.bias.head;
+      }
+      const Box& box = view.box;
       if (box.is_empty()) continue;
       int begin = 0, left = kNoEnd;  // chunks
       if (kKeyRows && in.splits > 1) {
         left = (box.extent[0] * box.extent[1] * Chunk::per_line(box) + in.splits - 1) / in.splits;
-        begin = split * left;
+        begin = at.split * left;
       }
 
-      const T* const bias = is_additional ? nullptr : bias_of(view, query_head);
-      const std::int64_t slot = slot_of_origin(view, is_additional);
       Chunk chunk = Chunk::find(begin, box);
       for (; chunk.is_in(box) && left > 0; --left, chunk.advance(box, in.tiles)) {
         const std::uint32_t all = (1u << chunk.count) - 1;
         std::uint32_t shown = all;
-        if (in.column_mask && !is_additional) shown &= shown_of(chunk, row, batch);
-        const std::uint32_t mask = is_additional ? all : shown & chunk.mask(view.seen);
+        if (in.column_mask && !is_additional) shown &= shown_of(chunk, hidden);
+        const std::uint32_t mask = shown & chunk.mask(view.seen);
         if constexpr (kAddsBiases) {
           if (gpu.all(mask == 0)) continue;
         } else {
@@ -199,13 +262,13 @@ struct RowSums {
         Sum weight[kChunkColumns];
         if constexpr (kHasScore) {
           const T* vectors[kChunkColumns];
-          find_vectors(vectors, chunk, in.column_a.at(is_additional, batch, column_head, row), 0);
+          find_vectors(vectors, chunk, a, 0);
           dot<kVector, kTf32>(weight, in.row_a.at(batch, head, widened(row.token)), vectors,
                               in.score_dims);
           NATTEN_EACH (j, kChunkColumns) weight[j] *= in.scale;
           if (bias) add_bias(weight, mask, chunk, bias);
         } else {
-          read_slots(weight, mask, chunk, row, batch, query_head, slot);
+          read_slots(weight, mask, chunk, row, attn, slot);
         }
 
         Sum correction = 1;
@@ -219,26 +282,24 @@ struct RowSums {
           NATTEN_EACH (j, kChunkColumns) weight[j] = std::exp(weight[j] - from);
         }
         if constexpr (kWeight == Weight::probability || kIsGrad) {
-          const auto of_columns = [&](const ColumnOperand<const Sum>& of_queries, Sum own,
-                                      auto&& use) {
+          const auto of_columns = [&](const Columns<const Sum>& of_queries, Sum own, auto&& use) {
             if constexpr (kKeyRows) {
-              const Columns<const Sum> at = of_queries.at(false, batch, query_head, row);
-              chunk.for_each(at.stride,
-                             [&](int j, std::int64_t offset) { use(j, at.base[offset]); });
+              chunk.for_each(of_queries.stride,
+                             [&](int j, std::int64_t offset) { use(j, of_queries.base[offset]); });
             } else {
               NATTEN_EACH (j, kChunkColumns) use(j, own);
             }
           };
-          of_columns(in.logsumexp, own_logsumexp, [&](int j, Sum x) {
+          of_columns(logsumexp, own_logsumexp, [&](int j, Sum x) {
             weight[j] = std::exp(weight[j] - (kKeyRows ? subtrahend(x) : x));
           });
           if constexpr (kIsGrad) {
             Sum grad[kChunkColumns];
             const T* vectors[kChunkColumns];
-            find_vectors(vectors, chunk, in.column_b.at(is_additional, batch, column_head, row), 0);
+            find_vectors(vectors, chunk, b, 0);
             dot<kVector, kTf32>(grad, in.row_b.at(batch, head, widened(row.token)), vectors,
                                 in.grad_dims);
-            of_columns(in.row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
+            of_columns(row_term, own_term, [&](int j, Sum x) { grad[j] -= x; });
             if constexpr (kSumsProbabilities) probabilities += masked_sum(weight, mask);
             NATTEN_EACH (j, kChunkColumns) weight[j] *= grad[j];
           }
@@ -254,8 +315,7 @@ struct RowSums {
           });
         } else if constexpr (kDims > 0) {
           const T* vectors[kChunkColumns];
-          find_vectors(vectors, chunk, in.column_c.at(is_additional, batch, column_head, row),
-                       first);
+          find_vectors(vectors, chunk, c, first);
           if (shown != all) leave_out(vectors, shown);
           NATTEN_UNROLL
           for (int d = 0; d < kDims; d += kVector) {
@@ -275,14 +335,22 @@ struct RowSums {
         }
       }
     }
+  }
 
-    if (kAddsBiases || !row.is_active) return;
+  /// Writes a row's results.
+  NATTEN_DEVICE void write(const Place& at, const RowSum& result) const {
+    const Row& row = at.row;
+    const std::int64_t head = at.head, batch = at.batch;
+    const int first = at.slice * kDims;
+    if (!row.is_active) return;
     // The sum of P is 1 but for logsumexp's rounding, which is large where scores are; where one
     // key takes nearly all weight, dP and the row term nearly cancel.
-    if (probabilities == 0) probabilities = 1;
+    const Sum total = result.total;
+    const Sum probabilities = result.probabilities == 0 ? Sum(1) : result.probabilities;
     if constexpr (!kKeyRows)
-      if (in.statistic && slice == 0) {
-        Sum x = kWeight == Weight::softmax ? largest + std::log(total) : total / probabilities;
+      if (in.statistic && at.slice == 0) {
+        Sum x =
+            kWeight == Weight::softmax ? result.largest + std::log(total) : total / probabilities;
         if (in.subtracted) x -= *in.subtracted.at(batch, head, widened(row.token));
         *in.statistic.at(batch, head, widened(row.token)) = x;
       }
@@ -293,11 +361,12 @@ struct RowSums {
       const auto write = [&](auto* to) {
         NATTEN_EACH (d, kDims)
           if (first + d < in.sum_dims)
-            to[first + d] = static_cast<std::remove_reference_t<decltype(*to)>>(sum[d] * factor);
+            to[first + d] =
+                static_cast<std::remove_reference_t<decltype(*to)>>(result.sum[d] * factor);
       };
       if constexpr (kKeyRows)
         if (in.partial)
-          return write(in.partial.at(batch, head, row.token[2]) + split * in.partial_split);
+          return write(in.partial.at(batch, head, row.token[2]) + at.split * in.partial_split);
       write(in.sums.at(batch, head, widened(row.token)));
     }
   }
@@ -320,9 +389,8 @@ struct RowSums {
   }
 
   /// One bit per column of a chunk: whether the key is not hidden.
-  NATTEN_DEVICE std::uint32_t shown_of(const Chunk& chunk, const Row& row,
-                                       std::int64_t batch) const {
-    const Columns<const std::uint8_t> keys = in.column_mask.at(false, batch, 0, row);
+  NATTEN_DEVICE static std::uint32_t shown_of(const Chunk& chunk,
+                                              const Columns<const std::uint8_t>& keys) {
     std::uint32_t shown = 0;
     chunk.for_each(keys.stride, [&](int j, std::int64_t offset) {
       shown |= static_cast<std::uint32_t>(keys.base[offset] != 0) << j;
@@ -347,8 +415,7 @@ struct RowSums {
     return {{std::int64_t{in.kernel_size[1]} * in.kernel_size[2], in.kernel_size[2], 1}};
   }
   /// The slot of the column at the origin of a box, which the row need not see.
-  NATTEN_DEVICE std::int64_t slot_of_origin(const View& view, bool is_additional) const {
-    if (is_additional) return in.window_size;
+  NATTEN_DEVICE std::int64_t slot_of_origin(const View& view) const {
     const Strides strides = slot_strides();
     std::int64_t slot = 0;
     for (int i = 0; i < kMaxRank; ++i) slot -= view.slot[i] * strides.of[i];
@@ -359,12 +426,12 @@ struct RowSums {
     chunk.for_each_in_box(slot_strides().of, f);
   }
 
-  /// `first_slot`: of the origin of the box, where rows are queries.
+  /// `queries`: their slots, of which the row has `first_slot` at the origin of the box, where it
+  /// is a query itself.
   NATTEN_DEVICE void read_slots(Sum (&to)[kChunkColumns], std::uint32_t mask, const Chunk& chunk,
-                                const Row& row, std::int64_t batch, int query_head,
+                                const Row& row, const Columns<const T>& queries,
                                 std::int64_t first_slot) const {
     if constexpr (kKeyRows) {
-      const Columns<const T> queries = in.attn.at(false, batch, query_head, row);
       const Strides strides = slot_strides();
       const auto slot_along = [&](int axis, int place) {  // of the window of the query there
         const Places& along = in.tiles.axes[axis];
@@ -381,7 +448,7 @@ struct RowSums {
         to[j] = number(queries.base[offset + slot]);
       });
     } else {
-      const T* from = in.attn.grid.at(batch, query_head, widened(row.token)) + first_slot;
+      const T* from = queries.base + first_slot;
       for_each_slot(chunk, [&](int j, std::int64_t offset) {
         to[j] = mask >> j & 1 ? number(from[offset]) : Sum(0);
       });
@@ -402,7 +469,7 @@ struct RowSums {
 
   static constexpr int kSign = kKeyRows ? -1 : 1;  // offsets of biases are key minus query
   /// The bias of the column at the origin of a box, which the row need not see; null without any.
-  NATTEN_DEVICE const T* bias_of(const View& view, int query_head) const {
+  NATTEN_DEVICE const T* bias_of(const View& view, std::int64_t query_head) const {
     if (!in.bias) return nullptr;
     Coordinate offset;
     for (int i = 0; i < kMaxRank; ++i) offset[i] = in.kernel_size[i] - 1 - kSign * view.own[i];

@@ -45,7 +45,7 @@ template <class T, int kDims, int kM, TilePass kPass>
 struct TileKernel {
   using Traits = TileTraits<T, kDims, kM, kPass>;
   static constexpr int kThreads = Traits::kThreads;
-  static constexpr int kBlocks = Traits::kKeepsIndices && kM == 1 ? 4 : 2;
+  static constexpr int kBlocks = Traits::kBlocks;
   static constexpr int kSharedBytes = Traits::Layout::kBytes;
   static_assert(kSharedBytes <= kMostSharedBytes);
 

@@ -63,54 +63,56 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
   using T = typename K::Element;
   using Tile = typename K::Tile;
   const int dims = w.a.dims[which];
-  if (const T* first = stop.first[which]) {
-    // Eight threads copy 128 bytes, or four 64: then what a loop adds to an offset is constant.
-    constexpr int kUnit = Tile::kChunks % 8 == 0 ? 8 : 4;
-    const int thread = w.thread();
-    const int chunk = thread % kUnit, column = thread / kUnit;
-    const int slot = to.at(column, chunk), element = chunk * kChunk<T>;
-    const int* offset = w.relative(which) + column;
-    if (!w.a.copies_chunks[which]) {
-      const Tokens<const T>& x = w.a.columns[which];
-      NATTEN_DO_NOT_UNROLL
-      for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
-        const T* from = nullptr;
-        if (stop.shown >> (column + i) & 1) {
-          const int units = offset[i] - w.turned_back(which, stop.tile, column + i);
-          from = first + (std::int64_t{units} << x.unit_log2);
-        }
-        NATTEN_DO_NOT_UNROLL
-        for (int j = 0; j < Tile::kChunks; j += kUnit)
-          if (element + j * kChunk<T> < dims)
-            load_chunk(w, slot + i * Tile::kPitch + 16 * j, from, chunk + j, dims, x.unit());
-      }
-      return;
-    }
-    if (!stop.is_whole) {
-      NATTEN_DO_NOT_UNROLL
-      for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
-        const bool exists = stop.shown >> (column + i) & 1;
-        const int chunks = offset[i] - w.turned_back(which, stop.tile, column + i);
-        const T* from =
-            exists ? first + std::int64_t{chunks} * kChunk<T> : w.a.columns[which].tensor.data;
-        NATTEN_UNROLL
-        for (int j = 0; j < Tile::kChunks; j += kUnit)
-          if (element + j * kChunk<T> < dims)
-            w.gpu.template copy_async<kChunkBytes>(slot + i * Tile::kPitch + 16 * j,
-                                                   from + element + j * kChunk<T>,
-                                                   exists ? kChunkBytes : 0);
-      }
-      return;
-    }
+  // Eight threads copy 128 bytes, or four 64: then what a loop adds to an offset is constant.
+  constexpr int kUnit = Tile::kChunks % 8 == 0 ? 8 : 4;
+  const int thread = w.thread();
+  const int chunk = thread % kUnit, column = thread / kUnit;
+  const int slot = to.at(column, chunk), element = chunk * kChunk<T>;
+  const int* offset = w.relative(which) + column;
+  const T* const first = stop.first[which];
+  if (stop.copies_whole[which]) {
     if (Tile::kChunks == kUnit && element >= dims) return;
+    const char* const first_chunk = reinterpret_cast<const char*>(first + element);
     NATTEN_UNROLL
     for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
-      const std::int64_t bytes = (std::int64_t{offset[i]} + chunk) * kChunkBytes;
-      const auto* from = reinterpret_cast<const T*>(reinterpret_cast<const char*>(first) + bytes);
+      const auto* from =
+          reinterpret_cast<const T*>(first_chunk + std::int64_t{offset[i]} * kChunkBytes);
       NATTEN_UNROLL
       for (int j = 0; j < Tile::kChunks; j += kUnit)
         if (Tile::kChunks == kUnit || element + j * kChunk<T> < dims)
           w.gpu.copy_async(slot + i * Tile::kPitch + 16 * j, from + j * kChunk<T>);
+    }
+    return;
+  }
+  if (first && !w.a.copies_chunks[which]) {
+    const Tokens<const T>& x = w.a.columns[which];
+    NATTEN_DO_NOT_UNROLL
+    for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
+      const T* from = nullptr;
+      if (stop.shown >> (column + i) & 1) {
+        const int units = offset[i] - w.turned_back(which, stop.tile, column + i);
+        from = first + (std::int64_t{units} << x.unit_log2);
+      }
+      NATTEN_DO_NOT_UNROLL
+      for (int j = 0; j < Tile::kChunks; j += kUnit)
+        if (element + j * kChunk<T> < dims)
+          load_chunk(w, slot + i * Tile::kPitch + 16 * j, from, chunk + j, dims, x.unit());
+    }
+    return;
+  }
+  if (first) {
+    NATTEN_DO_NOT_UNROLL
+    for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
+      const bool exists = stop.shown >> (column + i) & 1;
+      const int chunks = offset[i] - w.turned_back(which, stop.tile, column + i);
+      const T* from =
+          exists ? first + std::int64_t{chunks} * kChunk<T> : w.a.columns[which].tensor.data;
+      NATTEN_UNROLL
+      for (int j = 0; j < Tile::kChunks; j += kUnit)
+        if (element + j * kChunk<T> < dims)
+          w.gpu.template copy_async<kChunkBytes>(slot + i * Tile::kPitch + 16 * j,
+                                                 from + element + j * kChunk<T>,
+                                                 exists ? kChunkBytes : 0);
     }
     return;
   }

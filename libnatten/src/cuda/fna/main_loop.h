@@ -20,6 +20,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
   if constexpr (K::kRowsAreQueries && K::kPass != TilePass::forward) of_rows = row_statistics(w);
 
   constexpr bool kLoadsEarly = K::kStages == 1 && !K::kSumsFirst;  // B1 is done with before B2
+  constexpr bool kPacksEarly = !K::kNeedsGradWeights;              // nothing needs them as they are
   bool is_over = w.state.count == 0;
   if (!is_over) find_axis_words(w, 0);
   NATTEN_DO_NOT_UNROLL
@@ -53,7 +54,7 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
         softmax(w, scores, sums.second, sums.totals);
       else
         weigh(w, scores, of_rows, stage);
-      if constexpr (K::kSumsSecond) pack_weights<T>(w.gpu, weights, scores);
+      if constexpr (K::kSumsSecond && kPacksEarly) pack_weights<T>(w.gpu, weights, scores);
     }
 
     w.gpu.template wait<K::kStages - 1>();
@@ -65,8 +66,10 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
       w.gpu.sync_warp();  // copies may have parted lanes
     }
     if (seen != Overlap::none) {
-      if constexpr (K::kSumsSecond)
+      if constexpr (K::kSumsSecond) {
+        if constexpr (!kPacksEarly) pack_weights<T>(w.gpu, weights, scores);
         accumulate_rows<T>(w.gpu, w.lane(), sums.second, weights, columns2);
+      }
       if constexpr (K::kNeedsGradWeights) {
         typename K::Scores grads;
         multiply_rows<T>(w.gpu, w.lane(), grads, rows2, 16 * K::kM * w.warp(), columns2);

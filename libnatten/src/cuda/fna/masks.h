@@ -149,12 +149,14 @@ template <class K, class Machine>
 NATTEN_DEVICE void scale_row(const Worker<K, Machine>& w, FragmentC (&scores)[K::kN], int half,
                              int row, const ColumnTile& at, const Mask<K>& mask) {
   const RowBias<K, Machine> bias(w, row, at);
-  NATTEN_EACH (n, K::kN)
+  NATTEN_EACH (n, K::kN) {
+    if (n % 4 == 0) w.gpu.sync_warp();  // reads ahead would take registers
     NATTEN_EACH (j, 2) {
       float& score = scores[n][2 * half + j];
       score *= w.a.scale * kLog2E;
       if (bias && bit(mask, n, j)) score += bias.at(n, j) * kLog2E;
     }
+  }
 }
 
 /// Scales where that comes first, adds biases, and gives unseen columns the score -inf.

@@ -37,13 +37,15 @@ NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
   stop.has_masks = has_masks != 0;
   stop.tile = tile;
   stop.shown = shown;
-  stop.is_whole = is_whole && shown == kAll;
   stop.is_last = i + 1 == w.state.count;
-  NATTEN_EACH (which, 2)
+  NATTEN_EACH (which, 2) {
+    stop.copies_whole[which] =
+        is_whole && shown == kAll && !tile.is_additional && w.a.copies_chunks[which];
     stop.first[which] =
         w.a.has_offsets[which] && !tile.is_additional
             ? w.a.columns[which].tensor.at(w.state.batch, w.column_head(tile), token)
             : nullptr;
+  }
 }
 
 /// Moves the block, which has the first rows and columns of all examples, to one of them.

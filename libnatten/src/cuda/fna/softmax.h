@@ -88,7 +88,6 @@ NATTEN_DEVICE void scale_statistics(const Worker<K, Machine>& w, int stage) {
 template <class K>
 struct QueryStatistics {
   typename K::PerRow subtrahend, row_term;
-  typename K::PerRow grad_logsumexp;  ///< where it finds the row term
 };
 template <class K, class Machine>
 NATTEN_DEVICE QueryStatistics<K> row_statistics(const Worker<K, Machine>& w) {
@@ -99,11 +98,9 @@ NATTEN_DEVICE QueryStatistics<K> row_statistics(const Worker<K, Machine>& w) {
       const bool exists = w.token_of_row(w.row_of(m, half), token);
       s.subtrahend[m][half] =
           exists ? subtrahend(*w.a.logsumexp.at(w.state.batch, w.state.head, token)) : 0.0f;
-      const auto read = [&](bool is_used, const Operand<const float>& x) {
-        return exists && is_used ? *x.at(w.state.batch, w.state.head, token) : 0.0f;
-      };
-      s.row_term[m][half] = read(K::kSumsFirst && !K::kFindsTerm, w.a.row_term);
-      s.grad_logsumexp[m][half] = read(K::kFindsTerm && w.a.grad_logsumexp, w.a.grad_logsumexp);
+      s.row_term[m][half] = K::kSumsFirst && !K::kFindsTerm && exists
+                                ? *w.a.row_term.at(w.state.batch, w.state.head, token)
+                                : 0.0f;
     }
   return s;
 }
@@ -177,7 +174,12 @@ NATTEN_DEVICE void move_row_term(const Worker<K, Machine>& w, Accumulators<K>& s
     NATTEN_EACH (half, 2) {
       const float total = sums.totals[m][half] += row_sum(w, totals[m][half]);
       const float product = sums.products[m][half] += row_sum(w, products[m][half]);
-      const float now = product / divisor(total) - of_rows.grad_logsumexp[m][half];
+      float now = product / divisor(total);
+      if (w.a.grad_logsumexp) {  // rare, so read again rather than held in registers
+        Coordinate token;
+        if (w.token_of_row(w.row_of(m, half), token))
+          now -= *w.a.grad_logsumexp.at(w.state.batch, w.state.head, token);
+      }
       const float step = of_rows.row_term[m][half] - now;
       of_rows.row_term[m][half] = now;
       NATTEN_EACH (n, K::kDims / 8)

@@ -13,9 +13,10 @@ template <class T, int kWarps>
 struct ColumnStop {
   ColumnTile tile;
   Overlap seen[kWarps];  ///< by the rows of each warp
-  bool is_whole;         ///< all columns are shown, and lie one after another
-  bool is_last;          ///< of the block's
-  bool has_masks;        ///< some warp's rows see a part of it
+  /// Of B1 and B2: all columns are shown, lie one after another and are copied in whole chunks.
+  bool copies_whole[2];
+  bool is_last;    ///< of the block's
+  bool has_masks;  ///< some warp's rows see a part of it
   /// The first token of B1 and B2 where the others have offsets from it, else null.
   const T* first[2];
   std::uint64_t shown;  ///< a bit for each column: given, and not hidden
@@ -68,6 +69,11 @@ struct TileTraits {
   static constexpr bool kScalesFirst = kM == 1;
   static constexpr int kRows = 16 * kM * kWarps;
   using Tile = SharedTile<T, kDims>;
+  /// That a multiprocessor has registers for, as many as the kernel can do with.
+  static constexpr int kBlocks = kM > 1                                          ? 2
+                                 : kKeepsIndices || (kDims == 32 && !kFindsTerm) ? 4
+                                 : Tile::kPitch <= 128 && !kAddsQueries          ? 3
+                                                                                 : 2;
   /// As many as shared memory has room for beside the rows.
   static constexpr bool kIsCrowded = Tile::kPitch > 256 && (kPass != TilePass::forward || kM > 1);
   static constexpr int kColumns = kIsCrowded ? 32 : 64;
