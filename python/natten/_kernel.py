@@ -68,10 +68,13 @@ def tell_without_kernels(device: str, framework: str, advice: str = "") -> None:
 
 
 def check_name(backend: str, device: str = "") -> None:
-    """Raises unless it is the name of a backend; of one for a kind of device that has kernels."""
+    """Raises unless it is the name of a backend, or of one for a kind of device. If there are no
+    kernels for that, libnatten says so."""
     _check_type(backend)
     names, where = _NAMES, ""
-    if _OF_DEVICE.get(device):
+    if device:
+        if not _OF_DEVICE.get(device):
+            return
         names = sorted({"fused", COMPOSED, *_OF_DEVICE[device]})
         where = f" for tensors on {device}"
     if taken_as(backend) not in names:

@@ -360,7 +360,7 @@ bool choose_cuts(Plan& plan, bool is_shared) {
 }
 
 /// Gathers items into units, where these have partial sums: so many that there are enough for any
-/// machine, with `others` that have units of their own.
+/// machine. `others`: how many heads, or groups of heads, of all batch entries have such units.
 void cut_into_units(Plan& plan, std::int64_t others) {
   plan.units = plan.items();
   const Problem& p = plan.problem();
