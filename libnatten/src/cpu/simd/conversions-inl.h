@@ -141,8 +141,8 @@ template <class Type>
 NATTEN_INLINE Vector<typename Type::Sum> read_rest(const typename Type::Element* token,
                                                    std::int64_t first, std::int64_t length) {
 #if defined(__AVX2__) || defined(__aarch64__)
-  // With those before them, if that makes a vector: by masked loads of tokens that lie apart packing
-  // takes three times as long on a Zen 4.
+  // With those before them, if that makes a vector: by masked loads of tokens that lie apart
+  // packing takes three times as long on a Zen 4.
   using T = typename Type::Sum;
   constexpr int kW = kWidth<T>;
   if (length >= kW) {
