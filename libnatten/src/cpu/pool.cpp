@@ -39,14 +39,13 @@ void Executor::run_on(int threads, const std::function<void()>& task) {
 namespace {
 
 int initial_threads() {
-  for (const char* name : {"NATTEN_NUM_THREADS", "OMP_NUM_THREADS"}) {
-    const char* value = std::getenv(name);
-    if (!value || !*value) continue;
+  if (const char* value = std::getenv("NATTEN_NUM_THREADS"); value && *value) {
     if (const int count = std::atoi(value); count > 0) return count;
-    if (std::string(name) == "NATTEN_NUM_THREADS")  // the other is OpenMP's to complain of
-      throw Error(ErrorKind::invalid_value,
-                  std::string(name) + ": got \"" + value + "\"; must be a positive integer");
+    throw Error(ErrorKind::invalid_value, std::string("NATTEN_NUM_THREADS: got \"") + value +
+                                              "\"; must be a positive integer");
   }
+  if (const char* value = std::getenv("OMP_NUM_THREADS"))  // OpenMP's to complain of
+    if (const int count = std::atoi(value); count > 0) return count;
 #if defined(__linux__)
   cpu_set_t usable;
   if (sched_getaffinity(0, sizeof usable, &usable) == 0) return std::max(1, CPU_COUNT(&usable));
