@@ -12,14 +12,11 @@ namespace {
 template <class T>
 NATTEN_INLINE void add_to_bias(const Walk<T>& walk, const Batch& batch, int v, const T* grads) {
   constexpr int kW = kWidth<T>;
-  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
-    const Line<T>& line = walk.block.lines[l];
-    if (v < line.first_vector || v >= line.last_vector) continue;
+  for_each_line(walk, batch, v, [&](const Line<T>& line, std::int64_t at) {
     for (std::int64_t step = batch.step0; step < batch.step1; step += kW) {
       Vector<T> square[kW];
       for (int i = 0; i < kW; ++i)
-        square[i] =
-            step + i < batch.step1 ? load(grads + (batch.at(l) + step + i) * kW) : Vector<T>{};
+        square[i] = step + i < batch.step1 ? load(grads + (at + step + i) * kW) : Vector<T>{};
       transpose<T>(square);  // now by row
       Vector<T> sums{}, after{};
       for (int row = 0; row < walk.rows_of(v); ++row) {
@@ -36,7 +33,7 @@ NATTEN_INLINE void add_to_bias(const Walk<T>& walk, const Batch& batch, int v, c
       store(to, load(to) + sums);
       if (walk.access == Access::permuted) store(to + kW, load(to + kW) + after);
     }
-  }
+  });
 }
 
 template <class F, class T = typename F::Sum>

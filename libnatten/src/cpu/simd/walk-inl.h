@@ -413,16 +413,22 @@ void column_sums(const Walk<T>& walk, const Batch& batch, const T* weights, cons
   }
 }
 
-/// Visits a batch's steps of one vector: `f(offset, line, step)`.
+/// Visits a batch's lines that one vector sees: `f(line, where the products with its step 0 are)`.
 template <class T, class F>
-NATTEN_INLINE void for_each_step(const Walk<T>& walk, const Batch& batch, int v, F&& f) {
+NATTEN_INLINE void for_each_line(const Walk<T>& walk, const Batch& batch, int v, F&& f) {
   for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
     const Line<T>& line = walk.block.lines[l];
-    if (v < line.first_vector || v >= line.last_vector) continue;
-    std::int64_t offset = (batch.at(l) + batch.step0) * kWidth<T>;
+    if (v >= line.first_vector && v < line.last_vector) f(line, batch.at(l));
+  }
+}
+/// Visits their steps: `f(offset, line, step)`.
+template <class T, class F>
+NATTEN_INLINE void for_each_step(const Walk<T>& walk, const Batch& batch, int v, F&& f) {
+  for_each_line(walk, batch, v, [&](const Line<T>& line, std::int64_t at) {
+    std::int64_t offset = (at + batch.step0) * kWidth<T>;
     for (std::int64_t step = batch.step0; step < batch.step1; ++step, offset += kWidth<T>)
       f(offset, line, step);
-  }
+  });
 }
 
 /// Sets the weights of steps of padding to 0.
@@ -450,10 +456,7 @@ NATTEN_INLINE void pair_rows(const Walk<T>& walk, const Batch& batch, int v, con
     if (l + 1 < walk.rows_of(v)) most = max(most, steps);
   }
   earlier[kW - 1] = -1;  // in another vector
-  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
-    const Line<T>& line = walk.block.lines[l];
-    if (v < line.first_vector || v >= line.last_vector) continue;
-    const std::int64_t at = batch.at(l);
+  for_each_line(walk, batch, v, [&](const Line<T>&, std::int64_t at) {
     // Beyond the last step of a row those after it may go on.
     for (std::int64_t step = batch.step0; step < batch.step1 + batch.padding; ++step) {
       Vector<T> second{};
@@ -467,7 +470,7 @@ NATTEN_INLINE void pair_rows(const Walk<T>& walk, const Batch& batch, int v, con
     }
     for (std::int64_t step = batch.step0 - batch.padding; step < batch.step0; ++step)
       store(to + (at + step) * kW, Vector<T>{});
-  }
+  });
 }
 
 /// Makes the weights of a vector ready for row_products: sets those of steps of padding to 0 and,
@@ -477,10 +480,8 @@ NATTEN_INLINE void finish_weights(const Walk<T>& walk, const Batch& batch, int v
   clear_padding(batch, weights);
   if constexpr (F::kCount > 1) {
     constexpr int kW = kWidth<T>;
-    for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
-      const Line<T>& line = walk.block.lines[l];
-      if (v < line.first_vector || v >= line.last_vector) continue;
-      T* at = weights + (batch.at(l) + batch.step0) * kW;
+    for_each_line(walk, batch, v, [&](const Line<T>&, std::int64_t of_line) {
+      T* at = weights + (of_line + batch.step0) * kW;
       Vector<T> weight = load(at);
       if (batch.padding > 0) store(at - kW, F::of(Vector<T>{}, weight));
       for (std::int64_t step = batch.step0 + 1; step < batch.step1; ++step, at += kW) {
@@ -489,7 +490,7 @@ NATTEN_INLINE void finish_weights(const Walk<T>& walk, const Batch& batch, int v
         weight = next;
       }
       store(at, F::of(weight, Vector<T>{}));
-    }
+    });
   }
 }
 
