@@ -173,6 +173,24 @@ except ValueError as error:
     assert run_python(code, NATTEN_BACKEND="cuda13").startswith(message)
 
 
+def test_composed_in_the_environment_after_import():
+    code = """
+import os, torch, natten
+os.environ["NATTEN_BACKEND"] = "composed"
+q = torch.randn(1, 6, 2, 4)
+try:
+    natten.na1d(q, q, q, 3)
+except ValueError as error:
+    print(error)
+with natten.na_kernel("composed"):
+    print(natten.na1d(q, q, q, 3).shape == q.shape)
+"""
+    error, works = run_python(code).splitlines()
+    assert error.startswith('backend: got "composed" from the environment variable NATTEN_BACKEND')
+    assert "before natten is imported" in error
+    assert works == "True"
+
+
 @pytest.mark.parametrize("name", ["vectorized", "fused"])
 def test_a_backend_that_refuses_says_why(name):
     x = torch.randn(1, 1, ROOM, 2)

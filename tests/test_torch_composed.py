@@ -182,6 +182,9 @@ def test_empty_problems():
     output, lse = F.na2d(empty, empty, empty, 3, return_lse=True)
     assert output.shape == empty.shape and lse.shape == empty.shape[:-1]
     output.sum().backward()
+    for masks in (0, 1):
+        mask = torch.ones(masks, 4, 4, dtype=torch.bool)
+        assert F.na2d(empty, empty, empty, 3, key_mask=mask).shape == empty.shape
     none = torch.randn(1, 0, 2, 3)
     assert natten.attention(none, none.new_ones(1, 3, 2, 3), none.new_ones(1, 3, 2, 3)).numel() == 0
 

@@ -84,6 +84,18 @@ def test_fused(rank, layout, additional):
 EXTRA = ("additional_keys", "additional_values")
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_another_default_device(layout, gradients):
+    parts = [torch.randn(n, 2, 4) for n in (5, 7)]
+    query = nested(parts, layout).requires_grad_(gradients)
+    with torch.device("meta"), torch.set_grad_enabled(gradients):
+        output, lse = FUSED[1](query, query, query, 3, return_lse=True)
+    want = [FUSED[1](x[None], x[None], x[None], 3, return_lse=True) for x in parts]
+    assert_parts(output, [o[0] for o, _ in want])
+    assert_parts(lse, [x[0] for _, x in want])
+
+
 @pytest.mark.parametrize(("rank", "layout"), CASES)
 def test_unfused(rank, layout):
     if layout == torch.jagged:  # heads-first views of heads-last sequences, as a module makes them

@@ -81,6 +81,16 @@ def check_name(backend: str, device: str = "") -> None:
         raise ValueError(f'backend: got "{backend}"; must be one of {", ".join(names)}{where}')
 
 
+def check_environment() -> None:
+    """Raises where NATTEN_BACKEND names the one backend of which libnatten knows nothing, and did
+    not when natten was imported."""
+    if os.environ.get("NATTEN_BACKEND") == COMPOSED:
+        raise ValueError(
+            f'backend: got "{COMPOSED}" from the environment variable NATTEN_BACKEND, which must '
+            f'be set before natten is imported; later, natten.na_kernel("{COMPOSED}") chooses it'
+        )
+
+
 def _check_type(backend: str) -> None:
     if not isinstance(backend, str):
         raise TypeError(f"backend: got {backend!r}; must be a name (a string) or None")

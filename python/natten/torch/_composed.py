@@ -407,7 +407,7 @@ def _tokens(
 ) -> Tensor:
     """Keys or values [batch, heads, tokens, dim], hidden ones 0, and the additional ones."""
     if mask is not None:  # they may hold anything
-        x = x.masked_fill(~mask.view(mask.shape[0], 1, -1, 1), 0.0)
+        x = x.masked_fill(~mask[:, None, :, None], 0.0)
     if additional is not None:
         x = torch.cat([x, additional], 2)
     return x.to(dtype).contiguous()

@@ -27,7 +27,13 @@ from natten._args import (
     real_scale,
     spelled_is_causal,
 )
-from natten._kernel import COMPOSED, check_name, chosen_backend, tell_meaning
+from natten._kernel import (
+    COMPOSED,
+    check_environment,
+    check_name,
+    chosen_backend,
+    tell_meaning,
+)
 from natten._merge import merge
 from natten.torch import _autograd as _autograd  # registers the derivatives
 from natten.torch import _composed, _nested, _ops, _packing
@@ -66,6 +72,8 @@ def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
                 _ops.check_tensor(role.name, x, may_be_nested=nested)
         if args[-1]:  # libnatten does not know `composed` among the names
             check_name(args[-1], args[0].device.type)
+        else:
+            check_environment()
         raise
 
 

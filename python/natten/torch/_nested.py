@@ -122,7 +122,8 @@ def _call_packed(
             return None
     output, logsumexp = _ops.packed_attention_forward(
         *packed[:3], rpb, None, None, packed[3] if len(packed) > 3 else None,
-        torch.tensor(queries), torch.tensor(keys), None, None, config, scale, backend,
+        *(torch.tensor(ends, device="cpu") for ends in (queries, keys)), None, None,
+        config, scale, backend,
     )  # fmt: skip
     return _cut(output, queries, query), _cut(logsumexp, queries, query)
 
@@ -227,10 +228,7 @@ def _empty_strided(
     counts = [math.prod(shape) for shape in shapes]
     buffer = torch.empty(sum(counts), dtype=dtype, device=device)
     parts = [x.view(s) for x, s in zip(buffer.split(counts), shapes, strict=True)]
-    whole = nested_view_from_buffer(
-        buffer,
-        torch.tensor(shapes),
-        torch.tensor([x.stride() for x in parts]),
-        torch.tensor([x.storage_offset() for x in parts]),
-    )
+    layout = shapes, [x.stride() for x in parts], [x.storage_offset() for x in parts]
+    # On the host, whatever the default device is.
+    whole = nested_view_from_buffer(buffer, *(torch.tensor(x, device="cpu") for x in layout))
     return whole, parts
