@@ -266,8 +266,8 @@ BAD = [
     ((torch.tensor([2, 4]), GOOD[1]), ValueError, r"cumulative_seqlen_Q: got 6 .* of seqlens_Q"),
     ((GOOD[0], torch.tensor([3, 4])), ValueError, r"got 7 .* must be 6, the number of tokens"),
     ((torch.tensor([9, -2]), GOOD[1]), ValueError, r"got 7 after 9 .* may be negative"),
-    ((torch.tensor([2.0, 5.0]), GOOD[1]), ValueError, r"^seqlens_Q: got dtype torch.float32"),
-    ((GOOD[0], GOOD[1].short()), ValueError, r"^seqlens_KV: got dtype torch.int16"),
+    ((torch.tensor([2.0, 5.0]), GOOD[1]), TypeError, r"^seqlens_Q: got dtype torch.float32"),
+    ((GOOD[0], GOOD[1].short()), TypeError, r"^seqlens_KV: got dtype torch.int16"),
     ((GOOD[0][None], GOOD[1]), ValueError, r"^seqlens_Q: got shape \[1, 2\]; must be \[examples\]"),
     ((GOOD[0][:0], GOOD[1]), ValueError, r"^seqlens_Q: got shape \[0\]"),
     ((GOOD[0], torch.tensor([6])), ValueError, r"^seqlens_KV: got 1 numbers; must be 2"),
@@ -280,8 +280,9 @@ BAD = [
 
 @pytest.mark.parametrize(("lengths", "kind", "message"), BAD)
 def test_bad_lengths(lengths, kind, message):
-    with pytest.raises(kind, match=message):
-        natten.attention(Q, K, K, seqlens_Q=lengths[0], seqlens_KV=lengths[1])
+    for backend in (None, "composed"):
+        with pytest.raises(kind, match=message):
+            natten.attention(Q, K, K, seqlens_Q=lengths[0], seqlens_KV=lengths[1], backend=backend)
     with pytest.raises(kind, match=message):
         generate_varlen_parameters(Q, K, K, *lengths)
 
@@ -302,8 +303,9 @@ def test_bad_lengths(lengths, kind, message):
     ],
 )
 def test_bad_ends(lengths, kind, message):
-    with pytest.raises(kind, match=message):
-        natten.attention(Q, K, K, **dict(zip(NAMES, lengths, strict=False)))
+    for backend in (None, "composed"):
+        with pytest.raises(kind, match=message):
+            natten.attention(Q, K, K, **dict(zip(NAMES, lengths, strict=False)), backend=backend)
 
 
 def test_other_refusals():

@@ -56,6 +56,7 @@ def _call(operator: _ops.Operator, *args: Any, statistic: bool = True) -> Any:
             composed = functools.partial(_composed.call, operator) if is_composed else None
             return _nested.call(operator, *args, composed=composed)
         if is_composed and operator is _ops.packed_attention_forward:
+            _packing.check(args)
             return _composed.call_for_each(_autograd.examples_of(operator, args))
         if is_composed:
             return _composed.call(operator, *args, statistic=statistic)

@@ -6,6 +6,7 @@ and while a graph is traced they are not known.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from natten import _core
 from natten._args import (
     ALLOW_NO_KEYS,
     SEPARATE_KEY_GRID,
+    Config,
     check_both,
     check_lengths,
     integer,
@@ -81,7 +83,7 @@ def _checked(
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: got {type(x).__name__}; must be a torch.Tensor")
         if x.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"{name}: got dtype {x.dtype}; must be torch.int32 or torch.int64")
+            raise TypeError(f"{name}: got dtype {x.dtype}; must be torch.int32 or torch.int64")
         if x.dim() != 1 or x.shape[0] == 0:
             must = "[examples]" if first == "seqlens_Q" else "[examples + 1]"
             raise ValueError(
@@ -97,6 +99,22 @@ def _checked(
             f"{lengths[first].shape[0]}, as many as in {first}"
         )
     return lengths[first], lengths[second]
+
+
+def check(args: Sequence[Any]) -> None:
+    """Raises, as libnatten does where it reads them, unless lengths among the arguments of
+    `packed_attention_forward` fit its tensors."""
+    inputs, extras, config, _, _ = _ops.packed_attention_forward.split(args)
+    specs = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in inputs]
+    _check(specs, config, tuple(extras.values()))
+
+
+def _check(specs: list[Any], config: Config, packing: Packing) -> None:
+    queries, keys, *longest = packing
+    _core.plan(
+        "attention_forward", config, None, "", specs, [True, None], None,
+        (queries.tolist(), keys.tolist(), *longest),
+    )  # fmt: skip
 
 
 def generate_varlen_parameters(
@@ -139,8 +157,5 @@ def generate_varlen_parameters(
     ends = _ends_of(queries), _ends_of(keys)
     inputs = [_ops.spec_of(x) for x in (query, key, value)]
     config = make_config(1, 1, flags=SEPARATE_KEY_GRID | ALLOW_NO_KEYS)
-    _core.plan(
-        "attention_forward", config, None, "", [*inputs, *[None] * 4], [True, None], None,
-        (ends[0].tolist(), ends[1].tolist(), None, None),
-    )  # fmt: skip
+    _check([*inputs, *[None] * 4], config, (*ends, None, None))
     return *ends, int(queries.max()), int(keys.max())
