@@ -210,6 +210,9 @@ def test_misspelt_is_causal():
     with pytest.warns(UserWarning, match="is_causal"):
         attn = F.na1d_qk(x, x, 3, is_casual=True)
     assert torch.equal(attn, F.na1d_qk(x, x, 3, is_causal=True))
+    for is_causal in (True, (True,), (False,)):
+        with pytest.raises(TypeError, match=r"^is_casual: got False beside is_causal"):
+            F.na1d(q, q, q, 3, is_causal=is_causal, is_casual=False)
 
 
 def test_backend_argument():

@@ -398,6 +398,11 @@ def spelled_is_causal(is_causal: Bools | None, is_casual: Bools | None) -> Bools
     """Accepts the misspelling `is_casual`, which widely copied examples contain."""
     if is_casual is None:
         return is_causal
+    if is_causal is not None and is_causal is not False:
+        raise TypeError(
+            f"is_casual: got {is_casual} beside is_causal, {is_causal}; must be left out, as it is "
+            "a misspelling of that"
+        )
     warnings.warn("is_casual is a misspelling of is_causal; it is taken as is_causal", stacklevel=4)
     return is_casual
 
