@@ -106,14 +106,15 @@ def check(args: Sequence[Any]) -> None:
     `packed_attention_forward` fit its tensors."""
     inputs, extras, config, _, _ = _ops.packed_attention_forward.split(args)
     specs = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in inputs]
-    _check(specs, config, tuple(extras.values()))
+    queries, keys, longest_query, longest_key = extras.values()
+    _check(specs, config, (queries, keys, longest_query, longest_key))
 
 
 def _check(specs: list[Any], config: Config, packing: Packing) -> None:
-    queries, keys, *longest = packing
+    queries, keys, longest_query, longest_key = packing
     _core.plan(
         "attention_forward", config, None, "", specs, [True, None], None,
-        (queries.tolist(), keys.tolist(), *longest),
+        (queries.tolist(), keys.tolist(), longest_query, longest_key),
     )  # fmt: skip
 
 
