@@ -597,6 +597,10 @@ def test_refusals(kind):
         (dict(boundary="wrap"), ValueError, "boundary"),
         (dict(boundary=2), TypeError, "boundary"),
         (dict(boundary="circular", is_causal=True), ValueError, "is_causal"),
+        (dict(dtype=jnp.int32), TypeError, "dtype"),
+        (dict(dtype="no dtype"), TypeError, "dtype"),
+        (dict(dtype=jnp.float8_e4m3fn), TypeError, "dtype"),
+        (dict(param_dtype=jnp.complex64), TypeError, "param_dtype"),
     ):
         with pytest.raises(error, match=f"^{name}: "):
             CLASSES[kind][1](12, 3, 3, **options, **rngs)

@@ -252,6 +252,9 @@ def test_explain_takes_everything():
         natten.explain(q, q, q, 3, backend="abc")
     with pytest.raises(ValueError, match=r"^q_tile_shape: "):
         natten.explain(q, q, q, 3, q_tile_shape=0)
+    nowhere = q.to("meta")
+    with pytest.raises(ValueError, match=r"^query: is on meta, .*; must be on the device"):
+        natten.explain(nowhere, nowhere, nowhere, 3)
 
 
 def choices(function, *args, **kwargs):
@@ -354,3 +357,6 @@ def test_explain_call_refuses():
         natten.explain_call(F.na1d, q, q, q, 7)
     with pytest.raises(ValueError, match=r'^backend: got "abc"'):
         natten.explain_call(F.na1d, q, q, q, 3, backend="abc")
+    weights, nowhere = (x.to("meta") for x in (torch.ones(1, 2, 5, 3), torch.ones(1, 2, 5, 4)))
+    with pytest.raises(ValueError, match=r"^attn: is on meta, .*; must be on the device"):
+        natten.explain_call(F.na1d_av, weights, nowhere, 3)

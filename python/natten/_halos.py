@@ -218,7 +218,7 @@ def halo_bytes(
         part: which of the parts the rank has, per axis.
         token_bytes: of all that travels of a token: batch * kv_heads * (head_dim +
             value_head_dim) * element size of the rank's own batch and heads, for keys and values;
-            with a key mask also its batch.
+            and the batch of a key mask that is split like them.
 
     Raises:
         ValueError: values that do not fit, or sequences of different lengths.

@@ -26,6 +26,8 @@ from natten._args import (
 from natten._kernel import check_name
 from natten.jax._functions import as_array
 
+_DTYPES = "float64", "float32", "bfloat16", "float16"
+
 # (key, shape, dtype) -> array, or an array in the box that the framework's with_partitioning makes
 Initializer: TypeAlias = Callable[..., Any]
 
@@ -53,6 +55,16 @@ def _softmax(scores: jax.Array) -> jax.Array:
     """0 where all scores are -inf, as the key mask makes them, and not NaN."""
     is_empty = jax.lax.stop_gradient(scores).max(axis=-1, keepdims=True) == -jnp.inf
     return jnp.where(is_empty, 0.0, jax.nn.softmax(jnp.where(is_empty, 0.0, scores), axis=-1))
+
+
+def _check_dtype(name: str, value: DTypeLike) -> None:
+    must = f"must be {', '.join(_DTYPES[:-1])} or {_DTYPES[-1]}"
+    try:
+        got = jnp.dtype(value).name
+    except TypeError:
+        raise TypeError(f"{name}: got {value!r}; {must}") from None
+    if got not in _DTYPES:
+        raise TypeError(f"{name}: got {got}; {must}")
 
 
 class SelfAttention:
@@ -93,8 +105,8 @@ class SelfAttention:
         {own}
 
     Raises:
-        TypeError: a size that is no integer, is_causal that is no bool, or a boundary that is no
-            name.
+        TypeError: a size that is no integer, is_causal that is no bool, a boundary that is no name,
+            or a dtype in which nothing can be computed.
         ValueError: an argument that does not fit.
     """
 
@@ -120,10 +132,15 @@ class SelfAttention:
             own = inspect.cleandoc(cls._own).replace("\n", "\n    ")
             cls.__doc__ = doc.replace("{own}", own).replace("{rank}", str(cls.rank))
 
-    def _check_arguments(self, attn_drop: float, proj_drop: float) -> None:
+    def _check_arguments(
+        self, attn_drop: float, proj_drop: float, dtype: DTypeLike | None, param_dtype: DTypeLike
+    ) -> None:
         """Raises on arguments that do not fit, and gives each one a value per axis."""
         probability("attn_drop", attn_drop)
         probability("proj_drop", proj_drop)
+        if dtype is not None:
+            _check_dtype("dtype", dtype)
+        _check_dtype("param_dtype", param_dtype)
         head_dim = head_dim_of(self.dim, self.num_heads)
         if self.qk_scale is not None:
             self.qk_scale = module_scale(self.qk_scale, head_dim)

@@ -281,6 +281,11 @@ def _rows(
 ) -> list[tuple[str, str, bool, str, str]]:
     """What libnatten's backends say, and `composed`, which takes every call but is never the first
     choice where there are others. `outputs`: tensors like those, of which all are wanted."""
+    if tensors[0] is not None and tensors[0].device.type == "meta":
+        raise ValueError(
+            f"{operator.inputs[0].name}: is on meta, where nothing is computed; must be on the "
+            "device that the call is for (a FakeTensorMode of PyTorch needs no memory there)"
+        )
     is_composed = backend == COMPOSED
     rows = []
     tuned = ("", "")
