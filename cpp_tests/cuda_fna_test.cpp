@@ -99,6 +99,27 @@ TEST_P(CudaFna, TokensAtAnyElement) {
   }
 }
 
+/// Of 65 to 128 dims registers hold the queries of a forward pass, whose memory values get.
+TEST_P(CudaFna, QueriesInRegisters) {
+  std::uint64_t seed = base_seed() + 80;
+  for (const auto& [dim, value_dim] :
+       std::vector<std::pair<int, int>>{{128, 128}, {104, 72}, {40, 96}, {97, 33}})
+    for (const bool has_biases : {false, true}) {
+      Case c;
+      c.axes = {{20, 9, 1, 1, false}, {18, 7, 1, 1, false}};
+      c.rpb = has_biases;
+      if (!has_biases) {
+        c.axes = {{20, 9, 1, 1, false, natten::Boundary::circular}, {18, 7, 1, 1, true}};
+        c.key_mask = true;
+        c.additional = 3;
+      }
+      c.seed = ++seed;
+      c.dim = dim;
+      c.value_dim = value_dim;
+      if (takes_case(dtype(), seed / 2)) expect_definition(c, seed % 3);
+    }
+}
+
 /// Shapes of tiles, and the kernels with 32 rows per warp, which large problems get.
 TEST_P(CudaFna, TileShapes) {
   for (int rank = 1; rank <= 3; ++rank) {

@@ -20,8 +20,6 @@ NATTEN_DEVICE void hold_rows(const Worker<K, Machine>& w, typename K::HeldRows& 
   const SharedRows<T, K::kDims, Machine> rows(w.gpu, w.lane(), {K::Layout::kRows1},
                                               16 * K::kM * w.warp());
   NATTEN_EACH (k, K::kDims / kDepth<T>) rows(k, held.operands[k]);
-  w.gpu.sync();  // all warps have theirs
-  clear_padding(w, {K::Layout::kColumns2}, K::kColumns, w.a.dims[1]);
 }
 
 template <class K, class Machine>
