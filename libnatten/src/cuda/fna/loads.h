@@ -22,7 +22,7 @@ NATTEN_DEVICE void load_chunk(const Worker<K, Machine>& w, int to, const typenam
     if constexpr (bytes >= 4)
       copy_pieces<bytes>(w.gpu, to, from, given);
     else
-      load_shifted(w.gpu, to, from, left);
+      load_shifted<K::kAddsQueries>(w.gpu, to, from, left);
   });
 }
 

@@ -58,8 +58,9 @@ NATTEN_DEVICE bool is_second(const T* element) {
 }
 
 /// Copies a chunk of elements of two bytes that lies anywhere, of which `left` exist, at once:
-/// memory is read by its words, and by elements where these would reach past what exists.
-template <class T, class Machine>
+/// memory is read by its words, and by elements where these would reach past what exists. Word by
+/// word where registers are scarce.
+template <bool kSparesRegisters, class T, class Machine>
 NATTEN_DEVICE void load_shifted(Machine& gpu, int to, const T* from, int left) {
   const int before = is_second(from);
   const auto word_at = [&](int i) {
@@ -70,14 +71,21 @@ NATTEN_DEVICE void load_shifted(Machine& gpu, int to, const T* from, int left) {
       word = from[i].bits;
     return word;
   };
-  std::uint32_t chunk[4];
   std::uint32_t word = before ? std::uint32_t{from[0].bits} << 16 : word_at(0);
-  NATTEN_EACH (i, 4) {
+  const auto take = [&](int i) {
     const std::uint32_t next = word_at(2 * i + 2 - before);
-    chunk[i] = gpu.funnel(word, next, 16 * before);
+    const std::uint32_t taken = gpu.funnel(word, next, 16 * before);
     word = next;
+    return taken;
+  };
+  if constexpr (kSparesRegisters) {
+    NATTEN_DO_NOT_UNROLL
+    for (int i = 0; i < 4; ++i) *gpu.template shared<std::uint32_t>(to + 4 * i) = take(i);
+  } else {
+    std::uint32_t chunk[4];
+    NATTEN_EACH (i, 4) chunk[i] = take(i);
+    gpu.write_chunk(to, chunk);
   }
-  gpu.write_chunk(to, chunk);
 }
 
 /// Copies the first `count` elements of a chunk, which have two bytes, to anywhere in memory.
