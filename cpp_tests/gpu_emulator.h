@@ -75,6 +75,9 @@ class EmulatedThread {
     step(Step::shared);
     std::memcpy(shared_bytes(to, 16), r, 16);
   }
+  std::uint32_t funnel(std::uint32_t low, std::uint32_t high, int shift) {
+    return static_cast<std::uint32_t>((std::uint64_t{high} << 32 | low) >> shift);
+  }
   template <class T>
   void multiply_add(float (&c)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]);
   template <class T>

@@ -72,6 +72,7 @@ enum class Opcode : std::uint8_t {
   div,
   ex2,
   fma,
+  funnel_shift,
   load,
   load_matrices,
   mad,

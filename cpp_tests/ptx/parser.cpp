@@ -278,16 +278,16 @@ class EntryParser {
   void parse_instruction(Instruction& in, const std::string& name, Modifiers& modifiers,
                          const Texts& operands) {
     static const std::unordered_map<std::string, std::pair<Opcode, const char*>> simple{
-        {"abs", {Opcode::abs, "tt"}},          {"add", {Opcode::add, "ttt"}},
-        {"and", {Opcode::and_, "ttt"}},        {"bfi", {Opcode::bfi, "ttt44"}},
-        {"div", {Opcode::div, "ttt"}},         {"ex2", {Opcode::ex2, "tt"}},
-        {"fma", {Opcode::fma, "tttt"}},        {"max", {Opcode::max, "ttt"}},
-        {"min", {Opcode::min, "ttt"}},         {"neg", {Opcode::neg, "tt"}},
-        {"not", {Opcode::not_, "tt"}},         {"or", {Opcode::or_, "ttt"}},
-        {"rcp", {Opcode::rcp, "tt"}},          {"rem", {Opcode::rem, "ttt"}},
-        {"selp", {Opcode::select, "tttp"}},    {"shl", {Opcode::shift_left, "tt4"}},
-        {"shr", {Opcode::shift_right, "tt4"}}, {"sub", {Opcode::sub, "ttt"}},
-        {"xor", {Opcode::xor_, "ttt"}},
+        {"abs", {Opcode::abs, "tt"}},         {"add", {Opcode::add, "ttt"}},
+        {"and", {Opcode::and_, "ttt"}},       {"bfi", {Opcode::bfi, "ttt44"}},
+        {"div", {Opcode::div, "ttt"}},        {"ex2", {Opcode::ex2, "tt"}},
+        {"fma", {Opcode::fma, "tttt"}},       {"max", {Opcode::max, "ttt"}},
+        {"min", {Opcode::min, "ttt"}},        {"neg", {Opcode::neg, "tt"}},
+        {"not", {Opcode::not_, "tt"}},        {"or", {Opcode::or_, "ttt"}},
+        {"rcp", {Opcode::rcp, "tt"}},         {"rem", {Opcode::rem, "ttt"}},
+        {"selp", {Opcode::select, "tttp"}},   {"shf", {Opcode::funnel_shift, "ttt4"}},
+        {"shl", {Opcode::shift_left, "tt4"}}, {"shr", {Opcode::shift_right, "tt4"}},
+        {"sub", {Opcode::sub, "ttt"}},        {"xor", {Opcode::xor_, "ttt"}},
     };
     if (const auto found = simple.find(name); found != simple.end()) {
       in.opcode = found->second.first;
@@ -300,6 +300,10 @@ class EntryParser {
       if (in.opcode == Opcode::ex2) {
         modifiers.expect("approx");
         modifiers.expect("ftz");
+      }
+      if (in.opcode == Opcode::funnel_shift) {
+        modifiers.expect("r");
+        modifiers.expect("wrap");
       }
       return;
     }

@@ -247,6 +247,10 @@ TEST(PtxInstructions, Bits) {
   expect<U, U, U>("bfi.b32 $0, $1, $2, 3, 29;", [](U a, U b) { return (b & 7) | a << 3; });
   expect<U, U, U>("bfi.b32 $0, $1, $2, 4, 8;",
                   [](U a, U b) { return (b & ~0xff0u) | (a & 0xff) << 4; });
+  expect<U, U, U>("shf.r.wrap.b32 $0, $1, $2, 48;", [](U a, U b) { return a >> 16 | b << 16; });
+  expect<U, U, U, U>("shf.r.wrap.b32 $0, $1, $2, $3;", [](U a, U b, U by) {
+    return by % 32 ? a >> by % 32 | b << (32 - by % 32) : a;
+  });
   using Long = std::uint64_t;
   expect<Long, Long, Long>("bfi.b64 $0, $1, $2, 32, 32;",
                            [](Long a, Long b) { return (b & 0xffffffff) | a << 32; });

@@ -297,6 +297,7 @@ void Warp::execute(const Instruction& in, std::uint32_t lanes, Rng* rng) {
     case Opcode::not_:
     case Opcode::move: return bytes_of(in.type) == 0 ? predicates(in, lanes) : bits(in, lanes);
     case Opcode::bfi:
+    case Opcode::funnel_shift:
     case Opcode::shift_left:
     case Opcode::shift_right: return bits(in, lanes);
     case Opcode::mad_wide:
@@ -437,6 +438,14 @@ void Warp::bits(const Instruction& in, std::uint32_t lanes) {
     if (in.type == Type::u32) return insert(std::uint32_t{});
     if (in.type == Type::u64) return insert(std::uint64_t{});
     unknown("bfi");
+  }
+  if (in.opcode == Opcode::funnel_shift) {
+    if (in.type != Type::u32) unknown("shf");
+    return each<std::uint32_t, std::uint32_t, std::uint32_t, std::uint32_t>(
+        in, lanes, [](std::uint32_t low, std::uint32_t high, std::uint32_t by) {
+          const std::uint64_t both = std::uint64_t{high} << 32 | low;
+          return static_cast<std::uint32_t>(both >> by % 32);
+        });
   }
   const bool shifts_sign = in.opcode == Opcode::shift_right;
   if (in.opcode == Opcode::shift_left || shifts_sign)

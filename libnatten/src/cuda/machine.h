@@ -152,6 +152,10 @@ class Gpu {
   __device__ void write_chunk(int to, const std::uint32_t (&r)[4]) const {
     *shared<uint4>(to) = make_uint4(r[0], r[1], r[2], r[3]);
   }
+  /// The 32 bits from bit `shift` on, less than 32, of two words, of which `low` comes first.
+  __device__ std::uint32_t funnel(std::uint32_t low, std::uint32_t high, int shift) const {
+    return __funnelshift_r(low, high, shift);
+  }
   /// c += a b. `T` is the type of a's and b's elements; float stands for TF32, to which they must
   /// have been rounded.
   template <class T>

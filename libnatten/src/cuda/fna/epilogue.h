@@ -3,6 +3,7 @@
 // What a block writes once it has seen all of its columns.
 
 #include "masks.h"
+#include "pieces.h"
 #include "softmax.h"
 #include "worker.h"
 
@@ -41,22 +42,6 @@ NATTEN_DEVICE void write_partial(const Worker<K, Machine>& w, int which,
     }
 }
 
-/// Copies the first `count` elements of a chunk to memory, by pieces of `kBytes` but for the rest.
-template <int kBytes, class T, class Machine>
-NATTEN_DEVICE void store_pieces(Machine& gpu, T* to, const T* from, int count) {
-  constexpr int kPiece = kBytes / int(sizeof(T));
-  NATTEN_UNROLL
-  for (int at = 0; at < kChunk<T>; at += kPiece) {
-    if (at + kPiece <= count) {
-      gpu.template copy<kBytes>(to + at, from + at);
-    } else {
-      NATTEN_UNROLL
-      for (int j = at; j < at + kPiece - 1; ++j)
-        if (j < count) to[j] = from[j];
-    }
-  }
-}
-
 /// Writes the sums of the warp's rows, times a factor of each, in whole rows by way of the memory
 /// that A1 had.
 template <class K, class Machine, int kSums>
@@ -83,20 +68,19 @@ NATTEN_DEVICE void write(const Worker<K, Machine>& w, int which,
     const int row = 16 * K::kM * w.warp() + in_warp;
     if (chunk * kChunk<T> >= dims || !w.state.rows.holds(w.a.grid.row_tile, row)) continue;
     T* slot = pointers.at(w.a.grid.row_tile, row) + chunk * kChunk<T>;
-    const T* from = w.gpu.template shared<T>(staging.at(row, chunk));
+    const int from = staging.at(row, chunk);
     if (to.unit() == kChunk<T> && (chunk + 1) * kChunk<T> <= dims) {
-      w.gpu.template copy<kChunkBytes>(slot, from);
+      w.gpu.template copy<kChunkBytes>(slot, w.gpu.template shared<T>(from));
       continue;
     }
     const int count = w.gpu.opaque(dims) - chunk * kChunk<T>;  // as in load_chunk
-    if (to.unit() >= kChunk<T> / 2) {
-      store_pieces<kChunkBytes / 2>(w.gpu, slot, from, count);
-    } else if (to.unit() == kChunk<T> / 4) {
-      store_pieces<kChunkBytes / 4>(w.gpu, slot, from, count);
-    } else {
-      NATTEN_DO_NOT_UNROLL
-      for (int j = 0; j < kChunk<T> && j < count; ++j) slot[j] = from[j];
-    }
+    with_piece_bytes<T>(to.unit(), [&](auto bytes) {
+      if constexpr (bytes >= 4)
+        store_pieces<(bytes < kChunkBytes ? bytes : kChunkBytes / 2)>(
+            w.gpu, slot, w.gpu.template shared<T>(from), count);
+      else
+        store_shifted(w.gpu, slot, from, count);
+    });
   }
 }
 

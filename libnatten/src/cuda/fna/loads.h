@@ -2,22 +2,10 @@
 
 // Copies from global to shared memory.
 
+#include "pieces.h"
 #include "worker.h"
 
 namespace natten::detail::cuda {
-
-/// Begins to copy a chunk, `kBytes` at a time, of which `given` bytes exist.
-template <int kBytes, class Machine>
-NATTEN_DEVICE void copy_pieces(Machine& gpu, int to, const void* from, int given) {
-  NATTEN_UNROLL
-  for (int at = 0; at < kChunkBytes; at += kBytes) {
-    const int left = given - at;
-    gpu.template copy_async<kBytes>(to + at, static_cast<const char*>(from) + at,
-                                    left < 0        ? 0
-                                    : left < kBytes ? left
-                                                    : kBytes);
-  }
-}
 
 /// Copies one chunk of a token of which `dims` elements exist; zeros where `from` is null.
 template <class K, class Machine>
@@ -30,12 +18,12 @@ NATTEN_DEVICE void load_chunk(const Worker<K, Machine>& w, int to, const typenam
   const int left = w.gpu.opaque(dims) - chunk * kChunk<T>, given = left * int(sizeof(T));
   if (!from || left <= 0) return w.gpu.write_chunk(to, {0, 0, 0, 0});
   from += chunk * kChunk<T>;
-  if (unit == kChunk<T>) return copy_pieces<kChunkBytes>(w.gpu, to, from, given);
-  if (unit == kChunk<T> / 2) return copy_pieces<kChunkBytes / 2>(w.gpu, to, from, given);
-  if (unit == kChunk<T> / 4) return copy_pieces<kChunkBytes / 4>(w.gpu, to, from, given);
-  // Not unrolled: it is slow anyway, and registers are scarce where it is called.
-  NATTEN_DO_NOT_UNROLL
-  for (int j = 0; j < kChunk<T>; ++j) w.gpu.template shared<T>(to)[j] = j < left ? from[j] : T();
+  with_piece_bytes<T>(unit, [&](auto bytes) {
+    if constexpr (bytes >= 4)
+      copy_pieces<bytes>(w.gpu, to, from, given);
+    else
+      load_shifted<K::kAddsQueries>(w.gpu, to, from, left);
+  });
 }
 
 template <class K, class Machine>

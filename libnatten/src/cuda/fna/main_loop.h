@@ -11,11 +11,24 @@
 
 namespace natten::detail::cuda {
 
+/// Takes the warp's rows of A1 from the memory that B2 gets.
+template <class K, class Machine>
+NATTEN_DEVICE void hold_rows(const Worker<K, Machine>& w, typename K::HeldRows& held) {
+  using T = typename K::Element;
+  w.gpu.template wait<0>();
+  w.gpu.sync();
+  const SharedRows<T, K::kDims, Machine> rows(w.gpu, w.lane(), {K::Layout::kRows1},
+                                              16 * K::kM * w.warp());
+  NATTEN_EACH (k, K::kDims / kDepth<T>) rows(k, held.operands[k]);
+}
+
 template <class K, class Machine>
 NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums) {
   using T = typename K::Element;
   constexpr typename K::Tile rows1{K::Layout::kRows1}, rows2{K::Layout::kRows2},
       columns2{K::Layout::kColumns2};
+  typename K::HeldRows held;
+  if constexpr (K::kHoldsRows) hold_rows(w, held);
   QueryStatistics<K> of_rows{};
   if constexpr (K::kRowsAreQueries && K::kPass != TilePass::forward) of_rows = row_statistics(w);
 
@@ -47,8 +60,11 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
     typename K::Scores scores;
     typename K::Weights weights;
     if (seen != Overlap::none) {
-      multiply_rows<T>(w.gpu, w.lane(), scores, rows1, 16 * K::kM * w.warp(),
-                       w.first_columns(stage));
+      if constexpr (K::kHoldsRows)
+        multiply_rows<T>(w.gpu, w.lane(), scores, held, w.first_columns(stage));
+      else
+        multiply_rows<T>(w.gpu, w.lane(), scores, rows1, 16 * K::kM * w.warp(),
+                         w.first_columns(stage));
       finish_scores(w, scores, stop, w.opaque(i), seen);
       if constexpr (K::kPass == TilePass::forward)
         softmax(w, scores, sums.second, sums.totals);

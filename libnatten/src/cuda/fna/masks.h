@@ -148,9 +148,10 @@ struct RowBias {
 template <class K, class Machine>
 NATTEN_DEVICE void scale_row(const Worker<K, Machine>& w, FragmentC (&scores)[K::kN], int half,
                              int row, const ColumnTile& at, const Mask<K>& mask) {
+  constexpr int kTogether = K::kHoldsRows ? 2 : 4;
   const RowBias<K, Machine> bias(w, row, at);
   NATTEN_EACH (n, K::kN) {
-    if (n % 4 == 0) w.gpu.sync_warp();  // reads ahead would take registers
+    if (n % kTogether == 0) w.gpu.sync_warp();  // reads ahead would take registers
     NATTEN_EACH (j, 2) {
       float& score = scores[n][2 * half + j];
       score *= w.a.scale * kLog2E;

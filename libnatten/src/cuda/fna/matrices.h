@@ -50,19 +50,43 @@ NATTEN_DEVICE void round_operand(std::uint32_t (&x)[kCount]) {
   }
 }
 
-/// c[i][j] = row i of `a` (from `first_row`) times row j of `b`.
-template <class T, int kDims, int kM, int kN, class Machine>
+/// Rows of a tile, from `first_row` on, as operands A of products: a call reads the `k`-th.
+template <class T, int kDims, class Machine>
+struct SharedRows {
+  Machine& gpu;
+  SharedTile<T, kDims> tile;
+  int at;
+
+  NATTEN_DEVICE SharedRows(Machine& machine, int lane, const SharedTile<T, kDims>& a, int first_row)
+      : gpu(machine), tile(a), at(a.at(first_row + lane % 16, lane / 16)) {}
+  template <int kM>
+  NATTEN_DEVICE void operator()(int k, FragmentA (&x)[kM]) const {
+    NATTEN_EACH (m, kM) {
+      gpu.load_matrices(x[m], tile.step(at, 2 * k) + 16 * m * tile.kPitch);
+      round_operand<T>(x[m]);
+    }
+  }
+};
+
+/// The same in registers.
+template <int kM, int kK>
+struct HeldRows {
+  FragmentA operands[kK][kM];
+
+  NATTEN_DEVICE void operator()(int k, FragmentA (&x)[kM]) const {
+    NATTEN_EACH (m, kM)
+      NATTEN_EACH (i, 4) x[m][i] = operands[k][m][i];
+  }
+};
+
+/// c[i][j] = row i of A times row j of `b`; `rows(k, x)` gives A's `k`-th operand.
+template <class T, int kDims, int kM, int kN, class Machine, class RowsOfA>
 NATTEN_DEVICE void multiply_rows(Machine& gpu, int lane, FragmentC (&c)[kM][kN],
-                                 const SharedTile<T, kDims>& a, int first_row,
-                                 const SharedTile<T, kDims>& b) {
-  const int a_at = a.at(first_row + lane % 16, lane / 16);
+                                 const RowsOfA& rows, const SharedTile<T, kDims>& b) {
   const int b_at = b.at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
   NATTEN_EACH (k, kDims / kDepth<T>) {
     FragmentA x[kM];
-    NATTEN_EACH (m, kM) {
-      gpu.load_matrices(x[m], a.step(a_at, 2 * k) + 16 * m * a.kPitch);
-      round_operand<T>(x[m]);
-    }
+    rows(k, x);
     NATTEN_UNROLL
     for (int n = 0; n < kN; n += 2) {
       std::uint32_t y[4];
@@ -80,6 +104,14 @@ NATTEN_DEVICE void multiply_rows(Machine& gpu, int lane, FragmentC (&c)[kM][kN],
       }
     }
   }
+}
+
+/// The same with row i of `a`, from `first_row` on.
+template <class T, int kDims, int kM, int kN, class Machine>
+NATTEN_DEVICE void multiply_rows(Machine& gpu, int lane, FragmentC (&c)[kM][kN],
+                                 const SharedTile<T, kDims>& a, int first_row,
+                                 const SharedTile<T, kDims>& b) {
+  multiply_rows<T>(gpu, lane, c, SharedRows<T, kDims, Machine>(gpu, lane, a, first_row), b);
 }
 
 /// Weights as operands A of products.

@@ -171,7 +171,7 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
     }
   }
   clear_padding(w, {K::Layout::kColumns1}, K::kStages * K::kColumns, w.a.dims[0]);
-  clear_padding(w, {K::Layout::kColumns2}, K::kColumns, w.a.dims[1]);
+  if constexpr (!K::kHoldsRows) clear_padding(w, {K::Layout::kColumns2}, K::kColumns, w.a.dims[1]);
   w.gpu.sync();
   if constexpr (K::kAddsQueries) {
     for (int row = w.thread(); row < K::kRows; row += K::kThreads) {

@@ -69,11 +69,15 @@ struct TileTraits {
   static constexpr bool kScalesFirst = kM == 1;
   static constexpr int kRows = 16 * kM * kWarps;
   using Tile = SharedTile<T, kDims>;
+  /// Whether registers hold the warp's rows of A1, whose memory B2 takes then: so two blocks of 128
+  /// dims fit into 100 KiB.
+  static constexpr bool kHoldsRows = kPass == TilePass::forward && kM == 1 && sizeof(T) == 2 &&
+                                     !kKeepsIndices && kDims <= kMostDimsOfTwo;
   /// That a multiprocessor has registers for, as many as the kernel can do with.
-  static constexpr int kBlocks = kM > 1                                          ? 2
-                                 : kKeepsIndices || (kDims == 32 && !kFindsTerm) ? 4
-                                 : Tile::kPitch <= 128 && !kAddsQueries          ? 3
-                                                                                 : 2;
+  static constexpr int kBlocks = kM > 1                                                 ? 2
+                                 : kKeepsIndices || (kDims == 32 && !kFindsTerm)        ? 4
+                                 : kHoldsRows || (Tile::kPitch <= 128 && !kAddsQueries) ? 3
+                                                                                        : 2;
   /// As many as shared memory has room for beside the rows.
   static constexpr bool kIsCrowded = Tile::kPitch > 256 && (kPass != TilePass::forward || kM > 1);
   static constexpr int kColumns = kIsCrowded ? 32 : 64;
@@ -94,14 +98,17 @@ struct TileTraits {
   using Weights = cuda::Weights<T, kM, kN>;
   using RowSums = FragmentC[kM][kDims / 8];
   using PerRow = float[kM][2];
+  using HeldRows = cuda::HeldRows<kM, kHoldsRows ? kDims / kDepth<T> : 1>;
 
   /// Shared memory, in order: offsets in bytes.
   struct Layout {
     static constexpr int kRows1 = 0;
     static constexpr int kRows2 = kRows1 + Tile::bytes(kRows);
     static constexpr int kColumns1 = kRows2 + (kNeedsGradWeights ? Tile::bytes(kRows) : 0);
-    static constexpr int kColumns2 = kColumns1 + kStages * Tile::bytes(kColumns);
-    static constexpr int kGradScores = kColumns2 + Tile::bytes(kColumns);
+    static constexpr int kAfterColumns1 = kColumns1 + kStages * Tile::bytes(kColumns);
+    static_assert(!kHoldsRows || kColumns == kRows);
+    static constexpr int kColumns2 = kHoldsRows ? kRows1 : kAfterColumns1;
+    static constexpr int kGradScores = kAfterColumns1 + (kHoldsRows ? 0 : Tile::bytes(kColumns));
     static constexpr int kStatistics =
         kGradScores + (kAddsQueries ? SharedTile<T, kColumns>::bytes(kRows) : 0);
     static constexpr int kState =
