@@ -96,6 +96,19 @@ TEST_P(Fused, LongWindows) {
   expect_gradients(problem, expected);
 }
 
+/// More dims than are summed in one go.
+TEST_P(Fused, ManyDims) {
+  Case c;
+  c.seed = base_seed() + 50;
+  c.dtype = dtype();
+  c.axes.assign(index(rank()), {6, 3, 1, 1, false});
+  c.dim = 3001;
+  c.value_dim = 2047;
+  FusedProblem problem(c);
+  if (!accepts(problem.backward())) GTEST_SKIP() << backend() << " refuses";
+  expect_definition(problem, errors_, [&](const natten::Call& call) { run(call); });
+}
+
 /// Rows that lie side by side on a long line and see few of its columns, of several lines: between
 /// the columns of two vectors of rows there are some that none sees.
 TEST_P(Fused, FewColumnsOfLongLines) {

@@ -26,6 +26,7 @@ struct ColumnProducts {
   std::int64_t next_column, next_dim;
   Ints<T> index;            // of columns that are permuted
   std::int64_t dim;         // elements of a row
+  bool adds;                // to what is there, of other elements
   T scale;                  // of products of pairs
   std::int64_t out_stride;  // from the products of one vector of rows to those of the next
 };
@@ -53,7 +54,8 @@ void column_tile(const ColumnProducts<T>& p, int first, const T* columns, T* out
   for (int n = 0; n < N; ++n)
     for (int m = 0; m < M; ++m) {
       if constexpr (F::kCount > 1) c[n][m] *= p.scale;
-      store(out + n * p.out_stride + m * kWidth<T>, c[n][m]);
+      T* to = out + n * p.out_stride + m * kWidth<T>;
+      store(to, p.adds ? load(to) + c[n][m] : c[n][m]);
     }
 }
 

@@ -145,6 +145,9 @@ NATTEN_INLINE bool fits_at_once(const Walk<T>& walk) {
   return walk.block.line_count * (walk.count + 2 * padding) <= kMostStepsAtOnce;
 }
 
+/// Most elements that are summed in one go. The more there are, the more is rounded.
+constexpr std::int64_t kMostDims = 512;
+
 /// out[v][step][r] = <row r of vector v, its column of the step>; of pairs, times `scale`.
 template <class F, Access kAccess, class T = typename F::Sum>
 void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
@@ -153,34 +156,38 @@ void column_products(const Walk<T>& walk, const Batch& batch, const T* rows,
   const Block<T>& block = walk.block;
   constexpr bool kTransposed = kAccess != Access::same;
   ColumnProducts<T> p;
-  p.rows = rows;
   p.row_stride = block.vector_stride * dim;
   p.next_column = kTransposed ? 1 : padded;
   p.next_dim = kTransposed ? block.ld : 1;
   p.index = walk.index;
-  p.dim = dim;
   p.scale = scale;
   p.out_stride = kScores<T> - walk.shift * kWidth<T>;
   const std::int64_t count = batch.step1 - batch.step0, shift = walk.shift;
   const std::int64_t span = count + (block.vectors - 1) * shift;
-  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
-    const Line<T>& line = block.lines[l];
-    for (std::int64_t at = 0; at < span;) {
-      // Adjacent vectors have columns at to end in common.
-      int v0 = line.first_vector, v1 = static_cast<int>(min(line.last_vector, block.vectors));
-      std::int64_t end = span;
-      if (shift) {
-        v0 = at < count ? 0 : static_cast<int>((at - count) / shift + 1);
-        v1 = static_cast<int>(min(block.vectors, at / shift + 1));
-        end = min(v1 < block.vectors ? v1 * shift : span, v0 * shift + count);
+  for (std::int64_t d = 0; d < dim; d += kMostDims) {
+    p.rows = rows + d * kWidth<T>;
+    p.dim = min(dim - d, kMostDims);
+    p.adds = d > 0;
+    for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+      const T* columns = block.lines[l].*operand + d * p.next_dim;
+      const Line<T>& line = block.lines[l];
+      for (std::int64_t at = 0; at < span;) {
+        // Adjacent vectors have columns at to end in common.
+        int v0 = line.first_vector, v1 = static_cast<int>(min(line.last_vector, block.vectors));
+        std::int64_t end = span;
+        if (shift) {
+          v0 = at < count ? 0 : static_cast<int>((at - count) / shift + 1);
+          v1 = static_cast<int>(min(block.vectors, at / shift + 1));
+          end = min(v1 < block.vectors ? v1 * shift : span, v0 * shift + count);
+        }
+        const std::int64_t step = batch.step0 + at;
+        // Between the columns of two adjacent vectors there may be some that none sees.
+        if (v0 < v1)
+          column_tiles<F, kAccess>(v1 - v0, p, v0, columns + (walk.first + step) * p.next_column,
+                                   end - at,
+                                   out + v0 * p.out_stride + (batch.at(l) + step) * kWidth<T>);
+        at = end;
       }
-      const std::int64_t step = batch.step0 + at;
-      // Between the columns of two adjacent vectors there may be some that none sees.
-      if (v0 < v1)
-        column_tiles<F, kAccess>(v1 - v0, p, v0,
-                                 line.*operand + (walk.first + step) * p.next_column, end - at,
-                                 out + v0 * p.out_stride + (batch.at(l) + step) * kWidth<T>);
-      at = end;
     }
   }
 }
