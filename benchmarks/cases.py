@@ -135,7 +135,16 @@ MODELS = [
     # AlphaFold 3's atoms: blocks of 32 atoms see 128 around them; five samples.
     Case("af3_atoms", 5, 4, (4608,), 32, (128,), stride=32, boundary="cut"),
 ]
-SETS = {"cases": CASES, "models": MODELS}
+
+# Windows of hundreds to thousands of keys, of video, images and text.
+LARGE = [
+    Case("3d_20_k13", 1, 2, (20, 20, 20), 64, (13, 11, 11)),
+    Case("3d_24_k9_d128", 1, 1, (12, 24, 40), 128, (9, 11, 11)),
+    Case("3d_24_k12_d128", 1, 2, (12, 24, 32), 128, (12, 7, 7)),
+    Case("2d_64_k33_d128", 1, 2, (64, 64), 128, (33, 33)),
+    Case("1d_8k_w1023_d128", 1, 2, (8192,), 128, (1023,)),
+]
+SETS = {"cases": CASES, "models": MODELS, "large": LARGE}
 
 
 def coordinates(case: Case, *tokens: Array) -> Iterator[tuple[int, list[Array]]]:

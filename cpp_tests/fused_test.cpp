@@ -471,6 +471,75 @@ TEST(BackwardInOnePass, IsTheDerivativeForAnyNumberOfThreads) {
   natten::set_num_threads(threads);
 }
 
+/// Windows with whose sums a ring takes more than 4 MiB: queries see them piece by piece, twice.
+TEST(BackwardInOnePass, OfLargeWindowsIsTheDerivative) {
+  const int threads = natten::num_threads();
+  constexpr auto circular = natten::Boundary::circular;
+  const std::vector<std::vector<oracle::Axis>> grids = {
+      {{6, 6, 1, 1, false}, {7, 5, 1, 1, false}, {8, 7, 1, 1, false}},
+      {{14, 12, 2, 1, false, circular}, {12, 9, 1, 1, false, circular}},
+      {{6, 5, 1, 1, false}, {11, 5, 1, 2, false}, {9, 7, 2, 1, true}},
+      {{20, 17, 1, 1, true}, {12, 11, 1, 1, false, natten::Boundary::cut}},
+  };
+  ErrorTable errors;
+  int number = 0;
+  for (const std::vector<oracle::Axis>& grid : grids)
+    for (const natten::DType dtype : {natten::DType::float32, natten::DType::float64,
+                                      natten::DType::bfloat16, natten::DType::float16}) {
+      if (number >= 4 && dtype != natten::DType::float32 && dtype != natten::DType::bfloat16)
+        continue;
+      Case c;
+      c.seed = base_seed() + 1000 + static_cast<std::uint64_t>(number);
+      c.dtype = dtype;
+      c.axes = grid;
+      c.heads = number % 2 == 0 ? 2 : 1;
+      c.kv_heads = 1;
+      c.dim = 901;
+      c.value_dim = 700;
+      c.key_mask = number % 4 == 3;
+      c.rpb = number % 3 == 1;
+      c.additional = number % 5 == 2 ? 3 : 0;
+      c.grad_logsumexp = number % 2 == 1;
+      ++number;
+      FusedProblem problem(c);
+      if (!c.rpb && !c.key_mask && *c.additional == 0) {
+        EXPECT_EQ(natten::work_of(problem.backward()).size(), 1U) << c;
+      }
+      expect_same_bits(problem, {1, 3});
+      expect_definition(problem, errors, [](const natten::Call&) {});  // has run
+    }
+  natten::set_num_threads(threads);
+}
+
+/// Heads that are alike: of the first all weights are kept from the first visit of its keys to the
+/// second, of the last none.
+TEST(BackwardInOnePass, DoesNotDependOnWhatIsKept) {
+  Case c;
+  c.seed = base_seed() + 1100;
+  c.axes = {{3, 3, 1, 1, false}, {200, 199, 1, 1, false}};
+  c.heads = 6;
+  c.kv_heads = 1;
+  c.dim = 260;
+  c.value_dim = 150;
+  FusedProblem problem(c);
+  Buffers& b = problem.buffers;
+  const auto at = [&](std::int64_t i, std::int64_t head, std::int64_t dim) {
+    return (i / dim * c.heads + head) * dim + i % dim;
+  };
+  const std::int64_t tokens = 600;
+  for (std::int64_t i = 0; i < tokens * c.dim; ++i)
+    b.query.set(at(i, 5, c.dim), b.query.get(at(i, 0, c.dim)));
+  for (std::int64_t i = 0; i < tokens * c.value_dim; ++i)
+    b.grad_output.set(at(i, 5, c.value_dim), b.grad_output.get(at(i, 0, c.value_dim)));
+  EXPECT_EQ(natten::work_of(problem.backward()).size(), 1U) << c;
+  natten::run(problem.forward(), vectorized());
+  natten::run(problem.backward(), vectorized());
+  std::int64_t differences = 0;
+  for (std::int64_t i = 0; i < tokens * c.dim; ++i)
+    differences += b.grad_query.get(at(i, 0, c.dim)) != b.grad_query.get(at(i, 5, c.dim));
+  EXPECT_EQ(differences, 0) << c;
+}
+
 /// From 8 MiB on, whole cache lines are written past the caches, where they begin with an element.
 TEST(LargeOutputs, HaveTheSameBitsWhereverTheyLie) {
   Case c;

@@ -46,6 +46,8 @@ class BackwardQuery final : public Pass<E> {
     sums_ = take_rows<T>(arena, plan, plan.padded);
     for (RowBuffer<T>* numbers : {&total_, &logsumexp_rows_, &row_term_, &grad_logsumexp_rows_})
       *numbers = take_rows<T>(arena, plan, 1);
+    kept_ =
+        arena.take<T>(plan.kept.count * static_cast<std::int64_t>(this->kernels().batch_elements));
   }
 
   void begin_unit(const Work& work) override {
@@ -69,7 +71,7 @@ class BackwardQuery final : public Pass<E> {
     });
   }
 
-  int rounds() const override { return plan.in_pieces || plan.problem().additional > 0 ? 2 : 1; }
+  int rounds() const override { return plan.has_pieces() || plan.problem().additional > 0 ? 2 : 1; }
 
   void pack_line(const Work& work, const LineToPack<T>& line, Loader<T>& loader) override {
     const Problem& p = plan.problem();
@@ -102,6 +104,11 @@ class BackwardQuery final : public Pass<E> {
     f.sum_row_term = work.round == 0;
     f.sum_gradients = work.round == rounds() - 1;
     f.grad_query = sums_.at(row);
+    if (const KeptPart part(plan, work); part.count > 0) {
+      f.kept_batches = part.count;
+      f.kept = kept_ + part.first * static_cast<std::int64_t>(this->kernels().batch_elements) +
+               part.first_step * plan.width;
+    }
     this->kernels().backward_query(f);
   }
 
@@ -299,6 +306,7 @@ class BackwardQuery final : public Pass<E> {
   std::shared_ptr<Exchange<T>> exchange_;  // of all threads
   RowBuffer<T> query_rows_, grad_output_rows_, plain_query_, plain_grad_output_;
   RowBuffer<T> sums_, total_, logsumexp_rows_, row_term_, grad_logsumexp_rows_;
+  T* kept_ = nullptr;  // see simd::BackwardQuery
 };
 
 }  // namespace

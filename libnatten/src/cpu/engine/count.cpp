@@ -72,7 +72,7 @@ class Count final : public Pass<E> {
   }
 
   int rounds() const override {
-    return plan.kind() == PassKind::backward_query && plan.in_pieces ? 2 : 1;
+    return plan.kind() == PassKind::backward_query && plan.has_pieces() ? 2 : 1;
   }
 
   void pack_line(const Work& work, const LineToPack<T>& line, Loader<T>&) override {
@@ -93,24 +93,28 @@ class Count final : public Pass<E> {
   void run_block(const Work& work, const Columns<T>&, const simd::Block<T>& block) override {
     const Problem& p = plan.problem();
     simd::StepCount n;
-    n.at_once = plan.kind() == PassKind::backward_query;
+    n.at_once = plan.kind() == PassKind::backward_query && rounds() == 1;
     this->kernels().count(block, n);
     const bool is_first = work.round == 0, is_last = work.round == rounds() - 1;
     std::int64_t scores = p.head_dim, sums = plan.value_padded;
     if (plan.kind() == PassKind::backward_query) sums = is_last ? plan.padded : 0;
     if (plan.kind() == PassKind::backward_key) sums += plan.padded;
     if (plan.kind() != PassKind::forward) scores += p.value_dim;
-    // Row terms first, where the steps of a row do not fit into one batch.
-    const int times =
-        plan.kind() == PassKind::backward_query && is_first && is_last && n.batches > 1 ? 2 : 1;
+    // Row terms first, where the steps of a row do not fit into one batch; then what is not kept
+    // is computed again.
+    double times = 1;
+    if (plan.kind() == PassKind::backward_query && n.batches > (is_first ? 1 : 0) && is_last)
+      times = (is_first ? 1 : 0) +
+              as_double(std::max<std::int64_t>(n.batches - KeptPart(plan, work).count, 0)) /
+                  as_double(n.batches);
     const std::int64_t of_columns = (p.wants_grad_key ? plan.column.grad_key : 0) +
                                     (p.wants_grad_value ? plan.column.grad_value : 0);
     to_.calls += 1;
     to_.tiles += as_double(n.visits);
-    to_.weights += as_double(times * n.steps * plan.width);
-    to_.masked += as_double(times * n.masked * plan.width);
-    to_.executed += as_double(times * n.steps * plan.width * scores + n.sums * sums +
-                              (is_last ? n.column_sums : 0) * of_columns);
+    to_.weights += times * as_double(n.steps * plan.width);
+    to_.masked += times * as_double(n.masked * plan.width);
+    to_.executed += times * as_double(n.steps * plan.width * scores) +
+                    as_double(n.sums * sums + (is_last ? n.column_sums : 0) * of_columns);
   }
 
   void store_columns(const Work& work, const LineSums<T>& sums) override {

@@ -129,6 +129,7 @@ void Engine<E>::visit_windows(Work work) {
   if (biases_) biases_.load(work);
   const LinesSeen seen(plan_, work);
   const std::int64_t end = seen_by_row_.back().end;
+  work.piece = 0;
   for (std::int64_t c = seen_by_row_.front().begin; c < end; c += plan_.piece_columns) {
     const Interval part{c, std::min(end, c + plan_.piece_columns)};
     for (std::int64_t l = 0; l < seen.count(); l += plan_.piece_lines) {
@@ -147,6 +148,7 @@ void Engine<E>::visit_windows(Work work) {
         }
         visit_blocks(work, {lines_.data(), count, part, &seen});
       }
+      ++work.piece;
     }
   }
 }

@@ -31,12 +31,24 @@ constexpr std::int64_t kUnitsOfPartialSums = 32;
 // How columns' gradients are summed shows in the result, so rows are cut for any number of threads
 // alike: up to so many, and one for so many rows of all heads.
 constexpr double kMostThreadsOfColumnSums = 64, kRowsPerThread = 1024;
-// By that of one pass.
-constexpr double kTimeOfTwoPasses = 1.4;
+/// Elements that a thread may have of a ring with sums of columns and the rows at hand, and how
+/// long two passes take by the time of one with such a ring.
+struct RingLimit {
+  std::int64_t above, most;
+  double two_passes;
+};
+// 4 MiB of float32.
+constexpr RingLimit kRing{0, 1 << 20, 1.4};
+// 16 MiB, for large windows: rows of a strip share a piece of the ring at a time. Two passes would
+// pack pieces of lines again and again.
+constexpr RingLimit kRingInPieces{kRing.most, 1 << 22, 2};
 // A line takes as long as with so many columns more.
 constexpr double kColumnsOfLine = 8;
-// Of the packed columns and rows of a thread, and the sums of columns: 4 MiB of float32.
-constexpr std::int64_t kMostElementsOfColumnSums = 1 << 20;
+// Of a ring larger than kRing, elements that the L2 cache holds beside other things.
+constexpr std::int64_t kPieceElements = 1 << 17;
+// Of the weights of a block of queries, and their gradients.
+constexpr std::int64_t kMostKeptBytes = 8 << 20;
+constexpr std::int64_t kPaddingOfLine = 2 * simd::kPaddingSteps;
 // Bytes of partial sums, if there is more than one of each gradient.
 constexpr std::size_t kMostPartialBytes = 16 << 20;
 
@@ -268,9 +280,10 @@ bool meets_in_pairs(const Plan& plan, int axis) {
 /// A way to cut the rows of an axis, of a dilation group.
 struct Cuts {
   std::int64_t count;
-  double columns;     // that the cuts see, added up, and what each costs besides, in columns
-  std::int64_t most;  // that one of them sees
-  double largest;     // share of the rows
+  double columns;          // that the cuts see, added up, and what each costs besides, in columns
+  std::int64_t most;       // that one of them sees
+  std::int64_t most_rows;  // that one of them has
+  double largest;          // likewise, as a share of the rows
 };
 
 /// For a pass that sums columns: counts of cuts that leave equal parts, and no columns that are
@@ -281,7 +294,7 @@ std::vector<Cuts> ways_to_cut(Plan plan, int axis) {
                      least_strips = plan.strips;
   std::vector<Cuts> ways;
   for (const std::int64_t n : {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64}) {
-    Cuts way{n, 0, 0, 0};
+    Cuts way{n, 0, 0, 0, 0};
     if (axis == 2) {
       // Of at least so many rows that vectors are full.
       way.count = n * least_strips;
@@ -296,10 +309,9 @@ std::vector<Cuts> ways_to_cut(Plan plan, int axis) {
       const std::int64_t columns = plan.columns_of_cut(axis, group, i).size();
       way.columns += static_cast<double>(columns) + (axis == 2 ? kColumnsOfLine : 0);
       way.most = std::max(way.most, columns);
-      way.largest =
-          std::max(way.largest, static_cast<double>(plan.rows_of_cut(axis, {0, rows}, i).size()) /
-                                    static_cast<double>(rows));
+      way.most_rows = std::max(way.most_rows, plan.rows_of_cut(axis, {0, rows}, i).size());
     }
+    way.largest = static_cast<double>(way.most_rows) / static_cast<double>(rows);
     // Planes that two slabs see are often packed by one thread, and once.
     if (axis == 0 && !ways.empty()) way.columns = (way.columns + ways[0].columns) / 2;
     ways.push_back(way);
@@ -307,14 +319,14 @@ std::vector<Cuts> ways_to_cut(Plan plan, int axis) {
   return ways;
 }
 
-bool fits_with_sums(const Plan& plan) {
-  return packed_bytes(plan, plan.strip) <= kMostElementsOfColumnSums * plan.element_bytes;
+bool fits(const RingLimit& limit, const Plan& plan) {
+  return packed_bytes(plan, plan.strip) <= limit.most * plan.element_bytes;
 }
 
 /// Chooses slabs, sweeps and strips of a pass that sums columns: those with which the time, of all
 /// numbers of threads alike, is least. Tells whether there are any that fit, and are better than
 /// two passes.
-bool choose_cuts(Plan& plan, bool is_shared) {
+bool choose_cuts(Plan& plan, const RingLimit& limit, bool is_shared) {
   const Problem& p = plan.problem();
   std::vector<Cuts> ways[kMaxRank];
   for (int axis = 0; axis < kMaxRank; ++axis) {
@@ -335,15 +347,18 @@ bool choose_cuts(Plan& plan, bool is_shared) {
   if (is_shared) {
     best = 1;
     for (double threads = 1; threads <= most_threads; threads *= 2)
-      best *= kTimeOfTwoPasses * work(ways[0][0], ways[1][0], ways[2][0]) / threads;
+      best *= limit.two_passes * work(ways[0][0], ways[1][0], ways[2][0]) / threads;
   }
   Coordinate cuts{};
   for (const Cuts& a : ways[0])
     for (const Cuts& b : ways[1])
       for (const Cuts& c : ways[2]) {
         const std::int64_t ring1 = keeps_lines(plan.grid, plan.ring0) ? b.most : plan.ring1;
-        if (plan.ring0 * ring1 * c.most * column_elements(plan) > kMostElementsOfColumnSums)
-          continue;
+        const std::int64_t elements =
+            column_elements(plan) *
+            (plan.ring0 * ring1 * c.most +
+             plan.row_heads * plan.stack * round_up(c.most_rows, plan.width));
+        if (elements <= limit.above || elements > limit.most) continue;
         const double parts = groups / (a.largest * b.largest * c.largest);
         double time = 1;
         for (double threads = 1; threads <= most_threads; threads *= 2)
@@ -383,7 +398,8 @@ void cut_into_units(Plan& plan, std::int64_t others) {
 /// Plans one pass for the gradients of queries, keys and values: `plan` then has sums of columns.
 /// Tells whether there is such a plan. How it cuts rows shows in these sums, so that depends on the
 /// problem alone; only heads depend on threads.
-bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
+bool plan_sums_of_columns(Plan& plan, const RingLimit& limit, int threads,
+                          const Configuration& asked) {
   const Problem& p = plan.problem();
   if (p.batch == 0) return false;
   Plan found = plan;
@@ -397,7 +413,7 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
   found.slabs = found.sweeps = 1;
   set_strips(found, (grid.most_rows(2) + kLongestStrip - 1) / kLongestStrip);
   const bool is_shared = multiply_adds(p) >= kLeastSharedWork;  // by threads
-  if ((is_shared || !fits_with_sums(found)) && !choose_cuts(found, is_shared)) return false;
+  if ((is_shared || !fits(limit, found)) && !choose_cuts(found, limit, is_shared)) return false;
   if (asked.strip > 0) set_strip(found, asked.strip);
   const bool keeps = keeps_lines(grid, plan.ring0);
   if (keeps || (grid.is_circular(1) && found.sweeps == 1)) {
@@ -406,9 +422,9 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
         found.ring1 = std::max(found.ring1, found.columns_of_cut(1, grid.group(1, i), n).size());
     // A circular axis is held whole, unless lines that are at hand together go all around.
     if (plan.ring1 <= grid.turn(1)) found.ring1 = std::min(found.ring1, grid.turn(1));
-    if (!keeps && !fits_with_sums(found)) found.ring1 = plan.ring1;
+    if (!keeps && !fits(limit, found)) found.ring1 = plan.ring1;
   }
-  if (!fits_with_sums(found)) return false;
+  if (!fits(limit, found)) return false;
   for (int axis = 0; axis < kMaxRank; ++axis)
     if (!meets_in_pairs(found, axis)) return false;
   // Which heads go together depends on threads, partial sums do not.
@@ -423,33 +439,60 @@ bool plan_sums_of_columns(Plan& plan, int threads, const Configuration& asked) {
       set_heads(found, found.row_heads - 1);
   }
   found.piece_lines = found.lines;
+  if (limit.above > 0)
+    found.piece_lines = std::clamp<std::int64_t>(
+        kPieceElements / (column_elements(found) * grid.most_columns(2, found.strip)), 1,
+        found.lines);
   found.piece_columns = grid.most_columns(2, found.strip);
   plan = found;
   return true;
 }
 
-/// Rows of a block.
-std::int64_t block_rows(const Plan& plan) {
-  return (plan.stack == 1 ? kMostVectors : 1) * plan.width;
-}
-
 /// Whether each row is in a block with the same rows, whatever strips they are cut into.
 bool have_same_blocks(const Plan& a, const Plan& b) {
   const auto cut_by_blocks = [](const Plan& plan) {
-    return plan.strips == 1 || plan.strip % block_rows(plan) == 0;
+    return plan.strips == 1 || plan.strip % plan.block_rows() == 0;
   };
   return a.width == b.width && a.stack == b.stack &&
          (a.strip == b.strip || (cut_by_blocks(a) && cut_by_blocks(b)));
 }
 
+/// Of a block's walk over a line of columns, with its padding, at most.
+std::int64_t most_steps(const Plan& plan) {
+  const std::int64_t rows = plan.block_rows();
+  // Rows may begin a step apart where their windows do not.
+  return plan.grid.most_columns(2, rows) + rows + kPaddingOfLine;
+}
+
 /// Whether a block's walk over columns is summed in one go, so that its extent shows nowhere.
 bool is_one_batch(const Plan& plan) {
-  const std::int64_t rows = block_rows(plan);
-  // Rows may begin a step apart where their windows do not.
+  return plan.lines * most_steps(plan) <= simd::kBatchSteps &&
+         plan.problem().additional + kPaddingOfLine <= simd::kBatchSteps;
+}
+
+/// Plan::kept, of all steps or as many as fit the memory.
+KeptBatches batches_to_keep(const Plan& plan) {
+  KeptBatches kept;
+  // With additional tokens blocks come back once those have been seen, which is rare.
+  if (plan.kind() != PassKind::backward_query || plan.problem().additional > 0) return kept;
   const std::int64_t steps =
-      plan.grid.most_columns(2, rows) + rows + std::int64_t{2} * simd::kPaddingSteps;
-  return plan.lines * steps <= simd::kBatchSteps &&
-         plan.problem().additional + std::int64_t{2} * simd::kPaddingSteps <= simd::kBatchSteps;
+      std::min(most_steps(plan), plan.piece_columns + plan.block_rows() + kPaddingOfLine);
+  if (!plan.has_pieces() && plan.lines * steps <= simd::kMostStepsAtOnce) return kept;
+  const auto parts = [](std::int64_t count, std::int64_t of) { return (count + of - 1) / of; };
+  const std::int64_t of_line = std::min<std::int64_t>(steps, simd::kBatchSteps);
+  kept.of_piece = parts(plan.piece_lines, simd::kBatchSteps / of_line) *
+                  parts(steps - kPaddingOfLine, of_line - kPaddingOfLine);
+  kept.piece_steps = plan.piece_lines * of_line;
+  if (kept.of_piece == 1) kept.pieces = simd::kBatchSteps / kept.piece_steps;
+  const std::int64_t pieces = parts(plan.lines, plan.piece_lines) *
+                              parts(plan.grid.most_columns(2, plan.strip), plan.piece_columns);
+  kept.of_block = parts(pieces, kept.pieces) * kept.of_piece;
+  const std::int64_t blocks =
+      plan.has_pieces() ? plan.row_heads * parts(plan.strip, plan.block_rows()) : 1;
+  const auto bytes = static_cast<std::int64_t>(plan.element_bytes) * simd::kMostStepsAtOnce *
+                     kMostVectors * plan.width;
+  kept.count = std::min(blocks * kept.of_block, kMostKeptBytes / bytes);
+  return kept;
 }
 
 }  // namespace
@@ -506,7 +549,10 @@ Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::siz
   plan.ring1 = std::max<std::int64_t>(1, grid.most_columns(1, plan.stack));
   plan.ring2 = std::max<std::int64_t>(1, grid.most_columns(2, 1));
   plan.lines = plan.ring0 * plan.ring1;
-  if (kind != PassKind::backward_query || !plan_sums_of_columns(plan, threads, asked)) {
+  const auto sums_columns = [&](const RingLimit& limit) {
+    return plan_sums_of_columns(plan, limit, threads, asked);
+  };
+  if (kind != PassKind::backward_query || !(sums_columns(kRing) || sums_columns(kRingInPieces))) {
     const bool sums_up = kind == PassKind::backward_query &&
                          (problem.wants_grad_rpb || problem.wants_grad_additional);
     fit_cache(plan, asked);
@@ -515,6 +561,7 @@ Plan make_plan(const Problem& problem, PassKind kind, int vector_width, std::siz
   }
   plan.line_rows = round_up(plan.strip, plan.width);
   plan.head_rows = plan.stack * plan.line_rows;
+  plan.kept = batches_to_keep(plan);
   return plan;
 }
 

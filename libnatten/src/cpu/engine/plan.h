@@ -133,6 +133,16 @@ struct PartialSums {
   std::int64_t elements() const { return bias + additional; }
 };
 
+/// Where weights of blocks of queries and their gradients stay between two visits of the columns,
+/// in batches of simd::BackwardQuery::kept. As many as memory is spent on; the rest is computed
+/// again.
+struct KeptBatches {
+  std::int64_t count = 0;
+  std::int64_t of_block = 0, of_piece = 0;
+  std::int64_t pieces = 1;       // that are in one batch
+  std::int64_t piece_steps = 0;  // from one of these to the next
+};
+
 /// How a pass is cut into work. Strips, whose rows share vectors, are decided from the problem
 /// alone, and so are units where there are partial sums; the rest changes no sum and may depend on
 /// threads.
@@ -153,13 +163,14 @@ struct Plan {
   std::int64_t stacks = 0;                    // of lines, along axis 1
   bool sums_columns = false;                  // rows give gradients to the columns that they see
   bool in_pieces = false;                     // columns do not fit a ring
-  std::int64_t piece_lines = 0;               // lines that are packed at a time
+  std::int64_t piece_lines = 0;               // lines that blocks of rows visit at a time
   std::int64_t piece_columns = 0;             // and columns of each
   std::int64_t strips = 0;                    // along axis 2
   std::int64_t sweeps = 0;                    // along axis 1: of stacks that one item goes through
   std::int64_t slabs = 0;                     // along axis 0: of planes of such stacks
   std::int64_t units = 0;                     // per batch entry and group of heads: runs of items
   PartialSums partial;                        // of each unit and head
+  KeptBatches kept;                           // of the rows at hand
   std::int64_t line_rows = 0;  // rows from a line of rows to the next in operands by row
   std::int64_t head_rows = 0;  // and from a head to the next
 
@@ -220,6 +231,11 @@ struct Plan {
       }
     }
   }
+  /// Whether blocks of rows see their columns in several pieces: then they see them twice, in
+  /// backward_query, as row terms come first.
+  bool has_pieces() const { return in_pieces || piece_lines < lines; }
+  /// Rows of a block, at most.
+  std::int64_t block_rows() const { return (stack == 1 ? simd::kMostVectors : 1) * width; }
   /// Rows that a thread has at hand.
   std::int64_t rows() const { return row_heads * head_rows; }
   /// Which of the lines at one position of axis 2 a line is: where the ring holds a circular axis

@@ -21,6 +21,7 @@ struct Work {
   std::int64_t column_head_count = 0;
   std::int64_t query_head = 0;  // first of the queries, which are rows or columns
   int round = 0;
+  std::int64_t piece = 0;  // of the columns
   // The block of rows.
   std::int64_t head = 0;  // whose turn it is, of head_count
   std::int64_t row = 0;   // of row_count, the first of the block
@@ -44,6 +45,23 @@ struct Work {
     for (int i = 0; i < kMaxRank; ++i)
       c[i] = plan.grid.column_index(i, token(plan, i, position[i]));
     return c;
+  }
+};
+
+/// The batches that are kept of a block and a piece of its columns.
+struct KeptPart {
+  std::int64_t count = 0;
+  std::int64_t first = 0, first_step = 0;  // of those of all blocks; in that batch
+
+  KeptPart(const Plan& plan, const Work& work) {
+    const KeptBatches& kept = plan.kept;
+    if (kept.count == 0) return;
+    const std::int64_t blocks = (plan.strip + plan.block_rows() - 1) / plan.block_rows();
+    const std::int64_t block =
+        plan.has_pieces() ? work.head * blocks + work.row / plan.block_rows() : 0;
+    first = block * kept.of_block + work.piece / kept.pieces * kept.of_piece;
+    first_step = work.piece % kept.pieces * kept.piece_steps;
+    count = std::clamp<std::int64_t>(kept.count - first, 0, kept.of_piece);
   }
 };
 

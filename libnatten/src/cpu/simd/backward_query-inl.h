@@ -40,8 +40,7 @@ template <class F, class T = typename F::Sum>
 void backward_query(const BackwardQuery<T>& f) {
   const Block<T>& block = f.block;
   const Walk<T> walk(block);
-  T* weights = block.scratch;
-  T* grads = weights + kMostVectors * kScores<T>;
+  constexpr std::int64_t kBatch = kMostVectors * kScores<T>;
   // Both rounds at once need all steps in one batch.
   const bool at_once = f.sum_row_term && f.sum_gradients && fits_at_once(walk);
   const std::int64_t most_steps = at_once ? kMostStepsAtOnce : kBatchSteps;
@@ -54,42 +53,54 @@ void backward_query(const BackwardQuery<T>& f) {
           load(f.row_term + row) / load(f.total + row) - load(f.grad_logsumexp + row));
   };
   for (int round = 0; round < 2; ++round) {
+    std::int64_t number = 0;  // of the batch
     const bool sums_row_term = round == 0 && f.sum_row_term;
     const bool sums_gradients = round == 0 ? at_once : f.sum_gradients && !at_once;
     if (!sums_row_term && !sums_gradients) continue;
     for_each_batch(walk, most_steps, [&](const Batch& batch) {
-      column_products<F>(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded,
-                         weights, block.scale);
-      column_products<F>(walk, batch, f.grad_output, &Line<T>::transposed_grad, block.value_dim,
-                         block.value_padded, grads);
+      // Weights of one of several batches leave room for their gradients.
+      static_assert(2 * kBatchSteps <= kMostStepsAtOnce);
+      const bool is_kept = !at_once && number < f.kept_batches;
+      T* weights = is_kept ? f.kept + number * kBatch : block.scratch;
+      T* grads = weights + (is_kept ? kBatchSteps * kWidth<T> : kBatch);
+      const bool is_computed = is_kept && round == 1;
+      ++number;
+      if (!is_computed) {
+        column_products<F>(walk, batch, f.query, &Line<T>::transposed, block.dim, block.padded,
+                           weights, block.scale);
+        column_products<F>(walk, batch, f.grad_output, &Line<T>::transposed_grad, block.value_dim,
+                           block.value_padded, grads);
+      }
       for (int v = 0; v < block.vectors; ++v) {
         T* w = weights + v * kScores<T>;
         T* g = grads + v * kScores<T>;
         const std::int64_t first_row = v * block.vector_stride;
-        const Vector<T> logsumexp = load(f.logsumexp + first_row);
-        Vector<T> sum{}, total{};
-        with_kind_of_scores(walk, [&](auto plain) {
-          if (plain.value) {
-            set_unseen(walk, batch, v, w, -kInfinity<T>);
-            set_unseen(walk, batch, v, g, T(0));
+        if (!is_computed) {
+          const Vector<T> logsumexp = load(f.logsumexp + first_row);
+          Vector<T> sum{}, total{};
+          with_kind_of_scores(walk, [&](auto plain) {
+            if (plain.value) {
+              set_unseen(walk, batch, v, w, -kInfinity<T>);
+              set_unseen(walk, batch, v, g, T(0));
+            }
+            for_each_step(
+                walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
+                  const Vector<T> weight = exp<T>(
+                      finish_score<plain.value>(walk, line, v, step, load(w + offset)) - logsumexp);
+                  store(w + offset, weight);
+                  Vector<T> grad = load(g + offset);
+                  if (!plain.value && !walk.sees_all(v, step)) {
+                    grad = walk.mask(v, step) ? grad : Vector<T>{};
+                    store(g + offset, grad);
+                  }
+                  sum += weight * grad;
+                  total += weight;
+                });
+          });
+          if (sums_row_term) {
+            store(f.row_term + first_row, load(f.row_term + first_row) + sum);
+            store(f.total + first_row, load(f.total + first_row) + total);
           }
-          for_each_step(
-              walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
-                const Vector<T> weight = exp<T>(
-                    finish_score<plain.value>(walk, line, v, step, load(w + offset)) - logsumexp);
-                store(w + offset, weight);
-                Vector<T> grad = load(g + offset);
-                if (!plain.value && !walk.sees_all(v, step)) {
-                  grad = walk.mask(v, step) ? grad : Vector<T>{};
-                  store(g + offset, grad);
-                }
-                sum += weight * grad;
-                total += weight;
-              });
-        });
-        if (sums_row_term) {
-          store(f.row_term + first_row, load(f.row_term + first_row) + sum);
-          store(f.total + first_row, load(f.total + first_row) + total);
         }
         if (at_once) finish_row_term(v);
         if (!sums_gradients) continue;
@@ -112,7 +123,7 @@ void backward_query(const BackwardQuery<T>& f) {
         const auto sum = [&](const T* of, T scale, const T* plain, std::int64_t padded,
                              T* Line<T>::*sums) {
           if constexpr (F::kCount > 1) {
-            T* pairs = grads + kMostVectors * kScores<T>;
+            T* pairs = block.scratch + 2 * kBatch;
             for (int v = 0; v < block.vectors; ++v)
               pair_rows<F>(walk, batch, v, of + v * kScores<T>, pairs + v * kScores<T>, scale);
             of = pairs;

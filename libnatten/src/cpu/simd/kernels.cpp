@@ -29,6 +29,7 @@ constexpr Kernels<T> kernels_of() {
   // Of weights, their gradients and, if these are in pairs of steps, pairs of rows.
   k.scratch_elements =
       static_cast<std::size_t>((F::kCount > 1 ? 3 : 2) * kMostVectors * kScores<T>);
+  k.batch_elements = static_cast<std::size_t>(kMostVectors * kScores<T>);
   k.width = kWidth<T>;
   return k;
 }

@@ -139,6 +139,9 @@ struct BackwardQuery {
   bool sum_row_term = false;             // first round
   bool sum_gradients = false;  // second round; both at once where all columns of the rows are here
   T* grad_query = nullptr;     // [rows][padded], accumulated, lacks the scale and 1 / total
+  // Scratch, [kept_batches][batch_elements]: what the second round needs not compute again.
+  T* kept = nullptr;
+  std::int64_t kept_batches = 0;
 };
 
 /// Gradients of a block of keys, the rows, from the queries that see them, the columns.
@@ -225,6 +228,7 @@ struct Kernels {
   void (*weigh)(const Weights<T>&);            // reads weights, sums up columns (Line::plain)
   void (*count)(const Block<T>&, StepCount&);  // reads no data; adds up
   std::size_t scratch_elements;                // of Block::scratch
+  std::size_t batch_elements;                  // of BackwardQuery::kept, for each batch
   int width;                                   // elements per vector; padded dims are a multiple
 };
 
