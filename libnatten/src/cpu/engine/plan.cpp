@@ -48,7 +48,7 @@ constexpr double kColumnsOfLine = 8;
 constexpr std::int64_t kPieceElements = 1 << 17;
 // Of the weights of a block of queries, and their gradients.
 constexpr std::int64_t kMostKeptBytes = 8 << 20;
-constexpr std::int64_t kPaddingOfLine = 2 * simd::kPaddingSteps;
+constexpr std::int64_t kPaddingOfLine = std::int64_t{2} * simd::kPaddingSteps;
 // Bytes of partial sums, if there is more than one of each gradient.
 constexpr std::size_t kMostPartialBytes = 16 << 20;
 
