@@ -486,8 +486,7 @@ TEST(BackwardInOnePass, OfLargeWindowsIsTheDerivative) {
   for (const std::vector<oracle::Axis>& grid : grids)
     for (const natten::DType dtype : {natten::DType::float32, natten::DType::float64,
                                       natten::DType::bfloat16, natten::DType::float16}) {
-      if (number >= 4 && dtype != natten::DType::float32 && dtype != natten::DType::bfloat16)
-        continue;
+      if (number >= 4 && dtype == natten::DType::float16) continue;
       Case c;
       c.seed = base_seed() + 1000 + static_cast<std::uint64_t>(number);
       c.dtype = dtype;

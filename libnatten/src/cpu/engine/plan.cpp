@@ -96,6 +96,11 @@ std::size_t packed_bytes(const Plan& plan, std::int64_t rows) {
   return packed_bytes(plan, rows, plan.column_heads, plan.row_heads);
 }
 
+/// Of a ring and the rows that see it, without sums of columns.
+std::size_t most_ring_bytes(const Plan& plan) {
+  return plan.has_pieces() ? kRingInPieces.most * plan.element_bytes : kMostBytes;
+}
+
 /// Has `count` heads handled together, or the most below that fit the groups that share a key head.
 void set_heads(Plan& plan, std::int64_t count) {
   const Problem& p = plan.problem();
@@ -107,6 +112,24 @@ void set_heads(Plan& plan, std::int64_t count) {
   plan.column_heads = 1;
 }
 void set_fewer_heads(Plan& plan) { set_heads(plan, (plan.row_heads + 1) / 2); }
+
+/// Has blocks of rows go through a ring that the L2 cache does not hold piece by piece.
+void cut_ring(Plan& plan) {
+  plan.piece_columns = plan.grid.most_columns(2, plan.strip);
+  plan.piece_lines = std::clamp<std::int64_t>(
+      kPieceElements / (column_elements(plan) * plan.piece_columns), 1, plan.lines);
+}
+/// Does so if such a ring has room, and pieces are few lines that the cache can hold.
+bool fit_ring_in_pieces(Plan& plan) {
+  Plan found = plan;
+  found.in_pieces = false;
+  cut_ring(found);
+  if (!found.has_pieces() || packed_bytes(found, found.strip) > most_ring_bytes(found) ||
+      column_elements(found) * found.piece_columns > 2 * kPieceElements)
+    return false;
+  plan = found;
+  return true;
+}
 
 /// Chooses heads, strips and pieces such that what is packed fits the cache.
 void fit_cache(Plan& plan, const Configuration& asked) {
@@ -143,6 +166,7 @@ void fit_cache(Plan& plan, const Configuration& asked) {
   plan.row_heads = plan.column_heads = 1;
   // Packing is paid by the rows of a strip, so strips are long where columns are cut.
   plan.strip = round_up(std::min(longest, kLongestStripOfPieces), plan.width);
+  if (is_fused(plan.kind()) && fit_ring_in_pieces(plan)) return;
   plan.piece_columns = std::min(plan.grid.most_columns(2, plan.strip), kPieceColumns);
   plan.piece_lines =
       std::max<std::int64_t>(1, static_cast<std::int64_t>(kMostBytes / 4 / plan.element_bytes) /
@@ -153,7 +177,7 @@ void fit_cache(Plan& plan, const Configuration& asked) {
 bool fits_ring(Plan& plan, std::int64_t lines0, std::int64_t lines1) {
   plan.ring0 = lines0;
   plan.ring1 = lines1;
-  return packed_bytes(plan, plan.strip) <= kMostBytes;
+  return packed_bytes(plan, plan.strip) <= most_ring_bytes(plan);
 }
 
 /// Whether lines of columns stay for the next plane of rows.
@@ -438,12 +462,8 @@ bool plan_sums_of_columns(Plan& plan, const RingLimit& limit, int threads,
     while (found.row_heads > 1 && (packed_bytes(found, found.strip) > kMostBytes || too_few()))
       set_heads(found, found.row_heads - 1);
   }
-  found.piece_lines = found.lines;
-  if (limit.above > 0)
-    found.piece_lines = std::clamp<std::int64_t>(
-        kPieceElements / (column_elements(found) * grid.most_columns(2, found.strip)), 1,
-        found.lines);
-  found.piece_columns = grid.most_columns(2, found.strip);
+  cut_ring(found);
+  if (limit.above == 0) found.piece_lines = found.lines;
   plan = found;
   return true;
 }
@@ -516,7 +536,7 @@ bool sums_alike(const Plan& a, const Plan& b) {
   if (a.sums_columns &&
       (a.stack != b.stack || a.strip != b.strip || a.sweeps != b.sweeps || a.slabs != b.slabs))
     return false;
-  if (a.in_pieces || b.in_pieces || a.partial.elements() > 0 || b.partial.elements() > 0)
+  if (a.has_pieces() || b.has_pieces() || a.partial.elements() > 0 || b.partial.elements() > 0)
     return false;
   return have_same_blocks(a, b) || (is_one_batch(a) && is_one_batch(b));
 }
