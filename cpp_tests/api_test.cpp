@@ -389,6 +389,27 @@ TEST(Workspace, TooSmallIsRefused) {
   EXPECT_TRUE(problem.buffers.grad_query.is_untouched());
 }
 
+TEST(Workspace, MustBeAligned) {
+  FusedProblem problem(sample_case(2, 5));
+  problem.forward_with_logsumexp();
+  const Call call = problem.backward();
+  const std::size_t needed = natten::workspace_bytes(call);
+  if (needed == 0) GTEST_SKIP() << "the chosen backend needs none";
+  std::vector<char> memory(needed + 128);
+  const std::size_t first = 64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64;
+  natten::Context context;
+  context.workspace = memory.data() + first + 32;
+  context.workspace_size = needed;
+  try {
+    natten::run(call, context);
+    ADD_FAILURE() << "accepted";
+  } catch (const natten::Error& error) {
+    EXPECT_EQ(error.kind(), natten::ErrorKind::invalid_value);
+    EXPECT_NE(std::string(error.what()).find("workspace: got memory"), std::string::npos);
+  }
+  EXPECT_TRUE(problem.buffers.grad_query.is_untouched());
+}
+
 /// Beyond inputs, outputs and logsumexp: one float per token and head, and scratch that does not
 /// grow with tokens times window. Needs no data.
 TEST(Workspace, IsSmall) {

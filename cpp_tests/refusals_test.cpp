@@ -813,6 +813,21 @@ TEST(Refusals, InnermostStride) {
   }
 }
 
+TEST(Refusals, TensorsBetweenElements) {
+  for (Op op : kOps) {
+    Valid valid(op);
+    valid.buffers.for_each([&](const char* name, Buffer&, TensorView natten::Tensors::*member) {
+      if (!natten::dims_of(op, member) || !(valid.call.tensors.*member)) return;
+      if ((valid.call.tensors.*member).dtype == DType::boolean) return;  // of a byte each
+      const auto shift = [&](Call& c) {
+        TensorView& view = c.tensors.*member;
+        view.data = static_cast<char*>(view.data) + 1;
+      };
+      expect_refused(op, shift, kValue, name, "must be a multiple of 4", false);
+    });
+  }
+}
+
 /// The call, as if its tensors were on a CUDA device.
 Call on_cuda(Valid& valid, int index) {
   Call call = valid.call;
@@ -931,6 +946,10 @@ TEST(Refusals, MergingAttentions) {
   expect_error(merge({sparse}, {l}, o, ol), kValue, "outputs", "got 2");
   const TensorView empty = changed(x, [](TensorView& v) { v.data = nullptr; });
   expect_error(merge({empty}, {l}, o, ol), kValue, "outputs", "null data pointer");
+  const auto shift = [](TensorView& v) { v.data = static_cast<char*>(v.data) + 2; };
+  expect_error(merge({changed(x, shift)}, {l}, o, ol), kValue, "outputs", "multiple of 4");
+  expect_error(merge({x}, {changed(l, shift)}, o, ol), kValue, "lse_tensors", "multiple of 4");
+  expect_error(merge({x}, {l}, changed(o, shift), ol), kValue, "outputs", "multiple of 4");
   const TensorView elsewhere =
       changed(x, [](TensorView& v) { v.device.type = natten::DeviceType::cuda; });
   expect_error(merge({elsewhere}, {l}, o, ol), kValue, "outputs", "CPU");

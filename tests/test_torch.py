@@ -185,6 +185,41 @@ def test_layouts_are_read_right():
         torch.zeros_like(base[:1]), base[:1], base[1:2], 3))  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_memory_between_elements_is_copied(dtype):
+    """As of views of files and of bytes."""
+
+    def shifted(x):
+        memory = bytearray(x.numel() * x.element_size() + 1)
+        y = torch.frombuffer(memory, dtype=dtype, count=x.numel(), offset=1).view(x.shape).copy_(x)
+        assert y.data_ptr() % y.element_size()
+        return y
+
+    q, k, v, grad = (torch.randn(1, 7, 2, 4).to(dtype) for _ in range(4))
+    inputs = [shifted(x).requires_grad_() for x in (q, k, v)]
+    others = [x.clone().requires_grad_() for x in (q, k, v)]
+    got, want = (F.na1d(*x, kernel_size=3, dilation=2) for x in (inputs, others))
+    assert torch.equal(got, want)
+    for x, y in zip(
+        torch.autograd.grad(got, inputs, shifted(grad)),
+        torch.autograd.grad(want, others, grad),
+        strict=True,
+    ):
+        assert torch.equal(x, y)
+    with pytest.raises(ValueError, match="kernel_size: got"):
+        F.na1d(*inputs, kernel_size=8)
+
+
+@pytest.mark.parametrize("backend", ["vectorized", "naive", "composed"])
+def test_cut_windows_that_no_memory_holds(backend):
+    q, k, v, *_ = fused_inputs(1)
+    window = dict(kernel_size=2**40, boundary="cut", backend=backend)
+    got, want = F.na1d(q, k, v, **window), F.attention(q, k, v)
+    torch.testing.assert_close(got, want)
+    for x, y in zip(*(torch.autograd.grad(o.sum(), (q, k, v)) for o in (got, want)), strict=True):
+        torch.testing.assert_close(x, y)
+
+
 def test_only_wanted_gradients():
     q, k, v, *_ = fused_inputs(1)
     for wanted in ([q], [k], [v], [q, v]):

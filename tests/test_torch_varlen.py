@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ torch = pytest.importorskip("torch")
 import cases  # noqa: E402
 import oracle  # noqa: E402
 from torch._dynamo.testing import CompileCounterWithBackend  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import natten  # noqa: E402
@@ -295,7 +298,7 @@ def test_bad_lengths(lengths, kind, message):
         ((ENDS[0], torch.tensor([0, 6])), ValueError, "cumulative_seqlen_KV: got 2 numbers"),
         ((torch.tensor([7]), torch.tensor([6])), ValueError, "cumulative_seqlen_Q: got 1 numbers"),
         ((ENDS[0], None), ValueError, "^cumulative_seqlen_KV: missing"),
-        ((*ENDS, 4, 3), ValueError, "^max_seqlen_Q: got 4; must be at least 5"),
+        ((*ENDS, 4, 3), ValueError, "^max_seqlen_Q: got 4; must be at least 5, the largest length in cumulative_seqlen_Q"),
         ((*ENDS, 5, 2), ValueError, "^max_seqlen_KV: got 2; must be at least 3"),
         ((*ENDS, 5.0, 3), TypeError, "^max_seqlen_Q: got 5.0"),
         ((*ENDS, 5, -1), ValueError, "^max_seqlen_KV: got -1"),
@@ -306,6 +309,25 @@ def test_bad_ends(lengths, kind, message):
     for backend in (None, "composed"):
         with pytest.raises(kind, match=message):
             natten.attention(Q, K, K, **dict(zip(NAMES, lengths, strict=False)), backend=backend)
+
+
+def test_composed_says_that_it_reads_lengths():
+    ends = dict(zip(NAMES, ENDS, strict=False))
+    call = functools.partial(natten.attention, backend="composed")
+    want = natten.attention(Q, K, K, **ends)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(call, backend="eager")(Q, K, K, **ends), want)
+    said = "composed reads them, so it must be called outside of the graph"
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=said):
+        torch.compile(call, fullgraph=True, backend="eager")(Q, K, K, **ends)
+    on_meta = [x.to("meta") for x in (Q, K, K)]
+    with pytest.raises(RuntimeError, match=said):
+        call(*on_meta, **{name: x.to("meta") for name, x in ends.items()})
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (Q, K, K, *ENDS)]
+        with pytest.raises(RuntimeError, match=said):
+            call(*fake[:3], **dict(zip(NAMES, fake[3:], strict=False)))
 
 
 def test_other_refusals():

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -280,8 +281,7 @@ class Checker {
     if (v.shape[ndim - 1] > 1 && v.strides[ndim - 1] != 1)
       bad_value(role.name, ": got ", v.strides[ndim - 1],
                 " as innermost stride; must be 1 (make the tensor contiguous)");
-    if (for_execution_ && !v.data)
-      bad_value(role.name, ": has no memory (null data pointer), shape ", shape_text(v));
+    if (for_execution_) check_data(role.name, v);
   }
 
   void check_type(const Role& role, const TensorView& v) {
@@ -569,6 +569,15 @@ void check_view(const char* name, const TensorView& v) {
               shape_text(v), "; must not reach further than memory does");
 }
 
+void check_data(const char* name, const TensorView& v) {
+  if (v.size() == 0) return;
+  if (!v.data) bad_value(name, ": has no memory (null data pointer), shape ", shape_text(v));
+  const std::size_t element = size_of(v.dtype);
+  if (reinterpret_cast<std::uintptr_t>(v.data) % element != 0)
+    bad_value(name, ": got address ", v.data, "; must be a multiple of ", element,
+              ", the bytes of an element of ", name_of(v.dtype), " (copy the tensor)");
+}
+
 namespace {
 
 void check_packing(const Packing& packing, std::int64_t queries, std::int64_t keys) {
@@ -596,7 +605,7 @@ void check_packing(const Packing& packing, std::int64_t queries, std::int64_t ke
                 "; must be ", tokens, ", the number of tokens in ", tensor);
     if (most && *most < longest)
       bad_value("max_seqlen_", side, ": got ", *most, "; must be at least ", longest,
-                ", the largest length in seqlens_", side);
+                ", the largest length in ", name);
   };
   check("Q", ends_of_queries, packing.max_seqlen_Q, queries, "query");
   check("KV", packing.cumulative_seqlen_KV, packing.max_seqlen_KV, keys, "key");

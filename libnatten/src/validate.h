@@ -24,6 +24,10 @@ Problem check_packed(const Call& call, const Packing& packing, bool for_executio
 /// size and strides that memory can have. Throws Error. Check this before anything else of a view.
 void check_view(const char* name, const TensorView& view);
 
+/// What must hold for a view that is read or written: that there is memory, in which elements lie
+/// at multiples of their size. Throws Error.
+void check_data(const char* name, const TensorView& view);
+
 /// The shape of a tensor whose dimensions are spelled as in `Role::dims`.
 std::vector<std::int64_t> shape_of(const Problem& problem, const char* dims);
 

@@ -386,6 +386,13 @@ def head_dim_of(dim: int, num_heads: int) -> int:
     return dim // num_heads
 
 
+def flag(name: str, value: bool | None) -> bool:
+    """A module's argument that is true or false. None is False; other values are misplaced."""
+    if value is None or type(value) is bool or _is_numpy_bool(value):
+        return bool(value)
+    raise TypeError(f"{name}: got {_shown(value)}; must be True or False")
+
+
 def probability(name: str, value: float) -> float:
     """A module's rate of dropout."""
     rate = _real(name, value, "a real number")

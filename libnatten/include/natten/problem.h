@@ -61,7 +61,7 @@ struct Neighborhood {
 /// gradients [B, N, Hkv, D or Dv]. Unfused operations are heads-first: [B, H, *spatial, D],
 /// attn [B, H, *spatial, K + N], additional [B, H, N, D]. rpb, grad_rpb [H, 2 k0 - 1, ...].
 /// key_mask [B or 1, *spatial] has a byte per key, 0 where the key is hidden: it then has no weight
-/// and no gradients, whatever it holds. The innermost stride is 1, the others are free.
+/// and no gradients, whatever it holds. Innermost strides are 1, others free; data is aligned.
 ///
 /// Inputs may share memory with each other, and their outer strides may be 0. An output may share
 /// no element with an input, with another output, or with itself; calls that run at once count as

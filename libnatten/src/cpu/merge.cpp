@@ -45,7 +45,8 @@ Rows check(const Views& like_output, const Views& like_logsumexp) {
          ErrorKind::invalid_type);
   const DType statistic = statistic_dtype(first.dtype);
   const auto check_one = [&](const TensorView& v, bool is_output) {
-    const std::string name = is_output ? "outputs: " : "lse_tensors: ";
+    const char* const argument = is_output ? "outputs" : "lse_tensors";
+    const std::string name = std::string(argument) + ": ";
     const DType dtype = is_output ? first.dtype : statistic;
     if (v.dtype != dtype)
       fail(name + "got dtype " + name_of(v.dtype) + "; must be " + name_of(dtype),
@@ -55,7 +56,7 @@ Rows check(const Views& like_output, const Views& like_logsumexp) {
       fail(name + "got shape " + detail::to_string(v.shape.data(), v.ndim) + "; must be " +
            detail::to_string(first.shape.data(), ndim));
     if (v.device.type != DeviceType::cpu) fail(name + "must be on the CPU");
-    if (v.size() > 0 && !v.data) fail(name + "a tensor has no memory (null data pointer)");
+    detail::check_data(argument, v);
     if (is_output && v.shape[ndim - 1] > 1 && v.strides[ndim - 1] != 1)
       fail(name + "got " + std::to_string(v.strides[ndim - 1]) + " as innermost stride; must be 1");
   };

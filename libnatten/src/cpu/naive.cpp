@@ -136,6 +136,13 @@ void for_each_query(const Problem& p, const KeyMask& mask, const Row& key, F&& f
   });
 }
 
+/// Most keys that a query sees: cut windows may be larger than any grid.
+std::int64_t most_seen(const Problem& p) {
+  std::int64_t keys = 1;
+  for (const Axis& axis : p.axes) keys *= std::min(axis.kernel_size, axis.key_length);
+  return keys + p.additional;
+}
+
 /// A phase with one item per batch entry, head and token. `make_body()` is called once per chunk
 /// of work and returns what handles a row, so that its buffers are reused.
 template <class MakeBody>
@@ -145,7 +152,7 @@ Phase row_phase(const Problem& p, std::int64_t heads, const Coordinate& lengths,
   return {p.batch * heads * tokens, [=](std::int64_t begin, std::int64_t end) {
             auto body = make_body();
             for (std::int64_t i = begin; i < end; ++i) {
-              checkpoint(p.slots() * (p.head_dim + p.value_dim + 1));
+              checkpoint(most_seen(p) * (p.head_dim + p.value_dim + 1));
               body(Row{i / tokens / heads, i / tokens % heads, unravel(i % tokens, lengths)});
             }
           }};
@@ -211,18 +218,20 @@ struct Attention {
     return score(q, key.at(row.batch, row.head / heads_per_kv_head(), n.key)) + bias;
   }
 
-  /// Visits all a query attends to, `f(score, key, value, slot)`: window, then additional tokens.
+  /// Visits all a query attends to, `f(score, key, value, number)`: window, then additional tokens;
+  /// numbered as they come.
   template <class F>
   void for_each_score(const Row& row, F&& f) const {
     const T* q = query.at(row.batch, row.head, row.token);
     const std::int64_t kv_head = row.head / heads_per_kv_head();
+    std::size_t number = 0;
     for_each_key(p, mask, row, [&](const Neighbor& n) {
       f(score(row, q, n), key.at(row.batch, kv_head, n.key), value.at(row.batch, kv_head, n.key),
-        n.slot);
+        number++);
     });
     for (std::int64_t i = 0; i < p.additional; ++i) {
       const T* k = additional_keys.at(row.batch, kv_head, i);
-      f(score(q, k), k, additional_values.at(row.batch, kv_head, i), p.window_size() + i);
+      f(score(q, k), k, additional_values.at(row.batch, kv_head, i), number++);
     }
   }
 };
@@ -233,17 +242,17 @@ std::vector<Phase> attention_forward(const Job& job) {
   const auto output = operand<T>(a.p, job.tensors, &Tensors::output);
   const auto logsumexp = operand<StatisticOf<T>>(a.p, job.tensors, &Tensors::logsumexp);
   return {row_phase(a.p, a.p.heads, query_lengths(a.p), [=] {
-    return [=, scores = std::vector<double>(size(a.p.slots())),
+    return [=, scores = std::vector<double>(size(most_seen(a.p))),
             sum = std::vector<double>(size(a.p.value_dim))](const Row& row) mutable {
       double largest = kEmpty;
-      a.for_each_score(row, [&](double score, const T*, const T*, std::int64_t slot) {
-        scores[size(slot)] = score;
+      a.for_each_score(row, [&](double score, const T*, const T*, std::size_t i) {
+        scores[i] = score;
         largest = std::max(largest, score);  // a NaN stays in scores and reaches the sums
       });
       double total = 0;
       std::fill(sum.begin(), sum.end(), 0.0);
-      a.for_each_score(row, [&](double, const T*, const T* v, std::int64_t slot) {
-        const double weight = weight_of(scores[size(slot)], largest);
+      a.for_each_score(row, [&](double, const T*, const T* v, std::size_t i) {
+        const double weight = weight_of(scores[i], largest);
         total += weight;
         add_scaled(sum, weight, v);
       });
@@ -297,11 +306,11 @@ std::vector<Phase> attention_backward(const Job& job) {
 
   std::vector<Phase> phases;
   phases.push_back(row_phase(p, p.heads, query_lengths(p), [=] {
-    return [=, pairs = std::vector<Pair>(size(a.p.slots())),
+    return [=, pairs = std::vector<Pair>(size(most_seen(a.p))),
             sum = std::vector<double>(size(a.p.head_dim))](const Row& row) mutable {
       double term = 0, total = 0;
-      a.for_each_score(row, [&](double score, const T*, const T* v, std::int64_t slot) {
-        const Pair x = pairs[size(slot)] = pair(row, score, v);
+      a.for_each_score(row, [&](double score, const T*, const T* v, std::size_t i) {
+        const Pair x = pairs[i] = pair(row, score, v);
         term += x.weight * x.grad_weight;
         total += x.weight;
       });
@@ -312,8 +321,8 @@ std::vector<Phase> attention_backward(const Job& job) {
       *row_term.at(row.batch, row.head, row.token) = static_cast<Stat>(term);
       if (!grad_query) return;
       std::fill(sum.begin(), sum.end(), 0.0);
-      a.for_each_score(row, [&](double, const T* k, const T*, std::int64_t slot) {
-        add_scaled(sum, a.p.scale * grad_score(row, pairs[size(slot)]) / total, k);
+      a.for_each_score(row, [&](double, const T* k, const T*, std::size_t i) {
+        add_scaled(sum, a.p.scale * grad_score(row, pairs[i]) / total, k);
       });
       store(grad_query.at(row.batch, row.head, row.token), sum);
     };

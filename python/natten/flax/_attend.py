@@ -16,6 +16,7 @@ from natten._args import (
     Boundaries,
     Ints,
     checked_window,
+    flag,
     head_dim_of,
     module_scale,
     per_axis,
@@ -133,9 +134,17 @@ class SelfAttention:
             cls.__doc__ = doc.replace("{own}", own).replace("{rank}", str(cls.rank))
 
     def _check_arguments(
-        self, attn_drop: float, proj_drop: float, dtype: DTypeLike | None, param_dtype: DTypeLike
+        self,
+        rel_pos_bias: bool,
+        qkv_bias: bool,
+        attn_drop: float,
+        proj_drop: float,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike,
     ) -> None:
         """Raises on arguments that do not fit, and gives each one a value per axis."""
+        flag("rel_pos_bias", rel_pos_bias)
+        flag("qkv_bias", qkv_bias)
         probability("attn_drop", attn_drop)
         probability("proj_drop", proj_drop)
         if dtype is not None:

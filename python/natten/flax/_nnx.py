@@ -53,7 +53,7 @@ class _NeighborhoodAttention(_attend.SelfAttention, nnx.Module):
         self.kernel_size, self.dilation = kernel_size, dilation
         self.is_causal, self.stride, self.boundary = is_causal, stride, boundary
         self.backend = backend
-        self._check_arguments(attn_drop, proj_drop, dtype, param_dtype)
+        self._check_arguments(rel_pos_bias, qkv_bias, attn_drop, proj_drop, dtype, param_dtype)
         if not isinstance(rngs, nnx.Rngs):
             got = "None" if rngs is None else type(rngs).__name__
             raise TypeError(f"rngs: got {got}; must be a flax.nnx.Rngs, such as nnx.Rngs(0)")

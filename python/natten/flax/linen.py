@@ -97,7 +97,14 @@ class _NeighborhoodAttention(_attend.SelfAttention, nn.Module):
             cls.__init__ = module_init(cls.__init__)  # type: ignore[method-assign]
 
     def __post_init__(self) -> None:
-        self._check_arguments(self.attn_drop, self.proj_drop, self.dtype, self.param_dtype)
+        self._check_arguments(
+            self.rel_pos_bias,
+            self.qkv_bias,
+            self.attn_drop,
+            self.proj_drop,
+            self.dtype,
+            self.param_dtype,
+        )
         super().__post_init__()
 
     @nn.compact

@@ -196,7 +196,6 @@ class _Axis:
         self.queries, self.keys, self.begin, self.end, self.slot, self.bias = rows
         self.tile, self.row = next(tables), next(tables)
         self.local = torch.arange(tiles.keys_per_tile, device=self.keys.device)
-        self.slots = torch.arange(tiles.kernel_size, device=self.keys.device)
 
     @staticmethod
     def tables_of(tiles: AxisTiles) -> list[list[int]]:
@@ -354,7 +353,9 @@ class _Chunk:
         strides = strides_of([axis.keys_per_tile for axis in p.tiles.axes])
         for (axis, tile), stride in zip(self.axes, strides, strict=True):
             begin, end = axis.begin[tile].unsqueeze(-1), axis.end[tile].unsqueeze(-1)
-            local = axis.slot[tile].unsqueeze(-1) + axis.slots
+            # Only here, as cut windows of fused functions may be larger than memory.
+            slots = torch.arange(axis.tiles.kernel_size, device=tile.device)
+            local = axis.slot[tile].unsqueeze(-1) + slots
             filled.append((begin <= local) & (local < end))
             places.append(local.clamp(0, axis.tiles.keys_per_tile - 1) * stride)
         place, fill = _product(places, torch.add), _product(filled, torch.logical_and)

@@ -17,6 +17,7 @@ from natten._args import (
     by_name,
     check_extra,
     checked_window,
+    flag,
     head_dim_of,
     module_init,
     module_scale,
@@ -115,9 +116,9 @@ class _NeighborhoodAttention(nn.Module):
         )
         for name, value in window.items():
             setattr(self, name, value)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, device=device, dtype=dtype)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=flag("qkv_bias", qkv_bias), device=device, dtype=dtype)
         self.rpb: nn.Parameter | None
-        if rel_pos_bias:
+        if flag("rel_pos_bias", rel_pos_bias):
             shape = (num_heads, *(2 * k - 1 for k in self.kernel_size))
             self.rpb = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
             nn.init.trunc_normal_(self.rpb, std=0.02)

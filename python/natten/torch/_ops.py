@@ -44,10 +44,20 @@ _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def readable(x: Tensor | None) -> Tensor | None:
-    """`x` with an innermost stride of 1, which is all that the kernels ask of a layout."""
+    """`x` with an innermost stride of 1, which is all that the kernels ask of a layout. Of memory
+    that is not aligned, which they do not read either, see `aligned`."""
     if x is None or x.dim() == 0 or x.stride(-1) == 1 or x.shape[-1] <= 1:
         return x
     return x.contiguous()
+
+
+def aligned(xs: Sequence[Tensor | None]) -> list[Tensor | None] | None:
+    """`xs`, those copied that do not lie at a multiple of their elements' size, as views of files
+    and of bytes may; None where all do."""
+    lies = [x is None or x.data_ptr() % x.element_size() == 0 for x in xs]
+    if all(lies):
+        return None
+    return [x if fits or x is None else x.clone() for fits, x in zip(lies, xs, strict=True)]
 
 
 # Extras of an operator on examples of different lengths, which lie one after another.
@@ -233,18 +243,20 @@ class Operator:
                 return torch.empty_like(first)  # takes half as long
             return first.new_empty(shape, dtype=dtype)
 
-        results = _core.run(
-            self.name,
-            config,
-            scale,
-            backend,
-            inputs,
+        options = (
             outputs,
             torch.get_num_threads(),
             allocate,
             stream_of(first) if first.is_cuda else None,
             packing,
         )
+        try:
+            results = _core.run(self.name, config, scale, backend, inputs, *options)
+        except ValueError:
+            copies = aligned(inputs)  # only now, as other calls need no such look
+            if copies is None:
+                raise
+            results = _core.run(self.name, config, scale, backend, copies, *options)
         if TELLS_CHOICES:
             tell(self.name, config, scale, backend, inputs, results, str(first.device))
         return results

@@ -23,6 +23,7 @@ from natten._args import (
     make_config,
 )
 from natten.torch import _ops
+from natten.torch._private import FakeTensor, break_graph
 
 # cumulative_seqlen_Q, cumulative_seqlen_KV, max_seqlen_Q, max_seqlen_KV
 Packing = tuple[Tensor, Tensor, int | None, int | None]
@@ -103,10 +104,19 @@ def _checked(
 
 def check(args: Sequence[Any]) -> None:
     """Raises, as libnatten does where it reads them, unless lengths among the arguments of
-    `packed_attention_forward` fit its tensors."""
+    `packed_attention_forward` fit its tensors; and where they cannot be read."""
+    unknown = (  # not a global, of which Dynamo would show no value
+        "attention: got lengths of examples that are not known while a graph is traced, or on the "
+        "device meta; composed reads them, so it must be called outside of the graph "
+        "(torch.compiler.disable), or with another backend"
+    )
+    if torch.compiler.is_dynamo_compiling():
+        break_graph(unknown)
     inputs, extras, config, _, _ = _ops.packed_attention_forward.split(args)
     specs = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in inputs]
     queries, keys, longest_query, longest_key = extras.values()
+    if queries.is_meta or isinstance(queries, FakeTensor):
+        raise RuntimeError(unknown)
     _check(specs, config, (queries, keys, longest_query, longest_key))
 
 

@@ -32,7 +32,7 @@ from torch._C._autograd import _profiler_enabled as is_profiler_enabled
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._C._functorch import is_legacy_batchedtensor as is_batched_by_vmap
 from torch._functorch.utils import enable_single_level_autograd_function as allow_rules
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
@@ -134,6 +134,14 @@ def with_dynamo(then: Callable[[], Any]) -> None:
     _dynamo.waiting.append(then)
 
 
+def break_graph(why: str) -> None:
+    """Has Dynamo, which traces this, run the caller outside of the graph; an error with `why` where
+    there must be one graph."""
+    import torch._dynamo
+
+    torch._dynamo.graph_break(why)
+
+
 def refuses_script(callee: C) -> C:
     """Has `torch.jit.script` of a function, of a module's class, or of what calls them, say what to
     do instead. Its own words would be of signatures and annotations."""
@@ -158,6 +166,7 @@ def tell_active_flop_counters() -> None:
 
 __all__ = [
     "BelowAutograd",
+    "FakeTensor",
     "FakeTensorMode",
     "SingleLevelFunction",
     "TorchDispatchMode",
@@ -165,6 +174,7 @@ __all__ = [
     "allow_rules",
     "any_requires_grad",
     "are_transforms_active",
+    "break_graph",
     "enter_vmap",
     "forward_mode_levels",
     "is_any_autocast_enabled",
