@@ -185,6 +185,13 @@ TEST(Refusals, Borders) {
         call.tensors.rpb = call.tensors.grad_rpb = {};
       },
       kValue, "kernel_size", "memory");
+  // Positions would overflow.
+  refuse(
+      [](N& n) {
+        n.boundary = {kCut, kCut};
+        n.dilation = {1, kHuge};
+      },
+      "dilation", "memory");
 }
 
 TEST(Refusals, Parts) {

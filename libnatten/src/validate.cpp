@@ -116,10 +116,7 @@ class Checker {
     check_neighborhood();
     if (length.size == 0) bad_value("query_length: got []; must have one per spatial axis");
     check_tuple("query_length", length, 1);
-    for (int i = 0; i < rank_; ++i)
-      if (length[i] > kLongestAxis)
-        bad_value("query_length: got ", to_string(length),
-                  "; must not be larger than memory can be");
+    check_longest("query_length", length);
     if (!call_.neighborhood.grid_size.size)
       bad_value("grid_size: got []; must have one per spatial axis");
     extent('Q') = {length, "query_length"};
@@ -158,6 +155,12 @@ class Checker {
       if (tuple[i] < minimum)
         bad_value(name, ": got ", to_string(tuple), "; must be at least ", minimum,
                   " on every axis");
+  }
+
+  static void check_longest(const char* name, const Tuple& tuple) {
+    for (int i = 0; i < tuple.size; ++i)
+      if (tuple[i] > kLongestAxis)
+        bad_value(name, ": got ", to_string(tuple), "; must not be larger than memory can be");
   }
 
   void check_neighborhood() {
@@ -205,9 +208,7 @@ class Checker {
     for (const auto& [name, tuple] :
          {std::pair("query_offset", &n.query_offset), std::pair("key_offset", &n.key_offset),
           std::pair("grid_size", &n.grid_size)})
-      for (int i = 0; i < tuple->size; ++i)
-        if ((*tuple)[i] > kLongestAxis)
-          bad_value(name, ": got ", to_string(*tuple), "; must not be larger than memory can be");
+      check_longest(name, *tuple);
     bool is_bordered = false;
     for (int i = 0; i < rank_; ++i) is_bordered |= boundary(i) != Boundary::shift;
     if (call_.options.separate_key_grid && (has_parts() || is_bordered))
@@ -416,6 +417,7 @@ class Checker {
                 call_.options.separate_key_grid || axis.boundary == Boundary::circular
                     ? ""
                     : ", unless its border cuts windows (boundary \"cut\")");
+    check_longest("dilation", call_.neighborhood.dilation);  // else of a border that cuts
     if (axis.boundary == Boundary::circular) {
       if (length % axis.dilation != 0)
         bad_value("dilation: got ", axis.dilation, " on axis ", i, ", which is circular; must ",
