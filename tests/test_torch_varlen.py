@@ -298,7 +298,11 @@ def test_bad_lengths(lengths, kind, message):
         ((ENDS[0], torch.tensor([0, 6])), ValueError, "cumulative_seqlen_KV: got 2 numbers"),
         ((torch.tensor([7]), torch.tensor([6])), ValueError, "cumulative_seqlen_Q: got 1 numbers"),
         ((ENDS[0], None), ValueError, "^cumulative_seqlen_KV: missing"),
-        ((*ENDS, 4, 3), ValueError, "^max_seqlen_Q: got 4; must be at least 5, the largest length in cumulative_seqlen_Q"),
+        (
+            (*ENDS, 4, 3),
+            ValueError,
+            "^max_seqlen_Q: got 4; must be at least 5, .* cumulative_seqlen_Q",
+        ),
         ((*ENDS, 5, 2), ValueError, "^max_seqlen_KV: got 2; must be at least 3"),
         ((*ENDS, 5.0, 3), TypeError, "^max_seqlen_Q: got 5.0"),
         ((*ENDS, 5, -1), ValueError, "^max_seqlen_KV: got -1"),

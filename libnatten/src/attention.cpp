@@ -88,9 +88,10 @@ char* find_workspace(const std::vector<Selected>& selected, const Context& conte
                 "workspace: got " + std::to_string(context.workspace_size) +
                     " bytes; must hold at least " + std::to_string(needed));
   } else if (needed > 0 && reinterpret_cast<std::uintptr_t>(workspace) % kAlignment != 0) {
-    throw Error(ErrorKind::invalid_value, "workspace: got memory that is not aligned; its address "
-                                          "must be a multiple of " +
-                                              std::to_string(kAlignment));
+    throw Error(ErrorKind::invalid_value,
+                "workspace: got memory that is not aligned; its address "
+                "must be a multiple of " +
+                    std::to_string(kAlignment));
   }
   return workspace;
 }

@@ -417,7 +417,8 @@ class Checker {
                 call_.options.separate_key_grid || axis.boundary == Boundary::circular
                     ? ""
                     : ", unless its border cuts windows (boundary \"cut\")");
-    check_longest("dilation", call_.neighborhood.dilation);  // else of a border that cuts
+    // Where the border cuts.
+    if (axis.dilation > kLongestAxis) check_longest("dilation", call_.neighborhood.dilation);
     if (axis.boundary == Boundary::circular) {
       if (length % axis.dilation != 0)
         bad_value("dilation: got ", axis.dilation, " on axis ", i, ", which is circular; must ",

@@ -116,7 +116,8 @@ class _NeighborhoodAttention(nn.Module):
         )
         for name, value in window.items():
             setattr(self, name, value)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=flag("qkv_bias", qkv_bias), device=device, dtype=dtype)
+        has_bias = flag("qkv_bias", qkv_bias)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=has_bias, device=device, dtype=dtype)
         self.rpb: nn.Parameter | None
         if flag("rel_pos_bias", rel_pos_bias):
             shape = (num_heads, *(2 * k - 1 for k in self.kernel_size))
