@@ -174,7 +174,7 @@ def test_thread_count_from_environment():
     assert run_python(code, NATTEN_NUM_THREADS="", OMP_NUM_THREADS="5").strip() == "5"
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     assert run_python(code, NATTEN_NUM_THREADS="", OMP_NUM_THREADS="").strip() == str(usable)
-    for wrong in ("none", "0", "-1"):
+    for wrong in ("none", "0", "-1", "1e3", "2 3", "2,3", str(2**31)):
         message = run_python(
             "from natten import _core\ntry: _core.num_threads()\nexcept ValueError as e: print(e)",
             NATTEN_NUM_THREADS=wrong,

@@ -7,6 +7,7 @@
 #include <condition_variable>
 #include <cstdlib>
 #include <deque>
+#include <limits>
 #include <mutex>
 #include <string>
 #include <thread>
@@ -40,7 +41,11 @@ namespace {
 
 int initial_threads() {
   if (const char* value = std::getenv("NATTEN_NUM_THREADS"); value && *value) {
-    if (const int count = std::atoi(value); count > 0) return count;
+    char* end = nullptr;
+    const long long count = std::strtoll(value, &end, 10);
+    while (*end == ' ') ++end;
+    if (*end == '\0' && count > 0 && count <= std::numeric_limits<int>::max())
+      return static_cast<int>(count);
     throw Error(ErrorKind::invalid_value, std::string("NATTEN_NUM_THREADS: got \"") + value +
                                               "\"; must be a positive integer");
   }
