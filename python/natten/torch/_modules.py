@@ -73,9 +73,10 @@ class _NeighborhoodAttention(nn.Module):
     boundary: tuple[str, ...]
 
     def __init_subclass__(cls) -> None:
-        cls.__module__ = "natten"  # where users import it from, and pickle too
-        cls.__doc__ = (_NeighborhoodAttention.__doc__ or "").replace("{rank}", str(cls.rank))
         refuses_script(cls)
+        if "rank" in vars(cls):  # one of the three below, not a subclass that users make of them
+            cls.__module__ = "natten"  # where users import it from, and pickle too
+            cls.__doc__ = (_NeighborhoodAttention.__doc__ or "").replace("{rank}", str(cls.rank))
 
     @module_init
     @by_name
