@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import pickle
 
@@ -272,3 +273,37 @@ def test_modules_take_none_for_defaults():
         8, kernel_size=3, num_heads=2, dilation=None, is_causal=None
     )
     assert (module.dilation, module.is_causal) == ((1, 1), (False, False))
+
+
+# What a pickled module has besides hooks, maps and parameters.
+PICKLED = {
+    "0.14": dict(kernel_size=3, dilation=2, window_size=6),
+    "0.15, 3-D": dict(kernel_size=3, dilation=1, kernel_size_d=2, dilation_d=2, window_size=3),
+    "0.17": dict(kernel_size=(3, 2, 3), dilation=(1, 2, 1), is_causal=(True, False, False),
+                 attn_drop_rate=0.0, use_experimental_ops=False),
+    "0.21": dict(kernel_size=(3, 2, 3), stride=(1, 2, 1), dilation=(1, 2, 1), embed_dim=8, na_dim=3,
+                 is_causal=(True, False, False), expected_input_tensor_rank=5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", PICKLED)
+def test_modules_that_natten_pickled(version):
+    """torch.save of a whole model holds the module's dictionary and where its class was."""
+    has = PICKLED[version]
+    window = {k: has[k] for k in ("kernel_size", "dilation", "is_causal", "stride") if k in has}
+    if "kernel_size_d" in has:
+        window = dict(kernel_size=(2, 3, 3), dilation=(2, 1, 1))
+    options = dict(rel_pos_bias=version != "0.21", attn_drop=0.0 if version == "0.21" else 0.25)
+    module = natten.NeighborhoodAttention3D(8, 2, **window, qk_scale=0.3, **options)
+    lacking = ("dim", "embed_dim", "kernel_size", "stride", "dilation", "is_causal", "boundary")
+    state = {k: v for k, v in vars(copy.deepcopy(module)).items() if k not in lacking} | has
+    if version == "0.21":
+        state["_parameters"].pop("rpb")
+        state["_modules"].pop("attn_drop")
+    loaded = natten.NeighborhoodAttention3D.__new__(natten.NeighborhoodAttention3D)
+    loaded.__setstate__(state)
+    assert loaded.extra_repr() == module.extra_repr() and loaded.dim == loaded.embed_dim == 8
+    assert sorted(str(loaded)) == sorted(str(module)) and loaded.scale == 0.3
+    x = torch.randn(1, 6, 7, 8, 8)
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    assert torch.equal(pickle.loads(pickle.dumps(loaded))(x), module(x))
