@@ -119,6 +119,7 @@ _SUBMODULES = (
     "token_permute",
     "types",
     "utils",
+    "varlen",
 )
 
 # As attributes too, but not in `dir`, by which tools look at all that a module has.
