@@ -192,7 +192,7 @@ TEST(CudaTiles, AreTunedByCost) {
       return known = static_cast<double>(multiply_adds() - before);
     };
     natten::TuningLimits limits;
-    limits.seconds = 120;
+    limits.seconds = 1e6;  // never what ends it: costs are counted, on a machine that may be busy
     const natten::Choice choice = natten::search(offered, cost, limits);
     EXPECT_EQ(costs.size(), offered.size());
     double least = costs["default"];
