@@ -50,6 +50,10 @@ class EmulatedThread {
     return reinterpret_cast<E*>(shared_bytes(offset, sizeof(E)));
   }
   int opaque(int x) const { return x; }
+  template <class E>
+  E* opaque(E* x) const {
+    return x;
+  }
   void sync();
   void sync_warp();
   float shuffle_xor(float x, int mask);

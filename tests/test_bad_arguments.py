@@ -547,6 +547,7 @@ def test_what_constructors_take(make):
     module = make(**MODULE, is_causal=(True, None), qk_scale=3, attn_drop=0, proj_drop=1)
     assert module.is_causal == (True, False) and module.scale == 3
     assert make(**MODULE, is_causal=None).is_causal == (False, False)
+    assert make(**MODULE, qk_scale=False).scale == make(**MODULE).scale == 8**-0.5
     # On a circular axis, which the stride divides, as on others.
     for boundary in ("shift", "cut", "circular"):
         assert make(**MODULE, stride=2, boundary=boundary).stride == (2, 2)
@@ -562,6 +563,10 @@ def test_the_name_in_errors_of_constructors(make):
     refuses(TypeError, start, make, **missing, sride=2)
     start = f"{name}() got an unexpected keyword argument 'bias'; NATTEN before 0.17 calls rel_pos"
     refuses(TypeError, start, make, **MODULE, bias=True)
+    start = (
+        f"{name}() got an unexpected keyword argument 'dilation_d'; dilation takes a tuple, (dil"
+    )
+    refuses(TypeError, start, make, **MODULE, dilation_d=1)
 
 
 @needs["flax"]

@@ -246,6 +246,30 @@ def test_nested(layout):
     torch.testing.assert_close(list(gradient.unbind()), [g[0] for g in expected])
 
 
+def test_grids_of_different_shapes():
+    grids, kernels = [(20, 9), (20, 9), (5, 30)], [(5, 3), (5, 3), (3, 7)]
+    x = torch.randn(1, 520, 2, 16, dtype=torch.float16, device="cuda", requires_grad=True)
+    metadata = natten.varlen.configure_varlen(
+        grids, 16, x.device, x.dtype, True, kernel_size_list=kernels
+    )
+
+    def packed():
+        return natten.varlen.neighborhood_attention_varlen(x, x, x, metadata, return_lse=True)
+
+    parts = [
+        F.na2d(*[y.unflatten(1, grid)] * 3, kernel_size=kernel).flatten(1, 2)
+        for grid, kernel, y in zip(grids, kernels, x.split([180, 180, 150, 10], 1), strict=False)
+    ]
+    want = torch.cat([*parts, x.new_zeros(1, 10, 2, 16)], 1)
+    output, lse = packed()
+    torch.testing.assert_close(output, want)
+    with torch.no_grad():
+        in_place = packed()
+    assert same(in_place, (output, lse)) and lse[:, 510:].isneginf().all()
+    gradients = (torch.autograd.grad(y.square().sum(), x)[0] for y in (output, want))
+    torch.testing.assert_close(*gradients)
+
+
 def test_second_derivatives():
     inputs = leaves([x.double().cuda() for x in fused_inputs(1)])
     assert torch.autograd.gradgradcheck(lambda *x: fused_attention(1)(*x)[0], inputs)

@@ -489,6 +489,21 @@ def test_linen_copies():
     )
 
 
+class OwnNnx(nf.NeighborhoodAttention2D):
+    """An nnx module that a user makes of ours."""
+
+
+class OwnLinen(nl.NeighborhoodAttention2D):
+    """A linen module that a user makes of ours."""
+
+
+@pytest.mark.parametrize("cls", [OwnNnx, OwnLinen])
+def test_subclasses_are_their_own(cls):
+    assert cls.__module__ == __name__ and "that a user makes" in cls.__doc__
+    module = cls(8, 2, 3, rngs=nnx.Rngs(0)) if cls is OwnNnx else cls(8, 2, 3)
+    assert type(pickle.loads(pickle.dumps(module))) is cls
+
+
 # Element types, initial values, refusals.
 
 

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torch_cases import AV, FUSED, MODULES, QK  # noqa: E402
 
 import natten  # noqa: E402
+from natten import flops  # noqa: E402
 from natten.flops import (  # noqa: E402
     add_natten_handle,
     fna_flop_count,
@@ -396,6 +397,27 @@ def test_fvcore_counts_by_module_and_operator():
     assert by_module["1"] == x.numel() * 3
     assert counter.by_operator()["qk"] == counter.by_operator()["av"] == attention // 2
     assert not any("natten" in name for name in counter.unsupported_ops())
+
+
+@needs_fvcore
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("extra", [0, EXTRA])
+def test_fvcore_handles_of_older_versions(rank, extra):
+    """Which models import to count operations by tables of their own."""
+    from fvcore.nn import FlopCountAnalysis
+
+    rows, slots = rows_and_slots(rank, extra)
+
+    def unfused(query, key, value, keys=None, values=None):
+        attn = QK[rank](query, key, additional_keys=keys, **NEIGHBORHOOD[rank])
+        return AV[rank](attn, value, additional_values=values, **NEIGHBORHOOD[rank])
+
+    inputs = tuple(x for x in unfused_tensors(rank, extra) if x is not None)
+    for qk, av in ((f"qk_{rank}d_rpb_flop", f"av_{rank}d_flop"), ("qk_rpb_flop", "av_flop")):
+        handles = {"natten::qk": getattr(flops, qk), "natten::av": getattr(flops, av)}
+        counter = FlopCountAnalysis(Call(unfused), inputs).set_op_handle(**handles)
+        counter.unsupported_ops_warnings(False)
+        assert dict(counter.by_operator()) == {"qk": rows * slots * DIM, "av": rows * slots * DIM}
 
 
 @needs_fvcore

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import pickle
 
 import pytest
+from test_package import run_python
 
 torch = pytest.importorskip("torch")
 
@@ -169,13 +172,99 @@ def test_functions_tell_their_names(rank):
         assert f"na{rank}d_qk" in inspect.getdoc(named)
 
 
-def test_six_sizes_of_0_15_in_3d_are_refused():
-    """0.15 took (kernel_size_d, kernel_size, dilation_d, dilation) in 3-D; here a size per axis."""
-    query, key = tensors(3, heads_first=True, count=2)
-    rpb = bias(3)
-    for name in ("natten3dqkrpb", "na3d_qk_with_bias"):
-        with pytest.raises(TypeError, match="positional arguments"):
-            getattr(F, name)(query, key, rpb, 3, 2, 2, 3)
+def test_sizes_of_older_versions_in_3d():
+    """kernel_size_d, kernel_size, dilation_d, dilation, by position or by name. Four whole numbers
+    have no other meaning there."""
+    query, key, value = tensors(3, heads_first=True)
+    rpb = torch.randn(4, 5, 3, 3, dtype=torch.float64)
+    more = torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    new = dict(kernel_size=(3, 2, 2), dilation=(1, 3, 3))
+    named = dict(kernel_size=2, kernel_size_d=3, dilation=3, dilation_d=1)
+    old = 3, 2, 1, 3
+    plain, biased = F.na3d_qk(query, key, **new), F.na3d_qk(query, key, **new, rpb=rpb)
+    for expected, got in [
+        (biased, F.natten3dqkrpb(query, key, rpb, *old)),
+        (biased, F.natten3dqkrpb(query, key, rpb, **named)),
+        (biased, F.natten3dqkrpb(query, key, rpb, kernel_size=(3, 2, 2), dilation=3, dilation_d=1)),
+        (biased, F.NATTEN3DQKRPBFunction.apply(query, key, rpb, *old)),
+        (biased, F.na3d_qk_with_bias(query, key, rpb, *old)),
+        (plain, F.natten3dqk(query, key, *old)),
+        (plain, F.natten3dqk(query, key, **named)),
+        (plain, F.natten3dqk(query, key, (3, 2, 2), (1, 3, 3))),
+        (F.na3d_qk(query, key, **new, additional_keys=more, rpb=rpb),
+         F.na3d_qk_with_bias(query, key, rpb, *old, more)),
+        (F.na3d_qk(query, key, **new, is_causal=True),
+         F.natten3dqk(query, key, (3, 2, 2), (1, 3, 3), None, True)),
+    ]:  # fmt: skip
+        assert torch.equal(got, expected)
+    weights = plain.softmax(-1)
+    expected = F.na3d_av(weights, value, **new)
+    assert torch.equal(F.natten3dav(weights, value, *old), expected)
+    assert torch.equal(F.natten3dav(weights, value, **named), expected)
+    with pytest.raises(TypeError, match="dilation_d: got 1 and no dilation by name; must be given"):
+        F.natten3dqk(query, key, 3, dilation_d=1)
+    with pytest.raises(TypeError, match="positional argument"):
+        F.natten3dqkrpb(query, key, rpb, *old, 1)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_autograd_functions_of_0_14(rank):
+    query, key, value = tensors(rank, heads_first=True)
+    rpb, k, d = bias(rank), KERNEL_SIZE[:rank], DILATION[:rank]
+    qkrpb = function("NATTEN{rank}DQKRPBFunction", rank)
+    av = function("NATTEN{rank}DAVFunction", rank)
+
+    def model(query, key, rpb, value):
+        return av.apply(qkrpb.apply(query, key, rpb, k, d).softmax(-1), value, k, d)
+
+    attn = function("na{rank}d_qk", rank)(query, key, k, d, rpb=rpb).softmax(-1)
+    expected = function("na{rank}d_av", rank)(attn, value, k, d)
+    assert torch.equal(model(query, key, rpb, value), expected)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(query, key, rpb, value), expected)
+    assert qkrpb.__name__ == f"NATTEN{rank}DQKRPBFunction" and "apply" in inspect.getdoc(qkrpb)
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_modules_where_older_versions_have_names(rank):
+    """A file `na2d.py` is no way to have them: `natten.na2d` is a function."""
+    code = f"""
+import importlib, importlib.util, sys
+import natten.na{rank}d, natten.natten{rank}d as old
+import natten
+assert "torch" not in sys.modules and not hasattr(old, "__file__")
+assert importlib.util.find_spec("natten.na{rank}d") and natten.natten{rank}d is old
+from natten.na{rank}d import NeighborhoodAttention{rank}D, na{rank}d, na{rank}d_av, na{rank}d_qk
+from natten.natten{rank}d import na{rank}d_qk_with_bias, natten{rank}dav, natten{rank}dqkrpb
+from natten.experimental import na{rank}d as experimental
+assert NeighborhoodAttention{rank}D is natten.NeighborhoodAttention{rank}D
+assert na{rank}d is experimental is natten.na{rank}d is natten.functional.na{rank}d
+assert natten{rank}dqkrpb is natten.functional.natten{rank}dqkrpb
+from natten.natten{rank}d import *
+try:
+    from natten.natten{rank}d import natten4dav
+except ImportError as error:
+    print(error)
+"""
+    assert f"cannot import name 'natten4dav' from 'natten.natten{rank}d'" in run_python(code)
+
+
+class NeighborhoodAttention2D(natten.NeighborhoodAttention2D):
+    """Of a sequence, by the name of what it is made of."""
+
+    def forward(self, x):
+        return super().forward(x.unflatten(1, (5, 6))).flatten(1, 2)
+
+
+def test_subclasses_of_modules_are_their_own():
+    cls = NeighborhoodAttention2D
+    assert cls.__module__ == __name__ and cls.__doc__.startswith("Of a sequence")
+    module, x = cls(8, 2, 3), torch.randn(1, 30, 8)
+    copied = pickle.loads(pickle.dumps(module))
+    assert type(copied) is cls and torch.equal(copied(x), module(x))
+    assert cls.__mro__[1].__module__ == "natten"
+    with pytest.raises(NotImplementedError, match=r"^NeighborhoodAttention2D: torch.jit.script"):
+        torch.jit.script(module)
 
 
 def test_modules_take_none_for_defaults():
@@ -184,3 +273,37 @@ def test_modules_take_none_for_defaults():
         8, kernel_size=3, num_heads=2, dilation=None, is_causal=None
     )
     assert (module.dilation, module.is_causal) == ((1, 1), (False, False))
+
+
+# What a pickled module has besides hooks, maps and parameters.
+PICKLED = {
+    "0.14": dict(kernel_size=3, dilation=2, window_size=6),
+    "0.15, 3-D": dict(kernel_size=3, dilation=1, kernel_size_d=2, dilation_d=2, window_size=3),
+    "0.17": dict(kernel_size=(3, 2, 3), dilation=(1, 2, 1), is_causal=(True, False, False),
+                 attn_drop_rate=0.0, use_experimental_ops=False),
+    "0.21": dict(kernel_size=(3, 2, 3), stride=(1, 2, 1), dilation=(1, 2, 1), embed_dim=8, na_dim=3,
+                 is_causal=(True, False, False), expected_input_tensor_rank=5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", PICKLED)
+def test_modules_that_natten_pickled(version):
+    """torch.save of a whole model holds the module's dictionary and where its class was."""
+    has = PICKLED[version]
+    window = {k: has[k] for k in ("kernel_size", "dilation", "is_causal", "stride") if k in has}
+    if "kernel_size_d" in has:
+        window = dict(kernel_size=(2, 3, 3), dilation=(2, 1, 1))
+    options = dict(rel_pos_bias=version != "0.21", attn_drop=0.0 if version == "0.21" else 0.25)
+    module = natten.NeighborhoodAttention3D(8, 2, **window, qk_scale=0.3, **options)
+    lacking = ("dim", "embed_dim", "kernel_size", "stride", "dilation", "is_causal", "boundary")
+    state = {k: v for k, v in vars(copy.deepcopy(module)).items() if k not in lacking} | has
+    if version == "0.21":
+        state["_parameters"].pop("rpb")
+        state["_modules"].pop("attn_drop")
+    loaded = natten.NeighborhoodAttention3D.__new__(natten.NeighborhoodAttention3D)
+    loaded.__setstate__(state)
+    assert loaded.extra_repr() == module.extra_repr() and loaded.dim == loaded.embed_dim == 8
+    assert sorted(str(loaded)) == sorted(str(module)) and loaded.scale == 0.3
+    x = torch.randn(1, 6, 7, 8, 8)
+    assert torch.equal(loaded.eval()(x), module.eval()(x))
+    assert torch.equal(pickle.loads(pickle.dumps(loaded))(x), module(x))

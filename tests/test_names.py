@@ -282,7 +282,12 @@ def test_configs_are_none_on_the_cpu():
     assert backends.get_compatible_fmha_backends(X[1], X[1], X[1], True, False, False) == [
         "vectorized"
     ]
+    assert backends.choose_backend(x, x, x, torch_compile=True) == "vectorized"
+    assert backends.choose_fmha_backend(X[1], X[1], X[1], is_causal=True) == "vectorized"
     elsewhere = X[1].to("meta")
+    for choose in (backends.choose_backend, backends.choose_fmha_backend):
+        with pytest.raises(NotImplementedError, match="no backend runs these tensors; "):
+            choose(elsewhere, elsewhere, elsewhere)
     assert natten.get_configs_for_flex_fna(elsewhere, elsewhere, elsewhere, True) == []
     assert natten.get_configs_for_flex_fmha(X[1], X[1], X[1], torch_compile=True) == []
     with pytest.raises(TypeError, match="key: got"):

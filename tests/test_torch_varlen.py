@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 import natten  # noqa: E402
 from natten.utils.varlen import generate_varlen_parameters  # noqa: E402
+from natten.varlen import neighborhood_attention_varlen  # noqa: E402
 
 NAMES = ("cumulative_seqlen_Q", "cumulative_seqlen_KV", "max_seqlen_Q", "max_seqlen_KV")
 
@@ -365,3 +367,211 @@ def test_composed(causal):
         )
         for x, y in zip(got, want, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
+
+
+# Grids of different shapes: natten.varlen.
+
+
+def drawn_grids(rng, rank):
+    """(shapes, the options of na{rank}d for each), some of them alike and next to each other."""
+    shapes, options = [], []
+    for _ in range(int(rng.integers(1, 5))):
+        shape = tuple(int(n) for n in rng.integers(1, 8, rank))
+        kernel = tuple(int(rng.integers(1, n + 1)) for n in shape)
+        dilation = tuple(
+            int(rng.integers(1, n // k + 1)) for n, k in zip(shape, kernel, strict=True)
+        )
+        stride = tuple(int(rng.integers(1, k + 1)) for k in kernel)
+        times = int(rng.integers(1, 4))
+        shapes += [shape] * times
+        options += [{"kernel_size": kernel, "stride": stride, "dilation": dilation}] * times
+    return shapes, options
+
+
+def lists_of(options):
+    names = "kernel_size", "stride", "dilation"
+    return {f"{name}_list": [o[name] for o in options] for name in names}
+
+
+def grid_by_grid(query, key, value, shapes, options, causal):
+    """(output, logsumexp) by a call for each grid; 0 and -inf for tokens after the last."""
+    lengths = [int(np.prod(shape)) for shape in shapes]
+    rest = query.shape[1] - sum(lengths)
+    results = []
+    columns = (x.split([*lengths, rest], 1)[:-1] for x in (query, key, value))
+    for shape, option, *parts in zip(shapes, options, *columns, strict=True):
+        function = (natten.na1d, natten.na2d, natten.na3d)[len(shape) - 1]
+        grids = (x.unflatten(1, shape) for x in parts)
+        pair = function(*grids, is_causal=causal, return_lse=True, **option)
+        results.append([x.flatten(1, len(shape)) for x in pair])
+    output, lse = (torch.cat(x, 1) for x in zip(*results, strict=True))
+    pad = torch.nn.functional.pad
+    return pad(output, (0, 0, 0, 0, 0, rest)), pad(lse, (0, 0, 0, rest), value=-torch.inf)
+
+
+def tokens(rng, count, dtype=torch.float64):
+    """Query, key and value of that many tokens, of 4 heads that share 2."""
+    return [
+        torch.from_numpy(rng.standard_normal((1, count, *shape))).to(dtype).requires_grad_()
+        for shape in ((4, 6), (2, 6), (2, 3))
+    ]
+
+
+@pytest.mark.parametrize("count", [36, pytest.param(360, marks=pytest.mark.long)])
+def test_grids_of_different_shapes(count):
+    rng = np.random.default_rng(cases.SEED)
+    for i in range(count):
+        rank, dtype = 1 + i % 3, (torch.float64, torch.float32, torch.bfloat16)[i // 3 % 3]
+        shapes, options = drawn_grids(rng, rank)
+        causal = tuple(bool(x) for x in rng.integers(0, 2, rank))
+        rest = int(rng.integers(0, 3))
+        where = f"{shapes=} {options=} {causal=} {rest=} {dtype} (NATTEN_TEST_SEED={cases.SEED})"
+        q, k, v = tokens(rng, sum(int(np.prod(shape)) for shape in shapes) + rest, dtype)
+        metadata = natten.varlen.configure_varlen(
+            shapes, 6, q.device, dtype, True, 3, is_causal=causal, kernel_size=None, stride=None,
+            dilation=None, **lists_of(options),
+        )  # fmt: skip
+        metadata = pickle.loads(pickle.dumps(metadata))
+        seed = int(rng.integers(1 << 30))
+
+        def packed():
+            return neighborhood_attention_varlen(q, k, v, metadata, return_lse=True)  # noqa: B023
+
+        def separately():
+            return grid_by_grid(q, k, v, shapes, options, causal)  # noqa: B023
+
+        got, want = (
+            results_and_gradients(f, q, k, v, np.random.default_rng(seed))
+            for f in (packed, separately)
+        )
+        for name, x, y in zip(("output", "lse", "q", "k", "v"), got, want, strict=True):
+            assert torch.equal(x, y), f"{name}: {where}"
+        with torch.no_grad():
+            for x, y in zip(packed(), want[:2], strict=True):
+                assert torch.equal(x, y), where
+            from_lists = neighborhood_attention_varlen(
+                q, k, v, token_layout_list=shapes, is_causal=causal,
+                **lists_of(options),
+            )  # fmt: skip
+            assert torch.equal(from_lists, want[0]), where
+
+
+GRIDS = [(4, 5), (4, 5), (3, 6)]
+
+
+@pytest.fixture
+def packed_grids():
+    return tokens(np.random.default_rng(cases.SEED), 60)
+
+
+def test_derivatives_of_grids(packed_grids):
+    def call(*tensors):
+        return neighborhood_attention_varlen(
+            *tensors, token_layout_list=GRIDS, kernel_size=3, return_lse=True
+        )
+
+    def finite(*tensors):
+        output, lse = call(*tensors)
+        return output, lse[:, :58]
+
+    few = [x[..., :2, :2].detach()[:, :, : 1 + (i == 0)] for i, x in enumerate(packed_grids)]
+    few = [x.requires_grad_() for x in few]
+    assert torch.autograd.gradcheck(finite, few, fast_mode=True)
+    assert torch.autograd.gradgradcheck(finite, few, fast_mode=True)
+    q, k, v = packed_grids
+    mapped = torch.func.vmap(lambda q: call(q, k, v)[0])(torch.stack([q, 2 * q]))
+    assert torch.equal(mapped[1], call(2 * q, k, v)[0])
+
+
+def test_grids_elsewhere(packed_grids):
+    """Other ways through PyTorch give what the plain one does."""
+    q, k, v = (x.detach() for x in packed_grids)
+    metadata = natten.varlen.configure_varlen(GRIDS, 6, "cpu", q.dtype, False, 3, kernel_size=3)
+    want = neighborhood_attention_varlen(q, k, v, metadata, return_lse=True)
+    composed = neighborhood_attention_varlen(q, k, v, metadata, backend="composed", return_lse=True)
+    for x, y in zip(composed, want, strict=True):
+        torch.testing.assert_close(x, y)
+    on_meta = (x.to("meta") for x in (q, k, v))
+    for x, y in zip(
+        neighborhood_attention_varlen(*on_meta, metadata, return_lse=True), want, strict=True
+    ):
+        assert (x.shape, x.dtype) == (y.shape, y.dtype) and x.is_meta
+    with torch.autocast("cpu", torch.bfloat16):
+        low = neighborhood_attention_varlen(q.float(), k.float(), v.float(), metadata)
+        assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(
+        neighborhood_attention_varlen(q * 6**-0.5, k, v, metadata, scale=1), want[0]
+    )
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
+    assert torch.equal(neighborhood_attention_varlen(*strided, metadata), want[0])
+    with FlopCounterMode(display=False) as counter:
+        neighborhood_attention_varlen(q, k, v, metadata)
+    assert counter.get_total_flops() == 2 * 58 * 4 * 9 * (6 + 3)
+
+
+@pytest.mark.parametrize("has_metadata", [True, False])
+def test_grids_compiled(packed_grids, has_metadata):
+    q, k, v = packed_grids
+    metadata = natten.varlen.configure_varlen(GRIDS, 6, "cpu", q.dtype, True, 3, kernel_size=3)
+    which = (
+        {"metadata": metadata} if has_metadata else {"token_layout_list": GRIDS, "kernel_size": 3}
+    )
+
+    def call(q):
+        return neighborhood_attention_varlen(q, k, v, **which)
+
+    want = call(q)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")(q)
+    assert torch.equal(compiled, want)
+    a, b = (torch.autograd.grad(x.square().sum(), q)[0] for x in (compiled, want))
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, "metadata, token_layout_list: got None for both"),
+        ({"metadata": {"backend": ""}}, TypeError, "what natten.varlen.configure_varlen returns"),
+        ({"token_layout_list": 5}, TypeError, "must be a list of shapes"),
+        ({"token_layout_list": []}, ValueError, "with at least one"),
+        ({"token_layout_list": (4, 5)}, TypeError, "has 4; must be a list of shapes"),
+        ({"token_layout_list": [(4, 5), (3,)]}, ValueError, "equally many"),
+        ({"token_layout_list": [(4, 5), (3, 1.5)]}, TypeError, "must be an integer"),
+        (
+            {"token_layout_list": [(4, 5), (2, 5)], "kernel_size": 3},
+            ValueError,
+            r"token_layout_list\[1\], \(2, 5\): kernel_size: got \[3, 3\]",
+        ),
+        ({"token_layout_list": [(40, 5)]}, ValueError, "60 tokens; must be at least 200"),
+        (
+            {"token_layout_list": GRIDS, "kernel_size_list": [3]},
+            ValueError,
+            "kernel_size_list: got 1 elements; must be 3",
+        ),
+        (
+            {"token_layout_list": GRIDS, "kernel_size": None},
+            ValueError,
+            "kernel_size, kernel_size_list: got None for both",
+        ),
+        ({"token_layout_list": GRIDS, "backend": "fast"}, ValueError, "backend: got .fast"),
+        ({"token_layout_list": GRIDS, "window": 3}, TypeError, "unexpected keyword"),
+    ],
+)
+def test_errors_of_grids(packed_grids, options, error, message):
+    with pytest.raises(error, match=message):
+        neighborhood_attention_varlen(*packed_grids, **options)
+
+
+def test_errors_of_metadata(packed_grids):
+    q, k, v = packed_grids
+    metadata = natten.varlen.configure_varlen(GRIDS, 6, "cpu", q.dtype, True, 3, backend="naive")
+    with pytest.raises(ValueError, match="stride_list: given together with metadata"):
+        neighborhood_attention_varlen(q, k, v, metadata, stride_list=[1, 1, 1])
+    with pytest.raises(ValueError, match=r"backend: got 'vectorized'; must be 'naive'"):
+        neighborhood_attention_varlen(q, k, v, metadata, backend="vectorized")
+    with pytest.raises(ValueError, match="key: got 59 tokens; must be 60"):
+        neighborhood_attention_varlen(q, k[:, 1:], v, metadata)
+    with pytest.raises(ValueError, match=r"value: got shape \[60, 2, 3\]"):
+        neighborhood_attention_varlen(q, k, v[0], metadata)
+    with pytest.raises(TypeError, match="dtype int32"):
+        natten.varlen.configure_varlen(GRIDS, 6, "cpu", torch.int32, True)

@@ -49,6 +49,20 @@ def test_check_all_args_refuses(args, error, message):
         utils.check_all_args(*args)
 
 
+def test_check_all_args_with_a_stride():
+    """As NATTEN 0.20 has it, in a module of its own."""
+    from natten.utils.checks import check_all_args
+
+    assert natten.utils.checks.check_all_args is check_all_args
+    window = (3, 5), (2, 1), (1, 2), (True, False)
+    assert check_all_args(2, (3, 5), [2, 1], (1, 2), (True, False)) == window
+    assert check_all_args(2, 9, 1, None, False) == ((9, 9), (1, 1), (1, 1), (False, False))
+    with pytest.raises(ValueError, match=r"stride: got \[1\], 1 elements"):
+        check_all_args(2, 3, [1], 1, False)
+    with pytest.raises(ValueError, match="na_dim: got 4"):
+        check_all_args(4, 3, 1, 1, False)
+
+
 def test_get_num_na_weights():
     assert utils.get_num_na_weights((7,)) == 7
     assert utils.get_num_na_weights((3, 5)) == 15
@@ -58,7 +72,7 @@ def test_get_num_na_weights():
 
 
 def test_get_device_cc():
-    assert utils.get_device_cc is context.get_device_cc
+    assert utils.get_device_cc is utils.device.get_device_cc is context.get_device_cc
 
 
 def test_log(caplog):

@@ -17,6 +17,7 @@ MODULES = (
     "natten.functional",
     "natten.distributed",
     "natten.flops",
+    "natten.varlen",
     "natten.jax",
     "natten.flax",
     "natten.numpy",

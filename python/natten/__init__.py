@@ -7,10 +7,11 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from natten import _core
+from natten import _core, _old_modules
 from natten._clash import warn_of_clash
 from natten._kernel import na_kernel
 from natten._key_range import key_range
@@ -105,6 +106,7 @@ __version__: str = _core.version
 HAS_LIBNATTEN = True
 
 warn_of_clash(__path__[0], __version__)
+_old_modules.register()
 
 _SUBMODULES = (
     "backends",
@@ -117,6 +119,7 @@ _SUBMODULES = (
     "token_permute",
     "types",
     "utils",
+    "varlen",
 )
 
 # As attributes too, but not in `dir`, by which tools look at all that a module has.
@@ -127,6 +130,8 @@ def __getattr__(name: str) -> Any:
     if name in _SUBMODULES or name in _FRAMEWORKS:
         return import_module(f"natten.{name}")
     if name not in _MODULE_OF:
+        if module := sys.modules.get(f"natten.{name}"):  # one of the old ones
+            return module
         raise AttributeError(f"module 'natten' has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)
     globals()[name] = value

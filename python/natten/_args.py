@@ -369,8 +369,9 @@ def scale_or_default(scale: float | None, head_dim: int) -> float:
 
 
 def module_scale(qk_scale: float | None, head_dim: int) -> float:
-    """A module's factor on scores. It has to fit float32, as modules may compute in that."""
-    if qk_scale is None:
+    """A module's factor on scores. It has to fit float32, as modules may compute in that. False is
+    None: code for NATTEN passes it, whose modules take `qk_scale or` the default."""
+    if qk_scale is None or qk_scale is False:
         return scale_or_default(None, head_dim)
     scale = _real("qk_scale", qk_scale)
     if not abs(scale) <= _LARGEST_FLOAT32:
@@ -591,6 +592,14 @@ def by_name(function: F) -> F:
     return function
 
 
+# What to pass in place of keywords of modules that older versions of NATTEN take.
+_HINTS = {
+    "bias": "; NATTEN before 0.17 calls rel_pos_bias so",
+    "kernel_size_d": "; kernel_size takes a tuple, (kernel_size_d, kernel_size, kernel_size)",
+    "dilation_d": "; dilation takes a tuple, (dilation_d, dilation, dilation)",
+}
+
+
 def module_init(init: Callable[P, None]) -> Callable[P, None]:
     """For the `__init__` of a module: `embed_dim` is another name of `dim`, and what comes by
     position after the third argument is refused. What is missing is said of the class that is made,
@@ -618,8 +627,7 @@ def module_init(init: Callable[P, None]) -> Callable[P, None]:
             for keyword in kwargs:  # before what it may have been meant for is said to be missing
                 if keyword not in signature.parameters:
                     said = f"got an unexpected keyword argument '{keyword}'"
-                    if keyword == "bias":
-                        said += "; NATTEN before 0.17 calls rel_pos_bias so"
+                    said += _HINTS.get(keyword, "")
             raise TypeError(f"{name}() {said}") from None
         init(*args, **kwargs)
 

@@ -179,7 +179,42 @@ def get_compatible_fmha_backends(
     return [name for name, refusal in answers.items() if not refusal]
 
 
+def choose_backend(query: Tensor, key: Tensor, value: Tensor, torch_compile: bool = False) -> str:
+    """The first of `get_compatible_backends`.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    return _first(get_compatible_backends(query, key, value, torch_compile))
+
+
+def choose_fmha_backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    is_causal: bool = False,
+    is_varlen: bool = False,
+    torch_compile: bool = False,
+) -> str:
+    """The first of `get_compatible_fmha_backends`.
+
+    Raises:
+        NotImplementedError: there is none.
+    """
+    return _first(
+        get_compatible_fmha_backends(query, key, value, is_causal, is_varlen, torch_compile)
+    )
+
+
+def _first(names: list[str]) -> str:
+    if not names:
+        raise NotImplementedError("no backend runs these tensors; natten.explain says why")
+    return names[0]
+
+
 __all__ = [
+    "choose_backend",
+    "choose_fmha_backend",
     "get_bwd_configs_for_cutlass_blackwell_fmha",
     "get_bwd_configs_for_cutlass_blackwell_fna",
     "get_bwd_configs_for_cutlass_fmha",

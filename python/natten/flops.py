@@ -298,6 +298,29 @@ def _traced_argument(value: Any) -> Any:
     return value.toIValue()
 
 
+def qk_rpb_flop(inputs: list[Any], outputs: list[Any]) -> int:
+    """MACs of `na1d_qk`, `na2d_qk` or `na3d_qk`, as an fvcore handle of `natten::qk`.
+
+    Args:
+        inputs, outputs: the values of a traced call; the first input is the query.
+    """
+    return prod(_traced_argument(inputs[0])) * _traced_argument(outputs[0])[-1]
+
+
+def av_flop(inputs: list[Any], outputs: list[Any]) -> int:
+    """MACs of `na1d_av`, `na2d_av` or `na3d_av`, as an fvcore handle of `natten::av`.
+
+    Args:
+        inputs, outputs: the values of a traced call; the first input is the weights.
+    """
+    return prod(_traced_argument(inputs[0])) * _traced_argument(outputs[0])[-1]
+
+
+# NATTEN before 0.17.4 has one for each rank.
+qk_1d_rpb_flop = qk_2d_rpb_flop = qk_3d_rpb_flop = qk_rpb_flop
+av_1d_flop = av_2d_flop = av_3d_flop = av_flop
+
+
 def get_flops(model: Any, input: Any, disable_warnings: bool = False) -> int:
     """MACs of `model(input)`, counted by fvcore.
 
@@ -322,9 +345,17 @@ def get_flops(model: Any, input: Any, disable_warnings: bool = False) -> int:
 
 __all__ = [
     "add_natten_handle",
+    "av_1d_flop",
+    "av_2d_flop",
+    "av_3d_flop",
+    "av_flop",
     "fna_flop_count",
     "get_flops",
     "na_av_flop_count",
     "na_qk_flop_count",
+    "qk_1d_rpb_flop",
+    "qk_2d_rpb_flop",
+    "qk_3d_rpb_flop",
+    "qk_rpb_flop",
     "register_torch_formulas",
 ]

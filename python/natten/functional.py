@@ -19,6 +19,12 @@ from natten.context import (
     has_tf32_gemm,
 )
 from natten.torch import (
+    NATTEN1DAVFunction,
+    NATTEN1DQKRPBFunction,
+    NATTEN2DAVFunction,
+    NATTEN2DQKRPBFunction,
+    NATTEN3DAVFunction,
+    NATTEN3DQKRPBFunction,
     attention,
     merge_attentions,
     na1d,
@@ -46,6 +52,12 @@ from natten.torch import (
 )
 
 __all__ = [
+    "NATTEN1DAVFunction",
+    "NATTEN1DQKRPBFunction",
+    "NATTEN2DAVFunction",
+    "NATTEN2DQKRPBFunction",
+    "NATTEN3DAVFunction",
+    "NATTEN3DQKRPBFunction",
     "attention",
     "disable_gemm_na",
     "disable_tf32",

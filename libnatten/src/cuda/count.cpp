@@ -45,6 +45,7 @@ Visits visits_along(const PassGrid& grid, Rows kind, int axis, int parts, int ro
       intervals.compute(grid, kind, rows, 0, 1, [&](int a) { return grid.axes[a]; });
       ColumnTiles columns{};
       columns.set_axis(axis, bounds_of(intervals, shape, rows, axis, 0, shape.size() - 1),
+                       grid.columns(axis, grid.places[axis].column_length, rows.group[axis]),
                        grid.column_tile);
       visits.tiles += columns.counts[axis];
       int last = -1;

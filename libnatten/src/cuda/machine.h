@@ -88,6 +88,12 @@ class Gpu {
     asm volatile("" : "+r"(x));
     return x;
   }
+  /// The same of an address: else compilers add parts of it anew for each of several from it on.
+  template <class E>
+  __device__ E* opaque(E* x) const {
+    asm volatile("" : "+l"(x));
+    return x;
+  }
   __device__ void sync() const { __syncthreads(); }
   __device__ void sync_warp() const { __syncwarp(); }
   /// `x` of the thread whose lane number differs in the bits of `mask`.

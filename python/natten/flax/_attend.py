@@ -127,7 +127,7 @@ class SelfAttention:
 
     def __init_subclass__(cls, *args: Any, **kwargs: Any) -> None:
         super().__init_subclass__(*args, **kwargs)
-        if hasattr(cls, "rank"):
+        if "rank" in vars(cls):  # one of the three, not a subclass that users make of them
             cls.__module__ = cls._module
             doc = inspect.cleandoc(SelfAttention.__doc__ or "")
             own = inspect.cleandoc(cls._own).replace("\n", "\n    ")

@@ -16,6 +16,12 @@ from natten.torch._functional import (
     na3d_qk,
 )
 from natten.torch._legacy import (
+    NATTEN1DAVFunction,
+    NATTEN1DQKRPBFunction,
+    NATTEN2DAVFunction,
+    NATTEN2DQKRPBFunction,
+    NATTEN3DAVFunction,
+    NATTEN3DQKRPBFunction,
     na1d_qk_with_bias,
     na2d_qk_with_bias,
     na3d_qk_with_bias,
@@ -39,6 +45,12 @@ from natten.torch._modules import (
 register_torch_formulas()
 
 __all__ = [
+    "NATTEN1DAVFunction",
+    "NATTEN1DQKRPBFunction",
+    "NATTEN2DAVFunction",
+    "NATTEN2DQKRPBFunction",
+    "NATTEN3DAVFunction",
+    "NATTEN3DQKRPBFunction",
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",

@@ -5,9 +5,12 @@ The migration page (docs/migration.md) says what to write in new code.
 
 from __future__ import annotations
 
-from typing import Never, Unpack
+import functools
+from collections.abc import Callable
+from numbers import Integral
+from typing import Any, Never, Unpack
 
-from torch import Tensor
+from torch import SymInt, Tensor
 
 from natten._args import Bools, Ints, UpstreamKeywords, by_name, check_extra, named
 from natten.torch import _ops
@@ -26,6 +29,32 @@ from natten.torch._private import refuses_script
 
 _FUSED = {1: na1d, 2: na2d, 3: na3d}
 _QK = {1: na1d_qk, 2: na2d_qk, 3: na3d_qk}
+
+
+def _takes_depth(name: str, function: Callable[..., Tensor], first: int) -> Callable[..., Tensor]:
+    """The function of rank 3, which also takes sizes as NATTEN has them for `name`: kernel_size_d,
+    kernel_size, dilation_d and dilation, after `first` tensors or by name."""
+
+    @functools.wraps(function)
+    def takes(*args: Any, **kwargs: Any) -> Tensor:
+        sizes = args[first : first + 4]
+        if len(sizes) == 4 and all(isinstance(size, Integral | SymInt) for size in sizes):
+            kernel_size_d, kernel_size, dilation_d, dilation = sizes
+            window = (kernel_size_d, kernel_size, kernel_size), (dilation_d, dilation, dilation)
+            args = (*args[:first], *window, *args[first + 4 :])
+        for option in ("kernel_size", "dilation"):
+            depth, size = kwargs.pop(f"{option}_d", None), kwargs.get(option)
+            if depth is not None and size is not None:
+                kwargs[option] = (depth, size, size)
+            elif depth is not None:
+                raise TypeError(
+                    f"{option}_d: got {depth!r} and no {option} by name; must be given both, or "
+                    f"{option} as a tuple, ({option}_d, {option}, {option})"
+                )
+        return function(*args, **kwargs)
+
+    takes.__name__ = takes.__qualname__ = name
+    return takes
 
 
 def _make_qk_with_bias(rank: int):
@@ -60,10 +89,31 @@ def _make_qkrpb(rank: int):
 
 
 na1d_qk_with_bias, na2d_qk_with_bias, na3d_qk_with_bias = map(_make_qk_with_bias, (1, 2, 3))
+na3d_qk_with_bias = _takes_depth("na3d_qk_with_bias", na3d_qk_with_bias, 3)
 natten1dqkrpb, natten2dqkrpb, natten3dqkrpb = map(_make_qkrpb, (1, 2, 3))
-# These differ from today's functions in the name only.
-natten1dqk, natten2dqk, natten3dqk = na1d_qk, na2d_qk, na3d_qk
-natten1dav, natten2dav, natten3dav = na1d_av, na2d_av, na3d_av
+natten3dqkrpb = _takes_depth("natten3dqkrpb", natten3dqkrpb, 3)
+# These differ from today's functions in the name only, those of rank 3 in what they take besides.
+natten1dqk, natten2dqk, natten3dqk = na1d_qk, na2d_qk, _takes_depth("natten3dqk", na3d_qk, 2)
+natten1dav, natten2dav, natten3dav = na1d_av, na2d_av, _takes_depth("natten3dav", na3d_av, 2)
+
+
+class _Function:
+    """The name of an autograd function of NATTEN 0.14, of which code calls `apply`."""
+
+    apply: Callable[..., Tensor]
+
+
+def _function(name: str, apply: Callable[..., Tensor]) -> type[_Function]:
+    about = {"__doc__": _Function.__doc__, "__module__": "natten.functional"}
+    return type(name, (_Function,), {**about, "apply": staticmethod(apply)})
+
+
+NATTEN1DQKRPBFunction = _function("NATTEN1DQKRPBFunction", natten1dqkrpb)
+NATTEN2DQKRPBFunction = _function("NATTEN2DQKRPBFunction", natten2dqkrpb)
+NATTEN3DQKRPBFunction = _function("NATTEN3DQKRPBFunction", natten3dqkrpb)
+NATTEN1DAVFunction = _function("NATTEN1DAVFunction", natten1dav)
+NATTEN2DAVFunction = _function("NATTEN2DAVFunction", natten2dav)
+NATTEN3DAVFunction = _function("NATTEN3DAVFunction", natten3dav)
 
 
 @refuses_script

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -74,9 +74,10 @@ class _NeighborhoodAttention(nn.Module):
     boundary: tuple[str, ...]
 
     def __init_subclass__(cls) -> None:
-        cls.__module__ = "natten"  # where users import it from, and pickle too
-        cls.__doc__ = (_NeighborhoodAttention.__doc__ or "").replace("{rank}", str(cls.rank))
         refuses_script(cls)
+        if "rank" in vars(cls):  # one of the three below, not a subclass that users make of them
+            cls.__module__ = "natten"  # where users import it from, and pickle too
+            cls.__doc__ = (_NeighborhoodAttention.__doc__ or "").replace("{rank}", str(cls.rank))
 
     @module_init
     @by_name
@@ -128,6 +129,25 @@ class _NeighborhoodAttention(nn.Module):
         self.attn_drop = nn.Dropout(probability("attn_drop", attn_drop))
         self.proj = nn.Linear(dim, dim, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(probability("proj_drop", proj_drop))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a module that NATTEN pickled too: what its version has not gets the defaults."""
+        super().__setstate__(state)
+        has = vars(self)
+        if "boundary" in has:
+            return
+        self.dim = self.embed_dim = self.num_heads * self.head_dim
+        window = {name: has.get(name) for name in ("kernel_size", "dilation", "is_causal")}
+        for name in ("kernel_size", "dilation"):
+            if f"{name}_d" in has:  # that of the first of three axes, in 0.15
+                window[name] = (has[f"{name}_d"], window[name], window[name])
+        window |= {"stride": has.get("stride", 1), "boundary": "shift"}
+        for name, value in checked_window(self.rank, **window).items():
+            setattr(self, name, value)
+        if "rpb" not in self._parameters:
+            self.register_parameter("rpb", None)
+        if "attn_drop" not in self._modules:
+            self.attn_drop = nn.Dropout(0.0)
 
     def _drops_attention(self) -> bool:
         return self.training and self.attn_drop.p > 0

@@ -74,10 +74,25 @@ def call(operator: _ops.Operator, *args: Any, composed: Callable[..., Any] | Non
         strict=True,
     )
 
+    run_all(operator, list(zip(examples, outputs, strict=True)), config, scale, backend)
+    nested = tuple(whole for whole, _ in results)
+    return nested if len(nested) > 1 else nested[0]
+
+
+def run_all(
+    operator: _ops.Operator,
+    calls: Sequence[tuple[Sequence[Tensor | None], Sequence[Tensor | None]]],
+    config: Config,
+    scale: float | None,
+    backend: str,
+) -> None:
+    """Runs an operator's kernel for many (inputs, outputs), in one parallel region."""
+    first = calls[0][0][0]
+    assert first is not None  # of every operator
+
     def allocate(shape: tuple[int, ...], dtype: str) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=first.device)
 
-    calls = list(zip(examples, outputs, strict=True))
     _core.run_all(
         operator.name,
         config,
@@ -91,8 +106,6 @@ def call(operator: _ops.Operator, *args: Any, composed: Callable[..., Any] | Non
     if TELLS_CHOICES:
         for tensors in calls:
             tell(operator.name, config, scale, backend, *tensors, str(first.device))
-    nested = tuple(whole for whole, _ in results)
-    return nested if len(nested) > 1 else nested[0]
 
 
 def _call_packed(

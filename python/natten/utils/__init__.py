@@ -13,8 +13,8 @@ from natten.utils import log
 
 
 def __getattr__(name: str) -> ModuleType:
-    if name == "varlen":  # which loads PyTorch
-        return import_module("natten.utils.varlen")
+    if name in ("checks", "device", "varlen"):  # the last of which loads PyTorch
+        return import_module(f"natten.utils.{name}")
     raise AttributeError(f"module 'natten.utils' has no attribute {name!r}")
 
 

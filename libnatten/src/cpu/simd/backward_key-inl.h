@@ -22,27 +22,18 @@ void backward_key(const BackwardKey<T>& f) {
     for (int v = 0; v < block.vectors; ++v) {
       T* w = weights + v * kScores<T>;
       T* g = grads + v * kScores<T>;
-      with_kind_of_scores(walk, [&](auto plain) {
-        for_each_step(
-            walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
-              const Vector<T> score =
-                  finish_score<plain.value>(walk, line, v, step, load(w + offset));
-              Vector<T> weight = exp<T>(score - walk.read(line.logsumexp, v, step));
-              Vector<T> grad = weight * (load(g + offset) - walk.read(line.row_term, v, step));
-              if (!plain.value && !walk.sees_all(v, step)) {
-                const Ints<T> mask = walk.mask(v, step);
-                weight = mask ? weight : Vector<T>{};
-                grad = mask ? grad : Vector<T>{};
-              }
-              store(w + offset, weight);
-              store(g + offset, grad);
-            });
-        // Stacked rows read what they see, each by itself, but for the other one of a pair.
-        if (plain.value && (block.adjacent || F::kCount > 1)) {
-          set_unseen(walk, batch, v, w, T(0));
-          set_unseen(walk, batch, v, g, T(0));
-        }
-      });
+      finish_scores(walk, batch, v, w);
+      for_each_step(
+          walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
+            const Vector<T> weight = exp<T>(load(w + offset) - walk.read(line.logsumexp, v, step));
+            store(w + offset, weight);
+            store(g + offset, weight * (load(g + offset) - walk.read(line.row_term, v, step)));
+          });
+      // Stacked rows read what they see, each by itself, but for the other one of a pair.
+      if (block.adjacent || F::kCount > 1) {
+        set_unseen(walk, batch, v, w, T(0));
+        set_unseen(walk, batch, v, g, T(0));
+      }
       finish_weights<F>(walk, batch, v, w);
       finish_weights<F>(walk, batch, v, g);
     }

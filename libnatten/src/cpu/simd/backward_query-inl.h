@@ -78,24 +78,14 @@ void backward_query(const BackwardQuery<T>& f) {
         if (!is_computed) {
           const Vector<T> logsumexp = load(f.logsumexp + first_row);
           Vector<T> sum{}, total{};
-          with_kind_of_scores(walk, [&](auto plain) {
-            if (plain.value) {
-              set_unseen(walk, batch, v, w, -kInfinity<T>);
-              set_unseen(walk, batch, v, g, T(0));
-            }
-            for_each_step(
-                walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
-                  const Vector<T> weight = exp<T>(
-                      finish_score<plain.value>(walk, line, v, step, load(w + offset)) - logsumexp);
-                  store(w + offset, weight);
-                  Vector<T> grad = load(g + offset);
-                  if (!plain.value && !walk.sees_all(v, step)) {
-                    grad = walk.mask(v, step) ? grad : Vector<T>{};
-                    store(g + offset, grad);
-                  }
-                  sum += weight * grad;
-                  total += weight;
-                });
+          finish_scores(walk, batch, v, w);
+          set_unseen(walk, batch, v, w, -kInfinity<T>);
+          set_unseen(walk, batch, v, g, T(0));
+          for_each_product(walk, batch, v, [&](std::int64_t offset) {
+            const Vector<T> weight = exp<T>(load(w + offset) - logsumexp);
+            store(w + offset, weight);
+            sum += weight * load(g + offset);
+            total += weight;
           });
           if (sums_row_term) {
             store(f.row_term + first_row, load(f.row_term + first_row) + sum);
@@ -105,7 +95,7 @@ void backward_query(const BackwardQuery<T>& f) {
         if (at_once) finish_row_term(v);
         if (!sums_gradients) continue;
         const Vector<T> row_term = load(f.row_term + first_row);
-        for_each_step(walk, batch, v, [&](std::int64_t offset, const Line<T>&, std::int64_t) {
+        for_each_product(walk, batch, v, [&](std::int64_t offset) {
           store(g + offset, load(w + offset) * (load(g + offset) - row_term));
         });
         if (block.lines->grad_bias) add_to_bias(walk, batch, v, g);

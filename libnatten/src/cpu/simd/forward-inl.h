@@ -21,20 +21,16 @@ void forward(const Forward<T>& f) {
       const std::int64_t first_row = v * block.vector_stride;
       const Vector<T> before = load(f.largest + first_row);
       Vector<T> largest = before;
-      with_kind_of_scores(walk, [&](auto plain) {
-        if (plain.value) set_unseen(walk, batch, v, scores, -kInfinity<T>);
-        for_each_step(walk, batch, v,
-                      [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
-                        const Vector<T> score =
-                            finish_score<plain.value>(walk, line, v, step, load(scores + offset));
-                        if (!plain.value) store(scores + offset, score);
-                        largest = score > largest ? score : largest;
-                      });
+      finish_scores(walk, batch, v, scores);
+      set_unseen(walk, batch, v, scores, -kInfinity<T>);
+      for_each_product(walk, batch, v, [&](std::int64_t offset) {
+        const Vector<T> score = load(scores + offset);
+        largest = score > largest ? score : largest;
       });
       // Where a row sees nothing yet all weights are 0, not exp(-inf + inf).
       const Vector<T> reference = largest == -kInfinity<T> ? Vector<T>{} : largest;
       Vector<T> total{};
-      for_each_step(walk, batch, v, [&](std::int64_t offset, const Line<T>&, std::int64_t) {
+      for_each_product(walk, batch, v, [&](std::int64_t offset) {
         const Vector<T> weight = exp<T>(load(scores + offset) - reference);
         store(scores + offset, weight);
         total += weight;

@@ -7,13 +7,6 @@
 namespace natten::detail::cpu::simd {
 namespace {
 
-struct True {
-  static constexpr bool value = true;
-};
-struct False {
-  static constexpr bool value = false;
-};
-
 /// Sets what rows of a vector do not see to `value`. The steps are the same ones in each line.
 template <class T>
 NATTEN_INLINE void set_unseen(const Walk<T>& walk, const Batch& batch, int v, T* products,
@@ -32,32 +25,23 @@ NATTEN_INLINE void set_unseen(const Walk<T>& walk, const Batch& batch, int v, T*
   }
 }
 
-/// Calls f<true> where products are scores as they are, without biases or a mask, but for what a
-/// row does not see.
-template <class T, class F>
-NATTEN_INLINE void with_kind_of_scores(const Walk<T>& walk, F&& f) {
-  if (!walk.block.lines->bias && !walk.block.lines->hidden)
-    f(True{});
-  else
-    f(False{});
-}
-
-/// The score of a step: adds the bias, and sets what a row does not see to -inf, what is hidden to
+/// Makes scores of a vector's products: adds biases, and sets those of hidden columns to
 /// `hidden_score`.
-template <bool kPlain, class T>
-NATTEN_INLINE Vector<T> finish_score(const Walk<T>& walk, const Line<T>& line, int v,
-                                     std::int64_t step, Vector<T> score,
-                                     T hidden_score = -kInfinity<T>) {
-  if constexpr (kPlain) return score;
-  if (line.bias) {
-    const T* bias = line.bias + walk.bias_at(v, step);
-    score += walk.access == Access::permuted ? permute<T>(load(bias), walk.bias_index)
-                                             : broadcast<T>(*bias);
-  }
-  if (line.hidden)
-    score = walk.read(line.hidden, v, step) == 0 ? score : broadcast<T>(hidden_score);
-  if (!walk.sees_all(v, step)) score = walk.mask(v, step) ? score : broadcast<T>(-kInfinity<T>);
-  return score;
+template <class T>
+NATTEN_INLINE void finish_scores(const Walk<T>& walk, const Batch& batch, int v, T* scores,
+                                 T hidden_score = -kInfinity<T>) {
+  if (!walk.block.lines->bias && !walk.block.lines->hidden) return;
+  for_each_step(walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
+    Vector<T> score = load(scores + offset);
+    if (line.bias) {
+      const T* bias = line.bias + walk.bias_at(v, step);
+      score += walk.access == Access::permuted ? permute<T>(load(bias), walk.bias_index)
+                                               : broadcast<T>(*bias);
+    }
+    if (line.hidden)
+      score = walk.read(line.hidden, v, step) == 0 ? score : broadcast<T>(hidden_score);
+    store(scores + offset, score);
+  });
 }
 
 }  // namespace

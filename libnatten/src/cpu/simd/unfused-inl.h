@@ -72,13 +72,8 @@ void score(const Weights<T>& w) {
     T* scores = w.block.scratch;
     column_products<Single<T>>(walk, batch, w.rows, &Line<T>::transposed, w.block.dim,
                                w.block.padded, scores);
-    if (w.block.lines->bias || w.block.lines->hidden)
-      for (int v = 0; v < w.block.vectors; ++v)
-        for_each_step(
-            walk, batch, v, [&](std::int64_t offset, const Line<T>& line, std::int64_t step) {
-              T* at = scores + v * kScores<T> + offset;
-              store(at, finish_score<false>(walk, line, v, step, load(at), w.hidden_score));
-            });
+    for (int v = 0; v < w.block.vectors; ++v)
+      finish_scores(walk, batch, v, scores + v * kScores<T>, w.hidden_score);
     copy_weights<false>(walk, batch, w);
   });
 }

@@ -438,6 +438,24 @@ NATTEN_INLINE void for_each_step(const Walk<T>& walk, const Batch& batch, int v,
   });
 }
 
+/// Visits their products: `f(offset)`. Those of lines without padding follow each other, and one
+/// long loop waits less than many short ones.
+template <class T, class F>
+NATTEN_INLINE void for_each_product(const Walk<T>& walk, const Batch& batch, int v, F&& f) {
+  const auto sees = [&](std::int64_t l) {
+    const Line<T>& line = walk.block.lines[l];
+    return v >= line.first_vector && v < line.last_vector;
+  };
+  for (std::int64_t l = batch.line0; l < batch.line1; ++l) {
+    if (!sees(l)) continue;
+    std::int64_t offset = (batch.at(l) + batch.step0) * kWidth<T>;
+    if (batch.padding == 0)
+      while (l + 1 < batch.line1 && sees(l + 1)) ++l;
+    const std::int64_t end = (batch.at(l) + batch.step1) * kWidth<T>;
+    for (; offset < end; offset += kWidth<T>) f(offset);
+  }
+}
+
 /// Sets the weights of steps of padding to 0.
 template <class T>
 NATTEN_INLINE void clear_padding(const Batch& batch, T* weights) {

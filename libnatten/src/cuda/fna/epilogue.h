@@ -61,6 +61,28 @@ NATTEN_DEVICE void write(const Worker<K, Machine>& w, int which,
     NATTEN_EACH (half, 2)
       store_sums(w.gpu, w.lane(), sums[m], half, factors[m][half], staging, w.row_of(m, half));
   w.gpu.sync_warp();
+  if constexpr (K::kTablesRows) {
+    if (to.unit() == kChunk<T> && dims % kChunk<T> == 0) {
+      constexpr int kStep = kLanes / Tile::kUnit;
+      const int chunk = w.lane() % Tile::kUnit;
+      const int row = 16 * K::kM * w.warp() + w.lane() / Tile::kUnit;
+      T* const* rows = w.template row_addresses<T>(1) + row;
+      const int from = staging.at(row, chunk);
+      NATTEN_UNROLL
+      for (int i = 0; i < 16 * K::kM; i += kStep) {
+        T* const slot = rows[i];
+        if (!slot) continue;
+        NATTEN_UNROLL
+        for (int j = 0; j < Tile::kChunks; j += Tile::kUnit) {
+          const int element = (chunk + j) * kChunk<T>;
+          if (element < dims)
+            w.gpu.template copy<kChunkBytes>(
+                slot + element, w.gpu.template shared<T>(Tile::rows_on(from, i) + 16 * j));
+        }
+      }
+      return;
+    }
+  }
   const RowPointers<T> pointers = w.pointers_of_rows(to.tensor);
   NATTEN_DO_NOT_UNROLL
   for (unsigned item = w.lane(); item < 16 * K::kM * Tile::kChunks; item += kLanes) {
@@ -127,9 +149,13 @@ NATTEN_DEVICE void write_results(const Worker<K, Machine>& w, Accumulators<K>& s
       }
     if (w.a.statistic && own < 2 * K::kM) {
       const int row = own_row(w);
-      if constexpr (K::kPass == TilePass::forward)
-        write_statistic(w, row, w.references()[row] * kLn2 + w.gpu.log(own_total));
-      else
+      if constexpr (K::kPass == TilePass::forward) {
+        const float logsumexp = w.references()[row] * kLn2 + w.gpu.log(own_total);
+        if constexpr (!K::kTablesRows)
+          write_statistic(w, row, logsumexp);
+        else if (float* const to = w.template row_addresses<float>(2)[row])
+          *to = logsumexp;
+      } else
         write_statistic(w, row, own_product / divisor(own_total));
     }
   }

@@ -180,15 +180,17 @@ class TilePasses {
     }
   }
 
-  void set_tiles(PassGrid& grid, int rows, int columns) const {
-    choose_tiles(grid, p_.rank, bits_of(rows), bits_of(columns),
-                 TileCost(rows / 64, padded_dims(p_)));
+  /// Returns what they cost.
+  double set_tiles(PassGrid& grid, int rows, int columns) const {
+    const TileCost cost(rows / 64, padded_dims(p_));
+    const TileVisits visits = choose_tiles(grid, p_.rank, bits_of(rows), bits_of(columns), cost);
     const bool queries = grid.rows == Rows::queries;
     const Tuple& row_tile = queries ? p_.query_tile : p_.key_tile;
     const Tuple& column_tile = queries ? p_.key_tile : p_.query_tile;
     if (row_tile.size > 0 && grid.rows != Rows::additional)
       set_row_tile(grid, shrunk(tile_of(row_tile), rows));
     if (column_tile.size > 0) grid.column_tile = shrunk(tile_of(column_tile), columns);
+    return cost(visits);
   }
   /// Kernels of many dims take half of a tile's columns at a time.
   static TileShape shrunk(TileShape tile, int size) {
@@ -199,6 +201,7 @@ class TilePasses {
   /// Chooses tiles for blocks of 128 rows; whether these beat blocks of 64. They read columns from
   /// shared memory half as often, but see wider unions of windows, and there are fewer of them; and
   /// on some devices a multiprocessor has room for one of them only, which nothing works beside.
+  /// Where windows are small what a block takes for itself may decide.
   template <class Narrow, class Wide>
   bool uses_wide_rows(PassGrid& grid) const {
     if (!takes_wide_rows(p_)) return false;
@@ -207,14 +210,16 @@ class TilePasses {
     const double visits_of_one = choose_tiles(one, p_.rank, 6, 6, fewest_tiles).tiles;
     const double visits_of_two = choose_tiles(grid, p_.rank, 7, 6, fewest_tiles).tiles;
     const bool is_demanded = p_.query_tile.size > 0;
-    set_tiles(grid, 128, 64);
-    constexpr double kGain = 1.2;
+    const double cost_of_two = set_tiles(grid, 128, 64), cost_of_one = set_tiles(one, 64, 64);
+    constexpr double kGain = 1.2, kCheaper = 0.9;
     constexpr std::int64_t kFewBlocks = 256;
     const int shared_bytes = launch_.shared_bytes();
     const bool has_room = blocks_beside(Wide::kSharedBytes, shared_bytes) >=
                           blocks_beside(Narrow::kSharedBytes, shared_bytes);
-    return is_demanded || (has_room && 2 * visits_of_two <= kGain * visits_of_one &&
-                           batches() * p_.heads * grid.blocks_per_head() >= kFewBlocks);
+    const bool is_better =
+        2 * visits_of_two <= kGain * visits_of_one || cost_of_two < kCheaper * cost_of_one;
+    return is_demanded ||
+           (has_room && is_better && batches() * p_.heads * grid.blocks_per_head() >= kFewBlocks);
   }
 
   /// Examples are one after another for each of the batch.

@@ -31,6 +31,21 @@ NATTEN_DEVICE void load_rows(const Worker<K, Machine>& w, int which, const typen
   using T = typename K::Element;
   using Tile = typename K::Tile;
   const Tokens<const T>& x = w.a.rows[which];
+  if constexpr (K::kTablesRows) {
+    if (x.unit() == kChunk<T> && w.a.dims[which] % kChunk<T> == 0) {
+      const int chunk = w.thread() % Tile::kUnit, row = w.thread() / Tile::kUnit;
+      const T* const* from = w.template row_addresses<const T>(0) + row;
+      const int slot = to.at(row, chunk);
+      NATTEN_UNROLL
+      for (int i = 0; i < K::kRows; i += K::kThreads / Tile::kUnit) NATTEN_UNROLL
+      for (int j = 0; j < Tile::kChunks; j += Tile::kUnit) {
+        const int element = (chunk + j) * kChunk<T>;
+        w.gpu.template copy_async<kChunkBytes>(slot + i * Tile::kPitch + 16 * j, from[i] + element,
+                                               element < w.a.dims[which] ? kChunkBytes : 0);
+      }
+      return;
+    }
+  }
   const RowPointers<const T> pointers = w.pointers_of_rows(x.tensor);
   NATTEN_DO_NOT_UNROLL
   for (unsigned item = w.thread(); item < K::kRows * Tile::kChunks; item += K::kThreads) {
@@ -51,8 +66,7 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
   using T = typename K::Element;
   using Tile = typename K::Tile;
   const int dims = w.a.dims[which];
-  // Eight threads copy 128 bytes, or four 64: then what a loop adds to an offset is constant.
-  constexpr int kUnit = Tile::kChunks % 8 == 0 ? 8 : 4;
+  constexpr int kUnit = Tile::kUnit;
   const int thread = w.thread();
   const int chunk = thread % kUnit, column = thread / kUnit;
   const int slot = to.at(column, chunk), element = chunk * kChunk<T>;
@@ -60,7 +74,7 @@ NATTEN_DEVICE void load_columns(const Worker<K, Machine>& w, int which, const ty
   const T* const first = stop.first[which];
   if (stop.copies_whole[which]) {
     if (Tile::kChunks == kUnit && element >= dims) return;
-    const char* const first_chunk = reinterpret_cast<const char*>(first + element);
+    const char* const first_chunk = w.gpu.opaque(reinterpret_cast<const char*>(first + element));
     NATTEN_UNROLL
     for (int i = 0; i < K::kColumns; i += K::kThreads / kUnit) {
       const auto* from =

@@ -35,7 +35,10 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
   constexpr bool kLoadsEarly = K::kStages == 1 && !K::kSumsFirst;  // B1 is done with before B2
   constexpr bool kPacksEarly = !K::kNeedsGradWeights;              // nothing needs them as they are
   bool is_over = w.state.count == 0;
-  if (!is_over) find_axis_words(w, 0);
+  if (!is_over) {
+    find_axis_words(w);
+    find_axis_words(w, 0);
+  }
   NATTEN_DO_NOT_UNROLL
   for (int i = 0; !is_over; ++i) {
     const int stage = K::kStages == 2 ? i & 1 : 0;
@@ -60,12 +63,24 @@ NATTEN_DEVICE void main_loop(const Worker<K, Machine>& w, Accumulators<K>& sums)
     typename K::Scores scores;
     typename K::Weights weights;
     if (seen != Overlap::none) {
-      if constexpr (K::kHoldsRows)
-        multiply_rows<T>(w.gpu, w.lane(), scores, held, w.first_columns(stage));
-      else
-        multiply_rows<T>(w.gpu, w.lane(), scores, rows1, 16 * K::kM * w.warp(),
-                         w.first_columns(stage));
-      finish_scores(w, scores, stop, w.opaque(i), seen);
+      const bool starts_at_masks = K::kStartsAtMasks && seen == Overlap::some && !w.a.scales_first;
+      if (starts_at_masks) {
+        if constexpr (K::kStartsAtMasks) {
+          start_scores(w, scores, stop, w.opaque(i));
+          if constexpr (K::kHoldsRows)
+            multiply_rows<T, true>(w.gpu, w.lane(), scores, held, w.first_columns(stage));
+          else
+            multiply_rows<T, true>(w.gpu, w.lane(), scores, rows1, 16 * K::kM * w.warp(),
+                                   w.first_columns(stage));
+        }
+      } else {
+        if constexpr (K::kHoldsRows)
+          multiply_rows<T>(w.gpu, w.lane(), scores, held, w.first_columns(stage));
+        else
+          multiply_rows<T>(w.gpu, w.lane(), scores, rows1, 16 * K::kM * w.warp(),
+                           w.first_columns(stage));
+        finish_scores(w, scores, stop, w.opaque(i), seen);
+      }
       if constexpr (K::kPass == TilePass::forward)
         softmax(w, scores, sums.second, sums.totals);
       else

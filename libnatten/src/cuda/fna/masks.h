@@ -55,15 +55,31 @@ NATTEN_DEVICE bool bit(const std::uint32_t (&mask)[kWords], int n, int j) {
   return mask[n / 4] >> (8 * (n % 4) + j) & 1;
 }
 
-/// Finds out `axis_words` of tile `i` where warps need masks: a row's word is what three of them
-/// have in common, and many rows share each. The warps take turns.
+/// Finds out `axis_words`, before there is a tile: a row's word is what three of them have in
+/// common, and many rows share each.
+template <class K, class Machine>
+NATTEN_DEVICE void find_axis_words(const Worker<K, Machine>& w) {
+  if constexpr (K::kSharesWords) {
+    const TileShape &rows = w.a.grid.row_tile, &columns = w.a.grid.column_tile;
+    NATTEN_DO_NOT_UNROLL
+    for (int i = w.thread(); i < w.state.word_count; i += K::kThreads) {
+      const int axis = i < w.state.first_words[1] ? 0 : i < w.state.first_words[2] ? 1 : 2;
+      const int word = i - w.state.first_words[axis];
+      const int tile = word >> rows.bits[axis];
+      const PlaceInterval seen = w.seen_intervals().at(axis, word & (rows.extent(axis) - 1));
+      w.axis_words()[i] = w.a.mask.word_of_axis(
+          columns, axis, seen, w.state.tiles.low[axis] + (tile << columns.bits[axis]));
+    }
+  }
+}
+/// Those of tile `i`, if it has a mask and there is no room for those of all. The warps take turns.
 template <class K, class Machine>
 NATTEN_DEVICE void find_axis_words(const Worker<K, Machine>& w, int i) {
-  if (!K::kSharesWords || w.warp() != i % K::kWarps) return;
+  if (!K::kSharesWords || w.state.word_count > 0 || w.warp() != i % K::kWarps) return;
   const typename K::Stop& stop = w.stop_of(i);
   if (!stop.has_masks) return;
   const SeenIntervals seen = w.seen_intervals();
-  std::uint64_t* const words = w.axis_words(i);
+  std::uint64_t* const words = w.axis_words() + w.words_of_tile(i);
   seen.for_each(w.lane(), kLanes, [&](int index, int axis, int) {
     words[index] = w.a.mask.word_of_axis(w.a.grid.column_tile, axis, seen.intervals[index],
                                          stop.tile.origin[axis]);
@@ -76,32 +92,30 @@ NATTEN_DEVICE int own_row(const Worker<K, Machine>& w) {
   return w.row_of(0, 0) + 8 * (w.lane() % (2 * K::kM));
 }
 template <class K, class Machine>
-NATTEN_DEVICE void set_own_intervals(const Worker<K, Machine>& w) {
+NATTEN_DEVICE void set_own_offsets(const Worker<K, Machine>& w) {
   if constexpr (K::kSharesWords) {
-    std::uint32_t numbers = 0;
-    NATTEN_EACH (a, kMaxRank) {
-      const int offset = w.a.grid.row_tile.offset(own_row(w), a);
-      numbers |= static_cast<std::uint32_t>(w.seen_intervals().index(a, offset)) << 8 * a;
-    }
-    w.own_intervals()[w.thread()] = numbers;
+    std::uint32_t offsets = 0;
+    NATTEN_EACH (a, kMaxRank)
+      offsets |= static_cast<std::uint32_t>(w.a.grid.row_tile.offset(own_row(w), a)) << 10 * a;
+    w.own_offsets()[w.thread()] = offsets;
   }
 }
-/// The columns of tile `i` that the row sees.
+/// The columns of a tile that the row sees, if they are shown.
 template <class K, class Machine>
-NATTEN_DEVICE std::uint64_t seen_by_own(const Worker<K, Machine>& w, const ColumnTile& at, int i) {
-  if constexpr (!K::kSharesWords) return seen_by(w, own_row(w), at);
-  if (at.is_additional) return low_bits(w.a.additional_columns - at.origin[2]);
-  const std::uint64_t* const words = w.axis_words(i);
-  const std::uint32_t numbers = w.own_intervals()[w.thread()];
+NATTEN_DEVICE std::uint64_t seen_by_own(const Worker<K, Machine>& w, const typename K::Stop& stop,
+                                        int i) {
+  if constexpr (!K::kSharesWords) return seen_by(w, own_row(w), stop.tile);
+  if (stop.tile.is_additional) return low_bits(w.a.additional_columns - stop.tile.origin[2]);
+  const std::uint32_t numbers = w.first_words(i) + w.own_offsets()[w.thread()];
   std::uint64_t word = ~std::uint64_t{0};
-  NATTEN_EACH (a, kMaxRank) word &= words[numbers >> 8 * a & 0xff];
+  NATTEN_EACH (a, kMaxRank) word &= w.axis_words()[numbers >> 10 * a & 0x3ff];
   return word;
 }
 template <class K, class Machine>
 NATTEN_DEVICE std::uint64_t own_word(const Worker<K, Machine>& w, const typename K::Stop& stop,
                                      int i, Overlap overlap) {
   std::uint64_t word = ~std::uint64_t{0};
-  if (overlap == Overlap::some) word = seen_by_own(w, stop.tile, i) & stop.shown;
+  if (overlap == Overlap::some) word = seen_by_own(w, stop, i) & stop.shown;
   return word;
 }
 /// Then it is known to all four, each for its columns.
@@ -112,6 +126,36 @@ NATTEN_DEVICE void spread(const Worker<K, Machine>& w, std::uint64_t word, int m
     mask[i] = w.gpu.shuffle(static_cast<std::uint32_t>(word >> (32 * i)),
                             (w.lane() & ~3) + 2 * m + half) >>
               (2 * (w.lane() % 4));
+}
+
+/// The 16 things that a thread's elements of a block of columns may start at: element i is seen
+/// where bit i of the number is set.
+template <class K, class Machine>
+NATTEN_DEVICE void set_mask_starts(const Worker<K, Machine>& w) {
+  const int i = w.thread();
+  if (i < 4 * kMaskPatterns)
+    w.gpu.template shared<float>(K::Layout::kMaskStarts)[i] = i / 4 >> i % 4 & 1 ? 0.0f : kNone;
+}
+/// Starts scores at 0, and those of columns that are not seen at -inf.
+template <class K, class Machine>
+NATTEN_DEVICE void start_scores(const Worker<K, Machine>& w, typename K::Scores& scores,
+                                const typename K::Stop& stop, int i) {
+  const std::uint64_t word = own_word(w, stop, i, Overlap::some);
+  NATTEN_EACH (m, K::kM) {
+    Mask<K> masks[2];
+    NATTEN_EACH (half, 2) spread(w, word, m, half, masks[half]);
+    NATTEN_EACH (part, K::kN / 4) {
+      // A byte for each block of columns.
+      const std::uint32_t numbers =
+          (masks[0][part] & 0x03030303u) + 4 * (masks[1][part] & 0x03030303u);
+      NATTEN_EACH (n, 4) {
+        std::uint32_t start[4];
+        w.gpu.read_chunk(start, K::Layout::kMaskStarts +
+                                    static_cast<int>(numbers >> 8 * n & 0xff) * kChunkBytes);
+        NATTEN_EACH (j, 4) scores[m][4 * part + n][j] = natten::detail::float_of(start[j]);
+      }
+    }
+  }
 }
 
 /// The biases of a row and a tile's columns, where it has some.

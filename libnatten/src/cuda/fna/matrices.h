@@ -27,6 +27,8 @@ struct SharedTile {
   static constexpr int kPitch = int(sizeof(T)) * kDims;
   static constexpr int kChunks = kDims / kChunk<T>;
   static constexpr int kSwaps = kPitch % 128 == 0 ? 7 : 3;
+  /// Eight threads copy 128 bytes, or four 64: then what a loop adds to an offset is constant.
+  static constexpr int kUnit = kChunks % 8 == 0 ? 8 : 4;
 
   int offset;  ///< in bytes
 
@@ -34,6 +36,12 @@ struct SharedTile {
   NATTEN_DEVICE int at(int row, int chunk) const {
     const int swap = kSwaps == 7 ? row & 7 : (row >> 1) & 3;
     return offset + row * kPitch + ((chunk ^ swap) << 4);
+  }
+  /// The offset of the same chunk `rows` after a row, whose number has no bit in common with
+  /// `rows`.
+  NATTEN_DEVICE static int rows_on(int at, int rows) {
+    const int swap = kSwaps == 7 ? rows & 7 : (rows >> 1) & 3;
+    return (at ^ (swap << 4)) + rows * kPitch;
   }
   /// The offset `chunks` after that of a chunk of the same row, whose number has no bit in common
   /// with `chunks`. Cheaper than `at`: where it is constant, so are both numbers.
@@ -79,8 +87,9 @@ struct HeldRows {
   }
 };
 
-/// c[i][j] = row i of A times row j of `b`; `rows(k, x)` gives A's `k`-th operand.
-template <class T, int kDims, int kM, int kN, class Machine, class RowsOfA>
+/// c[i][j] = row i of A times row j of `b`, or where `kAdds`, that plus c[i][j]; `rows(k, x)` gives
+/// A's `k`-th operand.
+template <class T, bool kAdds = false, int kDims, int kM, int kN, class Machine, class RowsOfA>
 NATTEN_DEVICE void multiply_rows(Machine& gpu, int lane, FragmentC (&c)[kM][kN],
                                  const RowsOfA& rows, const SharedTile<T, kDims>& b) {
   const int b_at = b.at(lane / 16 * 8 + lane % 8, lane / 8 % 2);
@@ -94,7 +103,7 @@ NATTEN_DEVICE void multiply_rows(Machine& gpu, int lane, FragmentC (&c)[kM][kN],
       round_operand<T>(y);
       const FragmentB low = {y[0], y[1]}, high = {y[2], y[3]};
       NATTEN_EACH (m, kM) {
-        if (k == 0) {
+        if (k == 0 && !kAdds) {
           gpu.template multiply<T>(c[m][n], x[m], low);
           gpu.template multiply<T>(c[m][n + 1], x[m], high);
         } else {
@@ -107,11 +116,11 @@ NATTEN_DEVICE void multiply_rows(Machine& gpu, int lane, FragmentC (&c)[kM][kN],
 }
 
 /// The same with row i of `a`, from `first_row` on.
-template <class T, int kDims, int kM, int kN, class Machine>
+template <class T, bool kAdds = false, int kDims, int kM, int kN, class Machine>
 NATTEN_DEVICE void multiply_rows(Machine& gpu, int lane, FragmentC (&c)[kM][kN],
                                  const SharedTile<T, kDims>& a, int first_row,
                                  const SharedTile<T, kDims>& b) {
-  multiply_rows<T>(gpu, lane, c, SharedRows<T, kDims, Machine>(gpu, lane, a, first_row), b);
+  multiply_rows<T, kAdds>(gpu, lane, c, SharedRows<T, kDims, Machine>(gpu, lane, a, first_row), b);
 }
 
 /// Weights as operands A of products.
@@ -198,8 +207,9 @@ NATTEN_DEVICE void store_sums(Machine& gpu, int lane, const FragmentC (&sums)[kB
         gpu.write_chunk(to.at(row, 2 * n + lane % 4 * 2 + j), x);
       }
   } else {
+    const int first = to.at(row, 0) + lane % 4 * 4;
     NATTEN_EACH (n, kBlocks)
-      *gpu.template shared<std::uint32_t>(to.at(row, n) + lane % 4 * 4) =
+      *gpu.template shared<std::uint32_t>(to.step(first, n)) =
           gpu.template pack<T>(sums[n][2 * half] * factor, sums[n][2 * half + 1] * factor);
   }
 }

@@ -223,9 +223,9 @@ struct TileCost {
   double of_block, of_tile, of_warp_tile;
 
   TileCost(int row_blocks, int dims)
-      : of_block(3000 + row_blocks * (1000 + 20.0 * dims)),
-        of_tile(400 + 5.0 * dims),
-        of_warp_tile(row_blocks * (400 + 2.0 * dims)) {}
+      : of_block(2000 + row_blocks * (500 + 20.0 * dims)),
+        of_tile(300 + 2.0 * dims),
+        of_warp_tile(100 + row_blocks * (140 + 2.9 * dims)) {}
   double operator()(const TileVisits& visits) const {
     return visits.blocks * of_block + visits.tiles * of_tile + visits.warp_tiles * of_warp_tile;
   }

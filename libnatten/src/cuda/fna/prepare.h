@@ -38,6 +38,19 @@ NATTEN_DEVICE void locate(const Worker<K, Machine>& w, int first_tile) {
   stop.tile = tile;
   stop.shown = shown;
   stop.is_last = i + 1 == w.state.count;
+  if constexpr (K::kSharesWords) {
+    const bool has_all = w.state.word_count > 0;
+    std::uint32_t words = 0;
+    NATTEN_EACH (a, kMaxRank) {
+      const int before = tile.origin[a] - w.state.tiles.low[a];
+      const int word = has_all
+                           ? w.state.first_words[a] + (before >> w.a.grid.column_tile.bits[a]
+                                                                     << w.a.grid.row_tile.bits[a])
+                           : w.words_of_tile(i) + w.seen_intervals().index(a, 0);
+      words |= static_cast<std::uint32_t>(word) << 10 * a;
+    }
+    w.first_words(i) = words;
+  }
   NATTEN_EACH (which, 2) {
     stop.copies_whole[which] =
         is_whole && shown == kAll && !tile.is_additional && w.a.copies_chunks[which];
@@ -114,15 +127,17 @@ NATTEN_DEVICE void see(const Worker<K, Machine>& w) {
 template <class K, class Machine>
 NATTEN_DEVICE void find_bounds(const Worker<K, Machine>& w) {
   const RowTile& rows = w.state.rows;
-  NATTEN_EACH (i, kMaxRank) {
-    if (w.lane() % 4 != i) continue;
-    const TileShape& shape = w.a.grid.row_tile;
-    const int of_warp = w.lane() / 4, first = 16 * K::kM * of_warp;
-    if (of_warp < K::kWarps)
-      w.state.bounds[of_warp][i] =
-          bounds_of(w.seen_intervals(), shape, rows, i, first, first + 16 * K::kM - 1);
-    if (of_warp == K::kWarps)
-      w.state.tiles.set_axis(i, bounds_of(w.seen_intervals(), shape, rows, i, 0, K::kRows - 1),
+  const int axis = w.lane() % 4, of_warp = w.lane() / 4, first = 16 * K::kM * of_warp;
+  if (axis < kMaxRank && of_warp <= K::kWarps) {
+    const bool is_warp = of_warp < K::kWarps;
+    const Bounds bounds =
+        bounds_of(w.seen_intervals(), w.a.grid.row_tile, rows, axis, is_warp ? first : 0,
+                  (is_warp ? first + 16 * K::kM : K::kRows) - 1);
+    if (is_warp)
+      w.state.bounds[of_warp][axis] = bounds;
+    else
+      w.state.tiles.set_axis(axis, bounds,
+                             w.a.grid.columns(axis, w.column_end(axis), rows.group[axis]),
                              w.a.grid.column_tile);
   }
   w.gpu.sync_warp();
@@ -133,9 +148,27 @@ template <class K, class Machine>
 NATTEN_DEVICE void find_columns(const Worker<K, Machine>& w) {
   find_bounds(w);
   if (w.lane() == 0) {
-    const std::int64_t count = w.state.tiles.count();
-    w.state.first = static_cast<int>(count * w.state.split / w.a.splits);
-    w.state.count = static_cast<int>(count * (w.state.split + 1) / w.a.splits) - w.state.first;
+    w.state.first = 0;
+    w.state.count = w.state.tiles.count();
+    if (w.a.splits > 1) {  // divisions of 64 bits take long
+      const std::int64_t count = w.state.count;
+      w.state.first = static_cast<int>(count * w.state.split / w.a.splits);
+      w.state.count = static_cast<int>(count * (w.state.split + 1) / w.a.splits) - w.state.first;
+    }
+  }
+  w.gpu.sync_warp();
+}
+
+/// Says where `axis_words` has the words of all tiles, if it has room for them.
+template <class K, class Machine>
+NATTEN_DEVICE void plan_axis_words(const Worker<K, Machine>& w) {
+  if (w.lane() == 0) {
+    std::int64_t count = 0;
+    NATTEN_EACH (a, kMaxRank) {
+      w.state.first_words[a] = static_cast<int>(count);
+      count += std::int64_t{w.state.tiles.counts[a]} << w.a.grid.row_tile.bits[a];
+    }
+    w.state.word_count = count <= w.kAxisWords ? static_cast<int>(count) : 0;
   }
   w.gpu.sync_warp();
 }
@@ -158,13 +191,45 @@ NATTEN_DEVICE void set_relative(const Worker<K, Machine>& w) {
   w.relative_bias()[w.thread()] = bias;
 }
 
+/// Fills the tables of rows' addresses.
+template <class K, class Machine>
+NATTEN_DEVICE void set_row_addresses(const Worker<K, Machine>& w) {
+  using T = typename K::Element;
+  NATTEN_UNROLL
+  for (int first = 0; first < 2 * K::kRows; first += K::kThreads) {
+    const int item = first + w.thread(), row = item % K::kRows;
+    Coordinate token;
+    bool exists = true;
+    NATTEN_EACH (i, kMaxRank) {
+      int offset = w.a.grid.row_tile.offset(row, i);
+      const int valid = w.state.rows.valid[i];
+      exists = exists && offset < valid;
+      offset = offset < valid ? offset : 0;
+      token[i] = w.a.grid.places[i].number(w.state.rows.group[i].first_row,
+                                           w.state.rows.origin[i] + offset);
+    }
+    if (item < K::kRows) {
+      w.template row_addresses<const T>(0)[row] =
+          w.a.rows[0].tensor.at(w.state.batch, w.state.head, token);
+      continue;
+    }
+    const auto address = [&](const auto& x) {
+      return exists && x ? x.at(w.state.batch, w.state.head, token) : nullptr;
+    };
+    w.template row_addresses<T>(1)[row] = address(w.a.sums[1].tensor);
+    w.template row_addresses<float>(2)[row] = address(w.a.statistic);
+  }
+}
+
 /// Fills `state` and the tables. Returns false where the block has no rows.
 template <class K, class Machine>
 NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   if (!find_rows(w)) return false;
   see(w);
-  set_own_intervals(w);
+  set_own_offsets(w);
   set_relative<K, 2>(w);
+  if constexpr (K::kTablesRows) set_row_addresses(w);
+  if constexpr (K::kStartsAtMasks) set_mask_starts(w);
   if constexpr (K::kPass == TilePass::forward) {
     for (int row = w.thread(); row < K::kRows; row += K::kThreads) {
       w.references()[row] = kNone;
@@ -181,6 +246,7 @@ NATTEN_DEVICE bool prepare(const Worker<K, Machine>& w) {
   }
   if (w.warp() == 0) {
     find_columns(w);
+    if constexpr (K::kSharesWords) plan_axis_words(w);
     locate(w, 0);
   }
   w.gpu.sync();

@@ -50,6 +50,14 @@ struct PassGrid {
   NATTEN_HOST_DEVICE int longest(int axis) const {
     return places[axis].count(places[axis].row_length, 0);
   }
+  /// The places of a group that have columns inside the grid, whose numbers end at `column_end`;
+  /// those before it may hold anything. A circular axis goes on and on.
+  NATTEN_HOST_DEVICE PlaceInterval columns(int axis, int column_end, const Group& group) const {
+    const Places& along = places[axis];
+    if (along.turn > 0) return {0, 1 << 30};
+    const int before = group.column_position < 0 ? static_cast<int>(-group.column_position) : 0;
+    return {before, along.count(column_end, group.first_column)};
+  }
   /// How many of the rows from `origin` on, of a group that has `count`, a tile holds.
   NATTEN_HOST_DEVICE int valid(int axis, int count, int origin) const {
     const int left = count - origin, extent = row_tile.extent(axis);
@@ -222,10 +230,15 @@ struct ColumnTiles {
   int additional;        ///< tiles of additional tokens
   int heads;
 
-  NATTEN_HOST_DEVICE void set_axis(int axis, const Bounds& seen, const TileShape& tile) {
+  /// The tiles that cover `seen` begin with it; but they lie among the group's `columns`, if they
+  /// can: then they are copied without a look at each column.
+  NATTEN_HOST_DEVICE void set_axis(int axis, const Bounds& seen, const PlaceInterval& columns,
+                                   const TileShape& tile) {
+    const int bits = tile.bits[axis];
     const int extent = seen.greatest_end - seen.least_begin;
-    low[axis] = seen.least_begin;
-    counts[axis] = extent > 0 ? (extent + tile.extent(axis) - 1) >> tile.bits[axis] : 0;
+    counts[axis] = extent > 0 ? (extent + (1 << bits) - 1) >> bits : 0;
+    const int last = columns.end - (counts[axis] << bits);
+    low[axis] = last >= columns.begin && last < seen.least_begin ? last : seen.least_begin;
   }
   NATTEN_HOST_DEVICE int per_head() const { return counts[0] * counts[1] * counts[2] + additional; }
   NATTEN_HOST_DEVICE int count() const { return heads * per_head(); }

@@ -33,11 +33,15 @@ struct BlockState {
   ColumnTiles tiles;
   int first, count;  ///< of tiles of columns: those of this block
   int split, head, first_column_head;
-  int column_end;  ///< number past the last column along the last axis
+  int column_end;                         ///< number past the last column along the last axis
+  int first_words[kMaxRank], word_count;  ///< of `axis_words`, where it has those of all tiles
   std::int64_t batch;
   Example example;  ///< where there are several
   Bounds bounds[kWarps][kMaxRank];
 };
+
+/// What a thread's four elements of a block of columns start at (masks.h): one of so many.
+inline constexpr int kMaskPatterns = 16;
 
 /// The constants of the kernel of a pass: of elements of type `T`, up to `kDims` of them per token,
 /// with 16 `kM` rows per warp.
@@ -89,6 +93,13 @@ struct TileTraits {
   /// Whether masks are made of words that rows share (masks.h): where shared memory has room for
   /// these, and there are registers to spare.
   static constexpr bool kSharesWords = Tile::kPitch <= 384 && kM * kDims <= 192;
+  /// Whether masks are what products start at, -inf where a row does not see a column: where that
+  /// takes no registers that blocks beside this one need.
+  static constexpr bool kStartsAtMasks =
+      kPass == TilePass::forward && kSharesWords &&
+      (sizeof(T) == 2 ? kM * kDims <= 128 : kDims <= 64 && kM == 1);
+  /// Whether a table has the addresses of rows, which all threads of a row would compute else.
+  static constexpr bool kTablesRows = kPass == TilePass::forward && Tile::kPitch <= 256;
   using State = BlockState<T, kWarps>;
   using Stop = ColumnStop<T, kWarps>;
 
@@ -111,8 +122,9 @@ struct TileTraits {
     static constexpr int kGradScores = kAfterColumns1 + (kHoldsRows ? 0 : Tile::bytes(kColumns));
     static constexpr int kStatistics =
         kGradScores + (kAddsQueries ? SharedTile<T, kColumns>::bytes(kRows) : 0);
-    static constexpr int kState =
+    static constexpr int kMaskStarts =
         kStatistics + (kRowsAreQueries ? 0 : 2 * kStages * kColumns * int(sizeof(float)));
+    static constexpr int kState = kMaskStarts + (kStartsAtMasks ? kMaskPatterns * kChunkBytes : 0);
     static constexpr int kRelativeBias = kState + int(sizeof(State));
     static constexpr int kRelative = kRelativeBias + kColumns * int(sizeof(int));
     static constexpr int kReferences = kRelative + 2 * kColumns * int(sizeof(int));
@@ -120,10 +132,14 @@ struct TileTraits {
         kReferences + (kPass == TilePass::forward ? kRows * int(sizeof(float)) : 0);
     static constexpr int kAxisWords = kSeenIntervals + (kRows + 2) * int(sizeof(PlaceInterval));
     static_assert(kAxisWords % int(sizeof(std::uint64_t)) == 0, "words are aligned");
-    static constexpr int kOwnIntervals =
+    static constexpr int kRowAddresses =
         kAxisWords + (kSharesWords ? 2 * (kRows + 2) * int(sizeof(std::uint64_t)) : 0);
+    static constexpr int kOwnOffsets =
+        kRowAddresses + (kTablesRows ? 3 * kRows * int(sizeof(void*)) : 0);
+    static constexpr int kFirstWords =
+        kOwnOffsets + (kSharesWords ? kThreads * int(sizeof(std::uint32_t)) : 0);
     static constexpr int kLive =
-        kOwnIntervals + (kSharesWords ? kThreads * int(sizeof(std::uint32_t)) : 0);
+        kFirstWords + (kSharesWords ? 2 * State::kBatch * int(sizeof(std::uint32_t)) : 0);
     static constexpr int kBytes = kLive + (kAddsQueries ? kRows : 0);
   };
 };
@@ -222,14 +238,29 @@ struct Worker {
   }
 
   /// What is seen of a tile of columns by each of these intervals alone, a bit for each column. Of
-  /// tile i the words at i modulo 2.
-  NATTEN_DEVICE std::uint64_t* axis_words(int i) const {
-    return gpu.template shared<std::uint64_t>(K::Layout::kAxisWords) + (i & 1) * (K::kRows + 2);
+  /// all tiles, or where these are too many, of tile i from `words_of_tile(i)` on.
+  static constexpr int kAxisWords = 2 * (K::kRows + 2);
+  NATTEN_DEVICE std::uint64_t* axis_words() const {
+    return gpu.template shared<std::uint64_t>(K::Layout::kAxisWords);
   }
+  NATTEN_DEVICE static int words_of_tile(int i) { return (i & 1) * (K::kRows + 2); }
 
-  /// The numbers of the intervals of the row whose mask a thread finds out, a byte for each axis.
-  NATTEN_DEVICE std::uint32_t* own_intervals() const {
-    return gpu.template shared<std::uint32_t>(K::Layout::kOwnIntervals);
+  /// The numbers of the first of them along each axis for tile i, ten bits each,
+  NATTEN_DEVICE std::uint32_t& first_words(int i) const {
+    return gpu.template shared<std::uint32_t>(
+        K::Layout::kFirstWords)[static_cast<unsigned>(i) % (2 * K::State::kBatch)];
+  }
+  /// and how far from these are those of the row whose mask a thread finds out.
+  NATTEN_DEVICE std::uint32_t* own_offsets() const {
+    return gpu.template shared<std::uint32_t>(K::Layout::kOwnOffsets);
+  }
+  static_assert(kAxisWords <= 1 << 10);
+
+  /// Where rows lie in A1 (0), the output (1) and logsumexp (2). Null where nothing is written; of
+  /// A1 another row where there is none.
+  template <class E>
+  NATTEN_DEVICE E** row_addresses(int which) const {
+    return gpu.template shared<E*>(K::Layout::kRowAddresses) + which * K::kRows;
   }
 
   /// Whether rows exist and somebody sees them, where that is asked for each tile of columns.

@@ -42,7 +42,7 @@ struct GemmTraits {
   static constexpr TilePass kPass = kRowsAreQueries ? TilePass::grad_query : TilePass::grad_key;
   static constexpr bool kAddsQueries = false, kSumsFirst = kOp != Op::qk, kSumsSecond = false;
   static constexpr bool kFindsTerm = false;
-  static constexpr bool kKeepsIndices = false;
+  static constexpr bool kKeepsIndices = false, kSharesWords = false, kTablesRows = false;
   static constexpr int kRows = 16 * kM * kWarps;
   using Tile = SharedTile<T, kDims>;
   static constexpr int kColumns = Tile::kPitch > 256 ? 32 : 64;
