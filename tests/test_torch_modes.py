@@ -719,6 +719,30 @@ def test_saved_tensor_hooks(name):
     assert_same([*outputs, *gradients(outputs, case.inputs)], want)
 
 
+@pytest.mark.parametrize("backend", [None, "composed"])
+def test_saved_tensor_hooks_around_derivatives(backend):
+    """Derivatives that hooks are active around too, as if loss.backward() stood below `with`."""
+    x = torch.randn(1, 5, 6, 2, 4, requires_grad=True, dtype=torch.float64)
+
+    def twice():
+        output = natten.na2d(x, x, x, kernel_size=3, backend=backend)
+        (first,) = torch.autograd.grad(output.square().sum(), x, create_graph=True)
+        return first, *torch.autograd.grad(first.square().sum(), x)
+
+    want = twice()
+    seen: list[Tensor] = []
+
+    def pack(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        assert_same(twice(), want)
+        before = len(seen)
+        x.square()
+        assert len(seen) == before + 1  # it is active still
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_fused_saves_inputs_and_logsumexp_alone(rank):
     """No weights, and no copies: the tensors that are given, and one number per token and head."""

@@ -45,6 +45,7 @@ from natten.torch._private import (
     are_transforms_active,
     forward_mode_levels,
     is_in_forward_mode,
+    pulled_back,
     set_forward_mode,
 )
 
@@ -368,8 +369,7 @@ class AttentionBackward(Rule):
             return cls.in_forward_mode(*inputs, *ctx.options)
 
         tensors = (x for take, x in zip(takes, saved, strict=True) if take)
-        pull_back = torch.func.vjp(function, *tensors)[1]
-        gradients = iter(pull_back(list(grads)))
+        gradients = iter(pulled_back(function, tensors, list(grads)))
         results = [next(gradients) if take else None for take in takes]
         results[len(Attention.operator.inputs)] = None  # logsumexp
         return results

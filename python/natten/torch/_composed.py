@@ -31,6 +31,7 @@ from natten.torch._private import (
     forward_mode_levels,
     is_any_autocast_enabled,
     is_in_forward_mode,
+    pulled_back,
     with_dynamo,
 )
 
@@ -171,8 +172,7 @@ class _Recomputed(torch.autograd.Function):
             )
 
         tensors = (x for want, x in zip(wanted, saved, strict=True) if want)
-        pull_back = torch.func.vjp(function, *tensors)[1]
-        gradients = iter(pull_back(grads))
+        gradients = iter(pulled_back(function, tensors, grads))
         return None, *(next(gradients) if want else None for want in wanted)
 
 

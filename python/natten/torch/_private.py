@@ -28,7 +28,10 @@ from torch._C import _dispatch_tls_local_include_set as dispatch_keys_of_thread
 from torch._C import _is_any_autocast_enabled as is_any_autocast_enabled
 from torch._C import _vmapmode_decrement_nesting as leave_vmap
 from torch._C import _vmapmode_increment_nesting as enter_vmap
+from torch._C._autograd import _pop_saved_tensors_default_hooks as pop_hooks
 from torch._C._autograd import _profiler_enabled as is_profiler_enabled
+from torch._C._autograd import _push_saved_tensors_default_hooks as push_hooks
+from torch._C._autograd import _top_saved_tensors_default_hooks as top_hooks
 from torch._C._functorch import TransformType, get_interpreter_stack
 from torch._C._functorch import is_legacy_batchedtensor as is_batched_by_vmap
 from torch._functorch.utils import enable_single_level_autograd_function as allow_rules
@@ -36,6 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled as set_forward_mode
 from torch.autograd.function import _SingleLevelFunction as SingleLevelFunction
+from torch.func import vjp
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack as active_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -142,6 +146,21 @@ def break_graph(why: str) -> None:
     torch._dynamo.graph_break(why)
 
 
+def pulled_back(function: Callable[..., Any], tensors: Iterable[Tensor], grads: Any) -> Any:
+    """The gradients of a function's inputs from those of its outputs. Unlike `torch.func.vjp` also
+    where hooks wait for tensors that are saved, such as those of `save_on_cpu`, which do not get
+    those that are saved in here."""
+    hooks = []
+    while (hook := top_hooks(True)) is not None:
+        hooks.append(hook)
+        pop_hooks()
+    try:
+        return vjp(function, *tensors)[1](grads)
+    finally:
+        for hook in reversed(hooks):
+            push_hooks(*hook)
+
+
 def refuses_script(callee: C) -> C:
     """Has `torch.jit.script` of a function, of a module's class, or of what calls them, say what to
     do instead. Its own words would be of signatures and annotations."""
@@ -183,6 +202,7 @@ __all__ = [
     "is_plain",
     "leave_vmap",
     "nested_view_from_buffer",
+    "pulled_back",
     "refuses_script",
     "remove_batch_dim",
     "set_forward_mode",
