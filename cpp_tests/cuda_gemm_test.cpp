@@ -245,5 +245,40 @@ INSTANTIATE_TEST_SUITE_P(Precisions, CudaGemm,
                                          Precision(natten::DType::float32, true)),
                          [](const auto& info) { return info.param.name(); });
 
+#ifdef NATTEN_PTX_FILES
+/// No more instructions than there were, with a tenth to spare (docs/performance.md).
+TEST(CudaGemmCounts, OfPublishedWindows) {
+  struct Example {
+    std::int64_t length, window, dim;
+    double qk, av, av_transpose;  // thousands of instructions
+  };
+  for (const Example& e : {Example{56, 7, 32, 964, 897, 947}, Example{40, 13, 64, 820, 763, 763},
+                           Example{40, 13, 128, 911, 863, 861}}) {
+    Case c;
+    c.dtype = natten::DType::bfloat16;
+    c.axes = {{e.length, e.window, 1, 1, false}, {e.length, e.window, 1, 1, false}};
+    c.dim = c.value_dim = e.dim;
+    c.seed = base_seed();
+    UnfusedProblem problem(c);
+    Buffers b;
+    b.query = problem.input(problem.tokens);
+    b.key = problem.input(problem.keys);
+    b.value = problem.input(problem.keys);
+    b.attn = problem.input(problem.slots);
+    b.output = problem.result(problem.tokens);
+    for (const auto& [op, name, thousands] :
+         {std::tuple(Op::qk, "qk", e.qk), std::tuple(Op::av, "av", e.av),
+          std::tuple(Op::av_transpose, "av_transpose", e.av_transpose)}) {
+      const std::uint64_t before = ptx::warp_counts().instructions;
+      ASSERT_NO_THROW(run_emulated(problem.call(op, b), 0));
+      const auto count = static_cast<double>(ptx::warp_counts().instructions - before);
+      std::cout << "bfloat16, " << e.length << "^2, window " << e.window << "^2, head dim " << e.dim
+                << ", " << name << ": " << count / 1e3 << " thousand instructions\n";
+      EXPECT_LE(count, 1.1 * 1e3 * thousands);
+    }
+  }
+}
+#endif
+
 }  // namespace
 }  // namespace natten_tests

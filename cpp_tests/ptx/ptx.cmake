@@ -46,7 +46,7 @@ set(shards 8)
 math(EXPR last "${shards} - 1")
 foreach(shard RANGE ${last})
   add_test(NAME ptx_${shard} COMMAND natten_ptx_tests --gtest_brief=1
-    --gtest_filter=Ptx*:*CudaFna.*:*CudaGemm.*:CudaFnaCounts.*:*CudaSimt.*:Registry/Unfused.*simt_ptx_*:Registry/*.*/fna_ptx_*)
+    --gtest_filter=Ptx*:*CudaFna.*:*CudaGemm.*:CudaFnaCounts.*:CudaGemmCounts.*:*CudaSimt.*:Registry/Unfused.*simt_ptx_*:Registry/*.*/fna_ptx_*)
   set_tests_properties(ptx_${shard} PROPERTIES
     ENVIRONMENT "GTEST_TOTAL_SHARDS=${shards};GTEST_SHARD_INDEX=${shard}")
 endforeach()
