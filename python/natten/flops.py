@@ -11,6 +11,7 @@ backward, with nothing to set up. fvcore's `FlopCountAnalysis` counts the forwar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, TypeAlias
@@ -280,12 +281,13 @@ def add_natten_handle(flop_ctr: Any) -> Any:
     """Teaches an `fvcore.nn.FlopCountAnalysis` natten's operators, and returns it. It counts MACs,
     of the forward pass."""
 
-    def handle(macs: Callable[..., int]) -> Callable[[list[Any], list[Any]], int]:
-        return lambda inputs, outputs: macs(*map(_traced_argument, inputs))
+    handles = {f"natten::{name}": functools.partial(_traced, macs) for name, macs in _MACS.items()}
+    return flop_ctr.set_op_handle(**handles)
 
-    return flop_ctr.set_op_handle(
-        **{f"natten::{name}": handle(macs) for name, macs in _MACS.items()}
-    )
+
+def _traced(macs: Callable[..., int], inputs: list[Any], outputs: list[Any]) -> int:
+    """`macs` of the inputs of a traced call."""
+    return macs(*map(_traced_argument, inputs))
 
 
 def _traced_argument(value: Any) -> Any:
@@ -302,18 +304,18 @@ def qk_rpb_flop(inputs: list[Any], outputs: list[Any]) -> int:
     """MACs of `na1d_qk`, `na2d_qk` or `na3d_qk`, as an fvcore handle of `natten::qk`.
 
     Args:
-        inputs, outputs: the values of a traced call; the first input is the query.
+        inputs, outputs: the values of a traced call.
     """
-    return prod(_traced_argument(inputs[0])) * _traced_argument(outputs[0])[-1]
+    return _traced(_qk, inputs, outputs)
 
 
 def av_flop(inputs: list[Any], outputs: list[Any]) -> int:
     """MACs of `na1d_av`, `na2d_av` or `na3d_av`, as an fvcore handle of `natten::av`.
 
     Args:
-        inputs, outputs: the values of a traced call; the first input is the weights.
+        inputs, outputs: the values of a traced call.
     """
-    return prod(_traced_argument(inputs[0])) * _traced_argument(outputs[0])[-1]
+    return _traced(_av, inputs, outputs)
 
 
 # NATTEN before 0.17.4 has one for each rank.

@@ -459,8 +459,12 @@ def _emptied(x: Tensor, axis: int) -> Tensor:
     return x.narrow(axis, 0, 0)
 
 
+def name_of(dtype: torch.dtype) -> str:
+    return _DTYPE_NAMES.get(dtype, str(dtype).removeprefix("torch."))
+
+
 def dtype_name(x: Tensor) -> str:
-    return _DTYPE_NAMES.get(x.dtype, str(x.dtype).removeprefix("torch."))
+    return name_of(x.dtype)
 
 
 def spec_of(x: Tensor | None) -> tuple[tuple[int, ...], str] | None:

@@ -113,10 +113,10 @@ def check(args: Sequence[Any]) -> None:
     if torch.compiler.is_dynamo_compiling():
         break_graph(unknown)
     inputs, extras, config, _, _ = _ops.packed_attention_forward.split(args)
-    specs = [None if x is None else (tuple(x.shape), _ops.dtype_name(x)) for x in inputs]
     queries, keys, longest_query, longest_key = extras.values()
     if queries.is_meta or isinstance(queries, FakeTensor):
         raise RuntimeError(unknown)
+    specs = [_ops.spec_of(x) for x in inputs]
     _check(specs, config, (queries, keys, longest_query, longest_key))
 
 

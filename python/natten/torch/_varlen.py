@@ -140,6 +140,7 @@ def configure_varlen(
         strict=True,
     )
     examples: list[tuple[tuple[int, ...], Config]] = []
+    checked = set()
     for i, (grid, kernel, step, gap) in enumerate(windows):
         try:
             config = make_config(
@@ -154,8 +155,9 @@ def configure_varlen(
                 backward_kv_tile_shape=backward_kv_tile_shape,
             )
             # While a graph is traced its operators check this.
-            if (grid, config) not in examples and not torch.compiler.is_compiling():
+            if (grid, config) not in checked and not torch.compiler.is_compiling():
                 _check(grid, config, dims, dtype, name)
+                checked.add((grid, config))
         except (TypeError, ValueError) as error:
             raise type(error)(f"token_layout_list[{i}], {grid}: {error}") from None
         examples.append((grid, config))
@@ -167,10 +169,7 @@ def _check(
     grid: tuple[int, ...], config: Config, dims: Sequence[int], dtype: torch.dtype, backend: str
 ) -> None:
     """Raises what a call on one grid would, of what does not depend on a device."""
-    of_scores, of_values = (
-        ((1, *grid, 1, dim), _ops.dtype_name(torch.empty(0, dtype=dtype, device="meta")))
-        for dim in dims
-    )
+    of_scores, of_values = (((1, *grid, 1, dim), _ops.name_of(dtype)) for dim in dims)
     specs = [of_scores, of_scores, of_values, *[None] * 4]
     backend = "" if backend == COMPOSED else backend
     _core.plan("attention_forward", config, None, backend, specs, [True, None], None)
@@ -237,12 +236,6 @@ def neighborhood_attention_varlen(
             raise ValueError(
                 f"{name}: got {x.shape[1]} tokens; must be {query.shape[1]}, as many as query has"
             )
-    lists = {
-        "token_layout_list": token_layout_list,
-        "kernel_size_list": kernel_size_list,
-        "stride_list": stride_list,
-        "dilation_list": dilation_list,
-    }
     if metadata is None:
         if token_layout_list is None:
             raise ValueError("metadata, token_layout_list: got None for both; one must be given")
@@ -271,6 +264,12 @@ def neighborhood_attention_varlen(
             raise TypeError(
                 f"metadata: got {metadata!r}; must be what natten.varlen.configure_varlen returns"
             )
+        lists = {
+            "token_layout_list": token_layout_list,
+            "kernel_size_list": kernel_size_list,
+            "stride_list": stride_list,
+            "dilation_list": dilation_list,
+        }
         for name, given in lists.items():
             if given is not None:
                 raise ValueError(f"{name}: given together with metadata; must be in one of the two")

@@ -438,8 +438,8 @@ NATTEN_INLINE void for_each_step(const Walk<T>& walk, const Batch& batch, int v,
   });
 }
 
-/// Visits their products: `f(offset)`. Those of lines without padding follow each other, and one
-/// long loop waits less than many short ones.
+/// Visits their products: `f(offset)`. Those of lines without padding follow each other, and are
+/// one loop.
 template <class T, class F>
 NATTEN_INLINE void for_each_product(const Walk<T>& walk, const Batch& batch, int v, F&& f) {
   const auto sees = [&](std::int64_t l) {
